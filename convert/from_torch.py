@@ -1,0 +1,118 @@
+"""Published PyTorch checkpoint → a folder that `davae_jax.from_pretrained` reads without PyTorch.
+
+    python -m convert.from_torch SRC DST
+
+SRC is a folder with config.json and pytorch_model.bin (or model.safetensors), or a Hugging Face repo id. The sibling
+models' layout, with one more `vae_model.` before every name, is read as well.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, TOKENIZER_FILES, resolve_source, save_arrays
+from davae_jax.config import DAVAEConfig
+from davae_jax.errors import InputError
+from davae_jax.text import load_tokenizers
+
+from . import torch_file
+from .names import BUFFERS, INV_FREQ, POSITION_IDS, Row, rows
+from .staging import staged
+
+PREFIX = "vae_model."
+
+
+def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Path:
+    """Converts a checkpoint. Values keep the source's dtype; the folder appears at `dst` only when it is complete.
+
+    Raises:
+      InputError: nothing at `src`, `dst` exists, or what is there does not fit its config.json: all missing, unexpected,
+        misshapen and non-finite tensors in one message.
+    """
+    folder, dst = resolve_source(src), Path(dst)
+    config = DAVAEConfig.from_json(folder / CONFIG_FILE)
+    if all((folder / name).is_file() for name in TOKENIZER_FILES):
+        load_tokenizers(folder, config)
+    with staged(dst, overwrite=overwrite) as staging:
+        state = read_state(folder)
+        table = checked_rows(state, config, torch_file.find(folder))
+        extras = {"buffers": [name for name, tensor in BUFFERS.items() if tensor in state]}
+        groups = list(_groups(table))
+        bar = tqdm(groups, desc=f"{folder.name} → {dst.name}", unit="group", disable=None)
+        save_arrays(
+            staging / PARAMS_FOLDER, ({row.path: row.to_model(state[row.name]) for row in group} for group in bar), extras
+        )
+        for name in (CONFIG_FILE, *TOKENIZER_FILES):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, staging / name)
+    return dst
+
+
+def read_arrays(folder: Path, config: DAVAEConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """(path in the model, array in the source's dtype) of each weight, for loading a published folder directly."""
+    state = read_state(folder)
+    for row in checked_rows(state, config, torch_file.find(folder)):
+        yield row.path, row.to_model(state[row.name])
+
+
+def read_state(folder: Path) -> dict[str, np.ndarray]:
+    """The file's tensors under the published names."""
+    state = torch_file.read(torch_file.find(folder))
+    if state and all(name.startswith(2 * PREFIX) for name in state):  # PPVAE, GAVAE
+        state = {name.removeprefix(PREFIX): array for name, array in state.items()}
+    return state
+
+
+def checked_rows(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) -> list[Row]:
+    """The rows that the file holds (`inv_freq` may be absent), or one InputError that names all that is wrong."""
+    table = [row for row in rows(config) if row.name != INV_FREQ or row.name in state]
+    names = {row.name for row in table}
+    problems = {
+        "missing": [row.name for row in table if row.name not in state],
+        "unexpected": [name for name in state if name not in names and name != POSITION_IDS],
+        "misshapen": [],
+        "not floating point": [],
+        "NaN or infinite": [],
+    }
+    for row in table:
+        if row.name not in state:
+            continue
+        array = state[row.name]
+        if array.shape != row.name_shape:
+            problems["misshapen"].append(f"{row.name} ({list(array.shape)}, not {list(row.name_shape)})")
+        elif not torch_file.is_float(array):
+            problems["not floating point"].append(f"{row.name} ({array.dtype})")
+        elif not torch_file.is_finite(array):
+            problems["NaN or infinite"].append(row.name)
+    if said := [f"{len(which)} {kind}: {', '.join(which)}" for kind, which in problems.items() if which]:
+        raise InputError(f"{path}: {'; '.join(said)}")
+    return table
+
+
+def _groups(table: list[Row]) -> Iterator[list[Row]]:
+    """Rows of one layer together, the rest apart by kind: what is held in write buffers at one time."""
+    group: list[Row] = []
+    for row in table:
+        if group and _group_of(row) != _group_of(group[-1]):
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _group_of(row: Row) -> str:
+    layer = re.match(r"\w+\.layers\.\d+\.", row.path)
+    # The decoder's embedding alone is as large as three layers.
+    return layer[0] if layer else row.path if row.path.endswith("embedding.weight") else row.path.split(".")[0]
+
+
+if __name__ == "__main__":
+    from davae_jax.cli import main_convert
+
+    main_convert()

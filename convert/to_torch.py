@@ -1,0 +1,99 @@
+"""A davae-jax checkpoint → the published PyTorch layout, which the published program loads.
+
+    python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|both]
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from davae_jax.checkpoint import (
+    CONFIG_FILE,
+    PARAMS_FOLDER,
+    TOKENIZER_FILES,
+    load_arrays,
+    resolve_source,
+    stored_arrays,
+    stored_extras,
+)
+from davae_jax.config import DAVAEConfig
+from davae_jax.errors import InputError
+from davae_jax.sharding import weight_sharding
+
+from . import torch_file
+from .names import INV_FREQ, POSITION_IDS, rows
+from .staging import staged
+
+Format = Literal["bin", "safetensors", "both"]
+
+
+def export(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: Literal["float16", "float32"] = "float16",
+    format: Format = "bin",
+    overwrite: bool = False,
+) -> Path:
+    """Writes pytorch_model.bin and/or model.safetensors, with config.json and the tokenizers' files.
+
+    Names and shapes are the published ones; the two buffers are written only if the checkpoint's source had them.
+
+    Raises:
+      InputError: `src` is no converted checkpoint, `dst` exists, or a value is too large for float16.
+    """
+    folder, dst = resolve_source(src), Path(dst)
+    config = DAVAEConfig.from_json(folder / CONFIG_FILE)
+    if not (folder / PARAMS_FOLDER).is_dir():
+        raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
+    with staged(dst, overwrite=overwrite) as staging:
+        state = published_state(folder, config, np.dtype(dtype))
+        if format in ("bin", "both"):
+            torch_file.write_bin(staging / "pytorch_model.bin", state)
+        if format in ("safetensors", "both"):
+            torch_file.write_safetensors(staging / "model.safetensors", state)
+        for name in (CONFIG_FILE, *TOKENIZER_FILES):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, staging / name)
+    return dst
+
+
+def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The checkpoint's arrays under the published names, in the published file's order."""
+    stored = stored_arrays(folder / PARAMS_FOLDER)
+    table = rows(config)
+    targets = {}
+    for row in table:
+        source_dtype = stored[row.path].dtype if row.path in stored else np.float32
+        targets[row.path] = jax.ShapeDtypeStruct(
+            row.path_shape, source_dtype, sharding=weight_sharding((None,) * len(row.path_shape), row.path_shape, None)
+        )
+    arrays = load_arrays(folder / PARAMS_FOLDER, targets)
+    buffers = stored_extras(folder / PARAMS_FOLDER).get("buffers", [])
+    state = {}
+    if "position_ids" in buffers:
+        state[POSITION_IDS] = np.arange(config.encoder.max_position_embeddings)[None]
+    too_large = []
+    for row in table:
+        if row.name == INV_FREQ and "inv_freq" not in buffers:
+            continue
+        array = np.asarray(arrays.pop(row.path))
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        if not torch_file.is_finite(cast):
+            too_large.append(row.path)
+        state[row.name] = row.to_file(cast)
+    if too_large:
+        raise InputError(f"{folder}: not finite as {dtype}: {', '.join(too_large)}")
+    return state
+
+
+if __name__ == "__main__":
+    from davae_jax.cli import main_export
+
+    main_export()

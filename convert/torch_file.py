@@ -1,0 +1,144 @@
+"""Reading and writing PyTorch checkpoints as NumPy arrays, safely and without copies."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from davae_jax.checkpoint import TORCH_FILES
+from davae_jax.errors import InputError
+
+SAFETENSORS_DTYPES = {
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def find(folder: Path) -> Path:
+    """The weights file of a folder: model.safetensors, else pytorch_model.bin. `folder` may be the file itself."""
+    if folder.is_file():
+        return folder
+    for name in TORCH_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder}: holds no {' and no '.join(TORCH_FILES)}")
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint, memory-mapped: a page is read when it is touched.
+
+    Raises:
+      InputError: the file is cut off, is not a checkpoint, or is a pickle that would run code (it is not run).
+    """
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    torch = _torch(f"reading {path.name}")
+    try:
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as e:
+        what = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e))
+        named = f" ({what[1] or what[2]})" if what else ""
+        raise InputError(f"{path}: refused: its pickle asks for more than tensors{named} and could run code") from None
+    except Exception as e:  # PyTorch raises RuntimeError, EOFError, OSError and more for damaged files
+        if path.stat().st_size == 0:
+            reason = "it is empty"
+        elif not _starts_with(path, b"PK\x03\x04"):
+            reason = "it is not in torch.save's zip format"
+        else:
+            reason = "it is cut off or damaged"
+        raise InputError(f"{path}: cannot be read: {reason}") from e
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    if others := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise InputError(f"{path}: holds what is not a tensor: {', '.join(others)}")
+    return {name: _as_numpy(tensor) for name, tensor in state.items()}
+
+
+def _as_numpy(tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # The format is a length, a JSON header and the bytes. Mapping them ourselves keeps the file out of memory, which
+    # the safetensors package's NumPy interface does not, and gives bfloat16.
+    try:
+        with open(path, "rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > path.stat().st_size:
+                raise ValueError("header too long")
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        data = np.memmap(path, np.uint8, mode="r", offset=8 + header_size)
+        state = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if end > len(data):
+                raise ValueError("data too short")
+            state[name] = data[begin:end].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return state
+    except (ValueError, KeyError, TypeError, struct.error, OSError) as e:
+        raise InputError(f"{path}: cannot be read: it is cut off or not in the safetensors format ({e})") from e
+
+
+def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:
+    """torch.save's zip format, as published."""
+    torch = _torch("writing pytorch_model.bin")
+    torch.save({name: _as_torch(array) for name, array in state.items()}, path)
+
+
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path, metadata={"format": "pt"})
+
+
+def _as_torch(array: np.ndarray):
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; in pieces that stay in the processor's cache."""
+    flat = array.reshape(-1)
+    step = 1 << 18
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+
+
+def is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _torch(purpose: str):
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{purpose} needs PyTorch: pip install 'davae-jax[torch]'") from None
+    return torch

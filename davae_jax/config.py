@@ -1,0 +1,239 @@
+"""The configuration of a DAVAE: the published config.json, read as it is and written back with nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from davae_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """BERT. The defaults are BERT-base, Chinese, as published."""
+
+    vocab_size: int = 21128
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    pad_token_id: int = 0
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        _require_positive("encoder", self, "vocab_size hidden_size num_hidden_layers num_attention_heads")
+        _require_positive("encoder", self, "intermediate_size max_position_embeddings type_vocab_size")
+        _require_heads_divide("encoder", self)
+        _require_probability("encoder", self, "hidden_dropout_prob attention_probs_dropout_prob")
+        if self.hidden_act != "gelu":
+            raise InputError(f"config: encoder.hidden_act is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
+        if self.pad_token_id != 0:
+            raise InputError("config: encoder.pad_token_id must be 0: the attention mask is `ids > 0`")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Transformer-XL with relative positions and a recurrent memory. The defaults are the published 1.1 B ones."""
+
+    vocab_size: int = 50048
+    num_layers: int = 32
+    hidden_size: int = 1600
+    num_attention_heads: int = 25
+    embedding_dropout_prob: float = 0.1
+    attention_dropout_prob: float = 0.1
+    output_dropout_prob: float = 0.1
+    max_sequence_length: int = 512
+    max_memory_length: int = 512
+    layer_norm_eps: float = 1e-5
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        _require_positive("decoder", self, "vocab_size num_layers hidden_size num_attention_heads max_sequence_length")
+        _require_heads_divide("decoder", self)
+        _require_probability("decoder", self, "embedding_dropout_prob attention_dropout_prob output_dropout_prob")
+        if self.hidden_size % 2:
+            raise InputError(f"config: decoder.hidden_size is {self.hidden_size}; sines and cosines need an even width")
+        if self.max_memory_length < 0:
+            raise InputError(f"config: decoder.max_memory_length is {self.max_memory_length}; it cannot be negative")
+
+
+@dataclass(frozen=True)
+class DAVAEConfig:
+    """The whole model. Sampling fields default to what the published program falls back to when a config lacks them."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    latent_size: int = 256
+
+    # Loss.
+    fb_mode: int = 1
+    dim_target_kl: float = 1.0
+    length_weighted_loss: bool = True
+
+    # Sampling. top_k 0 and top_p 0 mean off.
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    std_scale: float = 1.0
+    max_out_length: int = 100
+
+    # Special tokens: two of the encoder's, three of the decoder's.
+    cls_token_id: int = 101
+    sep_token_id: int = 102
+    end_token_id: int = 50000
+    pad_token_id: int = 50001
+    bos_token_id: int = 50002
+
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        _require_positive("", self, "latent_size max_out_length")
+        if self.fb_mode not in (0, 1, 2):
+            raise InputError(f"config: fb_mode is {self.fb_mode!r}; it must be 0, 1 or 2")
+        if not self.std_scale >= 0:
+            raise InputError(f"config: std_scale is {self.std_scale!r}; it cannot be negative")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, where="config: ")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DAVAEConfig:
+        """Reads the parsed config.json. Keys that mean nothing here are kept in `extra`, part by part.
+
+        Raises:
+          InputError: a field that fixes a shape is missing, or a value cannot be.
+        """
+        values = dict(values)
+        parts = {}
+        for name, part in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
+            if not isinstance(values.get(name), dict):
+                raise InputError(f"config: the section {name!r} is missing")
+            parts[name] = _from_dict(part, values.pop(name), f"{name}.", _REQUIRED[name])
+        config = _from_dict(cls, values, "", _REQUIRED[""], **parts)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`: plain values only."""
+        return _to_dict(self)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> DAVAEConfig:
+        """Reads a config.json.
+
+        Raises:
+          InputError: the file is missing, is not JSON, lacks a field that fixes a shape, or holds a value that
+            cannot be; the message names the file.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; a model folder needs its config.json") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: holds no JSON object")
+        try:
+            return cls.from_dict(values)
+        except InputError as e:
+            raise InputError(f"{path}: {str(e).removeprefix('config: ')}") from None
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes config.json, unknown keys included, in the published layout."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# What a config.json must say itself: the fields that fix a tensor's shape, and the memory's length.
+_REQUIRED = {
+    "encoder": (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
+        "max_position_embeddings type_vocab_size"
+    ).split(),
+    "decoder": "vocab_size num_layers hidden_size num_attention_heads max_memory_length".split(),
+    "": ["latent_size"],
+}
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float, *, where: str = "") -> None:
+    """Raises InputError (exit code 2) where a sampling setting makes no sense."""
+    if not temperature > 0:
+        problem = f"temperature must be above 0, not {temperature}"
+    elif top_k < 0 or top_k != int(top_k):
+        problem = f"top_k must be a whole number of 0 (off) or more, not {top_k}"
+    elif not 0 <= top_p <= 1:
+        problem = f"top_p must lie in [0, 1], not {top_p}"
+    elif not repetition_penalty > 0:
+        problem = f"repetition_penalty must be above 0, not {repetition_penalty}"
+    else:
+        return
+    raise InputError(where + problem, exit_code=2)
+
+
+def _from_dict(cls, values: dict[str, Any], prefix: str, required: list[str], **parts):
+    if missing := [prefix + name for name in required if values.get(name) is None]:
+        raise InputError(f"config: missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
+    known, extra = dict(parts), {}
+    for name, value in values.items():
+        if name in fields and value is not None:
+            known[name] = _checked(value, fields[name].type, prefix + name)
+        else:
+            extra[name] = value
+    return cls(**known, extra=extra)
+
+
+def _checked(value, type_name: str, name: str):
+    """`value` as the field's type; JSON writes 1.0 as 1 and some writers write 12 as 12.0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if type_name == "int" and is_number and value == int(value):
+        return int(value)
+    if type_name == "float" and is_number:
+        return float(value)
+    if type_name == "bool" and isinstance(value, bool):
+        return value
+    if type_name == "str" and isinstance(value, str):
+        return value
+    raise InputError(f"config: {name} is {value!r}, not a {type_name}")
+
+
+def _to_dict(config) -> dict[str, Any]:
+    values = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name == "extra":
+            values.update(value)
+        else:
+            values[f.name] = _to_dict(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
+def _require_positive(part: str, config, names: str) -> None:
+    for name in names.split():
+        if getattr(config, name) < 1:
+            raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must be at least 1")
+
+
+def _require_probability(part: str, config, names: str) -> None:
+    for name in names.split():
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must lie in [0, 1)")
+
+
+def _require_heads_divide(part: str, config) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"config: {part}.num_attention_heads {config.num_attention_heads} does not divide "
+            f"{part}.hidden_size {config.hidden_size}"
+        )
+
+
+def _dotted(part: str, name: str) -> str:
+    return f"{part}.{name}" if part else name

@@ -1,0 +1,254 @@
+"""The decoder: a pre-norm Transformer-XL whose every layer is told the latent, with a recurrent memory.
+
+Attention is that of Dai et al. 2019 (section 3.3): the score of query i and key j is
+    ((q_i + u) · k_j + (q_i + v) · r_{i−j}) / √H,
+u and v being the two biases `r_w_bias` and `r_r_bias`, shared by all layers, and r a linear map of sinusoidal features
+of the distance. Positions enter by distance only, so the keys and values of past tokens stay valid for ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from davae_jax.config import DecoderConfig
+from davae_jax.layers import (
+    Buffer,
+    Embedding,
+    LayerNorm,
+    Linear,
+    dropout,
+    masked_softmax,
+    matmul_transposed,
+    normal_init,
+    param,
+    split_keys,
+)
+
+Window = Literal["published"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The recurrent memory: a fixed buffer and how much of it holds something.
+
+    hidden: 1 + layers arrays [B, C, D]: the input of the first layer (embedding and latent), then each layer's output
+      with the latent added. The newest row stands last; only the last `length` of the C rows count.
+    length: int32 scalar, M. `int(memory.length)` works outside jit; inside it may be traced.
+    """
+
+    hidden: tuple[Float[Array, "B C D"], ...]
+    length: Int[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        return self.hidden[0].shape[1]
+
+
+class DecoderOutput(NamedTuple):
+    hidden: tuple[Float[Array, "B T D"], ...]  # embedding and latent, then each layer's output with the latent added
+    final: Float[Array, "B T D"]  # after the final LayerNorm: what the tied embedding turns into logits
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
+        D, N = config.hidden_size, config.num_attention_heads
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        zeros = nnx.initializers.zeros
+        self.embedding = Embedding(config.vocab_size, D, **kw)
+        self.latent_projection = Linear(latent_size, D, ("embed", None), bias=False, **kw)
+        self.r_w_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
+        self.r_r_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
+        self.inv_freq = Buffer(inverse_frequencies(D), axes=(None,))
+        self.layers = nnx.List([DecoderLayer(config, **kw) for _ in range(config.num_layers)])
+        self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.dropout_rate = config.embedding_dropout_prob
+        self.max_memory_length = config.max_memory_length
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        latent: Float[Array, "B L"] | None,
+        memory: Memory | None = None,
+        window: Window = None,
+        key: jax.Array | None = None,
+    ) -> DecoderOutput:
+        """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
+
+        A key turns dropout on: on the position features, the input, and twice in each layer.
+        """
+        T = ids.shape[1]
+        C = 0 if memory is None else memory.capacity
+        key_position, key_input, *layer_keys = split_keys(key, 2 + len(self.layers))
+        distances = jnp.arange(C + T - 1, -1, -1)
+        features = dropout(self.position_features(distances), self.dropout_rate, key_position)
+        visible = visible_keys(
+            T,
+            C + T,
+            offset=C,
+            window=T if window == "published" else None,
+            first=0 if memory is None else C - memory.length,
+        )
+        latent_term = self.latent_term(latent)
+        x = dropout(self.embedding(ids) + latent_term, self.dropout_rate, key_input)
+        hidden = [x]
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                r_KNH = layer.relative_keys(features)
+                past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
+                x, _ = layer(x, r_KNH, self.r_w_bias[...], self.r_r_bias[...], visible, past=past, key=layer_keys[i])
+                x = x + latent_term
+            hidden.append(x)
+        return DecoderOutput(tuple(hidden), self.norm(x))
+
+    def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 logits over the tied embedding."""
+        with jax.named_scope("logits"):
+            return self.embedding.logits(final)
+
+    def latent_term(self, latent: Float[Array, "B L"] | None) -> Float[Array, "B 1 D"] | float:
+        """What is added to every token's state before the first and after every layer; 0 without a latent."""
+        return 0.0 if latent is None else self.latent_projection(latent)[:, None, :]
+
+    def position_features(self, distances: Int[Array, "K"]) -> Float[Array, "K D"]:
+        """[sin(d·f), cos(d·f)]: all sines, then all cosines. Negative distances (hidden keys) give finite filler."""
+        phase = distances[:, None].astype(jnp.float32) * self.inv_freq[...].astype(jnp.float32)
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+    def remember(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...]) -> Memory:
+        """The memory after T new tokens: the last min(max_memory_length, M + T) rows of old and new, gradient stopped.
+
+        The buffer grows by powers of two up to max_memory_length, so that reading a text in pieces of any size compiles
+        a handful of programs.
+        """
+        B, T, D = hidden[0].shape
+        old = 0 if memory is None else memory.capacity
+        capacity = min(self.max_memory_length, power_of_two(old + T))
+        rows = []
+        for i, new in enumerate(hidden):
+            new = lax.stop_gradient(new)
+            both = new if memory is None else jnp.concatenate([memory.hidden[i].astype(new.dtype), new], axis=1)
+            both = both[:, max(0, old + T - capacity) :]
+            rows.append(jnp.pad(both, ((0, 0), (capacity - both.shape[1], 0), (0, 0))))
+        length = T if memory is None else memory.length + T
+        return Memory(tuple(rows), jnp.minimum(length, self.max_memory_length).astype(jnp.int32))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs, dtype, param_dtype):
+        D = config.hidden_size
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        out_scale = (2 * config.num_layers) ** -0.5
+        self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        # One weight makes q, k and v. Kept [3, D, D], so that a split over devices never cuts across the three.
+        self.qkv_weight = param((3, D, D), (None, "heads", "embed"), init=normal_init(), rngs=rngs, dtype=param_dtype)
+        self.qkv_bias = param((3, D), (None, "heads"), init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype)
+        # Softmax ignores this bias (it shifts all scores of a query alike); it is kept for export.
+        self.relative = Linear(D, D, ("heads", "embed"), **kw)
+        self.attention_out = Linear(D, D, ("embed", "heads"), init_scale=out_scale, **kw)
+        self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.mlp_in = Linear(D, 4 * D, ("mlp", "embed"), **kw)
+        self.mlp_out = Linear(4 * D, D, ("embed", "mlp"), init_scale=out_scale, **kw)
+        self.num_heads = config.num_attention_heads
+        self.dropout_rate = config.output_dropout_prob
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        r_KNH: Float[Array, "K N H"],
+        r_w_bias: Float[Array, "N H"],
+        r_r_bias: Float[Array, "N H"],
+        visible: Bool[Array, "T K"],
+        *,
+        past: tuple[Array, Array] | None = None,
+        cache: tuple[Array, Array] | None = None,
+        position: Int[Array, ""] | int = 0,
+        key: jax.Array | None = None,
+    ):
+        """One layer over T new tokens. Returns its output (the latent not yet added) and the updated cache.
+
+        past: keys and values [B, M, N, H] that stand before the new ones (the recurrent memory's).
+        cache: buffers of keys and values [B, K, N, H]; the new ones are written at `position`.
+        """
+        key_attention, key_mlp = split_keys(key, 2)
+        q, k, v = self._project(self.attention_norm(x_BTD), slice(0, 3))
+        if past is not None:
+            k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
+        if cache is not None:
+            k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=1) for c, n in zip(cache, (k, v), strict=True))
+        context = relative_attention(q, k, v, r_KNH, r_w_bias, r_r_bias, visible)
+        x = x_BTD + dropout(self.attention_out(context.reshape(x_BTD.shape)), self.dropout_rate, key_attention)
+        mlp = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=True))
+        return x + dropout(mlp, self.dropout_rate, key_mlp), (k, v)
+
+    def relative_keys(self, features: Float[Array, "K D"]) -> Float[Array, "K N H"]:
+        """r of every distance. It depends on no data: a decoding loop makes it once."""
+        return self.relative(features).reshape(features.shape[0], self.num_heads, -1)
+
+    def memory_keys_values(self, memory_BMD: Float[Array, "B M D"]):
+        """Keys and values of the memory's rows, which pass through the same LayerNorm as the new tokens."""
+        return self._project(self.attention_norm(memory_BMD), slice(1, 3))
+
+    def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B T N H"]]:
+        weight, bias = (p[...][which].astype(self.dtype) for p in (self.qkv_weight, self.qkv_bias))
+        n, D = bias.shape
+        y = matmul_transposed(h, weight.reshape(n * D, D)) + bias.reshape(n * D)
+        y = y.reshape(*h.shape[:-1], n, self.num_heads, D // self.num_heads)
+        return [y[..., i, :, :] for i in range(n)]
+
+
+def relative_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K N H"],
+    v: Float[Array, "B K N H"],
+    r: Float[Array, "K N H"],
+    r_w_bias: Float[Array, "N H"],
+    r_r_bias: Float[Array, "N H"],
+    visible: Bool[Array, "T K"],
+) -> Float[Array, "B T N H"]:
+    """Attention with relative positions. r[j] belongs to the distance of key j from the last query."""
+    u, w = r_w_bias.astype(q.dtype), r_r_bias.astype(q.dtype)
+    content = jnp.einsum("btnh,bknh->bntk", q + u, k, preferred_element_type=jnp.float32)
+    position = jnp.einsum("btnh,knh->bntk", q + w, r, preferred_element_type=jnp.float32)
+    scores = (content + relative_shift(position)) * q.shape[-1] ** -0.5
+    probs = masked_softmax(scores, visible).astype(v.dtype)
+    return jnp.einsum("bntk,bknh->btnh", probs, v)
+
+
+def relative_shift(scores: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
+    """Row i moved left by T−1−i, so that columns by distance from the last query become columns by key.
+
+    The usual trick (Dai et al. 2019, appendix B): pad one column, reshape, drop one row. What wraps around lands on
+    keys that lie after their query, which the mask hides.
+    """
+    B, N, T, K = scores.shape
+    if T == 1:
+        return scores
+    padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    return padded.reshape(B, N, K + 1, T)[:, :, 1:].reshape(B, N, T, K)
+
+
+def visible_keys(T: int, K: int, *, offset, window: int | None = None, first=0) -> Bool[Array, "T K"]:
+    """Which keys each query sees: 0 ≤ distance (< window), distance = (i + offset) − j, and j not before `first`."""
+    j = jnp.arange(K)
+    distance = jnp.arange(T)[:, None] + offset - j
+    visible = (distance >= 0) & (j >= first)
+    return visible if window is None else visible & (distance < window)
+
+
+def inverse_frequencies(width: int) -> Float[Array, "D/2"]:
+    """f_i = 10000^(−2i/D), float32, for checkpoints that do not store them."""
+    return 1 / 10000 ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two ≥ n and ≥ least: the bucket a length falls into."""
+    return max(least, 1 << (n - 1).bit_length())

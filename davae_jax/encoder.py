@@ -1,0 +1,91 @@
+"""The encoder: BERT (post-norm) and the posterior head on its pooled output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from davae_jax.config import EncoderConfig
+from davae_jax.layers import Embedding, LayerNorm, Linear, dropout, split_keys
+
+
+class EncoderOutput(NamedTuple):
+    hidden: tuple[Float[Array, "B S D"], ...]  # the embeddings (noise included), then each layer's output
+    pooled: Float[Array, "B D"]
+    mean: Float[Array, "B L"]  # float32
+    logvar: Float[Array, "B L"]  # float32
+
+
+class Encoder(nnx.Module):
+    """BERT as in Devlin et al. 2018, pooled by tanh(Linear(first token)), then one bias-free Linear to (mean, logvar)."""
+
+    def __init__(self, config: EncoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
+        D = config.hidden_size
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.word = Embedding(config.vocab_size, D, **kw)
+        self.position = Embedding(config.max_position_embeddings, D, axes=(None, "embed"), **kw)
+        self.token_type = Embedding(config.type_vocab_size, D, axes=(None, "embed"), **kw)
+        self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.layers = nnx.List([EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers)])
+        self.pooler = Linear(D, D, ("mlp", "embed"), **kw)
+        self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **kw)
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(
+        self,
+        ids: Int[Array, "B S"],
+        embedding_noise: Float[Array, "B S D"] | None = None,
+        key: jax.Array | None = None,
+    ) -> EncoderOutput:
+        """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on."""
+        keys = split_keys(key, len(self.layers) + 1)
+        with jax.named_scope("embeddings"):
+            h = self.word(ids) + self.position(jnp.arange(ids.shape[1])) + self.token_type(jnp.zeros((), jnp.int32))
+            h = dropout(self.norm(h), self.dropout_rate, keys[0])
+            if embedding_noise is not None:
+                h = h + embedding_noise.astype(h.dtype)
+        # Padding is masked by adding −10000 to its keys' scores, as published.
+        score_bias = jnp.where(ids > 0, 0.0, -10000.0)[:, None, None, :]
+        hidden = [h]
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                hidden.append(layer(hidden[-1], score_bias, keys[i + 1]))
+        pooled = jnp.tanh(self.pooler(hidden[-1][:, 0]))
+        mean, logvar = jnp.split(self.posterior(pooled).astype(jnp.float32), 2, axis=-1)
+        return EncoderOutput(tuple(hidden), pooled, mean, logvar)
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, rngs, dtype, param_dtype):
+        D, F = config.hidden_size, config.intermediate_size
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        out_scale = (2 * config.num_hidden_layers) ** -0.5
+        self.query = Linear(D, D, ("heads", "embed"), **kw)
+        self.key = Linear(D, D, ("heads", "embed"), **kw)
+        self.value = Linear(D, D, ("heads", "embed"), **kw)
+        self.attention_out = Linear(D, D, ("embed", "heads"), init_scale=out_scale, **kw)
+        self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.mlp_in = Linear(D, F, ("mlp", "embed"), **kw)
+        self.mlp_out = Linear(F, D, ("embed", "mlp"), init_scale=out_scale, **kw)
+        self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.num_heads = config.num_attention_heads
+        self.dropout_rate = config.hidden_dropout_prob
+        self.attention_dropout_rate = config.attention_probs_dropout_prob
+
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], score_bias: Float[Array, "B 1 1 S"], key: jax.Array | None = None
+    ) -> Float[Array, "B S D"]:
+        key_probs, key_attention, key_mlp = split_keys(key, 3)
+        B, S, D = x_BSD.shape
+        q, k, v = (f(x_BSD).reshape(B, S, self.num_heads, -1) for f in (self.query, self.key, self.value))
+        scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(scores * q.shape[-1] ** -0.5 + score_bias, axis=-1)
+        probs = dropout(probs, self.attention_dropout_rate, key_probs).astype(v.dtype)
+        context = jnp.einsum("bnqk,bknh->bqnh", probs, v).reshape(B, S, D)
+        x = self.attention_norm(x_BSD + dropout(self.attention_out(context), self.dropout_rate, key_attention))
+        mlp = self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False))
+        return self.mlp_norm(x + dropout(mlp, self.dropout_rate, key_mlp))

@@ -1,0 +1,112 @@
+"""The few modules both halves of the model are made of, and how each weight is laid out over a mesh.
+
+Letters used for shapes in the whole project: B batch, S encoder length, T decoder length, D width, N heads, H = D/N
+head width, F feed-forward width, L latent size, V vocabulary, M memory length, K = M + T keys.
+
+Weights of linear maps are [out, in], as in the published file. XLA's CPU matrix-vector product reads rows of such a
+weight 1.3 to 2 times as fast as columns of its transpose (`benchmarks/matvec.py`); accelerators choose their own layout.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2
+
+# The mesh axes (`davae_jax.sharding`) a weight's axes may be split over are chosen by these logical names.
+Axes = tuple[str | None, ...]
+
+
+class Buffer(nnx.Variable):
+    """A stored array that is not trained and never cast with the model's dtype."""
+
+
+def param(shape: tuple[int, ...], axes: Axes, *, init, rngs: nnx.Rngs, dtype) -> nnx.Param:
+    """Declares one weight: shape, initializer and the logical name of each axis stand together."""
+    assert len(shape) == len(axes)
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+
+
+def normal_init(scale: float = 1.0):
+    """Normal with standard deviation 0.02 · scale; residual outputs are scaled by 1/√(2·layers), as in GPT-2."""
+    return nnx.initializers.normal(INIT_STDDEV * scale)
+
+
+class Linear(nnx.Module):
+    """y = W x + b over the last axis, computed in `dtype`."""
+
+    def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs, dtype, param_dtype, bias=True, init_scale=1.0):
+        self.weight = param((d_out, d_in), axes, init=normal_init(init_scale), rngs=rngs, dtype=param_dtype)
+        self.bias = param((d_out,), axes[:1], init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = matmul_transposed(x.astype(self.dtype), self.weight[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in float32 whatever the model's dtype."""
+
+    def __init__(self, width: int, *, eps: float, rngs, dtype, param_dtype):
+        self.weight = param((width,), ("embed",), init=nnx.initializers.ones, rngs=rngs, dtype=param_dtype)
+        self.bias = param((width,), ("embed",), init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype)
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        y = x * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, one a row."""
+
+    def __init__(self, rows: int, width: int, *, rngs, dtype, param_dtype, axes: Axes = ("vocab", "embed")):
+        self.weight = param((rows, width), axes, init=normal_init(), rngs=rngs, dtype=param_dtype)
+        self.dtype = dtype
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return jnp.take(self.weight[...], ids, axis=0).astype(self.dtype)
+
+    def logits(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """h · Eᵀ, accumulated and returned in float32 (tied output embedding)."""
+        return matmul_transposed(h.astype(self.dtype), self.weight[...].astype(self.dtype), out_dtype=jnp.float32)
+
+
+def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "O I"], out_dtype=None) -> Float[Array, "... O"]:
+    """x · wᵀ over the last axis of both.
+
+    For a few rows (decoding token by token) the weight goes on the left: on CPU, XLA then streams it from memory up to
+    twice as fast at 2 to 8 rows (`benchmarks/matvec.py`). The numbers are the same.
+    """
+    rows = x.size // x.shape[-1]
+    if rows > 8:
+        return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=out_dtype)
+    y = jnp.einsum("oi,ri->or", w, x.reshape(rows, x.shape[-1]), preferred_element_type=out_dtype)
+    return y.T.reshape(*x.shape[:-1], w.shape[0])
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
+    """Inverted dropout; without a key (evaluation) the identity."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
+    """n independent keys, or n times None where there is no key."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def masked_softmax(scores: Float[Array, "... K"], visible) -> Float[Array, "... K"]:
+    """Softmax over keys in float32; a hidden score is replaced by −10000, as published (not by −inf)."""
+    return jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -10000.0), axis=-1)

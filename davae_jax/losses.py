@@ -1,0 +1,89 @@
+"""The published losses, number for number. What a trainer should do better is said beside each."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from davae_jax.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
+from davae_jax.model import DAVAE, merge, split
+
+
+def published_loss(
+    model: DAVAE,
+    encoder_ids: Int[Array, "B S"],
+    decoder_ids: Int[Array, "B T"],
+    *,
+    eps: Float[Array, "B L"],
+    beta: float,
+    fb_mode: int | None = None,
+    length_weighted: bool | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """The published training loss, dropout off.
+
+    Per example rec / sent_length + β·KL (length_weighted) or rec + β·KL, summed over the batch. `sent_length` counts the
+    ids that are not padding, and padding is the end token's id, as published: the end token is never trained. Use it to
+    compare with the published program; a trainer should mask by length instead.
+
+    Args:
+      encoder_ids, decoder_ids: padded with 0 and with the end token's id.
+      eps: standard normal noise of the latent.
+      beta: weight of the KL.
+      fb_mode: 0 KL summed; 1 free bits with a hard mask at config.dim_target_kl; 2 unit variance, KL = ½ Σ mean².
+      length_weighted: both default to the model's config.
+
+    Returns:
+      (mean over the batch of rec / sent_length, mean KL as weighted by fb_mode, total), all in nats.
+    """
+    config = model.config
+    fb_mode = config.fb_mode if fb_mode is None else fb_mode
+    length_weighted = config.length_weighted_loss if length_weighted is None else length_weighted
+    if fb_mode not in (0, 1, 2):
+        raise ValueError(f"fb_mode must be 0, 1 or 2, not {fb_mode!r}")
+    return _published_loss(*split(model), encoder_ids, decoder_ids, eps, beta, fb_mode, bool(length_weighted))
+
+
+@partial(jax.jit, static_argnums=(0, 6, 7))
+def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mode, length_weighted):
+    model = merge(graphdef, params)
+    encoded = model.encoder(encoder_ids)
+    posterior = Posterior(encoded.mean, encoded.logvar)
+    if fb_mode == 2:
+        posterior = deterministic(posterior)
+    kl_BL = kl_per_dimension(posterior)
+    kl = free_bits_kl(kl_BL, model.config.dim_target_kl) if fb_mode == 1 else kl_BL.sum(-1)
+
+    pad = model.config.end_token_id
+    output = model.decoder(decoder_ids, posterior.at(eps))
+    logits = model.decoder.logits(output.final[:, :-1])
+    rec = reconstruction_nll(logits, decoder_ids[:, 1:], decoder_ids[:, 1:] != pad)
+    sent_length = (decoder_ids != pad).sum(-1)
+    rec_per_token = rec / sent_length
+    total = ((rec_per_token if length_weighted else rec) + beta * kl).sum()
+    return rec_per_token.mean(), kl.mean(), total
+
+
+def reconstruction_nll(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]
+) -> Float[Array, "B"]:
+    """Σ_t −log p(target_t) over the targets that the mask keeps, in nats."""
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    return jnp.where(mask, nll, 0).sum(-1)
+
+
+def adversarial_losses(
+    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(L_d, L_g), binary cross-entropy on logits, mean over the batch (Goodfellow et al. 2014, as published).
+
+    L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1) trains the discriminator, L_g = BCE(D(z), 1) the encoder.
+    """
+    bce = optax.sigmoid_binary_cross_entropy
+    fake, real = model.discriminate(jax.lax.stop_gradient(latent)), model.discriminate(prior_sample)
+    loss_d = bce(fake, jnp.zeros_like(fake)).mean() + bce(real, jnp.ones_like(real)).mean()
+    generated = model.discriminate(latent)
+    return loss_d, bce(generated, jnp.ones_like(generated)).mean()

@@ -1,0 +1,243 @@
+"""Texts in, texts out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from davae_jax.checkpoint import TOKENIZER_FILES, from_pretrained, resolve_source
+from davae_jax.cleanup import clean_up
+from davae_jax.config import DAVAEConfig
+from davae_jax.decoder import power_of_two
+from davae_jax.errors import InputError
+from davae_jax.generation import check_prompts, generate, sampling_settings
+from davae_jax.latent import Posterior
+from davae_jax.model import DAVAE
+from davae_jax.tokenizers import END, DecoderTokenizer, EncoderTokenizer
+
+GREEDY = dict(top_k=1)  # what `reconstruct`, `interpolate` and `analogy` decode with unless told otherwise
+
+
+class TextVAE:
+    """A model with its two tokenizers.
+
+    Every method takes texts in any number and works through them `batch_size` at a time; what comes out for a text
+    depends on the seed and the text's place in the list, never on the batches.
+
+    `**sampling` is any of max_length (tokens, `<bos>` and prompt included), temperature, top_k, top_p and
+    repetition_penalty; what is left out comes from the checkpoint's config.
+    """
+
+    def __init__(self, model: DAVAE, encoder_tokenizer: EncoderTokenizer, decoder_tokenizer: DecoderTokenizer):
+        self.model = model
+        self.encoder_tokenizer = encoder_tokenizer
+        self.decoder_tokenizer = decoder_tokenizer
+        self.batch_size = 16
+        self.progress = False  # a bar on the terminal
+        self.label = "text {}"  # how a warning names the text it is about
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        tokenizers: str | Path | None = None,
+        dtype=jnp.float32,
+        mesh: Mesh | None = None,
+    ) -> TextVAE:
+        """Loads model and tokenizers; `source`, `dtype` and `mesh` as for `davae_jax.from_pretrained`.
+
+        Args:
+          tokenizers: folder with spiece.model and vocab.txt; by default the source's own.
+
+        Raises:
+          InputError: nothing there, or the tokenizers do not fit the model.
+        """
+        folder = resolve_source(source)
+        config = DAVAEConfig.from_json(folder / "config.json")
+        # The tokenizers first: a mistake there should not cost a minute of loading.
+        pair = load_tokenizers(folder if tokenizers is None else Path(tokenizers), config)
+        return cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
+
+    @property
+    def config(self) -> DAVAEConfig:
+        return self.model.config
+
+    # Ids.
+
+    def encoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """WordPiece ids as published: special tokens doubled, cut at 510 ids.
+
+        Warns, naming the text, where one is empty, wholly unknown, or cut.
+        """
+        all_ids = self.encoder_tokenizer.encode(_as_list(texts))
+        for i, ids in enumerate(all_ids, 1):
+            if problem := self.encoder_tokenizer.problem(ids):
+                warnings.warn(f"{self.label.format(i)}: {problem}", stacklevel=2)
+        return all_ids
+
+    def decoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """SentencePiece ids as published, the end token last."""
+        return [self.decoder_tokenizer.encode(text) for text in _as_list(texts)]
+
+    def decode_ids(self, ids: Sequence[Sequence[int]], *, clean: bool = False) -> list[str]:
+        """Decoder ids to text; `clean` applies the published clean-up, as all generated text gets."""
+        texts = [self.decoder_tokenizer.decode(row) for row in ids]
+        return [clean_up(text) for text in texts] if clean else texts
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """`<bos>` and the prompt's pieces. Raises InputError on a prompt that holds the end token."""
+        prompts = _as_list(prompts)
+        for i, prompt in enumerate(prompts, 1):
+            if END in prompt:
+                raise InputError(f"prompt {i} holds the end token {END}", exit_code=2)
+        return [self.decoder_tokenizer.encode_prompt(prompt) for prompt in prompts]
+
+    # Latents.
+
+    def posterior(self, texts: Sequence[str]) -> Posterior:
+        """Mean and log-variance of each text, [n, L], on the host."""
+        ids = self.encoder_ids(texts)
+        positions = self.config.encoder.max_position_embeddings
+        means, logvars = [np.zeros((0, self.config.latent_size), np.float32)], []
+        logvars += means
+        for start, stop in self._batches(len(ids), "encode"):
+            part = ids[start:stop]
+            # Batch and length are rounded up, so that texts of all lengths share a few compiled programs.
+            length = min(power_of_two(max(map(len, part))), positions)
+            batch = np.zeros((power_of_two(len(part), least=1), length), np.int32)
+            for row, row_ids in enumerate(part):
+                batch[row, : len(row_ids)] = row_ids
+            mean, logvar = self.model.encode(batch)
+            means.append(np.asarray(mean)[: len(part)])
+            logvars.append(np.asarray(logvar)[: len(part)])
+        return Posterior(np.concatenate(means), np.concatenate(logvars))
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        eps: Float[Array, "n L"] | None = None,
+        seed: int = 0,
+        std_scale: float | None = None,
+    ) -> Float[Array, "n L"]:
+        """A latent of each text: mean + eps · exp(logvar/2) · std_scale.
+
+        eps is drawn from the seed unless given; std_scale defaults to the config's (1.5 as published), 0 is the mean.
+        """
+        texts = _as_list(texts)
+        std_scale = self.config.std_scale if std_scale is None else std_scale
+        if not std_scale >= 0:
+            raise InputError(f"std_scale must be 0 or more, not {std_scale}", exit_code=2)
+        eps = self._normal(len(texts), seed) if eps is None else jnp.asarray(eps, jnp.float32)
+        if eps.shape != (len(texts), self.config.latent_size):
+            raise InputError(f"eps is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}", exit_code=2)
+        return Posterior(*map(jnp.asarray, self.posterior(texts))).at(eps, std_scale)
+
+    # Texts from latents.
+
+    def generate(
+        self, latent: Float[Array, "n L"], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
+    ) -> list[str]:
+        """A text for each latent, prompt left out, cleaned up."""
+        latent = np.asarray(latent, np.float32)
+        ids = None if prompts is None else self.prompt_ids(prompts)
+        if ids is not None and len(ids) != len(latent):
+            raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
+        self._check_sampling(ids, **sampling)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(_stream(seed, "draw"), jnp.arange(len(latent)))
+        texts = []
+        for start, stop in self._batches(len(latent), "generate"):
+            part = None if ids is None else ids[start:stop]
+            out = generate(self.model, latent[start:stop], part, key=keys[start:stop], **sampling)
+            skip = [1] * len(out) if part is None else [len(p) for p in part]
+            texts += self.decode_ids([row[n:] for row, n in zip(out, skip, strict=True)], clean=True)
+        return texts
+
+    def simulate_batch(
+        self, texts: Sequence[str], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
+    ) -> list[str]:
+        """A variation of each text: encode, draw a latent (std_scale from the config), generate. As published."""
+        texts = _as_list(texts)
+        self._check_sampling(None if prompts is None else self.prompt_ids(prompts), **sampling)
+        return self.generate(self.encode(texts, seed=seed), prompts, seed=seed, **sampling)
+
+    def reconstruct(self, texts: Sequence[str], *, seed: int = 0, **sampling) -> list[str]:
+        """Each text through its posterior mean and back, decoded greedily unless told otherwise."""
+        sampling = GREEDY | sampling
+        self._check_sampling(None, **sampling)
+        return self.generate(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
+
+    def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
+        """n texts from the prior: z ~ N(0, I)."""
+        return self.generate(self._normal(n, seed), seed=seed, **sampling)
+
+    def interpolate(self, a: str, b: str, steps: int, *, seed: int = 0, **sampling) -> list[str]:
+        """`steps` texts along the straight line from a's posterior mean to b's, both ends included."""
+        if steps < 2:
+            raise InputError(f"steps must be at least 2 (both ends), not {steps}", exit_code=2)
+        mean_a, mean_b = self.encode([a, b], std_scale=0.0)
+        weight = jnp.linspace(0, 1, steps)[:, None]
+        return self.generate((1 - weight) * mean_a + weight * mean_b, seed=seed, **(GREEDY | sampling))
+
+    def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
+        """What is to c as b is to a: the text of mean(b) − mean(a) + mean(c)."""
+        mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
+        return self.generate((mean_b - mean_a + mean_c)[None], seed=seed, **(GREEDY | sampling))[0]
+
+    def _normal(self, n: int, seed: int) -> Float[Array, "n L"]:
+        """Standard normal noise; row i is the same however many rows there are."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(_stream(seed, "latent"), jnp.arange(n))
+        return jax.vmap(lambda key: jax.random.normal(key, (self.config.latent_size,)))(keys)
+
+    def _check_sampling(self, prompts: list[list[int]] | None, max_length: int | None = None, **settings) -> None:
+        """Raises InputError before any work is done."""
+        sampling_settings(self.config, **settings)
+        max_length = self.config.max_out_length if max_length is None else max_length
+        check_prompts([[self.config.bos_token_id]] if prompts is None else prompts, max_length, self.config)
+
+    def _batches(self, n: int, what: str) -> Iterator[tuple[int, int]]:
+        with tqdm(total=n, desc=what, unit="text", disable=not self.progress) as bar:
+            for start in range(0, n, self.batch_size):
+                stop = min(start + self.batch_size, n)
+                yield start, stop
+                bar.update(stop - start)
+
+
+def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer, DecoderTokenizer]:
+    """Both tokenizers of a folder. Raises InputError where one is missing, damaged or larger than the model's."""
+    vocab, spiece = (folder / name for name in TOKENIZER_FILES)
+    encoder = EncoderTokenizer(
+        folder,
+        cls_id=config.cls_token_id,
+        sep_id=config.sep_token_id,
+        max_ids=config.encoder.max_position_embeddings - 2,
+    )
+    decoder = DecoderTokenizer(
+        folder, bos_id=config.bos_token_id, end_id=config.end_token_id, pad_id=config.pad_token_id
+    )
+    largest = max(decoder.size - 1, config.bos_token_id, config.end_token_id, config.pad_token_id)
+    if encoder.size > config.encoder.vocab_size:
+        raise InputError(f"{vocab}: {encoder.size} entries, but config's encoder.vocab_size is {config.encoder.vocab_size}")
+    if largest >= config.decoder.vocab_size:
+        raise InputError(f"{spiece}: ids up to {largest}, but config's decoder.vocab_size is {config.decoder.vocab_size}")
+    return encoder, decoder
+
+
+def _stream(seed: int, purpose: str) -> jax.Array:
+    """A key for one purpose of a seed, so that the latent's noise and the tokens' draws share nothing."""
+    return jax.random.fold_in(jax.random.key(seed), ["latent", "draw"].index(purpose))
+
+
+def _as_list(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError("give a list of texts, not one text")
+    return list(texts)

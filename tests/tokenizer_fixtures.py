@@ -1,0 +1,69 @@
+"""Small tokenizer files for tests, made on the spot: a SentencePiece BPE model and a WordPiece vocabulary.
+
+Both know every character of `sentences`. Everything is deterministic.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+WORDS = (
+    "今天 明天 昨天 天气 很 好 不错 这家 店 的 服务 超市 价格 便宜 我们 喜欢 学习 中文 电力 系统 "
+    "控制 方法 春眠 不觉晓 处处 闻 啼鸟 夜来 风雨 花落 知 多少 北京 上海 朋友 老师 学生 苹果 水果 吃 喝茶 "
+    "看书 写字 走路 跑步 大家 一起 去 公园 山上 河边 晚上 早上 快乐 安静 漂亮 hello world model text jax"
+).split()
+
+# WordPiece: the special tokens first, so that [CLS] is 2 and [SEP] is 3; [PAD] must be 0.
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# An entry that `str.splitlines` would break in two, as the published vocabulary has two of.
+LINE_SEPARATOR_ENTRY = "\u2028x"
+CLS_ID, SEP_ID = 2, 3
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """`count` sentences of a few words each, Chinese with a little English, a digit and punctuation in each."""
+    rng = random.Random(seed)
+    return [_sentence(rng) for _ in range(count)]
+
+
+def _sentence(rng: random.Random) -> str:
+    words = "".join(rng.choices(WORDS[:-5], k=rng.randrange(3, 8)))
+    english = f" {rng.choice(WORDS[-5:])}" if rng.random() < 0.3 else ""
+    return f"{words}{rng.randrange(10)}{english}{rng.choice('，。！')}"
+
+
+def make_spiece(folder: str | Path, size: int = 300) -> Path:
+    """Trains `folder`/spiece.model: BPE with `size` pieces, `<unk>` 0, `<s>` 1, `</s>` 2, as the published one has them.
+
+    The added tokens then have the ids `size` (end), `size` + 1 (pad) and `size` + 2 (bos). `size` may be 150 to 1000.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(800)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    path = Path(folder) / "spiece.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def make_vocab(folder: str | Path) -> list[str]:
+    """Writes `folder`/vocab.txt and returns its entries; an entry's place is its id."""
+    characters = sorted({c for word in WORDS for c in word} | set("0123456789，。！"))
+    letters = [f"##{c}" for c in characters if c.isascii() and c.isalnum()]
+    entries = [*SPECIAL, *characters, *letters, "hello", "model", "##s", "##ing", LINE_SEPARATOR_ENTRY]
+    entries = list(dict.fromkeys(entries))
+    (Path(folder) / "vocab.txt").write_bytes("".join(f"{entry}\n" for entry in entries).encode("utf-8"))
+    return entries
