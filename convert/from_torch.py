@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, TOKENIZER_FILES, resolve_source, save_arrays
+from davae_jax.cli import Command, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 from davae_jax.text import load_tokenizers
@@ -112,7 +116,23 @@ def _group_of(row: Row) -> str:
     return layer[0] if layer else row.path if row.path.endswith("embedding.weight") else row.path.split(".")[0]
 
 
-if __name__ == "__main__":
-    from davae_jax.cli import main_convert
+@dataclass(kw_only=True)
+class Main(Command):
+    """Published PyTorch checkpoint → a folder that davae_jax.from_pretrained reads without PyTorch."""
 
-    main_convert()
+    src: tyro.conf.Positional[str]
+    """Folder with config.json and pytorch_model.bin or model.safetensors, or a Hugging Face repo id."""
+
+    dst: tyro.conf.Positional[Path]
+    """Folder to make; it appears when it is complete."""
+
+    overwrite: bool = False
+    """Replace what stands at DST."""
+
+    def run(self) -> None:
+        convert(self.src, self.dst, overwrite=self.overwrite)
+        print(f"wrote {self.dst}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: Main, None, "convert.from_torch"))

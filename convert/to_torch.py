@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
+import tyro
 
 from davae_jax.checkpoint import (
     CONFIG_FILE,
@@ -21,6 +24,7 @@ from davae_jax.checkpoint import (
     stored_arrays,
     stored_extras,
 )
+from davae_jax.cli import Command, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 from davae_jax.sharding import weight_sharding
@@ -93,7 +97,29 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
     return state
 
 
-if __name__ == "__main__":
-    from davae_jax.cli import main_export
+@dataclass(kw_only=True)
+class Main(Command):
+    """A davae-jax checkpoint → the published PyTorch layout, which the published program loads."""
 
-    main_export()
+    src: tyro.conf.Positional[str]
+    """Converted or trained checkpoint."""
+
+    dst: tyro.conf.Positional[Path]
+    """Folder to make; it appears when it is complete."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    """The file's number format; the published one is float16."""
+
+    format: Format = "bin"
+    """pytorch_model.bin (needs PyTorch), model.safetensors, or both."""
+
+    overwrite: bool = False
+    """Replace what stands at DST."""
+
+    def run(self) -> None:
+        export(self.src, self.dst, dtype=self.dtype, format=self.format, overwrite=self.overwrite)
+        print(f"wrote {self.dst}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: Main, None, "convert.to_torch"))

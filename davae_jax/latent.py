@@ -38,3 +38,14 @@ def free_bits_kl(kl: Float[Array, "B L"], dim_target_kl: float) -> Float[Array, 
 def deterministic(posterior: Posterior) -> Posterior:
     """fb_mode 2: the log-variance replaced by 0, so the latent has unit noise and KL = ½ Σ mean²."""
     return Posterior(posterior.mean, jnp.zeros_like(posterior.logvar))
+
+
+def interpolate(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
+    """`steps` latents on the straight line from a to b, both ends included."""
+    weight = jnp.linspace(0, 1, steps).reshape(-1, *[1] * jnp.ndim(a))
+    return (1 - weight) * a + weight * b
+
+
+def analogy(a: Float[Array, "... L"], b: Float[Array, "... L"], c: Float[Array, "... L"]) -> Float[Array, "... L"]:
+    """b − a + c: what is to c as b is to a (Mikolov et al. 2013)."""
+    return b - a + c

@@ -19,7 +19,7 @@ from davae_jax.config import DAVAEConfig
 from davae_jax.decoder import power_of_two
 from davae_jax.errors import InputError
 from davae_jax.generation import check_prompts, generate, sampling_settings
-from davae_jax.latent import Posterior
+from davae_jax.latent import Posterior, analogy, interpolate
 from davae_jax.model import DAVAE
 from davae_jax.tokenizers import END, DecoderTokenizer, EncoderTokenizer
 
@@ -42,7 +42,7 @@ class TextVAE:
         self.decoder_tokenizer = decoder_tokenizer
         self.batch_size = 16
         self.progress = False  # a bar on the terminal
-        self.label = "text {}"  # how a warning names the text it is about
+        self.label = "text {}".format  # how a warning names the text it is about, counted from 1
 
     @classmethod
     def from_pretrained(
@@ -81,7 +81,7 @@ class TextVAE:
         all_ids = self.encoder_tokenizer.encode(_as_list(texts))
         for i, ids in enumerate(all_ids, 1):
             if problem := self.encoder_tokenizer.problem(ids):
-                warnings.warn(f"{self.label.format(i)}: {problem}", stacklevel=2)
+                warnings.warn(f"{self.label(i)}: {problem}", stacklevel=2)
         return all_ids
 
     def decoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -185,13 +185,12 @@ class TextVAE:
         if steps < 2:
             raise InputError(f"steps must be at least 2 (both ends), not {steps}", exit_code=2)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
-        weight = jnp.linspace(0, 1, steps)[:, None]
-        return self.generate((1 - weight) * mean_a + weight * mean_b, seed=seed, **(GREEDY | sampling))
+        return self.generate(interpolate(mean_a, mean_b, steps), seed=seed, **(GREEDY | sampling))
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
         """What is to c as b is to a: the text of mean(b) − mean(a) + mean(c)."""
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
-        return self.generate((mean_b - mean_a + mean_c)[None], seed=seed, **(GREEDY | sampling))[0]
+        return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **(GREEDY | sampling))[0]
 
     def _normal(self, n: int, seed: int) -> Float[Array, "n L"]:
         """Standard normal noise; row i is the same however many rows there are."""

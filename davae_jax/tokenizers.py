@@ -72,10 +72,8 @@ class EncoderTokenizer:
             return []
         for text in texts:
             _require_unicode(text)
-        # verbose=False: the cut below is meant, a warning about long texts would only mislead.
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        encoded = self._tokenizer(list(texts), **options)["input_ids"]
-        return [[self.cls_id, *ids[: self.max_ids], self.sep_id] for ids in encoded]
+        encoded = self._tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
+        return [[self.cls_id, *ids[: self.max_ids], self.sep_id] for ids in encoded["input_ids"]]
 
     def problem(self, ids: Sequence[int]) -> str | None:
         """Why a text with these ids, from `encode`, will not come through the latent well; None where all is fine.

@@ -287,10 +287,14 @@ def test_greedy_until_the_end_token():
 @both
 @torch.no_grad()
 @pytest.mark.parametrize("prompts", ["plain", "unequal"])
-def test_greedy(name, prompts):
+def test_greedy_in_one_pass(name, prompts):
+    """A causal decoder's greedy row is one in which every token after the prompt is the best at its place."""
     known = json.loads((GOLDEN / name / "generation.json").read_text(encoding="utf-8"))
-    twin, latent = twin_of(name), io_of(name)["latent_z"]
-    assert greedy(twin, latent, known[f"prompts_{prompts}"], 64) == known[f"greedy_{prompts}"]
+    rows = torch.tensor(known[f"greedy_{prompts}"])
+    best = twin_of(name).decode(rows[:, :-1], io_of(name)["latent_z"]).logits.argmax(-1)
+    for row, choice, prompt in zip(rows, best, known[f"prompts_{prompts}"], strict=True):
+        assert row[: len(prompt)].tolist() == prompt
+        assert torch.equal(choice[len(prompt) - 1 :], row[len(prompt) :])
 
 
 def test_simulated_latent():
@@ -307,7 +311,12 @@ def test_simulated_latent():
 @pytest.mark.slow
 @torch.no_grad()
 def test_full_size():
-    """The random checkpoint of the published size; takes a minute and 6 GB of memory."""
+    """The random checkpoint of the published size; takes a minute and 8 GB of memory.
+
+    The known answers belong to weights made with NumPy 1, which divides a float32 array by np.sqrt(768) in float32;
+    NumPy 2 divides in float64, and about 5000 of the encoder's float16 roundings fall the other way. A checkpoint made
+    with NumPy 2 thus differs by up to 9e-5 in the encoder's outputs; the decoder's divisors are exact (40 and 80).
+    """
     folder = os.environ.get("DAVAE_FULL_CHECKPOINT")
     if not folder:
         pytest.skip("DAVAE_FULL_CHECKPOINT does not name a folder with the random full-size checkpoint (seed 0)")

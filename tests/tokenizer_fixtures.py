@@ -9,16 +9,18 @@ import io
 import random
 from pathlib import Path
 
-WORDS = (
+_LEXICON = (
     "今天 明天 昨天 天气 很 好 不错 这家 店 的 服务 超市 价格 便宜 我们 喜欢 学习 中文 电力 系统 "
     "控制 方法 春眠 不觉晓 处处 闻 啼鸟 夜来 风雨 花落 知 多少 北京 上海 朋友 老师 学生 苹果 水果 吃 喝茶 "
     "看书 写字 走路 跑步 大家 一起 去 公园 山上 河边 晚上 早上 快乐 安静 漂亮 hello world model text jax"
-).split()
+)
+WORDS = _LEXICON.split()
 
 # WordPiece: the special tokens first, so that [CLS] is 2 and [SEP] is 3; [PAD] must be 0.
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# An entry that `str.splitlines` would break in two, as the published vocabulary has two of.
-LINE_SEPARATOR_ENTRY = "\u2028x"
+# An entry that `str.splitlines` would break in two, as the published vocabulary has two of. It stands early, so that
+# breaking it would move the ids of all others.
+LINE_SEPARATOR_ENTRY = "x\u2028x"
 CLS_ID, SEP_ID = 2, 3
 
 
@@ -35,7 +37,7 @@ def _sentence(rng: random.Random) -> str:
 
 
 def make_spiece(folder: str | Path, size: int = 300) -> Path:
-    """Trains `folder`/spiece.model: BPE with `size` pieces, `<unk>` 0, `<s>` 1, `</s>` 2, as the published one has them.
+    """Trains `folder`/spiece.model: BPE with `size` pieces; `<unk>` 0, `<s>` 1 and `</s>` 2, as in the published one.
 
     The added tokens then have the ids `size` (end), `size` + 1 (pad) and `size` + 2 (bos). `size` may be 150 to 1000.
     """
@@ -63,7 +65,7 @@ def make_vocab(folder: str | Path) -> list[str]:
     """Writes `folder`/vocab.txt and returns its entries; an entry's place is its id."""
     characters = sorted({c for word in WORDS for c in word} | set("0123456789，。！"))
     letters = [f"##{c}" for c in characters if c.isascii() and c.isalnum()]
-    entries = [*SPECIAL, *characters, *letters, "hello", "model", "##s", "##ing", LINE_SEPARATOR_ENTRY]
+    entries = [*SPECIAL, LINE_SEPARATOR_ENTRY, *characters, *letters, "hello", "model", "##s", "##ing"]
     entries = list(dict.fromkeys(entries))
     (Path(folder) / "vocab.txt").write_bytes("".join(f"{entry}\n" for entry in entries).encode("utf-8"))
     return entries
