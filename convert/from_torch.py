@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -50,7 +52,9 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
         groups = list(_groups(table))
         bar = tqdm(groups, desc=f"{folder.name} → {dst.name}", unit="group", disable=None)
         save_arrays(
-            staging / PARAMS_FOLDER, ({row.path: row.to_model(state[row.name]) for row in group} for group in bar), extras
+            staging / PARAMS_FOLDER,
+            ({row.path: row.to_model(state[row.name]) for row in group} for group in bar),
+            extras,
         )
         for name in (CONFIG_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
@@ -66,11 +70,13 @@ def read_arrays(folder: Path, config: DAVAEConfig) -> Iterator[tuple[str, np.nda
 
 
 def read_state(folder: Path) -> dict[str, np.ndarray]:
-    """The file's tensors under the published names."""
-    state = torch_file.read(torch_file.find(folder))
-    if state and all(name.startswith(2 * PREFIX) for name in state):  # PPVAE, GAVAE
-        state = {name.removeprefix(PREFIX): array for name, array in state.items()}
-    return state
+    """The file's tensors under the published names. Of a sibling model (PPVAE, GAVAE), the text VAE's part alone."""
+    path = torch_file.find(folder)
+    state = torch_file.read(path)
+    inner = {name.removeprefix(PREFIX): array for name, array in state.items() if name.startswith(2 * PREFIX)}
+    if inner and (others := len(state) - len(inner)):
+        warnings.warn(f"{path}: {others} tensors outside {PREFIX}{PREFIX} belong to the sibling model and are left out")
+    return inner or state
 
 
 def checked_rows(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) -> list[Row]:
@@ -120,10 +126,10 @@ def _group_of(row: Row) -> str:
 class Main(Command):
     """Published PyTorch checkpoint → a folder that davae_jax.from_pretrained reads without PyTorch."""
 
-    src: tyro.conf.Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Folder with config.json and pytorch_model.bin or model.safetensors, or a Hugging Face repo id."""
 
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder to make; it appears when it is complete."""
 
     overwrite: bool = False

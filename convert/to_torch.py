@@ -1,6 +1,6 @@
 """A davae-jax checkpoint → the published PyTorch layout, which the published program loads.
 
-    python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|both]
+python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|both]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -101,10 +101,10 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
 class Main(Command):
     """A davae-jax checkpoint → the published PyTorch layout, which the published program loads."""
 
-    src: tyro.conf.Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Converted or trained checkpoint."""
 
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder to make; it appears when it is complete."""
 
     dtype: Literal["float16", "float32"] = "float16"

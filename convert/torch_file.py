@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:
     """torch.save's zip format, as published."""
     torch = _torch("writing pytorch_model.bin")
-    torch.save({name: _as_torch(array) for name, array in state.items()}, path)
+    torch.save({name: as_torch(array) for name, array in state.items()}, path)
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
@@ -111,7 +111,8 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path, metadata={"format": "pt"})
 
 
-def _as_torch(array: np.ndarray):
+def as_torch(array: np.ndarray):
+    """A tensor over the array's own memory, where its layout allows."""
     import torch
 
     array = np.ascontiguousarray(array)

@@ -10,6 +10,7 @@ V vocabulary, M memory length, K = M + T keys. `x_BTD` has shape [B, T, D].
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from davae_jax.checkpoint import CONFIG_FILE
+
+from . import torch_file
+
 MASKED = -10000.0  # finite as published, not -inf: what a masked score becomes, or (encoder) what is added to it
-LOSS_PAD = 50000  # the published loss pads with the id of <|endoftext|>, which it therefore never trains
+END = 50000  # the default end token; the published loss pads with the id of <|endoftext|>, which it therefore never trains
 
 
 class Encoded(NamedTuple):
@@ -232,6 +237,7 @@ class Twin(nn.Module):
         super().__init__()
         L = config["latent_size"]
         self.config = config
+        self.loss_pad = config.get("end_token_id", END)
         self.vae_model = tree(
             encoder=Encoder(config["encoder"], L),
             decoder=Decoder(config["decoder"], L),
@@ -273,7 +279,9 @@ class Twin(nn.Module):
         logits_BTV, targets_BT = self.decode(ids, latent).logits[:, :-1], ids[:, 1:]
         logits_BTV = logits_BTV.to(at_least_float32(logits_BTV.dtype))
         # Classes stay on the last axis: over a strided axis torch's float32 sum of V terms is ten times less exact.
-        nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=LOSS_PAD, reduction="none")
+        nll = F.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=self.loss_pad, reduction="none"
+        )
         return nll.view(targets_BT.shape).sum(-1)
 
     def published_loss(
@@ -288,7 +296,7 @@ class Twin(nn.Module):
         spread_BL = torch.ones_like(logvar_BL) if fb_mode == 2 else (logvar_BL / 2).exp()
         kl_B = self.kl(mean_BL, logvar_BL, fb_mode)
         rec_B = self.reconstruction(decoder_ids, mean_BL + eps.to(mean_BL.dtype) * spread_BL)
-        per_token_B = rec_B / (decoder_ids != LOSS_PAD).sum(-1)
+        per_token_B = rec_B / (decoder_ids != self.loss_pad).sum(-1)
         total = ((per_token_B if length_weighted else rec_B) + beta * kl_B).sum()
         return per_token_B.mean(), kl_B.mean(), total
 
@@ -322,22 +330,22 @@ class Twin(nn.Module):
 
 
 def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
-    """Reads config.json and pytorch_model.bin (or model.safetensors) of a published folder, ready for evaluation.
+    """Reads config.json and the weights file of a published folder, ready for evaluation.
 
     Built without storage first and handed the file's tensors one by one, so the model is never in memory twice.
+
+    Raises:
+      InputError: the folder lacks a file, or the file is damaged or would run code.
+      RuntimeError: its tensors do not fit config.json.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (folder / "pytorch_model.bin").exists():
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True)
-    elif (folder / "model.safetensors").exists():
-        from safetensors.torch import load_file  # only for who has such a file
-
-        state = load_file(folder / "model.safetensors")
-    else:
-        raise FileNotFoundError(f"{folder}: neither pytorch_model.bin nor model.safetensors")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    state = torch_file.read(torch_file.find(folder))
     with torch.device("meta"):
         twin = Twin(config)
-    state = {name: t if name.endswith("inv_freq") else t.to(dtype) for name, t in state.items()}
-    twin.load_state_dict(state, assign=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # mapped, and only read
+        tensors = {name: torch_file.as_torch(array) for name, array in state.items()}
+    tensors = {name: t if name.endswith("inv_freq") else t.to(dtype) for name, t in tensors.items()}
+    twin.load_state_dict(tensors, assign=True)
     return twin.eval()

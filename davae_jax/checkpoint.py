@@ -175,7 +175,9 @@ def _nest(flat: FlatParams, key=str) -> Params:
     return params
 
 
-def _place(arrays: Iterable[tuple[str, np.ndarray]] | Iterator, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
+def _place(
+    arrays: Iterable[tuple[str, np.ndarray]] | Iterator, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> FlatParams:
     """Casts each array and puts it on its devices, one at a time."""
     return {p: jax.device_put(np.asarray(a).astype(targets[p].dtype), targets[p].sharding) for p, a in arrays}
 

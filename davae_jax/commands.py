@@ -27,7 +27,7 @@ _FromCheckpoint = tyro.conf.arg(help_behavior_hint="(default: the checkpoint's)"
 
 @dataclass(kw_only=True)
 class _TextCommand(Command):
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()
     """Texts; without any, one a line from --input or standard input."""
 
     model: str
@@ -98,7 +98,9 @@ class _TextCommand(Command):
         for number, group in enumerate(groups, 1):
             if len(group) != n:
                 where = "" if self.texts else f"{label(number)}: "
-                raise InputError(f"{where}needs {n} texts{'' if self.texts else ' with tabs between'}, not {len(group)}")
+                raise InputError(
+                    f"{where}needs {n} texts{'' if self.texts else ' with tabs between'}, not {len(group)}"
+                )
         return groups, (label if self.texts else lambda i: label((i - 1) // n + 1))
 
     def write(self, results: list[dict]) -> None:

@@ -101,9 +101,9 @@ class Decoder(nnx.Module):
         hidden = [x]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                r_KNH = layer.relative_keys(features)
+                r_NKH = layer.relative_keys(features)
                 past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
-                x, _ = layer(x, r_KNH, self.r_w_bias[...], self.r_r_bias[...], visible, past=past, key=layer_keys[i])
+                x, _ = layer(x, r_NKH, self.r_w_bias[...], self.r_r_bias[...], visible, past=past, key=layer_keys[i])
                 x = x + latent_term
             hidden.append(x)
         return DecoderOutput(tuple(hidden), self.norm(x))
@@ -163,7 +163,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        r_KNH: Float[Array, "K N H"],
+        r_NKH: Float[Array, "N K H"],
         r_w_bias: Float[Array, "N H"],
         r_r_bias: Float[Array, "N H"],
         visible: Bool[Array, "T K"],
@@ -175,52 +175,54 @@ class DecoderLayer(nnx.Module):
     ):
         """One layer over T new tokens. Returns its output (the latent not yet added) and the updated cache.
 
-        past: keys and values [B, M, N, H] that stand before the new ones (the recurrent memory's).
-        cache: buffers of keys and values [B, K, N, H]; the new ones are written at `position`.
+        past: keys and values [B, N, M, H] that stand before the new ones (the recurrent memory's).
+        cache: buffers of keys and values [B, N, K, H]; the new ones are written at `position`.
         """
         key_attention, key_mlp = split_keys(key, 2)
         q, k, v = self._project(self.attention_norm(x_BTD), slice(0, 3))
         if past is not None:
-            k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
+            k, v = (jnp.concatenate([old, new], axis=2) for old, new in zip(past, (k, v), strict=True))
         if cache is not None:
-            k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=1) for c, n in zip(cache, (k, v), strict=True))
-        context = relative_attention(q, k, v, r_KNH, r_w_bias, r_r_bias, visible)
-        x = x_BTD + dropout(self.attention_out(context.reshape(x_BTD.shape)), self.dropout_rate, key_attention)
+            k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=2) for c, n in zip(cache, (k, v), strict=True))
+            # Else XLA's CPU backend writes the updated cache twice: once to keep and once to read.
+            k, v = lax.optimization_barrier((k, v))
+        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, visible).swapaxes(1, 2).reshape(x_BTD.shape)
+        x = x_BTD + dropout(self.attention_out(context), self.dropout_rate, key_attention)
         mlp = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=True))
         return x + dropout(mlp, self.dropout_rate, key_mlp), (k, v)
 
-    def relative_keys(self, features: Float[Array, "K D"]) -> Float[Array, "K N H"]:
+    def relative_keys(self, features: Float[Array, "K D"]) -> Float[Array, "N K H"]:
         """r of every distance. It depends on no data: a decoding loop makes it once."""
-        return self.relative(features).reshape(features.shape[0], self.num_heads, -1)
+        return self.relative(features).reshape(features.shape[0], self.num_heads, -1).swapaxes(0, 1)
 
     def memory_keys_values(self, memory_BMD: Float[Array, "B M D"]):
         """Keys and values of the memory's rows, which pass through the same LayerNorm as the new tokens."""
         return self._project(self.attention_norm(memory_BMD), slice(1, 3))
 
-    def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B T N H"]]:
+    def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B N T H"]]:
         weight, bias = (p[...][which].astype(self.dtype) for p in (self.qkv_weight, self.qkv_bias))
         n, D = bias.shape
         y = matmul_transposed(h, weight.reshape(n * D, D)) + bias.reshape(n * D)
         y = y.reshape(*h.shape[:-1], n, self.num_heads, D // self.num_heads)
-        return [y[..., i, :, :] for i in range(n)]
+        return [y[..., i, :, :].swapaxes(1, 2) for i in range(n)]
 
 
 def relative_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K N H"],
-    v: Float[Array, "B K N H"],
-    r: Float[Array, "K N H"],
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N K H"],
+    v: Float[Array, "B N K H"],
+    r: Float[Array, "N K H"],
     r_w_bias: Float[Array, "N H"],
     r_r_bias: Float[Array, "N H"],
     visible: Bool[Array, "T K"],
-) -> Float[Array, "B T N H"]:
-    """Attention with relative positions. r[j] belongs to the distance of key j from the last query."""
-    u, w = r_w_bias.astype(q.dtype), r_r_bias.astype(q.dtype)
-    content = jnp.einsum("btnh,bknh->bntk", q + u, k, preferred_element_type=jnp.float32)
-    position = jnp.einsum("btnh,knh->bntk", q + w, r, preferred_element_type=jnp.float32)
+) -> Float[Array, "B N T H"]:
+    """Attention with relative positions. r[:, j] belongs to the distance of key j from the last query."""
+    u, w = (bias.astype(q.dtype)[:, None] for bias in (r_w_bias, r_r_bias))
+    content = jnp.einsum("bnth,bnkh->bntk", q + u, k, preferred_element_type=jnp.float32)
+    position = jnp.einsum("bnth,nkh->bntk", q + w, r, preferred_element_type=jnp.float32)
     scores = (content + relative_shift(position)) * q.shape[-1] ** -0.5
     probs = masked_softmax(scores, visible).astype(v.dtype)
-    return jnp.einsum("bntk,bknh->btnh", probs, v)
+    return jnp.einsum("bntk,bnkh->bnth", probs, v)
 
 
 def relative_shift(scores: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:

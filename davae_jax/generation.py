@@ -26,7 +26,7 @@ from davae_jax.errors import InputError
 from davae_jax.model import DAVAE, merge, split
 from davae_jax.sampling import count_ids, filter_logits, penalized_log_probs
 
-Cache = list[tuple[Array, Array]]  # keys and values [B, K, N, H] of each layer
+Cache = list[tuple[Array, Array]]  # keys and values [B, N, K, H] of each layer
 
 
 def generate(
@@ -166,17 +166,17 @@ def cached_step(
     decoder: Decoder, ids: Int[Array, "B T"], latent_term, cache: Cache, r_layers: list[Array], position
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Reads T tokens that stand at `position` and after; returns the final hidden states and the filled cache."""
-    T, C = ids.shape[1], cache[0][0].shape[1]
+    T, C = ids.shape[1], cache[0][0].shape[2]
     visible = visible_keys(T, C, offset=position)
     x = decoder.embedding(ids) + latent_term
     new_cache = []
     for i, layer in enumerate(decoder.layers):
         with jax.named_scope(f"layer_{i}"):
             # Of all distances, those that the cache's columns have from the last of the T queries.
-            r_KNH = lax.dynamic_slice_in_dim(r_layers[i], C - T - position, C)
+            r_NKH = lax.dynamic_slice_in_dim(r_layers[i], C - T - position, C, axis=1)
             x, layer_cache = layer(
                 x,
-                r_KNH,
+                r_NKH,
                 decoder.r_w_bias[...],
                 decoder.r_r_bias[...],
                 visible,
@@ -188,14 +188,15 @@ def cached_step(
     return decoder.norm(x), new_cache
 
 
-def relative_keys(decoder: Decoder, capacity: int) -> list[Float[Array, "2C N H"]]:
+def relative_keys(decoder: Decoder, capacity: int) -> list[Float[Array, "N 2C H"]]:
     """r of the distances C−1 … −C for each layer; the negative ones are filler for columns not yet written."""
     features = decoder.position_features(jnp.arange(capacity - 1, -capacity - 1, -1))
     return [layer.relative_keys(features) for layer in decoder.layers]
 
 
 def empty_cache(decoder: Decoder, batch: int, capacity: int) -> Cache:
-    shape = (batch, capacity, *decoder.r_w_bias.shape)
+    heads, width = decoder.r_w_bias.shape
+    shape = (batch, heads, capacity, width)
     dtype = decoder.layers[0].dtype
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in decoder.layers]
 

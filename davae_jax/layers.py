@@ -41,7 +41,9 @@ class Linear(nnx.Module):
 
     def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs, dtype, param_dtype, bias=True, init_scale=1.0):
         self.weight = param((d_out, d_in), axes, init=normal_init(init_scale), rngs=rngs, dtype=param_dtype)
-        self.bias = param((d_out,), axes[:1], init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype) if bias else None
+        self.bias = (
+            param((d_out,), axes[:1], init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype) if bias else None
+        )
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -84,14 +86,15 @@ class Embedding(nnx.Module):
 def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "O I"], out_dtype=None) -> Float[Array, "... O"]:
     """x · wᵀ over the last axis of both.
 
-    For a few rows (decoding token by token) the weight goes on the left: on CPU, XLA then streams it from memory up to
-    twice as fast at 2 to 8 rows (`benchmarks/matvec.py`). The numbers are the same.
+    For a few rows (decoding token by token) the weight goes on the left: on CPU, XLA then streams it from memory about
+    twice as fast at 2 to 8 rows (`benchmarks/matvec.py`). The numbers are the same. The barrier keeps the compiler from
+    folding the transpose back into the product.
     """
     rows = x.size // x.shape[-1]
     if rows > 8:
         return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=out_dtype)
     y = jnp.einsum("oi,ri->or", w, x.reshape(rows, x.shape[-1]), preferred_element_type=out_dtype)
-    return y.T.reshape(*x.shape[:-1], w.shape[0])
+    return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], w.shape[0])
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:

@@ -33,7 +33,9 @@ def next_token_probs(
       InputError: a setting out of its range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
-    return _next_token_probs(jnp.asarray(logits), jnp.asarray(previous_ids), temperature, top_k, top_p, repetition_penalty)
+    return _next_token_probs(
+        jnp.asarray(logits), jnp.asarray(previous_ids), temperature, top_k, top_p, repetition_penalty
+    )
 
 
 @jax.jit

@@ -225,9 +225,13 @@ def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer
     )
     largest = max(decoder.size - 1, config.bos_token_id, config.end_token_id, config.pad_token_id)
     if encoder.size > config.encoder.vocab_size:
-        raise InputError(f"{vocab}: {encoder.size} entries, but config's encoder.vocab_size is {config.encoder.vocab_size}")
+        raise InputError(
+            f"{vocab}: {encoder.size} entries, but config's encoder.vocab_size is {config.encoder.vocab_size}"
+        )
     if largest >= config.decoder.vocab_size:
-        raise InputError(f"{spiece}: ids up to {largest}, but config's decoder.vocab_size is {config.decoder.vocab_size}")
+        raise InputError(
+            f"{spiece}: ids up to {largest}, but config's decoder.vocab_size is {config.decoder.vocab_size}"
+        )
     return encoder, decoder
 
 
