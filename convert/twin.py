@@ -11,9 +11,11 @@ V vocabulary, M memory length, K = M + T keys. `x_BTD` has shape [B, T, D].
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -332,15 +334,21 @@ class Twin(nn.Module):
 def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
     """Reads config.json and the weights file of a published folder, ready for evaluation.
 
-    Built without storage first and handed the file's tensors one by one, so the model is never in memory twice.
-
     Raises:
       InputError: the folder lacks a file, or the file is damaged or would run code.
       RuntimeError: its tensors do not fit config.json.
     """
     folder = Path(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    state = torch_file.read(torch_file.find(folder))
+    return build_twin(config, torch_file.read(torch_file.find(folder)), dtype)
+
+
+def build_twin(config: dict, state: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Twin:
+    """The twin over arrays under the published names, ready for evaluation.
+
+    Built without storage first and handed the tensors one by one, so the model is never in memory twice; an array
+    that already has the dtype is not copied.
+    """
     with torch.device("meta"):
         twin = Twin(config)
     with warnings.catch_warnings():

@@ -22,24 +22,29 @@ from davae_jax.errors import InputError
 from davae_jax.latent import analogy, interpolate
 from davae_jax.text import GREEDY, TextVAE
 
-_FromCheckpoint = tyro.conf.arg(help_behavior_hint="(default: the checkpoint's)")
+
+def _option(metavar: str, default: str):
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+_FLOAT, _INT = (_option(kind, "the checkpoint's") for kind in ("FLOAT", "INT"))
 
 
 @dataclass(kw_only=True)
 class _TextCommand(Command):
-    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], _option("[TEXT ...]", "none")] = ()
     """Texts; without any, one a line from --input or standard input."""
 
     model: str
     """Converted checkpoint, published folder, or Hugging Face repo id."""
 
-    tokenizers: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the model's folder)")] = None
+    tokenizers: Annotated[Path | None, _option("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
 
-    input: Path | None = None
+    input: Annotated[Path | None, _option("FILE", "standard input")] = None
     """File of texts, UTF-8, one a line."""
 
-    output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: standard output)")] = None
+    output: Annotated[Path | None, _option("FILE", "standard output")] = None
     """File for the results, JSON Lines. It appears when all is done."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,19 +56,19 @@ class _TextCommand(Command):
     seed: int = 0
     """Seed of every draw."""
 
-    max_length: Annotated[int | None, _FromCheckpoint] = None
+    max_length: Annotated[int | None, _INT] = None
     """Tokens of a text at most, prompt included."""
 
-    temperature: Annotated[float | None, _FromCheckpoint] = None
+    temperature: Annotated[float | None, _FLOAT] = None
     """Divides the logits; above 0."""
 
-    top_k: Annotated[int | None, _FromCheckpoint] = None
+    top_k: Annotated[int | None, _INT] = None
     """Draw from the k most likely tokens; 0 is off, 1 is greedy."""
 
-    top_p: Annotated[float | None, _FromCheckpoint] = None
+    top_p: Annotated[float | None, _FLOAT] = None
     """Draw from the most likely tokens that hold this mass; 0 and 1 are off."""
 
-    repetition_penalty: Annotated[float | None, _FromCheckpoint] = None
+    repetition_penalty: Annotated[float | None, _FLOAT] = None
     """Divides a token's probability once for each time it stands in the text already; 1 is off."""
 
     def sampling(self) -> dict:
@@ -117,7 +122,7 @@ class _TextCommand(Command):
 
 
 def read_lines(data: bytes, name: str) -> list[str]:
-    """The lines of UTF-8 bytes, split at line feeds alone. Raises InputError naming the first line that is not UTF-8."""
+    """The lines of UTF-8 bytes, split at line feeds alone. Raises InputError naming a line that is not UTF-8."""
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -137,10 +142,10 @@ class Generate(_TextCommand):
     Writes {"text", "generated"} a line, or {"text", "prompt", "generated"} with --prompt.
     """
 
-    prompt: str | None = None
+    prompt: Annotated[str | None, _option("TEXT", "none")] = None
     """How every generated text begins; it is not repeated in the output."""
 
-    std_scale: Annotated[float | None, _FromCheckpoint] = None
+    std_scale: Annotated[float | None, _FLOAT] = None
     """Width of the draw around a text's mean; 0 is the mean itself."""
 
     def run(self) -> None:

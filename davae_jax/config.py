@@ -153,7 +153,15 @@ class DAVAEConfig:
 
 # What a config.json must say itself: the fields that fix a tensor's shape, and the memory's length.
 _REQUIRED = {
-    "encoder": ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size"],
+    "encoder": [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+    ],
     "decoder": ["vocab_size", "num_layers", "hidden_size", "num_attention_heads", "max_memory_length"],
     "": ["latent_size"],
 }

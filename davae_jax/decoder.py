@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
         The buffer grows by powers of two up to max_memory_length, so that reading a text in pieces of any size compiles
         a handful of programs.
         """
-        B, T, D = hidden[0].shape
+        T = hidden[0].shape[1]
         old = 0 if memory is None else memory.capacity
         capacity = min(self.max_memory_length, power_of_two(old + T))
         rows = []

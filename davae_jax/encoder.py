@@ -21,7 +21,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """BERT as in Devlin et al. 2018, pooled by tanh(Linear(first token)), then one bias-free Linear to (mean, logvar)."""
+    """BERT (Devlin et al. 2018), pooled by tanh(Linear(first token)), then one bias-free Linear to (mean, logvar)."""
 
     def __init__(self, config: EncoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
         D = config.hidden_size

@@ -4,7 +4,7 @@ Letters used for shapes in the whole project: B batch, S encoder length, T decod
 head width, F feed-forward width, L latent size, V vocabulary, M memory length, K = M + T keys.
 
 Weights of linear maps are [out, in], as in the published file. XLA's CPU matrix-vector product reads rows of such a
-weight 1.3 to 2 times as fast as columns of its transpose (`benchmarks/matvec.py`); accelerators choose their own layout.
+weight faster than columns of its transpose (`benchmarks/matvec.py`); accelerators choose their own layout.
 """
 
 from __future__ import annotations

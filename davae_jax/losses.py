@@ -25,9 +25,9 @@ def published_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The published training loss, dropout off.
 
-    Per example rec / sent_length + β·KL (length_weighted) or rec + β·KL, summed over the batch. `sent_length` counts the
-    ids that are not padding, and padding is the end token's id, as published: the end token is never trained. Use it to
-    compare with the published program; a trainer should mask by length instead.
+    Per example rec / sent_length + β·KL (length_weighted) or rec + β·KL, summed over the batch. `sent_length` counts
+    the ids that are not padding, and padding is the end token's id, as published: the end token is never trained. Use
+    it to compare with the published program; a trainer should mask by length instead.
 
     Args:
       encoder_ids, decoder_ids: padded with 0 and with the end token's id.

@@ -1,0 +1,46 @@
+"""Shared models and folders. Golden files are the published program's answers on small random checkpoints."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import davae_jax
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """A folder with the real tokenizers (tokenizers/spiece.model, tokenizers/vocab.txt), which are not ours to ship."""
+    folder = os.environ.get("DAVAE_REFERENCE_DIR")
+    if not folder:
+        pytest.skip("DAVAE_REFERENCE_DIR is not set: the real tokenizers are not part of this project")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def load_model():
+    """Loads a golden checkpoint once a session."""
+    pytest.importorskip("torch")
+    models = {}
+
+    def load(name: str) -> davae_jax.DAVAE:
+        if name not in models:
+            models[name] = davae_jax.from_pretrained(GOLDEN / name)
+        return models[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_arrays():
+    """io.npz of a golden folder, as a dict."""
+    return lambda name: dict(np.load(GOLDEN / name / "io.npz"))
+
+
+@pytest.fixture(scope="session")
+def golden_json():
+    return lambda name, file: json.loads((GOLDEN / name / file).read_text(encoding="utf-8"))
