@@ -40,6 +40,7 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float | None = None,
     key: jax.Array | None = None,
+    first_row: int = 0,
 ) -> list[list[int]]:
     """Continues each prompt, given its latent.
 
@@ -47,8 +48,8 @@ def generate(
       latent: one row a text; None for a plain language model (prompts are needed then).
       prompts: id lists, taken as given; None is [bos] for every row.
       max_length: in tokens, prompt included. This and the other settings default to the model's config.
-      key: one key, or one for each row; default `jax.random.key(0)`. With one key, row i draws from `fold_in(key, i)`,
-        so what a row draws does not depend on the rows beside it.
+      key: default `jax.random.key(0)`. Row i draws from `fold_in(key, first_row + i)`, so what a row draws does not
+        depend on the rows beside it, and a long list may be generated in parts.
 
     Returns:
       A list of ids for each row: prompt and continuation, without the end token.
@@ -66,31 +67,42 @@ def generate(
         prompts = [[config.bos_token_id]] * len(latent)
     prompts = [[int(i) for i in p] for p in prompts]
     check_prompts(prompts, max_length, config)
-    if latent is not None and len(latent) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts for {len(latent)} latents", exit_code=2)
+    if latent is not None and np.shape(latent) != (len(prompts), config.latent_size):
+        raise InputError(
+            f"the latent is {list(np.shape(latent))}, not {[len(prompts), config.latent_size]}", exit_code=2
+        )
     if not prompts:
         return []
 
     # Rows added to fill the bucket are finished before they begin.
     n = len(prompts)
-    B = power_of_two(n, least=1)
-    C = power_of_two(max_length)
-    lengths = np.array([len(p) for p in prompts] + [1] * (B - n), np.int32)
+    B, C = power_of_two(n, least=1), power_of_two(max_length)
     tokens = np.full((B, C), config.bos_token_id, np.int32)
+    lengths = np.ones(B, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
     if latent is not None:
-        latent = jnp.pad(jnp.asarray(latent, jnp.float32), ((0, B - n), (0, 0)))
+        latent = np.concatenate([np.asarray(latent, np.float32), np.zeros((B - n, config.latent_size), np.float32)])
     start = int(lengths[:n].min()) - 1
-    prefill = min(power_of_two(start), C) if start else 0
-    keys = _row_keys(jax.random.key(0) if key is None else key, n, B)
     if settings["top_k"] == 1:
         mode = "greedy"
     else:
         mode = "plain" if settings["top_k"] == 0 and settings["top_p"] in (0, 1) else "filtered"
 
     tokens, lengths = _generate(
-        *split(model), latent, tokens, lengths, np.arange(B) >= n, start, max_length, keys, settings, mode, prefill
+        *split(model),
+        latent,
+        tokens,
+        lengths,
+        done=np.arange(B) >= n,
+        start=start,
+        max_length=max_length,
+        key=jax.random.key(0) if key is None else key,
+        first_row=first_row,
+        settings=settings,
+        mode=mode,
+        prefill=min(power_of_two(start), C) if start else 0,
     )
     return [ids[:length].tolist() for ids, length in zip(np.asarray(tokens)[:n], np.asarray(lengths)[:n], strict=True)]
 
@@ -123,7 +135,20 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAV
 
 @partial(jax.jit, static_argnames=("graphdef", "mode", "prefill"))
 def _generate(
-    graphdef, params, latent, tokens, prompt_lengths, done, start, max_length, keys, settings, mode, prefill
+    graphdef,
+    params,
+    latent,
+    tokens,
+    prompt_lengths,
+    *,
+    done,
+    start,
+    max_length,
+    key,
+    first_row,
+    settings,
+    mode,
+    prefill,
 ) -> tuple[Int[Array, "B C"], Int[Array, "B"]]:
     """Fills `tokens` in place of what follows each prompt; returns them with each row's length, end token left out.
 
@@ -132,6 +157,7 @@ def _generate(
     model = merge(graphdef, params)
     decoder, end = model.decoder, model.config.end_token_id
     B, C = tokens.shape
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(B))
     latent_term = decoder.latent_term(latent)
     r_layers = relative_keys(decoder, C)
     cache = empty_cache(decoder, B, C)
@@ -211,10 +237,3 @@ def choose(logits: Float[Array, "B V"], counts, keys, position, settings: dict, 
     log_probs = penalized_log_probs(logits, counts, settings["repetition_penalty"])
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
     return jax.vmap(jax.random.categorical)(step_keys, log_probs).astype(jnp.int32)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _row_keys(key: jax.Array, n: int, rows: int) -> jax.Array:
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    return jnp.concatenate([key, jnp.broadcast_to(key[:1], (rows - n,))])

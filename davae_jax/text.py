@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -104,21 +105,9 @@ class TextVAE:
     # Latents.
 
     def posterior(self, texts: Sequence[str]) -> Posterior:
-        """Mean and log-variance of each text, [n, L], on the host."""
-        ids = self.encoder_ids(texts)
-        positions = self.config.encoder.max_position_embeddings
-        means, logvars = [np.zeros((0, self.config.latent_size), np.float32)], []
-        logvars += means
-        for start, stop in self._batches(len(ids), "encode"):
-            part = ids[start:stop]
-            # Batch and length are rounded up, so that texts of all lengths share a few compiled programs.
-            length = min(power_of_two(max(map(len, part))), positions)
-            batch = np.zeros((power_of_two(len(part), least=1), length), np.int32)
-            for row, row_ids in enumerate(part):
-                batch[row, : len(row_ids)] = row_ids
-            mean, logvar = self.model.encode(batch)
-            means.append(np.asarray(mean)[: len(part)])
-            logvars.append(np.asarray(logvar)[: len(part)])
+        """Mean and log-variance of each text, NumPy arrays [n, L]."""
+        parts = [(np.asarray(p.mean)[:n], np.asarray(p.logvar)[:n]) for p, _, n in self._posteriors(texts)]
+        means, logvars = zip(*parts, strict=True) if parts else ([self._no_latents()], [self._no_latents()])
         return Posterior(np.concatenate(means), np.concatenate(logvars))
 
     def encode(
@@ -128,7 +117,7 @@ class TextVAE:
         eps: Float[Array, "n L"] | None = None,
         seed: int = 0,
         std_scale: float | None = None,
-    ) -> Float[Array, "n L"]:
+    ) -> Float[np.ndarray, "n L"]:
         """A latent of each text: mean + eps · exp(logvar/2) · std_scale.
 
         eps is drawn from the seed unless given; std_scale defaults to the config's (1.5 as published), 0 is the mean.
@@ -137,10 +126,33 @@ class TextVAE:
         std_scale = self.config.std_scale if std_scale is None else std_scale
         if not std_scale >= 0:
             raise InputError(f"std_scale must be 0 or more, not {std_scale}", exit_code=2)
-        eps = self._normal(len(texts), seed) if eps is None else jnp.asarray(eps, jnp.float32)
+        eps = self._normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
             raise InputError(f"eps is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}", exit_code=2)
-        return Posterior(*map(jnp.asarray, self.posterior(texts))).at(eps, std_scale)
+        latents = [self._no_latents()]
+        for posterior, start, n in self._posteriors(texts):
+            noise = np.zeros(posterior.mean.shape, np.float32)
+            noise[:n] = eps[start : start + n]
+            latents.append(np.asarray(_at(posterior, noise, std_scale))[:n])
+        return np.concatenate(latents)
+
+    def _posteriors(self, texts: Sequence[str]) -> Iterator[tuple[Posterior, int, int]]:
+        """(posterior, first text, number of texts) of each batch.
+
+        Batch and length are rounded up, so that texts of all numbers and lengths share a few compiled programs; the
+        rows past the number of texts are filler.
+        """
+        ids = self.encoder_ids(texts)
+        for start, stop in self._batches(len(ids), "encode"):
+            part = ids[start:stop]
+            length = min(power_of_two(max(map(len, part))), self.config.encoder.max_position_embeddings)
+            batch = np.zeros((power_of_two(len(part), least=1), length), np.int32)
+            for row, row_ids in enumerate(part):
+                batch[row, : len(row_ids)] = row_ids
+            yield self.model.encode(batch), start, len(part)
+
+    def _no_latents(self) -> np.ndarray:
+        return np.zeros((0, self.config.latent_size), np.float32)
 
     # Texts from latents.
 
@@ -153,11 +165,11 @@ class TextVAE:
         if ids is not None and len(ids) != len(latent):
             raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
         self._check_sampling(ids, **sampling)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(_stream(seed, "draw"), jnp.arange(len(latent)))
+        key = _stream(seed, "draw")
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
             part = None if ids is None else ids[start:stop]
-            out = generate(self.model, latent[start:stop], part, key=keys[start:stop], **sampling)
+            out = generate(self.model, latent[start:stop], part, key=key, first_row=start, **sampling)
             skip = [1] * len(out) if part is None else [len(p) for p in part]
             texts += self.decode_ids([row[n:] for row, n in zip(out, skip, strict=True)], clean=True)
         return texts
@@ -192,10 +204,9 @@ class TextVAE:
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
         return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **(GREEDY | sampling))[0]
 
-    def _normal(self, n: int, seed: int) -> Float[Array, "n L"]:
+    def _normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
         """Standard normal noise; row i is the same however many rows there are."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(_stream(seed, "latent"), jnp.arange(n))
-        return jax.vmap(lambda key: jax.random.normal(key, (self.config.latent_size,)))(keys)
+        return np.asarray(_normal_rows(_stream(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
 
     def _check_sampling(self, prompts: list[list[int]] | None, max_length: int | None = None, **settings) -> None:
         """Raises InputError before any work is done."""
@@ -233,6 +244,17 @@ def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer
             f"{spiece}: ids up to {largest}, but config's decoder.vocab_size is {config.decoder.vocab_size}"
         )
     return encoder, decoder
+
+
+@jax.jit
+def _at(posterior: Posterior, eps, std_scale):
+    return posterior.at(eps, std_scale)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal_rows(key: jax.Array, rows: int, latent_size: int):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return jax.vmap(lambda k: jax.random.normal(k, (latent_size,)))(keys)
 
 
 def _stream(seed: int, purpose: str) -> jax.Array:

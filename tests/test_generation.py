@@ -1,0 +1,168 @@
+"""Properties of generation that no golden file fixes: buckets, independence of rows, what is refused."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig, InputError, generate
+from davae_jax.sampling import filter_logits, next_token_probs
+
+CONFIG = DAVAEConfig(
+    encoder=EncoderConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    ),
+    decoder=DecoderConfig(vocab_size=64, num_layers=2, hidden_size=16, num_attention_heads=2),
+    latent_size=4,
+    end_token_id=60,
+    pad_token_id=61,
+    bos_token_id=62,
+    top_k=0,
+    top_p=0.9,
+    max_out_length=24,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Weights a good deal larger than a fresh model's, so that different latents give different texts.
+    graphdef, state = nnx.split(DAVAE(CONFIG, rngs=nnx.Rngs(0)))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, state))
+
+
+@pytest.fixture(scope="module")
+def latent():
+    return np.random.default_rng(0).standard_normal((11, 4)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """Collects one entry for each program that XLA compiles, one-operation programs included."""
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_hundred_calls_compile_a_handful_of_times(model):
+    rng = np.random.default_rng(1)
+    with counted_compilations() as compiled:
+        for call in range(100):
+            rows = int(rng.integers(1, 9))
+            latent = rng.standard_normal((rows, 4)).astype(np.float32)
+            prompts = [[62, *rng.integers(0, 50, rng.integers(0, 15))] for _ in range(rows)]
+            generate(
+                model,
+                latent,
+                prompts,
+                max_length=int(rng.integers(16, 32)),
+                top_p=float(rng.uniform(0.1, 0.9)),
+                top_k=int(rng.integers(2, 9)),
+                temperature=float(rng.uniform(0.5, 2)),
+                key=jax.random.key(call),
+            )
+    # At most: batches of 1, 2, 4, 8 × lengths up to 16, 32 × prefill or none, and a few one-operation programs.
+    assert 0 < len(compiled) <= 20
+    with counted_compilations() as compiled:
+        generate(model, latent, prompts, max_length=20, top_k=3, key=jax.random.key(5))
+    assert not compiled
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model, latent):
+    together = generate(model, latent, key=jax.random.key(7))
+    assert len({tuple(row) for row in together}) > 5
+    for i in (0, 3, 10):
+        alone = generate(model, latent[i : i + 1], key=jax.random.key(7), first_row=i)
+        assert alone == [together[i]]
+    assert together != generate(model, latent, key=jax.random.key(8))
+
+
+def test_draws_follow_the_probabilities(model):
+    """First tokens of many rows with one latent, against the distribution they are drawn from."""
+    rows = 4096
+    latent = np.tile(np.array([[0.3, -1.0, 0.5, 2.0]], np.float32), (rows, 1))
+    settings = dict(temperature=1.5, top_k=0, top_p=0.95, repetition_penalty=1.7)
+    drawn = [ids[1] if len(ids) > 1 else 60 for ids in generate(model, latent, max_length=2, **settings)]
+    frequency = np.bincount(drawn, minlength=64) / rows
+    logits, _ = model.decode(np.array([[62]]), latent[:1])
+    probs = np.asarray(next_token_probs(logits[:, 0], np.array([[62]]), **settings))[0]
+    assert (frequency[probs == 0] == 0).all()
+    # Five standard deviations of a binomial proportion.
+    assert (np.abs(frequency - probs) <= 5 * np.sqrt(probs * (1 - probs) / rows) + 1e-9).all()
+
+
+def test_greedy_is_the_argmax_of_the_uncached_model(model, latent):
+    prompts = [[62, *range(1, 2 + i)] for i in range(11)]
+    for row, (ids, prompt) in enumerate(zip(generate(model, latent, prompts, top_k=1), prompts, strict=True)):
+        assert ids[: len(prompt)] == prompt
+        logits, _ = model.decode(np.array([ids]), latent[row : row + 1])
+        best = np.asarray(logits.argmax(-1))[0]
+        assert ids[len(prompt) :] == best[len(prompt) - 1 : -1].tolist()
+        assert len(ids) == 24 or best[-1] == 60  # at the limit, or the next token is the end
+
+
+def test_no_latent(model):
+    ids = generate(model, None, [[62, 5], [62, 9, 8]], max_length=10, top_k=1)
+    logits, _ = model.decode(np.array([ids[0]]), None)
+    assert ids[0][2:] == np.asarray(logits.argmax(-1))[0, 1 : len(ids[0]) - 1].tolist()
+
+
+def test_max_length_of_the_prompt_returns_it(model, latent):
+    assert generate(model, latent[:2], [[62, 1, 2], [62, 3, 4]], max_length=3) == [[62, 1, 2], [62, 3, 4]]
+    assert generate(model, latent[:1], max_length=1) == [[62]]
+    assert generate(model, latent[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(top_p=1.01), "top_p must lie in [0, 1], not 1.01"),
+        (dict(top_p=-0.1), "top_p must lie in [0, 1], not -0.1"),
+        (dict(top_p=float("nan")), "top_p must lie in [0, 1], not nan"),
+        (dict(top_k=-1), "top_k must be a whole number of 0 (off) or more, not -1"),
+        (dict(temperature=0.0), "temperature must be above 0, not 0.0"),
+        (dict(temperature=-1.0), "temperature must be above 0, not -1.0"),
+        (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, not 0.0"),
+        (dict(max_length=0), "max_length must be at least 1, not 0"),
+        (dict(prompts=[[62], [62] * 25]), "prompt 2 has 25 tokens, more than max_length 24"),
+        (dict(prompts=[[62, 60], [62]]), "prompt 1 holds the end token 60"),
+        (dict(prompts=[[62], []]), "prompt 2 is empty"),
+        (dict(prompts=[[62], [64]]), "prompt 2 holds the id 64, outside the vocabulary of 64"),
+        (dict(prompts=[[62]]), "the latent is [2, 4], not [1, 4]"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_is_refused(model, latent, kwargs, message):
+    with pytest.raises(InputError) as error:
+        generate(model, latent[:2], **kwargs)
+    assert message in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_filter_keeps_ties_as_published():
+    logits = jnp.log(jnp.array([[0.3, 0.2, 0.2, 0.2, 0.1]]))
+    kept = lambda **kw: np.isfinite(filter_logits(logits, **kw))[0].tolist()  # noqa: E731
+    assert kept(top_k=2, top_p=0.0) == [True, True, True, True, False]  # all ties with the second
+    assert kept(top_k=0, top_p=0.4) == [True, True, False, False, False]  # 0.3 before the first tie, 0.5 before the next
+    assert kept(top_k=0, top_p=0.25) == [True, False, False, False, False]
+    assert kept(top_k=0, top_p=0.0001) == [True, False, False, False, False]  # the best always stays
+    assert kept(top_k=0, top_p=1.0) == [True] * 5
+    assert kept(top_k=9, top_p=0.0) == [True] * 5
+
+
+def test_probabilities_survive_any_number_of_repetitions():
+    """2^400 overflows float32; the row's mass must not vanish with it."""
+    logits = jnp.zeros((1, 3))
+    previous = jnp.array([[0] * 400 + [1] * 399 + [2] * 398])
+    probs = next_token_probs(logits, previous, repetition_penalty=2.0)
+    np.testing.assert_allclose(probs, [[1 / 7, 2 / 7, 4 / 7]], rtol=1e-4)
