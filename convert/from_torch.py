@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,21 +45,25 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
     if all((folder / name).is_file() for name in TOKENIZER_FILES):
         load_tokenizers(folder, config)
-    with staged(dst, overwrite=overwrite) as staging:
+    with staged(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = read_state(folder)
         table = checked_rows(state, config, torch_file.find(folder))
-        extras = {"buffers": [name for name, tensor in BUFFERS.items() if tensor in state]}
-        groups = list(_groups(table))
-        bar = tqdm(groups, desc=f"{folder.name} → {dst.name}", unit="group", disable=None)
-        save_arrays(
-            staging / PARAMS_FOLDER,
-            ({row.path: row.to_model(state[row.name]) for row in group} for group in bar),
-            extras,
-        )
+        buffers = [name for name, tensor in BUFFERS.items() if tensor in state]
+        label = f"{folder.name} → {dst.name}"
+        write_params(staging, table, lambda row: row.to_model(state[row.name]), buffers=buffers, label=label)
         for name in (CONFIG_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
     return dst
+
+
+def write_params(
+    folder: Path, table: list[Row], array_of: Callable[[Row], np.ndarray], *, buffers: list[str], label: str
+) -> None:
+    """Writes `folder`/params layer by layer. `buffers` names which of `BUFFERS` an export gives back."""
+    bar = tqdm(list(_groups(table)), desc=label, unit="group", disable=None)
+    groups = ({row.path: array_of(row) for row in group} for group in bar)
+    save_arrays(folder / PARAMS_FOLDER, groups, {"buffers": buffers})
 
 
 def read_arrays(folder: Path, config: DAVAEConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -82,10 +86,16 @@ def read_state(folder: Path) -> dict[str, np.ndarray]:
 def checked_rows(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) -> list[Row]:
     """The rows that the file holds (`inv_freq` may be absent), or one InputError that names all that is wrong."""
     table = [row for row in rows(config) if row.name != INV_FREQ or row.name in state]
-    names = {row.name for row in table}
+    check(state, table, path, ignored=[POSITION_IDS])
+    return table
+
+
+def check(state: dict[str, np.ndarray], table: list[Row], path: Path, ignored: Collection[str] = ()) -> None:
+    """Raises one InputError that names all tensors of `state` that do not fit the table's rows."""
+    known = {row.name for row in table} | set(ignored)
     problems = {
         "missing": [row.name for row in table if row.name not in state],
-        "unexpected": [name for name in state if name not in names and name != POSITION_IDS],
+        "unexpected": [name for name in state if name not in known],
         "misshapen": [],
         "not floating point": [],
         "NaN or infinite": [],
@@ -102,7 +112,6 @@ def checked_rows(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) 
             problems["NaN or infinite"].append(row.name)
     if said := [f"{len(which)} {kind}: {', '.join(which)}" for kind, which in problems.items() if which]:
         raise InputError(f"{path}: {'; '.join(said)}")
-    return table
 
 
 def _groups(table: list[Row]) -> Iterator[list[Row]]:

@@ -167,8 +167,12 @@ def _forward(graphdef, params, b: Batch):
 def _losses(graphdef, params, b: Batch):
     model = merge(graphdef, params)
     return {
-      _loss_name(*how): jnp.stack(published_loss(model, b.encoder_ids, b.decoder_ids, eps=b.eps, beta=BETA, fb_mode=how[0], length_weighted=how[1]))
-      for how in LOSSES
+        _loss_name(*how): jnp.stack(
+            published_loss(
+                model, b.encoder_ids, b.decoder_ids, eps=b.eps, beta=BETA, fb_mode=how[0], length_weighted=how[1]
+            )
+        )
+        for how in LOSSES
     }
 
 
@@ -178,8 +182,11 @@ def _gradients(graphdef, params, b):
         model = merge(graphdef, params)
         encoded = model.encoder(b.encoder_ids)
         latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
-        total = published_loss(model, b.encoder_ids, b.decoder_ids, eps=b.eps, beta=BETA, fb_mode=0, length_weighted=True)[2]
+        total = published_loss(
+            model, b.encoder_ids, b.decoder_ids, eps=b.eps, beta=BETA, fb_mode=0, length_weighted=True
+        )[2]
         return total + sum(adversarial_losses(model, latent, b.prior))
+
     return jax.grad(loss)(params)
 
 
@@ -194,22 +201,27 @@ def run_jax(model: DAVAE, b: Batch, step) -> Values:
         for i, ids in enumerate(np.array_split(b.segment_ids, SEGMENTS, axis=1)):
             logits, memory = model.decode(ids, latent, memory=memory, window=window)
             values[f"{mask} mask, segment {i}"] = logits
-        values[f"{mask} mask, memory"] = jnp.stack(memory.hidden)[:, :, memory.capacity - int(memory.length):]
+        values[f"{mask} mask, memory"] = jnp.stack(memory.hidden)[:, :, memory.capacity - int(memory.length) :]
     step("JAX: losses")
     values |= _losses(*split(model), b)
     values["adversarial losses"] = jnp.stack(adversarial_losses(model, latent, b.prior))
     return {name: np.asarray(value.astype(jnp.float32)) for name, value in values.items()}
 
-def _states_order(v): return v
+
+def _states_order(v):
+    return v
+
 
 @partial(jax.jit, static_argnums=0)
 def _encoder_layer(graphdef, params, x, score_bias):
     return nnx.merge(graphdef, params)(x, score_bias)
 
+
 @partial(jax.jit, static_argnums=0)
 def _decoder_layer(graphdef, params, x, features, visible, u, v, term):
     layer = nnx.merge(graphdef, params)
     return layer(x, layer.relative_keys(features), u, v, visible)[0] + term
+
 
 def run_isolated(model, b, twin, dtype, step):
     enc, dec = model.encoder, model.decoder
@@ -229,10 +241,13 @@ def run_isolated(model, b, twin, dtype, step):
     term = dec.latent_term(twin["latent"])
     out["decoder input"] = dec.embedding(b.decoder_ids) + term
     T = b.decoder_ids.shape[1]
-    f = dec.position_features(jnp.arange(T - 1, -1, -1)); vis = visible_keys(T, T, offset=0)
+    f = dec.position_features(jnp.arange(T - 1, -1, -1))
+    vis = visible_keys(T, T, offset=0)
     x = cast(twin["decoder input"])
     for i, layer in enumerate(dec.layers):
-        out[n := f"decoder layer {i}"] = _decoder_layer(*split(layer), x, f, vis, dec.r_w_bias[...], dec.r_r_bias[...], term)
+        out[n := f"decoder layer {i}"] = _decoder_layer(
+            *split(layer), x, f, vis, dec.r_w_bias[...], dec.r_r_bias[...], term
+        )
         x = cast(twin[n])
     out["decoder norm"] = dec.norm(x)
     out["logits"] = dec.logits(cast(twin["decoder norm"]))
@@ -243,14 +258,25 @@ def run_isolated(model, b, twin, dtype, step):
 
 if __name__ == "__main__":
     import time, resource, os
+
     src, dtype = Path(sys.argv[1]), sys.argv[2]
     grads = len(sys.argv) > 3
     config = DAVAEConfig.from_json(src / CONFIG_FILE)
     b = make_batch(config, 2, 48, 0)
     t0 = time.time()
-    def step(s): print(f"{time.time()-t0:7.1f} s  {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6:.1f} GB  {s}", flush=True)
+
+    def step(s):
+        print(
+            f"{time.time() - t0:7.1f} s  {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB  {s}",
+            flush=True,
+        )
+
     import contextlib
-    with tempfile.TemporaryDirectory() as tmp, (jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()):
+
+    with (
+        tempfile.TemporaryDirectory() as tmp,
+        jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext(),
+    ):
         tmp = Path(tmp)
         twin = run_twin(src, b, tmp if grads else None, step)
         gc.collect()
@@ -263,11 +289,17 @@ if __name__ == "__main__":
         print("cache", _encoder_layer._cache_size(), _decoder_layer._cache_size())
         step("done")
         for n, v in twin.items():
-            d = np.abs(end[n] - v); a = np.abs(alone[n] - v) if n in alone else np.zeros(1)
-            if "loss" in n: d = d / abs(v); a = a / abs(v)
-            rel = np.linalg.norm(end[n]-v)/np.linalg.norm(v)
-            rela = np.linalg.norm(alone[n]-v)/np.linalg.norm(v) if n in alone else 0
-            print(f"{n:34} e2e {d.max():.2e} iso {a.max():.2e} | rms {np.sqrt((v**2).mean()):.2e} max {np.abs(v).max():.2e} | /max {d.max()/np.abs(v).max():.1e} {a.max()/np.abs(v).max():.1e} | l2 {rel:.1e} {rela:.1e}", v if "loss" in n else "")
+            d = np.abs(end[n] - v)
+            a = np.abs(alone[n] - v) if n in alone else np.zeros(1)
+            if "loss" in n:
+                d = d / abs(v)
+                a = a / abs(v)
+            rel = np.linalg.norm(end[n] - v) / np.linalg.norm(v)
+            rela = np.linalg.norm(alone[n] - v) / np.linalg.norm(v) if n in alone else 0
+            print(
+                f"{n:34} e2e {d.max():.2e} iso {a.max():.2e} | rms {np.sqrt((v**2).mean()):.2e} max {np.abs(v).max():.2e} | /max {d.max() / np.abs(v).max():.1e} {a.max() / np.abs(v).max():.1e} | l2 {rel:.1e} {rela:.1e}",
+                v if "loss" in n else "",
+            )
         if grads:
             step("JAX gradients")
             g = flatten(_gradients(*split(model), b))
@@ -275,12 +307,15 @@ if __name__ == "__main__":
             step("compare")
             worst = {}
             for row in rows(config):
-                if row.name == INV_FREQ: continue
+                if row.name == INV_FREQ:
+                    continue
                 t = np.load(tmp / f"{row.name}.npy", mmap_mode="r")
                 j = row.to_file(np.asarray(g.pop(row.path).astype(jnp.float32)))
-                n = np.linalg.norm(t); 
+                n = np.linalg.norm(t)
                 kind = re.sub(r"\.\d+\.", ".N.", row.path)
-                m = (np.abs(j-t).max()/n, np.linalg.norm(j-t)/n, n, np.linalg.norm(j), row.path)
-                if kind not in worst or m[0] > worst[kind][0]: worst[kind] = m
+                m = (np.abs(j - t).max() / n, np.linalg.norm(j - t) / n, n, np.linalg.norm(j), row.path)
+                if kind not in worst or m[0] > worst[kind][0]:
+                    worst[kind] = m
             step("done")
-            for k, m in worst.items(): print(f"{k:50} max/norm {m[0]:.1e} l2 {m[1]:.1e}  norms {m[2]:.2e} {m[3]:.2e} {m[4]}")
+            for k, m in worst.items():
+                print(f"{k:50} max/norm {m[0]:.1e} l2 {m[1]:.1e}  norms {m[2]:.2e} {m[3]:.2e} {m[4]}")

@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from davae_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def staged(dst: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """Yields an empty folder beside `dst`; renamed to `dst` on success, removed on any failure or interrupt.
 
-    With `overwrite`, what stood at `dst` goes only once the new folder is complete.
+    With `overwrite`, what stood at `dst` goes only once the new folder is complete. Parents that had to be made go too
+    when nothing comes of it. The path yielded is absolute, as Orbax wants it.
 
     Raises:
-      InputError: `dst` exists and `overwrite` is off, or the folder cannot be made.
+      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources`, or it cannot be written.
     """
     if dst.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
-    staging = dst.parent / f".{dst.name}.partial-{os.getpid()}"
+    target = dst.absolute()
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise InputError(f"{dst}: holds the source {source}; give another folder", exit_code=2)
+    tag = secrets.token_hex(4)
+    staging = target.with_name(f".{target.name}.partial-{tag}")
+    old = target.with_name(f".{target.name}.old-{tag}")
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         staging.mkdir(parents=True)
-    except OSError as e:
-        raise InputError(f"{dst}: cannot be written ({e.strerror})") from e
-    try:
         yield staging
-        if dst.exists():
-            old = dst.parent / f".{dst.name}.old-{os.getpid()}"
-            dst.rename(old)
-            staging.rename(dst)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            staging.rename(dst)
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
     except OSError as e:
-        raise InputError(f"{dst}: cannot be written ({e.strerror or e})") from e
+        file = Path(e.filename or staging)
+        if file == target or file.is_relative_to(staging) or staging.is_relative_to(file):
+            raise InputError(f"{dst}: cannot be written ({e.strerror or e})") from e
+        raise InputError(f"{file}: {e.strerror}") from e
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
+        for leftover in (staging, old):
+            _remove(leftover)
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds the result
+                parent.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def export(
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
     if not (folder / PARAMS_FOLDER).is_dir():
         raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
-    with staged(dst, overwrite=overwrite) as staging:
+    with staged(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = published_state(folder, config, np.dtype(dtype))
         if format in ("bin", "both"):
             torch_file.write_bin(staging / "pytorch_model.bin", state)
@@ -89,6 +89,8 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
         array = np.asarray(arrays.pop(row.path))
         with np.errstate(over="ignore"):
             cast = array.astype(dtype)
+        if row.name == INV_FREQ and not np.array_equal(cast, array):
+            cast = array.astype(np.float32)  # rounding the frequencies would change what the model computes
         if not torch_file.is_finite(cast):
             too_large.append(row.path)
         state[row.name] = row.to_file(cast)

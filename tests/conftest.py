@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +46,14 @@ def golden_arrays():
 @pytest.fixture(scope="session")
 def golden_json():
     return lambda name, file: json.loads((GOLDEN / name / file).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def full_checkpoint(tmp_path_factory) -> Path:
+    """A random checkpoint of the published size in the published layout, 2.5 GB."""
+    if folder := os.environ.get("DAVAE_FULL_CHECKPOINT"):
+        return Path(folder)
+    folder = tmp_path_factory.mktemp("published")
+    make = [sys.executable, GOLDEN.parent / "make_checkpoint.py", "--config", GOLDEN / "full" / "config.json"]
+    subprocess.run([*make, "--out", folder], check=True)
+    return folder

@@ -153,7 +153,13 @@ def test_filter_keeps_ties_as_published():
     logits = jnp.log(jnp.array([[0.3, 0.2, 0.2, 0.2, 0.1]]))
     kept = lambda **kw: np.isfinite(filter_logits(logits, **kw))[0].tolist()  # noqa: E731
     assert kept(top_k=2, top_p=0.0) == [True, True, True, True, False]  # all ties with the second
-    assert kept(top_k=0, top_p=0.4) == [True, True, False, False, False]  # 0.3 before the first tie, 0.5 before the next
+    assert kept(top_k=0, top_p=0.4) == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]  # 0.3 before the first tie, 0.5 before the next
     assert kept(top_k=0, top_p=0.25) == [True, False, False, False, False]
     assert kept(top_k=0, top_p=0.0001) == [True, False, False, False, False]  # the best always stays
     assert kept(top_k=0, top_p=1.0) == [True] * 5

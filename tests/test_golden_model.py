@@ -83,7 +83,7 @@ def test_memory(case, window, infix):
         assert_close(logits[..., io["logit_columns"]], io[f"segment{i}{infix}_logits_cols"])
         if window == "published":
             M = int(memory.length)
-            assert M == io[f"segment{i}_mem_length"]
+            assert io[f"segment{i}_mem_length"] == M
             assert_close(memory.hidden[0][:, -M:], io[f"segment{i}_mem_first"])
             assert_close(memory.hidden[-1][:, -M:], io[f"segment{i}_mem_last"])
 

@@ -1,0 +1,219 @@
+"""What no golden file fixes: initialisation, dropout, bfloat16, the memory's bookkeeping, plain pytrees through jit."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_generation import CONFIG, counted_compilations
+
+from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig, decoder, encoder
+from davae_jax.checkpoint import flatten, params_of
+from davae_jax.layers import dropout
+from davae_jax.model import merge, split, weight_axes
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DAVAE(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    return rng.integers(1, 50, (2, 12)), rng.standard_normal((2, 4)).astype(np.float32)
+
+
+def test_initialisation():
+    config = DAVAEConfig(
+        encoder=EncoderConfig(
+            vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
+        ),
+        decoder=DecoderConfig(vocab_size=500, num_layers=4, hidden_size=64, num_attention_heads=4),
+        latent_size=32,
+    )
+    residual = ("attention_out.weight", "mlp_out.weight")
+    seen = set()
+    for path, weight in params_of(DAVAE(config, rngs=nnx.Rngs(0))).items():
+        weight = np.asarray(weight)
+        if path == "decoder.inv_freq":
+            np.testing.assert_allclose(weight, 10000.0 ** (-np.arange(0, 64, 2) / 64), rtol=1e-6)
+        elif path.endswith("norm.weight"):
+            assert (weight == 1).all(), path
+        elif "bias" in path:
+            assert (weight == 0).all(), path
+        else:
+            layers = 3 if path.startswith("encoder") else 4
+            stddev = 0.02 / np.sqrt(2 * layers) if path.endswith(residual) else 0.02
+            # The standard deviation of n draws is off by its own share of 1/√(2n); five of those.
+            assert abs(weight.std() / stddev - 1) < 5 / np.sqrt(2 * weight.size), path
+            assert abs(weight.mean()) < 5 * stddev / np.sqrt(weight.size), path
+            assert weight.tobytes() not in seen  # each weight is a draw of its own
+            seen.add(weight.tobytes())
+
+
+def test_every_weight_names_its_axes(model):
+    axes = flatten(weight_axes(model))
+    for path, weight in params_of(model).items():
+        assert len(axes[path]) == weight.ndim, path
+
+
+def test_published_size():
+    """1,249,094,657 trained values."""
+    abstract = nnx.eval_shape(lambda: DAVAE(DAVAEConfig(), rngs=nnx.Rngs(0)))
+    weights = jax.tree.leaves(split(nnx.state(abstract, nnx.Param))[1])
+    assert sum(w.size for w in weights) == 1_249_094_657
+
+
+def test_dropout_function():
+    x = jnp.full((400, 500), 3.0)
+    y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
+    np.testing.assert_allclose(np.unique(y), [0, 3 / 0.9], rtol=1e-6)
+    assert abs((y == 0).mean() - 0.1) < 0.004
+    assert dropout(x, 0.1, None) is x
+
+
+def test_dropout_places(model, inputs, monkeypatch):
+    """Where the published program drops, in order: shape and rate of each place; every place with a key of its own."""
+    places, keys = [], []
+
+    def record(x, rate, key):
+        places.append((x.shape, rate))
+        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return x
+
+    monkeypatch.setattr(encoder, "dropout", record)
+    monkeypatch.setattr(decoder, "dropout", record)
+    ids, latent = inputs
+    model.encoder(ids, key=jax.random.key(0))
+    hidden, attention = ((2, 12, 16), 0.1), ((2, 2, 12, 12), 0.1)
+    assert places == [hidden, attention, hidden, hidden]
+    assert len(set(keys)) == 4
+
+    places.clear(), keys.clear()
+    model.decoder(ids, latent, key=jax.random.key(0))
+    assert places == [((12, 16), 0.1), hidden, hidden, hidden, hidden, hidden]
+    assert len(set(keys)) == 6
+
+
+def test_dropout_needs_a_key_and_follows_it(model, inputs):
+    ids, latent = inputs
+    still, _ = model.decode(ids, latent)
+    a, b, again = (model.decode(ids, latent, key=jax.random.key(k))[0] for k in (1, 2, 1))
+    assert (a == again).all() and (a != b).any() and (a != still).any()
+    posterior = model.encode(ids)
+    assert (model.encode(ids, key=jax.random.key(1)).mean != posterior.mean).any()
+
+
+def test_bfloat16(model, inputs):
+    """Weights and products in bfloat16; what must stay float32 does; numbers agree to bfloat16's 8 bits."""
+    ids, latent = inputs
+    graphdef, params = split(DAVAE(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    assert {str(w.dtype) for p, w in flatten(params).items() if p != "decoder.inv_freq"} == {"bfloat16"}
+    assert params["decoder"]["inv_freq"].dtype == jnp.float32
+    same = merge(graphdef, jax.tree.map(lambda w, t: w.astype(t.dtype), split(model)[1], params))
+    posterior, expected = same.encode(ids), model.encode(ids)
+    assert posterior.mean.dtype == posterior.logvar.dtype == jnp.float32
+    assert np.abs(posterior.mean - expected.mean).max() < 0.02 * np.abs(expected.mean).max()
+    logits, memory = same.decode(ids, latent)
+    full, _ = model.decode(ids, latent)
+    assert logits.dtype == jnp.float32 and memory.hidden[0].dtype == jnp.bfloat16
+    assert np.abs(logits - full).max() < 0.03 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("pieces", [[12], [5, 7], [1] * 12, [3, 1, 8]])
+def test_reading_in_pieces_is_reading_at_once(model, inputs, pieces):
+    """With the full mask and room for all, memory changes nothing."""
+    ids, latent = inputs
+    whole, _ = model.decode(ids, latent)
+    memory, parts = None, []
+    for start, size in zip(np.cumsum([0, *pieces[:-1]]), pieces, strict=True):
+        logits, memory = model.decode(ids[:, start : start + size], latent, memory=memory)
+        parts.append(logits)
+        assert int(memory.length) == start + size
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-6)
+
+
+def test_memory_keeps_the_last_rows_and_compiles_little(inputs):
+    config = DAVAEConfig(
+        encoder=CONFIG.encoder,
+        decoder=DecoderConfig(vocab_size=64, num_layers=1, hidden_size=16, num_attention_heads=2, max_memory_length=40),
+        latent_size=4,
+    )
+    model = DAVAE(config, rngs=nnx.Rngs(0))
+    _, latent = inputs
+    ids = np.random.default_rng(1).integers(0, 64, (2, 100))
+    memory = None
+    with counted_compilations() as compiled:
+        for i in range(100):
+            _, memory = model.decode(ids[:, i : i + 1], latent, memory=memory)
+            assert int(memory.length) == min(i + 1, 40)
+    assert memory.capacity == 40 and len(compiled) < 10
+    _, at_once = model.decode(ids, latent)
+    assert int(at_once.length) == 40
+    # The first entry is embedding and latent, whatever the memory: exactly the last 40 tokens' rows.
+    np.testing.assert_allclose(memory.hidden[0], at_once.hidden[0], atol=1e-6)
+
+
+def test_memory_stops_the_gradient(model, inputs):
+    ids, latent = inputs
+
+    def second_segment(latent_of_first):
+        _, memory = model.decode(ids[:, :6], latent_of_first)
+        return model.decode(ids[:, 6:], latent, memory=memory)[0].sum()
+
+    assert (jax.grad(second_segment)(jnp.asarray(latent)) == 0).all()
+    assert second_segment(latent) != second_segment(latent + 1)
+
+
+def test_model_inside_the_callers_jit(model, inputs):
+    """Params cross jit as plain arrays; the memory's length may be traced."""
+    ids, latent = inputs
+    graphdef, params = split(model)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+    @jax.jit
+    def both(params, ids, latent):
+        model = merge(graphdef, params)
+        _, memory = model.decode(ids[:, :6], latent)
+        logits, memory = model.decode(ids[:, 6:], latent, memory=memory)
+        return model.encode(ids).mean, logits, memory.length, model.discriminate(latent)
+
+    mean, logits, length, score = both(params, ids, latent)
+    np.testing.assert_allclose(mean, model.encode(ids).mean, atol=1e-6)
+    np.testing.assert_allclose(logits, model.decode(ids, latent)[0][:, 6:], atol=1e-6)
+    np.testing.assert_allclose(score, model.discriminate(latent), atol=1e-6)
+    assert int(length) == 12 and score.shape == (2,)
+
+
+def test_gradient_of_the_few_rows_product():
+    """The form with the weight on the left, for few rows, has the gradients of the plain product."""
+    from davae_jax.layers import matmul_transposed
+
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 5), (7, 5)))
+    few = jax.grad(lambda x, w: (jnp.sin(matmul_transposed(x, w))).sum(), (0, 1))(x, w)
+    plain = jax.grad(lambda x, w: (jnp.sin(x @ w.T)).sum(), (0, 1))(x, w)
+    for a, b in zip(few, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_runs_alike_without_nnx_graph_mode():
+    script = (
+        "import numpy as np\nfrom flax import nnx\nfrom test_generation import CONFIG\n"
+        "from davae_jax import DAVAE, generate\nmodel = DAVAE(CONFIG, rngs=nnx.Rngs(0))\n"
+        "print(generate(model, np.ones((1, 4)), max_length=8, top_k=1), np.asarray(model.encode([[1, 2]]).mean).tolist())"
+    )
+    outputs = set()
+    for mode in ("true", "false"):
+        env = os.environ | {"NNX_GRAPH_MODE": mode, "NNX_GRAPH_UPDATES": mode}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=env, cwd=os.path.dirname(__file__), capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        outputs.add(run.stdout)
+    assert len(outputs) == 1
