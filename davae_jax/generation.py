@@ -112,7 +112,8 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     settings = {name: getattr(config, name) if value is None else value for name, value in given.items()}
     check_sampling(**settings)
-    return settings
+    # One type each: a whole number where a fraction stood before would compile the loop anew.
+    return {name: int(value) if name == "top_k" else float(value) for name, value in settings.items()}
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:

@@ -34,7 +34,12 @@ def next_token_probs(
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     return _next_token_probs(
-        jnp.asarray(logits), jnp.asarray(previous_ids), temperature, top_k, top_p, repetition_penalty
+        jnp.asarray(logits),
+        jnp.asarray(previous_ids),
+        float(temperature),
+        int(top_k),
+        float(top_p),
+        float(repetition_penalty),
     )
 
 

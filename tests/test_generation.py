@@ -58,21 +58,21 @@ def test_a_hundred_calls_compile_a_handful_of_times(model):
     rng = np.random.default_rng(1)
     with counted_compilations() as compiled:
         for call in range(100):
-            rows = int(rng.integers(1, 9))
+            rows = int(rng.integers(1, 5))
             latent = rng.standard_normal((rows, 4)).astype(np.float32)
             prompts = [[62, *rng.integers(0, 50, rng.integers(0, 15))] for _ in range(rows)]
             generate(
                 model,
                 latent,
                 prompts,
-                max_length=int(rng.integers(16, 32)),
+                max_length=int(rng.integers(17, 33)),
                 top_p=float(rng.uniform(0.1, 0.9)),
                 top_k=int(rng.integers(2, 9)),
                 temperature=float(rng.uniform(0.5, 2)),
                 key=jax.random.key(call),
             )
-    # At most: batches of 1, 2, 4, 8 × lengths up to 16, 32 × prefill or none, and a few one-operation programs.
-    assert 0 < len(compiled) <= 20
+    # At most: batches of 1, 2, 4 × prefill or none, and a few one-operation programs.
+    assert 0 < len(compiled) <= 12
     with counted_compilations() as compiled:
         generate(model, latent, prompts, max_length=20, top_k=3, key=jax.random.key(5))
     assert not compiled
