@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, TOKENIZER_FILES, resolve_source, save_arrays
+from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, TOKENIZER_FILES, FlatParams, resolve_source, save_arrays
 from davae_jax.cli import Command, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
@@ -38,8 +38,8 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
     """Converts a checkpoint. Values keep the source's dtype; the folder appears at `dst` only when it is complete.
 
     Raises:
-      InputError: nothing at `src`, `dst` exists, or what is there does not fit its config.json: all missing, unexpected,
-        misshapen and non-finite tensors in one message.
+      InputError: nothing at `src`, `dst` exists, or what is there does not fit its config.json: all tensors that are
+        missing, unexpected, misshapen or not finite in one message.
     """
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
@@ -49,8 +49,11 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
         state = read_state(folder)
         table = checked_rows(state, config, torch_file.find(folder))
         buffers = [name for name, tensor in BUFFERS.items() if tensor in state]
-        label = f"{folder.name} → {dst.name}"
-        write_params(staging, table, lambda row: row.to_model(state[row.name]), buffers=buffers, label=label)
+
+        def arrays_of(group):
+            return {row.path: row.to_model(state[row.name]) for row in group}
+
+        write_params(staging, table, arrays_of, buffers=buffers, label=f"{folder.name} → {dst.name}")
         for name in (CONFIG_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
@@ -58,12 +61,14 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
 
 
 def write_params(
-    folder: Path, table: list[Row], array_of: Callable[[Row], np.ndarray], *, buffers: list[str], label: str
+    folder: Path, table: list[Row], arrays_of: Callable[[list[Row]], FlatParams], *, buffers: list[str], label: str
 ) -> None:
-    """Writes `folder`/params layer by layer. `buffers` names which of `BUFFERS` an export gives back."""
+    """Writes `folder`/params layer by layer: `arrays_of` is asked for a layer's arrays when its turn has come.
+
+    `buffers` says which of `names.BUFFERS` an export gives back.
+    """
     bar = tqdm(list(_groups(table)), desc=label, unit="group", disable=None)
-    groups = ({row.path: array_of(row) for row in group} for group in bar)
-    save_arrays(folder / PARAMS_FOLDER, groups, {"buffers": buffers})
+    save_arrays(folder / PARAMS_FOLDER, map(arrays_of, bar), {"buffers": buffers})
 
 
 def read_arrays(folder: Path, config: DAVAEConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -79,7 +84,8 @@ def read_state(folder: Path) -> dict[str, np.ndarray]:
     state = torch_file.read(path)
     inner = {name.removeprefix(PREFIX): array for name, array in state.items() if name.startswith(2 * PREFIX)}
     if inner and (others := len(state) - len(inner)):
-        warnings.warn(f"{path}: {others} tensors outside {PREFIX}{PREFIX} belong to the sibling model and are left out")
+        message = f"{path}: {others} tensors outside {PREFIX}{PREFIX} belong to the sibling model and are left out"
+        warnings.warn(message, stacklevel=2)
     return inner or state
 
 

@@ -21,7 +21,6 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 import tyro
-from flax import nnx
 
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, FlatParams, params_of, resolve_source
 from davae_jax.cli import Command, run
@@ -116,14 +115,18 @@ def warm_start(
     davae_config = _config_of(folders, config, latent_size)
     dst = Path(dst)
     with staged(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
-        taken = _read_all(folders, davae_config)
+        table = rows(davae_config)
+        taken = _read_all(folders, table)
         arrays: FlatParams = {path: array for part in taken.values() for path, array in part.arrays.items()}
-        table = [row for row in rows(davae_config) if row.name != INV_FREQ or row.path in arrays]
+        table = [row for row in table if row.name != INV_FREQ or row.path in arrays]
         drawn = [row.path for row in table if row.path not in arrays]
-        arrays |= draw(davae_config, drawn, seed)
+
+        def arrays_of(group):
+            found = {row.path: arrays[row.path] for row in group if row.path in arrays}
+            return found | draw(davae_config, [row.path for row in group if row.path not in found], seed)
+
         buffers = ["inv_freq"] if any(row.name == INV_FREQ for row in table) else []
-        # Popped, so that a drawn layer's memory is free once it is written.
-        write_params(staging, table, lambda row: arrays.pop(row.path), buffers=buffers, label=f"→ {dst.name}")
+        write_params(staging, table, arrays_of, buffers=buffers, label=f"→ {dst.name}")
         davae_config.to_json(staging / CONFIG_FILE)
         for part, name in zip(LAYOUTS, TOKENIZER_FILES, strict=True):
             if part in folders and (folders[part] / name).is_file():
@@ -141,7 +144,7 @@ def read_encoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is damaged or does not fit `config.encoder`; all that is wrong in one message.
     """
-    return _read("encoder", folder, config).arrays
+    return _read("encoder", folder, rows(config)).arrays
 
 
 def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
@@ -150,17 +153,30 @@ def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is damaged or does not fit `config.decoder`; all that is wrong in one message.
     """
-    return _read("decoder", folder, config).arrays
+    return _read("decoder", folder, rows(config)).arrays
 
 
 def draw(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, jax.Array]:
     """The weights at `paths` of a new model, in float32. The compiler drops the draws of all others."""
+    if not paths:
+        return {}
 
     def chosen(key):
-        params = params_of(DAVAE(config, rngs=nnx.Rngs(key)))
+        params = params_of(DAVAE(config, rngs=_InitKeys(key)))
         return {path: params[path] for path in paths}
 
     return jax.jit(chosen)(jax.random.key(seed))
+
+
+class _InitKeys:
+    """The keys of `nnx.Rngs(key)`. Its own count is a traced Variable, which makes tracing quadratic in the weights."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
 
 
 def modules(chosen: Collection[str], every: Collection[str]) -> list[str]:
@@ -173,11 +189,11 @@ def modules(chosen: Collection[str], every: Collection[str]) -> list[str]:
     return list(names)
 
 
-def _read_all(folders: dict[str, Path], config: DAVAEConfig) -> dict[str, Taken]:
+def _read_all(folders: dict[str, Path], published: list[Row]) -> dict[str, Taken]:
     taken, problems = {}, []
     for part, folder in folders.items():
         try:
-            taken[part] = _read(part, folder, config)
+            taken[part] = _read(part, folder, published)
         except InputError as e:
             problems.append(e)
     if problems:
@@ -185,10 +201,10 @@ def _read_all(folders: dict[str, Path], config: DAVAEConfig) -> dict[str, Taken]
     return taken
 
 
-def _read(part: str, folder: Path, config: DAVAEConfig) -> Taken:
+def _read(part: str, folder: Path, published: list[Row]) -> Taken:
     layout, path = LAYOUTS[part], torch_file.find(folder)
     state = torch_file.read(path)
-    table = _rows_of(layout, config)
+    table = _rows_of(layout, published)
     prefix = layout.prefix if any(name.startswith(layout.prefix) for name in state) else ""
     roots = {row.name.split(".")[0] for row in table}
     own_names = {}  # without prefix, as the table has them → in the file
@@ -209,11 +225,11 @@ def _read(part: str, folder: Path, config: DAVAEConfig) -> Taken:
     return Taken({row.path: row.to_model(state[row.name]) for row in table}, left_out)
 
 
-def _rows_of(layout: Layout, config: DAVAEConfig) -> list[Row]:
+def _rows_of(layout: Layout, published: list[Row]) -> list[Row]:
     """The part of the published table that a source holds, under the source's names."""
     table = [
         row._replace(name=row.name.removeprefix(layout.stands_at))
-        for row in rows(config)
+        for row in published
         if row.name.startswith(layout.stands_at)
     ]
     return [row for row in table if row.name not in layout.not_in_source]

@@ -24,8 +24,6 @@ from davae_jax.latent import Posterior, analogy, interpolate
 from davae_jax.model import DAVAE
 from davae_jax.tokenizers import END, DecoderTokenizer, EncoderTokenizer
 
-GREEDY = dict(top_k=1)  # what `reconstruct`, `interpolate` and `analogy` decode with unless told otherwise
-
 
 class TextVAE:
     """A model with its two tokenizers.
@@ -34,7 +32,8 @@ class TextVAE:
     depends on the seed and the text's place in the list, never on the batches.
 
     `**sampling` is any of max_length (tokens, `<bos>` and prompt included), temperature, top_k, top_p and
-    repetition_penalty; what is left out comes from the checkpoint's config.
+    repetition_penalty; what is left out comes from the checkpoint's config. `reconstruct`, `interpolate` and `analogy`
+    are greedy unless one of the last four is given.
     """
 
     def __init__(self, model: DAVAE, encoder_tokenizer: EncoderTokenizer, decoder_tokenizer: DecoderTokenizer):
@@ -123,9 +122,7 @@ class TextVAE:
         eps is drawn from the seed unless given; std_scale defaults to the config's (1.5 as published), 0 is the mean.
         """
         texts = _as_list(texts)
-        std_scale = self.config.std_scale if std_scale is None else std_scale
-        if not std_scale >= 0:
-            raise InputError(f"std_scale must be 0 or more, not {std_scale}", exit_code=2)
+        std_scale = self.config.std_scale if std_scale is None else check_std_scale(std_scale)
         eps = self._normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
             raise InputError(f"eps is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}", exit_code=2)
@@ -161,10 +158,7 @@ class TextVAE:
     ) -> list[str]:
         """A text for each latent, prompt left out, cleaned up."""
         latent = np.asarray(latent, np.float32)
-        ids = None if prompts is None else self.prompt_ids(prompts)
-        if ids is not None and len(ids) != len(latent):
-            raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
-        self._check_sampling(ids, **sampling)
+        ids = self._checked_prompts(prompts, len(latent), "latents", **sampling)
         key = _stream(seed, "draw")
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
@@ -179,17 +173,19 @@ class TextVAE:
     ) -> list[str]:
         """A variation of each text: encode, draw a latent (std_scale from the config), generate. As published."""
         texts = _as_list(texts)
-        self._check_sampling(None if prompts is None else self.prompt_ids(prompts), **sampling)
+        self._checked_prompts(prompts, len(texts), "texts", **sampling)
         return self.generate(self.encode(texts, seed=seed), prompts, seed=seed, **sampling)
 
     def reconstruct(self, texts: Sequence[str], *, seed: int = 0, **sampling) -> list[str]:
-        """Each text through its posterior mean and back, decoded greedily unless told otherwise."""
-        sampling = GREEDY | sampling
-        self._check_sampling(None, **sampling)
+        """Each text through its posterior mean and back."""
+        sampling = greedy_unless_told(sampling)
+        self._checked_prompts(None, 0, "texts", **sampling)
         return self.generate(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
 
     def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
-        """n texts from the prior: z ~ N(0, I)."""
+        """n texts from the prior: z ~ N(0, I). The first of them are the same however many there are."""
+        if n < 0:
+            raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
         return self.generate(self._normal(n, seed), seed=seed, **sampling)
 
     def interpolate(self, a: str, b: str, steps: int, *, seed: int = 0, **sampling) -> list[str]:
@@ -197,22 +193,28 @@ class TextVAE:
         if steps < 2:
             raise InputError(f"steps must be at least 2 (both ends), not {steps}", exit_code=2)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
-        return self.generate(interpolate(mean_a, mean_b, steps), seed=seed, **(GREEDY | sampling))
+        return self.generate(interpolate(mean_a, mean_b, steps), seed=seed, **greedy_unless_told(sampling))
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
         """What is to c as b is to a: the text of mean(b) − mean(a) + mean(c)."""
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
-        return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **(GREEDY | sampling))[0]
+        return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **greedy_unless_told(sampling))[0]
 
     def _normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
         """Standard normal noise; row i is the same however many rows there are."""
         return np.asarray(_normal_rows(_stream(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
 
-    def _check_sampling(self, prompts: list[list[int]] | None, max_length: int | None = None, **settings) -> None:
-        """Raises InputError before any work is done."""
+    def _checked_prompts(
+        self, prompts: Sequence[str] | None, n: int, what: str, max_length: int | None = None, **settings
+    ) -> list[list[int]] | None:
+        """The prompts' ids. Raises InputError, before any work is done, on what `generate` would refuse."""
         sampling_settings(self.config, **settings)
         max_length = self.config.max_out_length if max_length is None else max_length
-        check_prompts([[self.config.bos_token_id]] if prompts is None else prompts, max_length, self.config)
+        ids = None if prompts is None else self.prompt_ids(prompts)
+        if ids is not None and len(ids) != n:
+            raise InputError(f"{len(ids)} prompts for {n} {what}", exit_code=2)
+        check_prompts([[self.config.bos_token_id]] if ids is None else ids, max_length, self.config)
+        return ids
 
     def _batches(self, n: int, what: str) -> Iterator[tuple[int, int]]:
         with tqdm(total=n, desc=what, unit="text", disable=not self.progress) as bar:
@@ -246,6 +248,19 @@ def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer
     return encoder, decoder
 
 
+def greedy_unless_told(sampling: dict) -> dict:
+    """The settings with top_k 1, unless they say how to draw: with top_k 1 none of the others would matter."""
+    told = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
+    return sampling if told else {"top_k": 1, **sampling}
+
+
+def check_std_scale(std_scale: float) -> float:
+    """`std_scale` itself. Raises InputError where it is no width."""
+    if not 0 <= std_scale < float("inf"):
+        raise InputError(f"std_scale must be a number of 0 or more, not {std_scale}", exit_code=2)
+    return std_scale
+
+
 @jax.jit
 def _at(posterior: Posterior, eps, std_scale):
     return posterior.at(eps, std_scale)
@@ -259,7 +274,8 @@ def _normal_rows(key: jax.Array, rows: int, latent_size: int):
 
 def _stream(seed: int, purpose: str) -> jax.Array:
     """A key for one purpose of a seed, so that the latent's noise and the tokens' draws share nothing."""
-    return jax.random.fold_in(jax.random.key(seed), ["latent", "draw"].index(purpose))
+    # A key holds 32 bits of its seed. JAX drops the others of a 64-bit seed too, and stops at larger ones.
+    return jax.random.fold_in(jax.random.key(seed % 2**32), ["latent", "draw"].index(purpose))
 
 
 def _as_list(texts: Sequence[str]) -> list[str]:
