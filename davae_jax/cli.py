@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import os
 import re
 import sys
@@ -66,23 +67,34 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `davae`. Returns the exit code: 0, 2 for bad arguments, 1 for a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return run(COMMANDS[argv[0]][1], argv[1:], f"davae {argv[0]}")
+    return guarded(lambda: _without_command(argv), "davae")
+
+
+def _without_command(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print(_usage())
-        return 0
-    if argv and argv[0] == "--version":
+    elif argv and argv[0] == "--version":
         print(importlib.metadata.version("davae-jax"))
-        return 0
-    if not argv or argv[0] not in COMMANDS:
+    else:
         what = f"unknown command {argv[0]!r}" if argv else "no command given"
-        print(f"davae: error: {what}; known: {', '.join(COMMANDS)} (davae --help)", file=sys.stderr)
-        return 2
-    _, load = COMMANDS[argv[0]]
-    return run(load, argv[1:], f"davae {argv[0]}")
+        raise InputError(f"{what}; known: {', '.join(COMMANDS)} (davae --help)", exit_code=2)
 
 
 def run(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str) -> int:
     """Parses and runs one command; returns its exit code."""
-    debug = "--debug" in (argv := list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int | None:
+        command = parse(load(), argv, prog)
+        return command.run() if command else 0
+
+    return guarded(work, prog, debug="--debug" in argv)
+
+
+def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -> int:
+    """Does the work and returns its exit code; an error becomes one line on standard error, a warning another."""
 
     def failed(message: str, code: int) -> int:
         if debug:
@@ -93,18 +105,21 @@ def run(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"{prog}: warning: {message}", file=sys.stderr)
 
+    with contextlib.suppress(AttributeError):  # where a caller put a stream of its own
+        sys.stdout.reconfigure(encoding="utf-8")  # as JSON Lines are, whatever the locale
     with warnings.catch_warnings():
         warnings.showwarning = show
         warnings.simplefilter("always", UserWarning)
         try:
-            return parse(load(), argv, prog).run() or 0
+            code = work() or 0
+            emit("")
+            return code
         except InputError as e:
             return failed(str(e), e.exit_code)
         except KeyboardInterrupt:
             print(f"{prog}: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `davae … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as e:
             return failed(f"{e.filename}: {e.strerror}" if e.filename else str(e), 1)
@@ -113,18 +128,45 @@ def run(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str
             return failed(f"{type(e).__name__}: {first} (--debug shows where)", 1)
 
 
+def emit(text: str) -> None:
+    """Writes to standard output, and through to where it leads: Python at its exit would report no error well."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as e:
+        # What could not be written goes nowhere, or Python would try again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            raise
+        raise InputError(f"standard output: {e.strerror}") from e
+
+
 def parse(command: type[Command], argv: Sequence[str], prog: str) -> Any:
-    """The command with its options. tyro's framed message becomes one line; it exits with 2 as tyro does."""
+    """The command with its options; None where all that was asked for is the help text, which is printed.
+
+    Raises:
+      InputError: tyro's framed message as one line.
+    """
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(command, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as e:
-        if e.code:
-            lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in message.getvalue().splitlines()[1:]]
-            said = lines[: lines.index("")] if "" in lines else lines
-            raise InputError(f"{' '.join(' '.join(said).split())} ({prog} --help)", exit_code=2) from None
-        raise
+        if not e.code:
+            return None
+    raise InputError(f"{_one_line(message.getvalue())} ({prog} --help)", exit_code=2)
+
+
+def _one_line(framed: str) -> str:
+    """What a message of tyro's says: its first section, that on unknown options, and a rewording of Python's terms."""
+    lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in framed.splitlines()[1:]]
+    groups = itertools.groupby(lines, key="".__eq__)  # a rule between two sections has become empty
+    sections = [" ".join(" ".join(group).split()) for is_rule, group in groups if not is_rule]
+    said = "; ".join(s for n, s in enumerate(sections) if n == 0 or s.startswith("Unrecognized options"))
+    if bad := re.match(r"Error parsing (\S+): .*?('.*'|\".*\")", said):
+        what = re.search(rf"Argument helptext: {re.escape(bad[1])} (\S+)", " ".join(sections))
+        return f"{bad[1]}: cannot read {bad[2]}" + (f" as {what[1]}" if what else "")
+    return said
 
 
 def _usage() -> str:

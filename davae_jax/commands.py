@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import tyro
 from jaxtyping import Array, Float
 
-from davae_jax.cli import Command
+from davae_jax.cli import Command, emit
+from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
+from davae_jax.generation import sampling_settings
 from davae_jax.latent import analogy, interpolate
-from davae_jax.text import GREEDY, TextVAE
+from davae_jax.text import TextVAE, check_std_scale, greedy_unless_told
 
 
 def _option(metavar: str, default: str):
@@ -28,6 +30,8 @@ def _option(metavar: str, default: str):
 
 
 _FLOAT, _INT = (_option(kind, "the checkpoint's") for kind in ("FLOAT", "INT"))
+_GREEDY = "greedy; with another of these four, the checkpoint's"
+_GREEDY_FLOAT, _GREEDY_INT = (_option(kind, _GREEDY) for kind in ("FLOAT", "INT"))
 
 
 @dataclass(kw_only=True)
@@ -71,26 +75,46 @@ class _TextCommand(Command):
     repetition_penalty: Annotated[float | None, _FLOAT] = None
     """Divides a token's probability once for each time it stands in the text already; 1 is off."""
 
+    def run(self) -> None:
+        self.check()
+        self.write(self.results())
+
+    def results(self) -> list[dict]:
+        """Does the work: one dict a line of output."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises InputError on an option that cannot be, before anything is read or loaded."""
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size must be at least 1, not {self.batch_size}", exit_code=2)
+        if self.max_length is not None and self.max_length < 1:
+            raise InputError(f"--max-length must be at least 1, not {self.max_length}", exit_code=2)
+        settings = {name: value for name, value in self.sampling().items() if name != "max_length"}
+        _as_option(lambda: sampling_settings(DAVAEConfig(), **settings))
+        if self.texts and self.input:
+            raise InputError("give texts or --input, not both", exit_code=2)
+        for number, text in enumerate(self.texts, 1):
+            _require_utf8(text, f"text {number}")
+        if self.output:
+            _check_output(self.output)
+
     def sampling(self) -> dict:
         names = ("max_length", "temperature", "top_k", "top_p", "repetition_penalty")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def load(self) -> TextVAE:
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size must be at least 1, not {self.batch_size}", exit_code=2)
+    def load(self, label: Callable[[int], str] = "text {}".format) -> TextVAE:
+        """The model; `label` names the i-th text in its warnings."""
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=jnp.dtype(self.dtype))
         vae.batch_size = self.batch_size
         vae.progress = sys.stderr.isatty()
-        vae._check_sampling(None, **self.sampling())
+        vae.label = label
         return vae
 
     def read(self) -> tuple[list[str], Callable[[int], str]]:
         """The texts, and how a message names the i-th of them, from 1."""
         if self.texts:
-            if self.input:
-                raise InputError("give texts or --input, not both", exit_code=2)
             return list(self.texts), "text {}".format
-        if not self.input and sys.stdin.isatty():
+        if not self.input and (sys.stdin is None or sys.stdin.isatty()):
             raise InputError("no text given: name some, or give --input FILE", exit_code=2)
         name = str(self.input or "standard input")
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
@@ -102,23 +126,58 @@ class _TextCommand(Command):
         groups = [tuple(texts)] if self.texts else [tuple(line.split("\t")) for line in texts]
         for number, group in enumerate(groups, 1):
             if len(group) != n:
-                where = "" if self.texts else f"{label(number)}: "
-                raise InputError(
-                    f"{where}needs {n} texts{'' if self.texts else ' with tabs between'}, not {len(group)}"
-                )
+                if self.texts:
+                    raise InputError(f"needs {n} texts, not {len(group)}", exit_code=2)
+                raise InputError(f"{label(number)}: needs {n} texts with tabs between, not {len(group)}")
         return groups, (label if self.texts else lambda i: label((i - 1) // n + 1))
 
     def write(self, results: list[dict]) -> None:
         text = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-        if not self.output:
-            sys.stdout.write(text)
+        if self.output:
+            write_whole(self.output, text)
+        else:
+            emit(text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears complete or not at all. Raises InputError naming it where it cannot be written."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device, /dev/stdout say, is written to, never replaced
+            path.write_text(text, encoding="utf-8")
             return
-        beside = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
+        target = path.resolve()  # of a link, the file that it points to
+        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             beside.write_text(text, encoding="utf-8")
-            beside.replace(self.output)
+            beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def _check_output(path: Path) -> None:
+    """Raises InputError where a file will not go, so that this is not found out after hours of work."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; --output needs a file")
+    if not path.exists() and not path.resolve().parent.is_dir():
+        raise InputError(f"{path}: cannot be written (no folder {path.resolve().parent})")
+
+
+def _require_utf8(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 reach Python as lone surrogates
+        raise InputError(f"{what} is not UTF-8", exit_code=2) from None
+
+
+def _as_option(check: Callable[[], object]) -> None:
+    """Runs a check whose message begins with a setting's name, and has it name the option instead."""
+    try:
+        check()
+    except InputError as e:
+        name, rest = str(e).split(" ", 1)
+        raise InputError(f"--{name.replace('_', '-')} {rest}", exit_code=2) from None
 
 
 def read_lines(data: bytes, name: str) -> list[str]:
@@ -148,32 +207,26 @@ class Generate(_TextCommand):
     std_scale: Annotated[float | None, _FLOAT] = None
     """Width of the draw around a text's mean; 0 is the mean itself."""
 
-    def run(self) -> None:
+    def check(self) -> None:
+        super().check()
+        if self.std_scale is not None:
+            _as_option(lambda: check_std_scale(self.std_scale))
+        if self.prompt is not None:
+            _require_utf8(self.prompt, "--prompt")
+
+    def results(self) -> list[dict]:
         texts, label = self.read()
-        vae = self.load()
-        vae.label = label
+        vae = self.load(label)
         prompts = None if self.prompt is None else [self.prompt] * len(texts)
-        if prompts:
-            vae._check_sampling(vae.prompt_ids(prompts[:1]), **self.sampling())
+        if self.prompt is not None:
+            try:
+                vae.check([self.prompt], **self.sampling())
+            except InputError as e:
+                raise InputError(str(e).replace("prompt 1", "--prompt", 1), exit_code=2) from None
         latent = vae.encode(texts, seed=self.seed, std_scale=self.std_scale)
         generated = vae.generate(latent, prompts, seed=self.seed, **self.sampling())
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
-        self.write([{"text": a, **prompt, "generated": b} for a, b in zip(texts, generated, strict=True)])
-
-
-@dataclass(kw_only=True)
-class Reconstruct(_TextCommand):
-    """Each text through its posterior mean and back; greedy unless told otherwise.
-
-    Writes {"text", "reconstruction"} a line.
-    """
-
-    def run(self) -> None:
-        texts, label = self.read()
-        vae = self.load()
-        vae.label = label
-        reconstructions = vae.reconstruct(texts, seed=self.seed, **self.sampling())
-        self.write([{"text": a, "reconstruction": b} for a, b in zip(texts, reconstructions, strict=True)])
+        return [{"text": a, **prompt, "generated": b} for a, b in zip(texts, generated, strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -186,15 +239,42 @@ class Sample(_TextCommand):
     n: int = 10
     """How many."""
 
-    def run(self) -> None:
+    def check(self) -> None:
+        super().check()
         if self.n < 1:
             raise InputError(f"--n must be at least 1, not {self.n}", exit_code=2)
-        self.write([{"sample": text} for text in self.load().sample(self.n, seed=self.seed, **self.sampling())])
+
+    def results(self) -> list[dict]:
+        return [{"sample": text} for text in self.load().sample(self.n, seed=self.seed, **self.sampling())]
 
 
 @dataclass(kw_only=True)
-class Interpolate(_TextCommand):
-    """Texts on the straight line between the posterior means of two texts; greedy unless told otherwise.
+class _GreedyCommand(_TextCommand):
+    temperature: Annotated[float | None, _GREEDY_FLOAT] = None
+    top_k: Annotated[int | None, _GREEDY_INT] = None
+    top_p: Annotated[float | None, _GREEDY_FLOAT] = None
+    repetition_penalty: Annotated[float | None, _GREEDY_FLOAT] = None
+
+    def sampling(self) -> dict:
+        return greedy_unless_told(super().sampling())
+
+
+@dataclass(kw_only=True)
+class Reconstruct(_GreedyCommand):
+    """Each text through its posterior mean and back; greedy unless an option says how to draw.
+
+    Writes {"text", "reconstruction"} a line.
+    """
+
+    def results(self) -> list[dict]:
+        texts, label = self.read()
+        reconstructions = self.load(label).reconstruct(texts, seed=self.seed, **self.sampling())
+        return [{"text": a, "reconstruction": b} for a, b in zip(texts, reconstructions, strict=True)]
+
+
+@dataclass(kw_only=True)
+class Interpolate(_GreedyCommand):
+    """Texts on the straight line between the posterior means of two texts; greedy unless an option says how to draw.
 
     Takes two texts, or a file whose lines hold two texts with a tab between them. Writes {"from", "to", "weight",
     "text"} a line.
@@ -203,42 +283,42 @@ class Interpolate(_TextCommand):
     steps: int = 7
     """Texts on the line, both ends included."""
 
-    def run(self) -> None:
-        pairs, label = self.columns(2)
+    def check(self) -> None:
+        super().check()
         if self.steps < 2:
             raise InputError(f"--steps must be at least 2 (both ends), not {self.steps}", exit_code=2)
-        vae = self.load()
-        means = means_of(vae, pairs, label)
+
+    def results(self) -> list[dict]:
+        pairs, label = self.columns(2)
+        vae = self.load(label)
+        means = means_of(vae, pairs)
         latents = interpolate(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
-        texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **(GREEDY | self.sampling()))
-        self.write(
-            [
-                {"from": a, "to": b, "weight": i / (self.steps - 1), "text": texts[row * self.steps + i]}
-                for row, (a, b) in enumerate(pairs)
-                for i in range(self.steps)
-            ]
-        )
+        texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **self.sampling())
+        return [
+            {"from": a, "to": b, "weight": i / (self.steps - 1), "text": texts[row * self.steps + i]}
+            for row, (a, b) in enumerate(pairs)
+            for i in range(self.steps)
+        ]
 
 
 @dataclass(kw_only=True)
-class Analogy(_TextCommand):
-    """What is to C as B is to A: the text of mean(B) − mean(A) + mean(C); greedy unless told otherwise.
+class Analogy(_GreedyCommand):
+    """What is to C as B is to A: the text of mean(B) − mean(A) + mean(C); greedy unless an option says how to draw.
 
     Takes three texts, or a file whose lines hold three texts with tabs between them. Writes {"a", "b", "c", "text"} a
     line.
     """
 
-    def run(self) -> None:
+    def results(self) -> list[dict]:
         triples, label = self.columns(3)
-        vae = self.load()
-        means = means_of(vae, triples, label)
+        vae = self.load(label)
+        means = means_of(vae, triples)
         latents = analogy(means[:, 0], means[:, 1], means[:, 2])
-        texts = vae.generate(latents, seed=self.seed, **(GREEDY | self.sampling()))
-        self.write([dict(zip("abc", abc, strict=True), text=t) for abc, t in zip(triples, texts, strict=True)])
+        texts = vae.generate(latents, seed=self.seed, **self.sampling())
+        return [dict(zip("abc", abc, strict=True), text=t) for abc, t in zip(triples, texts, strict=True)]
 
 
-def means_of(vae: TextVAE, groups: list[tuple[str, ...]], label: Callable[[int], str]) -> Float[Array, "groups n L"]:
+def means_of(vae: TextVAE, groups: list[tuple[str, ...]]) -> Float[Array, "groups n L"]:
     """Posterior means of groups of n texts."""
-    vae.label = label
     means = vae.encode([text for group in groups for text in group], std_scale=0.0)
     return means.reshape(len(groups), -1, means.shape[-1])

@@ -158,7 +158,9 @@ class TextVAE:
     ) -> list[str]:
         """A text for each latent, prompt left out, cleaned up."""
         latent = np.asarray(latent, np.float32)
-        ids = self._checked_prompts(prompts, len(latent), "latents", **sampling)
+        ids = self.check(prompts, **sampling)
+        if ids is not None and len(ids) != len(latent):
+            raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
         key = _stream(seed, "draw")
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
@@ -173,13 +175,15 @@ class TextVAE:
     ) -> list[str]:
         """A variation of each text: encode, draw a latent (std_scale from the config), generate. As published."""
         texts = _as_list(texts)
-        self._checked_prompts(prompts, len(texts), "texts", **sampling)
+        self.check(prompts, **sampling)
+        if prompts is not None and len(prompts) != len(texts):
+            raise InputError(f"{len(prompts)} prompts for {len(texts)} texts", exit_code=2)
         return self.generate(self.encode(texts, seed=seed), prompts, seed=seed, **sampling)
 
     def reconstruct(self, texts: Sequence[str], *, seed: int = 0, **sampling) -> list[str]:
         """Each text through its posterior mean and back."""
         sampling = greedy_unless_told(sampling)
-        self._checked_prompts(None, 0, "texts", **sampling)
+        self.check(**sampling)
         return self.generate(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
 
     def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
@@ -204,15 +208,13 @@ class TextVAE:
         """Standard normal noise; row i is the same however many rows there are."""
         return np.asarray(_normal_rows(_stream(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
 
-    def _checked_prompts(
-        self, prompts: Sequence[str] | None, n: int, what: str, max_length: int | None = None, **settings
+    def check(
+        self, prompts: Sequence[str] | None = None, *, max_length: int | None = None, **settings
     ) -> list[list[int]] | None:
         """The prompts' ids. Raises InputError, before any work is done, on what `generate` would refuse."""
         sampling_settings(self.config, **settings)
         max_length = self.config.max_out_length if max_length is None else max_length
         ids = None if prompts is None else self.prompt_ids(prompts)
-        if ids is not None and len(ids) != n:
-            raise InputError(f"{len(ids)} prompts for {n} {what}", exit_code=2)
         check_prompts([[self.config.bos_token_id]] if ids is None else ids, max_length, self.config)
         return ids
 

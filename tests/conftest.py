@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_checkpoint import make_checkpoint
 
 import davae_jax
 
@@ -57,3 +58,14 @@ def full_checkpoint(tmp_path_factory) -> Path:
     make = [sys.executable, GOLDEN.parent / "make_checkpoint.py", "--config", GOLDEN / "full" / "config.json"]
     subprocess.run([*make, "--out", folder], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A converted checkpoint of a tiny random model, with small tokenizers. Copy it to change it."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tiny_checkpoint) -> davae_jax.TextVAE:
+    return davae_jax.TextVAE.from_pretrained(tiny_checkpoint)

@@ -1,57 +1,23 @@
 """Properties of generation that no golden file fixes: buckets, independence of rows, what is refused."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from small_model import counted_compilations, new_model
 
-from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig, InputError, generate
+from davae_jax import InputError, generate
 from davae_jax.sampling import filter_logits, next_token_probs
-
-CONFIG = DAVAEConfig(
-    encoder=EncoderConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    ),
-    decoder=DecoderConfig(vocab_size=64, num_layers=2, hidden_size=16, num_attention_heads=2),
-    latent_size=4,
-    end_token_id=60,
-    pad_token_id=61,
-    bos_token_id=62,
-    top_k=0,
-    top_p=0.9,
-    max_out_length=24,
-)
 
 
 @pytest.fixture(scope="module")
 def model():
-    # Weights a good deal larger than a fresh model's, so that different latents give different texts.
-    graphdef, state = nnx.split(DAVAE(CONFIG, rngs=nnx.Rngs(0)))
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, state))
+    return new_model(scale=12)
 
 
 @pytest.fixture(scope="module")
 def latent():
     return np.random.default_rng(0).standard_normal((11, 4)).astype(np.float32)
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """Collects one entry for each program that XLA compiles, one-operation programs included."""
-    compiled = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_hundred_calls_compile_a_handful_of_times(model):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_generation import CONFIG, counted_compilations
+from small_model import CONFIG, counted_compilations, new_model
 
 from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig, decoder, encoder
 from davae_jax.checkpoint import flatten, params_of
@@ -19,7 +19,7 @@ from davae_jax.model import merge, split, weight_axes
 
 @pytest.fixture(scope="module")
 def model():
-    return DAVAE(CONFIG, rngs=nnx.Rngs(0))
+    return new_model()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_initialisation():
     )
     residual = ("attention_out.weight", "mlp_out.weight")
     seen = set()
-    for path, weight in params_of(DAVAE(config, rngs=nnx.Rngs(0))).items():
+    for path, weight in params_of(new_model(config)).items():
         weight = np.asarray(weight)
         if path == "decoder.inv_freq":
             np.testing.assert_allclose(weight, 10000.0 ** (-np.arange(0, 64, 2) / 64), rtol=1e-6)
@@ -112,7 +112,7 @@ def test_dropout_needs_a_key_and_follows_it(model, inputs):
 def test_bfloat16(model, inputs):
     """Weights and products in bfloat16; what must stay float32 does; numbers agree to bfloat16's 8 bits."""
     ids, latent = inputs
-    graphdef, params = split(DAVAE(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    graphdef, params = split(new_model(dtype=jnp.bfloat16))
     assert {str(w.dtype) for p, w in flatten(params).items() if p != "decoder.inv_freq"} == {"bfloat16"}
     assert params["decoder"]["inv_freq"].dtype == jnp.float32
     same = merge(graphdef, jax.tree.map(lambda w, t: w.astype(t.dtype), split(model)[1], params))
@@ -144,7 +144,7 @@ def test_memory_keeps_the_last_rows_and_compiles_little(inputs):
         decoder=DecoderConfig(vocab_size=64, num_layers=1, hidden_size=16, num_attention_heads=2, max_memory_length=40),
         latent_size=4,
     )
-    model = DAVAE(config, rngs=nnx.Rngs(0))
+    model = new_model(config)
     _, latent = inputs
     ids = np.random.default_rng(1).integers(0, 64, (2, 100))
     memory = None
@@ -204,9 +204,9 @@ def test_gradient_of_the_few_rows_product():
 
 def test_runs_alike_without_nnx_graph_mode():
     script = (
-        "import numpy as np\nfrom flax import nnx\nfrom test_generation import CONFIG\n"
-        "from davae_jax import DAVAE, generate\nmodel = DAVAE(CONFIG, rngs=nnx.Rngs(0))\n"
-        "print(generate(model, np.ones((1, 4)), max_length=8, top_k=1), np.asarray(model.encode([[1, 2]]).mean).tolist())"
+        "import numpy as np\nfrom small_model import new_model\nfrom davae_jax import generate\nmodel = new_model()\n"
+        "print(generate(model, np.ones((1, 4)), max_length=8, top_k=1))\n"
+        "print(np.asarray(model.encode([[1, 2]]).mean).tolist())"
     )
     outputs = set()
     for mode in ("true", "false"):
