@@ -92,7 +92,7 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
         if row.name == INV_FREQ and not np.array_equal(cast, array):
             cast = array.astype(np.float32)  # rounding the frequencies would change what the model computes
         if not torch_file.is_finite(cast):
-            too_large.append(row.path)
+            too_large.append(f"{row.name} ({row.path})")
         state[row.name] = row.to_file(cast)
     if too_large:
         raise InputError(f"{folder}: not finite as {dtype}: {', '.join(too_large)}")

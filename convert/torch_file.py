@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
 def find(folder: Path) -> Path:
@@ -49,24 +51,36 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(f"reading {path.name}")
     try:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is raised
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as e:
-        what = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e))
-        named = f" ({what[1] or what[2]})" if what else ""
-        raise InputError(f"{path}: refused: its pickle asks for more than tensors{named} and could run code") from None
+        if what := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e)):
+            name = what[1] or what[2]
+            raise InputError(
+                f"{path}: refused: its pickle asks for more than tensors ({name}) and could run code"
+            ) from e
+        raise InputError(f"{path}: refused: its pickle is damaged or asks for more than tensors") from e
     except Exception as e:  # PyTorch raises RuntimeError, EOFError, OSError and more for damaged files
-        if path.stat().st_size == 0:
-            reason = "it is empty"
-        elif not _starts_with(path, b"PK\x03\x04"):
-            reason = "it is not in torch.save's zip format"
-        else:
-            reason = "it is cut off or damaged"
-        raise InputError(f"{path}: cannot be read: {reason}") from e
+        raise InputError(f"{path}: cannot be read: {_why_unreadable(path)}") from e
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
     if others := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise InputError(f"{path}: holds what is not a tensor: {', '.join(others)}")
     return {name: _as_numpy(tensor) for name, tensor in state.items()}
+
+
+def _why_unreadable(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    if start.startswith(LEGACY_MAGIC):
+        return "it is in PyTorch's format from before 1.6; load it there and torch.save it with a later version"
+    if not start.startswith(b"PK\x03\x04"):
+        return "it is not in torch.save's zip format"
+    return "it is cut off or damaged"
 
 
 def _as_numpy(tensor) -> np.ndarray:
@@ -130,11 +144,6 @@ def is_finite(array: np.ndarray) -> bool:
 
 def is_float(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _torch(purpose: str):

@@ -112,7 +112,7 @@ def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
         warnings.simplefilter("always", UserWarning)
         try:
             code = work() or 0
-            emit("")
+            print(end="", flush=True)  # at its exit, Python would not report well that there is no room
             return code
         except InputError as e:
             return failed(str(e), e.exit_code)
@@ -120,25 +120,24 @@ def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             print(f"{prog}: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `davae … | head`
+            _stdout_is_broken()
             return 0
         except OSError as e:
-            return failed(f"{e.filename}: {e.strerror}" if e.filename else str(e), 1)
+            name = e.filename or ("standard output" if _stdout_is_broken() else None)
+            return failed(f"{name}: {e.strerror}" if name else str(e), 1)
         except Exception as e:
             first = (str(e).strip().splitlines() or [""])[0]
             return failed(f"{type(e).__name__}: {first} (--debug shows where)", 1)
 
 
-def emit(text: str) -> None:
-    """Writes to standard output, and through to where it leads: Python at its exit would report no error well."""
+def _stdout_is_broken() -> bool:
+    """Whether standard output takes nothing. What is unwritten goes nowhere then, or Python would try again at exit."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as e:
-        # What could not be written goes nowhere, or Python would try again at its exit.
+        print(end="", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(e, BrokenPipeError):
-            raise
-        raise InputError(f"standard output: {e.strerror}") from e
+        return True
+    return False
 
 
 def parse(command: type[Command], argv: Sequence[str], prog: str) -> Any:

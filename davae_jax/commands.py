@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import tyro
 from jaxtyping import Array, Float
 
-from davae_jax.cli import Command, emit
+from davae_jax.cli import Command
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 from davae_jax.generation import sampling_settings
@@ -136,7 +136,7 @@ class _TextCommand(Command):
         if self.output:
             write_whole(self.output, text)
         else:
-            emit(text)
+            sys.stdout.write(text)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -158,10 +158,14 @@ def write_whole(path: Path, text: str) -> None:
 
 def _check_output(path: Path) -> None:
     """Raises InputError where a file will not go, so that this is not found out after hours of work."""
+    folder = path.resolve().parent
+    is_special = path.exists() and not path.is_file()
     if path.is_dir():
         raise InputError(f"{path}: is a folder; --output needs a file")
-    if not path.exists() and not path.resolve().parent.is_dir():
-        raise InputError(f"{path}: cannot be written (no folder {path.resolve().parent})")
+    if not folder.is_dir():
+        raise InputError(f"{path}: cannot be written (no folder {folder})")
+    if not os.access(path if is_special else folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written (Permission denied)")
 
 
 def _require_utf8(text: str, what: str) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from small_model import new_model
+import numpy as np
 from tokenizer_fixtures import CLS_ID, SEP_ID, make_spiece, make_vocab
 
 from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, params_of, save_arrays
+from davae_jax.decoder import inverse_frequencies
+from davae_jax.model import abstract_model
 
 PIECES = 300
 MAX_IDS = 30  # of a text, its own [CLS] and [SEP] counted
 MAX_OUT_LENGTH = 12
-SCALES = {"encoder.posterior.weight": 45, "decoder.latent_projection.weight": 45}
+SCALES = {"decoder.latent_projection.weight": 1.5}
 
 
 def make_checkpoint(folder: Path) -> Path:
@@ -40,9 +42,20 @@ def make_checkpoint(folder: Path) -> Path:
         pad_token_id=PIECES + 1,
         bos_token_id=PIECES + 2,
     )
-    # Weights a good deal larger than a fresh model's, so that different texts give different latents and texts.
-    params = params_of(new_model(config))
-    params |= {path: x * SCALES.get(path, 15) for path, x in params.items() if x.ndim > 1}
-    save_arrays(folder / PARAMS_FOLDER, [params], {"buffers": []})
+    save_arrays(folder / PARAMS_FOLDER, [random_weights(config)], {"buffers": []})
     config.to_json(folder / CONFIG_FILE)
     return folder
+
+
+def random_weights(config: DAVAEConfig) -> dict[str, np.ndarray]:
+    """Weights a good deal larger than a fresh model's, so that different texts give different latents and texts."""
+    rng = np.random.default_rng(2)
+    weights = {}
+    for path, leaf in params_of(abstract_model(config)).items():
+        if path == "decoder.inv_freq":
+            weights[path] = inverse_frequencies(config.decoder.hidden_size)
+            continue
+        scale = 0.1 if len(leaf.shape) == 1 else SCALES.get(path, 0.3)
+        weight = scale * rng.standard_normal(leaf.shape) + path.endswith("norm.weight")
+        weights[path] = weight.astype(np.float32)
+    return weights

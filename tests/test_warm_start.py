@@ -1,0 +1,366 @@
+"""New checkpoints from a real Hugging Face BERT and from a Transformer-XL in the Fengshenbang layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import jax.numpy as jnp
+from flax import nnx
+from published_layout import (
+    INV_FREQ,
+    assert_same,
+    config_of,
+    publish,
+    publish_safetensors,
+    python,
+    read_bin,
+    same_bits,
+    state_of,
+    stored,
+    tiny_with,
+)
+from tokenizer_fixtures import make_vocab
+
+import davae_jax
+from convert.to_torch import export
+from convert.twin import load_twin
+from convert.warm_start import draw, modules, read_decoder, read_encoder, warm_start
+from davae_jax import DAVAE, DAVAEConfig
+from davae_jax.checkpoint import params_of
+from davae_jax.cli import main
+from davae_jax.errors import InputError
+
+BERT = dict(
+    vocab_size=120,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=20,
+    type_vocab_size=2,
+    layer_norm_eps=1e-12,
+)
+DECODER = "vae_model.decoder."
+L = 6
+
+
+def randomised(model):
+    """Every weight drawn anew: fresh biases are 0 and fresh LayerNorms 1, which would hide a mistake."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if name.endswith("LayerNorm.weight") else 0.3 * noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def masked_lm(tmp_path_factory):
+    """(folder, its BERT): names behind `bert.`, a head, no pooler."""
+    folder = tmp_path_factory.mktemp("bert") / "masked-lm"
+    model = randomised(transformers.BertForMaskedLM(transformers.BertConfig(**BERT)))
+    model.save_pretrained(folder)
+    make_vocab(folder)
+    return folder, model.bert
+
+
+@pytest.fixture(scope="session")
+def bare_bert(tmp_path_factory):
+    """(folder, its BERT): bare names, with a pooler, as pytorch_model.bin."""
+    model = randomised(transformers.BertModel(transformers.BertConfig(**BERT)))
+    config = model.config.to_dict()
+    return publish(tmp_path_factory.mktemp("bert") / "bare", model.state_dict(), config), model
+
+
+def transformer_xl_state(*, inv_freq=True):
+    """The decoder of golden `small` under the names of a Transformer-XL."""
+    state = {n.removeprefix(DECODER): t for n, t in state_of("small").items() if n.startswith(DECODER)}
+    del state["transformer.linear_emb.weight"]
+    if not inv_freq:
+        del state["transformer.position_embeddings.inv_freq"]
+    return state
+
+
+@pytest.fixture(scope="session")
+def transformer_xl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformer-xl") / "source"
+    return publish(folder, transformer_xl_state(), config_of("small")["decoder"])
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory):
+    """A config whose own parts are small, because drawing them takes its time."""
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    config = tiny_with(encoder__num_hidden_layers=1, decoder__num_layers=1, mine=1)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def started(tmp_path_factory, masked_lm, transformer_xl):
+    """(folder, report) of a warm start from both."""
+    folder = tmp_path_factory.mktemp("warm") / "both"
+    return folder, warm_start(folder, encoder=masked_lm[0], decoder=transformer_xl, latent_size=L, seed=3)
+
+
+@pytest.fixture(scope="session")
+def model(started):
+    return davae_jax.from_pretrained(started[0])
+
+
+def assert_encodes_like(model, bert):
+    """The encoder's hidden states, layer by layer, against transformers' own BERT."""
+    ids = np.arange(1, 25).reshape(2, 12) * 4
+    ids[1, 7:] = 0
+    tensor = torch.from_numpy(ids)
+    with torch.no_grad():
+        theirs = bert(tensor, attention_mask=(tensor > 0).long(), output_hidden_states=True)
+    ours = model.encoder(jnp.asarray(ids))
+    assert len(ours.hidden) == len(theirs.hidden_states) == BERT["num_hidden_layers"] + 1
+    for a, b in zip(ours.hidden, theirs.hidden_states, strict=True):
+        np.testing.assert_allclose(np.asarray(a)[ids > 0], b.numpy()[ids > 0], atol=1e-5)
+    if theirs.pooler_output is not None:
+        np.testing.assert_allclose(ours.pooled, theirs.pooler_output.numpy(), atol=1e-5)
+
+
+# What is taken
+
+
+def test_the_encoder_computes_what_transformers_computes(model, masked_lm):
+    assert_encodes_like(model, masked_lm[1])
+
+
+def test_bare_names_and_the_pooler(bare_bert, config_file, tmp_path):
+    folder, bert = bare_bert
+    report = warm_start(tmp_path / "new", encoder=folder, config=config_file)
+    assert {path for path in report.taken["encoder"] if "pooler" in path} == {
+        "encoder.pooler.weight",
+        "encoder.pooler.bias",
+    }
+    assert report.left_out == {"encoder": []}
+    assert_encodes_like(davae_jax.from_pretrained(tmp_path / "new"), bert)
+
+
+def test_the_decoder_without_latent_is_the_transformer_xl(model, golden_arrays):
+    """Known answers of the published program; the drawn latent projection plays no part in them."""
+    arrays = golden_arrays("small")
+    logits, _ = model.decode(arrays["decoder_input_ids"], None)
+    columns = np.asarray(logits)[..., arrays["logit_columns"]]
+    np.testing.assert_allclose(columns, arrays["decoder_logits_cols_no_latent"], atol=1e-4)
+
+
+def test_taken_weights_keep_their_bits(started, transformer_xl, masked_lm):
+    arrays = stored(started[0])
+    config = DAVAEConfig.from_json(started[0] / "config.json")
+    taken = read_encoder(masked_lm[0], config) | read_decoder(transformer_xl, config)
+    assert_same({path: arrays[path] for path in taken}, taken)
+    state = masked_lm[1].state_dict()
+    assert same_bits(arrays["encoder.layers.1.query.weight"], state["encoder.layer.1.attention.self.query.weight"])
+    assert arrays["encoder.word.weight"].dtype == np.float32
+    assert arrays["decoder.embedding.weight"].dtype == np.float16
+    assert same_bits(arrays["decoder.inv_freq"], state_of("small")[INV_FREQ])
+    assert {a.dtype for path, a in arrays.items() if path not in taken} == {np.dtype(np.float32)}
+
+
+def test_names_of_2018(bare_bert, config_file, tmp_path):
+    """`LayerNorm.gamma` and `.beta`, buffers, heads behind a prefix, float16."""
+    state = {"bert.embeddings.position_ids": torch.arange(20)[None], "bert.embeddings.token_type_ids": torch.zeros(1)}
+    for name, values in bare_bert[1].state_dict().items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        state[f"bert.{name}"] = values.half()
+    state |= {"cls.predictions.bias": torch.zeros(120), "cls.predictions.transform.LayerNorm.gamma": torch.ones(24)}
+    folder = publish(tmp_path / "old", state, BERT)
+    report = warm_start(tmp_path / "new", encoder=folder, config=config_file)
+    assert report.left_out == {"encoder": ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma"]}
+    config = DAVAEConfig.from_json(tmp_path / "new" / "config.json")
+    ours, theirs = read_encoder(folder, config), read_encoder(bare_bert[0], config)
+    assert_same(ours, {path: array.astype(np.float16) for path, array in theirs.items()})
+
+
+def test_frequencies_may_be_absent(config_file, tmp_path):
+    state = transformer_xl_state(inv_freq=False)
+    folder = publish_safetensors(tmp_path / "source", state, config_of("small")["decoder"])
+    warm_start(tmp_path / "new", decoder=folder, config=config_file)
+    assert "decoder.inv_freq" not in stored(tmp_path / "new")
+    model = davae_jax.from_pretrained(tmp_path / "new")
+    np.testing.assert_allclose(model.decoder.inv_freq[...], 1 / 10000 ** (np.arange(0, 24, 2) / 24), rtol=1e-6)
+    assert INV_FREQ not in read_bin(export(tmp_path / "new", tmp_path / "back"))
+
+
+# What is drawn
+
+
+def test_the_rest_is_a_new_models(started):
+    folder, report = started
+    config, arrays = DAVAEConfig.from_json(folder / "config.json"), stored(folder)
+    assert set(report.drawn) == {
+        "encoder.pooler.weight",
+        "encoder.pooler.bias",
+        "encoder.posterior.weight",
+        "decoder.latent_projection.weight",
+        "discriminator.hidden.weight",
+        "discriminator.hidden.bias",
+        "discriminator.output.weight",
+        "discriminator.output.bias",
+    }
+    assert set(report.drawn) | {path for paths in report.taken.values() for path in paths} == arrays.keys()
+    new = params_of(DAVAE(config, rngs=nnx.Rngs(3)))
+    for path in report.drawn:
+        np.testing.assert_allclose(arrays[path], new[path], rtol=1e-5, atol=1e-8)
+    assert arrays["encoder.posterior.weight"].shape == (2 * L, 24)
+    other = draw(config, ["encoder.posterior.weight"], seed=4)["encoder.posterior.weight"]
+    assert not np.allclose(other, arrays["encoder.posterior.weight"])
+
+
+def test_a_part_without_a_source_is_drawn_whole(masked_lm, transformer_xl, config_file, tmp_path):
+    only_encoder = warm_start(tmp_path / "a", encoder=masked_lm[0], config=config_file)
+    every = only_encoder.taken["encoder"] + only_encoder.drawn
+    assert modules(only_encoder.drawn, every) == ["encoder.pooler", "encoder.posterior", "decoder", "discriminator"]
+    spread = np.std(stored(tmp_path / "a")["decoder.embedding.weight"])
+    assert 0.019 < spread < 0.021  # the model's own initializer
+    only_decoder = warm_start(tmp_path / "b", decoder=transformer_xl, config=config_file)
+    every = only_decoder.drawn + only_decoder.taken["decoder"]
+    assert modules(only_decoder.drawn, every) == ["encoder", "decoder.latent_projection", "discriminator"]
+
+
+# What comes of it
+
+
+def test_the_config_is_put_together(started, masked_lm, transformer_xl, config_file, tmp_path):
+    config = DAVAEConfig.from_json(started[0] / "config.json")
+    assert (config.encoder.hidden_size, config.decoder.hidden_size, config.latent_size) == (24, 24, L)
+    assert (config.top_k, config.top_p, config.repetition_penalty, config.std_scale) == (0, 0.9, 2.0, 1.5)
+    assert config.encoder.extra["model_type"] == "bert"
+    assert config.decoder.extra["relative_encoding"] is True
+    assert (started[0] / "vocab.txt").read_bytes() == (masked_lm[0] / "vocab.txt").read_bytes()
+    assert not (started[0] / "spiece.model").exists()
+
+    shutil.copytree(transformer_xl, tmp_path / "source")
+    (tmp_path / "source" / "spiece.model").write_bytes(b"pieces")
+    warm_start(tmp_path / "new", encoder=masked_lm[0], decoder=tmp_path / "source", config=config_file)
+    config = DAVAEConfig.from_json(tmp_path / "new" / "config.json")
+    assert (config.latent_size, config.repetition_penalty, config.extra) == (4, 1.0, {"mine": 1})
+    assert config.encoder.num_hidden_layers == BERT["num_hidden_layers"]
+    assert (tmp_path / "new" / "spiece.model").read_bytes() == b"pieces"
+
+
+def test_it_exports_to_the_published_layout(started, model, tmp_path):
+    back = export(started[0], tmp_path / "back", dtype="float32")
+    ids = np.arange(1, 13).reshape(2, 6)
+    twin = load_twin(back)
+    with torch.no_grad():
+        mean = twin.encode(torch.from_numpy(ids)).mean
+        logits = twin.decode(torch.from_numpy(ids), mean).logits
+    np.testing.assert_allclose(model.encode(ids).mean, mean, atol=1e-5)
+    np.testing.assert_allclose(model.decode(ids, mean.numpy())[0], logits, atol=1e-4)
+
+
+def test_modules():
+    every = ["a.b.c", "a.b.d", "a.e", "f.0.g", "f.1.g", "h"]
+    assert modules(["a.b.c", "a.b.d"], every) == ["a.b"]
+    assert modules(["a.b.c", "a.b.d", "a.e", "f.1.g"], every) == ["a", "f.1"]
+    assert modules(["a.b.d", "h"], every) == ["a.b.d", "h"]
+    assert modules([], every) == []
+
+
+# What does not fit
+
+
+def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
+    encoder = {f"bert.{name}": values for name, values in bare_bert[1].state_dict().items()}
+    del encoder["bert.encoder.layer.0.output.dense.bias"], encoder["bert.pooler.dense.bias"]
+    encoder["bert.encoder.layer.3.output.dense.bias"] = torch.zeros(24)
+    encoder["bert.embeddings.LayerNorm.gamma"] = encoder.pop("bert.embeddings.LayerNorm.weight")[:5]
+    decoder = transformer_xl_state()
+    decoder["transformer.linear_emb.weight"] = torch.zeros(24, 16)
+    decoder["transformer.r_w_bias"][0, 0] = float("nan")
+    a = publish(tmp_path / "a", encoder, BERT)
+    b = publish(tmp_path / "b", decoder, config_of("small")["decoder"])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError) as raised:
+        warm_start(tmp_path / "new" / "new", encoder=a, decoder=b)
+    assert str(raised.value) == (
+        f"{a / 'pytorch_model.bin'}: 2 missing: bert.encoder.layer.0.output.dense.bias, bert.pooler.dense.bias; "
+        "1 unexpected: bert.encoder.layer.3.output.dense.bias; "
+        "1 misshapen: bert.embeddings.LayerNorm.gamma ([5], not [24]); "
+        f"{b / 'pytorch_model.bin'}: 1 unexpected: transformer.linear_emb.weight; "
+        "1 NaN or infinite: transformer.r_w_bias"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "part, config, said",
+    [
+        ("encoder", BERT | {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("encoder", BERT | {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 24"),
+        ("encoder", {"hidden_size": 24}, "missing fields vocab_size, num_hidden_layers"),
+        ("decoder", BERT, "missing fields num_layers, max_memory_length"),
+        ("decoder", [1], "decoder"),
+    ],
+)
+def test_a_sources_config_that_cannot_be(part, config, said, tmp_path):
+    source = publish(tmp_path / "source", {}, config)
+    with pytest.raises(InputError) as raised:
+        warm_start(tmp_path / "new", **{part: source})
+    assert str(source / "config.json") in str(raised.value)
+    assert said in str(raised.value)
+
+
+def test_the_wrong_kind_of_source(bare_bert, transformer_xl, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(bare_bert[0], source)
+    shutil.copyfile(transformer_xl / "pytorch_model.bin", source / "pytorch_model.bin")
+    with pytest.raises(InputError, match="holds no BERT: no tensor is called "):
+        warm_start(tmp_path / "new", encoder=source)
+
+
+# The command
+
+
+def test_the_command_says_what_came_from_where(masked_lm, transformer_xl, tmp_path):
+    new = tmp_path / "new"
+    arguments = ["--encoder", masked_lm[0], "--decoder", transformer_xl, "--latent-size", 4]
+    run = python("-m", "convert.warm_start", new, *arguments)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        f"encoder: 53 weights from {masked_lm[0]}: "
+        "encoder.word, encoder.position, encoder.token_type, encoder.norm, encoder.layers",
+        "encoder: 5 tensors of the source left out: cls",
+        f"decoder: 48 weights from {transformer_xl}: "
+        "decoder.embedding, decoder.r_w_bias, decoder.r_r_bias, decoder.inv_freq, decoder.layers, decoder.norm",
+        "freshly drawn: 8 weights: encoder.pooler, encoder.posterior, decoder.latent_projection, discriminator",
+        f"wrote {new}",
+    ]
+
+
+def test_bad_arguments(masked_lm, tmp_path, config_file, capsys):
+    new = tmp_path / "new"
+    for arguments, code, said in (
+        ([new], 2, "--encoder"),
+        ([new, "--encoder", masked_lm[0], "--latent-size", 0], 2, "--latent-size"),
+        ([], 2, "DST"),
+        ([new, "--encoder", tmp_path / "nowhere"], 1, "nowhere: no such folder"),
+        ([tmp_path, "--encoder", masked_lm[0]], 1, f"{tmp_path}: exists already"),
+        ([new, "--encoder", masked_lm[0], "--config", tmp_path / "nowhere.json"], 1, "nowhere.json: no such file"),
+        ([masked_lm[0], "--encoder", masked_lm[0], "--config", config_file, "--overwrite"], 2, "holds the source"),
+    ):
+        assert main(["warm-start", *map(str, arguments)]) == code, arguments
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert said in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwrite(masked_lm, transformer_xl, tmp_path):
+    new = tmp_path / "new"
+    new.mkdir()
+    arguments = ["--encoder", masked_lm[0], "--decoder", transformer_xl, "--latent-size", 4, "--seed", 1]
+    assert main(["warm-start", str(new), *map(str, arguments), "--overwrite"]) == 0
+    assert sorted(p.name for p in new.iterdir()) == ["config.json", "params", "vocab.txt"]
