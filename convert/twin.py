@@ -25,7 +25,7 @@ from davae_jax.checkpoint import CONFIG_FILE
 from . import torch_file
 
 MASKED = -10000.0  # finite as published, not -inf: what a masked score becomes, or (encoder) what is added to it
-END = 50000  # the default end token; the published loss pads with the id of <|endoftext|>, which it therefore never trains
+END = 50000  # <|endoftext|>, with which the published loss pads: it is therefore never trained
 
 
 class Encoded(NamedTuple):

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -157,15 +158,14 @@ def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
 
 
 def draw(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, jax.Array]:
-    """The weights at `paths` of a new model, in float32. The compiler drops the draws of all others."""
-    if not paths:
-        return {}
+    """The weights at `paths` of a new model, in float32."""
+    return _draw(config, tuple(paths), jax.random.key(seed)) if paths else {}
 
-    def chosen(key):
-        params = params_of(DAVAE(config, rngs=_InitKeys(key)))
-        return {path: params[path] for path in paths}
 
-    return jax.jit(chosen)(jax.random.key(seed))
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(config: DAVAEConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
+    params = params_of(DAVAE(config, rngs=_InitKeys(key)))
+    return {path: params[path] for path in paths}  # the compiler drops the draws of all others
 
 
 class _InitKeys:

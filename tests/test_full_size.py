@@ -1,7 +1,7 @@
 """The published size, 1.2 B values: conversion, parity with the known answers, generation. Minutes and gigabytes.
 
-`DAVAE_FULL_CHECKPOINT` may name a folder made by `python tests/make_checkpoint.py --config tests/golden/full/config.json
---out DIR`; otherwise the tests make one.
+`DAVAE_FULL_CHECKPOINT` may name a folder that make_checkpoint.py made from golden/full/config.json; otherwise the tests
+make one.
 """
 
 import json

@@ -97,9 +97,9 @@ def test_frequencies_are_never_cast(dtype):
 def test_missing_and_unknown_tensors_are_errors():
     state = state_of("memory")
     del state["vae_model.Disc.0.bias"]
-    with pytest.raises(RuntimeError, match="Missing.*Disc.0.bias"):
+    with pytest.raises(RuntimeError, match=r"Missing.*Disc.0.bias"):
         Twin(config_of("memory")).load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Unexpected.*extra"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*extra"):
         Twin(config_of("memory")).load_state_dict({**state_of("memory"), "vae_model.extra": torch.zeros(1)})
 
 
