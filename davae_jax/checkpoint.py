@@ -102,7 +102,11 @@ def converter(module: str):
 
 
 def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
-    """Reads an Orbax checkpoint of weights into the targets' dtypes and shardings. `decoder.inv_freq` may be absent."""
+    """Reads an Orbax checkpoint of weights into the targets' dtypes and shardings. `decoder.inv_freq` may be absent.
+
+    Raises:
+      InputError: no complete checkpoint, arrays that do not fit the targets, or values that are not finite.
+    """
     from orbax.checkpoint import v1 as ocp
 
     stored = stored_arrays(path)
@@ -118,9 +122,17 @@ def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Flat
         raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     with _quiet():
         try:
-            return flatten(ocp.load(path, _nest(wanted)))
+            arrays = flatten(ocp.load(path.absolute(), _nest(wanted)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise InputError(f"{path}: cannot be read ({_first_line(e)})") from e
+    if bad := [p for p, array in arrays.items() if not _is_finite(array)]:
+        raise InputError(f"{path}: {len(bad)} NaN or infinite: {', '.join(bad)}")
+    return arrays
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def stored_arrays(path: Path) -> dict[str, Any]:
@@ -187,7 +199,7 @@ def _metadata(path: Path):
 
     with _quiet():
         try:
-            return ocp.metadata(path)
+            return ocp.metadata(path.absolute())
         except Exception as e:  # not a checkpoint, or one that was cut off
             raise InputError(f"{path}: not a complete checkpoint ({_first_line(e)})") from e
 

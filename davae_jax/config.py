@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,14 @@ _REQUIRED = {
 
 def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float, *, where: str = "") -> None:
     """Raises InputError (exit code 2) where a sampling setting makes no sense."""
-    if not temperature > 0:
-        problem = f"temperature must be above 0, not {temperature}"
+    if not 0 < temperature < math.inf:
+        problem = f"temperature must be above 0 and finite, not {temperature}"
     elif top_k < 0 or top_k != int(top_k):
         problem = f"top_k must be a whole number of 0 (off) or more, not {top_k}"
     elif not 0 <= top_p <= 1:
         problem = f"top_p must lie in [0, 1], not {top_p}"
-    elif not repetition_penalty > 0:
-        problem = f"repetition_penalty must be above 0, not {repetition_penalty}"
+    elif not 0 < repetition_penalty < math.inf:
+        problem = f"repetition_penalty must be above 0 and finite, not {repetition_penalty}"
     else:
         return
     raise InputError(where + problem, exit_code=2)
