@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -37,11 +39,14 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
         if target.exists():
             target.rename(old)
         staging.rename(target)
-    except OSError as e:
-        file = Path(e.filename or staging)
-        if file == target or file.is_relative_to(staging) or staging.is_relative_to(file):
-            raise InputError(f"{dst}: cannot be written ({e.strerror or e})") from e
-        raise InputError(f"{file}: {e.strerror}") from e
+    except InputError:
+        raise
+    except Exception as e:
+        if not (reason := _reason(e)):
+            raise
+        file = Path(getattr(e, "filename", None) or staging)
+        ours = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
+        raise InputError(f"{dst}: cannot be written ({reason})" if ours else f"{file}: {reason}") from e
     finally:
         if old.exists() and not target.exists():  # interrupted between the two renames
             old.rename(target)
@@ -50,6 +55,16 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
         for parent in made:
             with contextlib.suppress(OSError):  # it holds the result
                 parent.rmdir()
+
+
+def _reason(e: Exception) -> str | None:
+    """What the system said, where the error comes from it; None for any other error."""
+    if isinstance(e, OSError):
+        return e.strerror or str(e)
+    # TensorStore, safetensors and PyTorch have types of their own for a disk that is full.
+    if code := re.search(r"os_error_code='(\d+)'|os error (\d+)", str(e)):
+        return os.strerror(int(code[1] or code[2]))
+    return "is the disk full?" if "inline_container" in str(e) else None
 
 
 def _remove(path: Path) -> None:

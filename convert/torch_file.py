@@ -66,7 +66,15 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
     if others := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise InputError(f"{path}: holds what is not a tensor: {', '.join(others)}")
-    return {name: _as_numpy(tensor) for name, tensor in state.items()}
+    if nameless := [repr(name) for name in state if not isinstance(name, str)]:
+        raise InputError(f"{path}: holds tensors without a name: {', '.join(nameless)}")
+    arrays = {}
+    for name, tensor in state.items():
+        try:
+            arrays[name] = _as_numpy(tensor)
+        except (TypeError, RuntimeError) as e:  # sparse, quantised, float8: what NumPy has no array for
+            raise InputError(f"{path}: {name} cannot be read: {tensor.dtype}, {tensor.layout}") from e
+    return arrays
 
 
 def _why_unreadable(path: Path) -> str:

@@ -8,7 +8,6 @@ Letters in shapes: B batch, S encoder length, T decoder length, D width, N heads
 V vocabulary, M memory length, K = M + T keys. `x_BTD` has shape [B, T, D].
 """
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from davae_jax.checkpoint import CONFIG_FILE
+from davae_jax.config import DAVAEConfig
 
 from . import torch_file
 
@@ -339,8 +339,8 @@ def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
       RuntimeError: its tensors do not fit config.json.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    return build_twin(config, torch_file.read(torch_file.find(folder)), dtype)
+    config = DAVAEConfig.from_json(folder / CONFIG_FILE)  # fills in what a config.json may leave out
+    return build_twin(config.to_dict(), torch_file.read(torch_file.find(folder)), dtype)
 
 
 def build_twin(config: dict, state: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Twin:

@@ -156,8 +156,8 @@ def save_arrays(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any]
     context.array.saving.use_compression = False
     with context, _quiet():
         for group in groups:
-            ocp.partial.save(path, _nest(group), custom_metadata=extras)
-        ocp.partial.finalize(path)
+            ocp.partial.save(path.absolute(), _nest(group), custom_metadata=extras)
+        ocp.partial.finalize(path.absolute())
 
 
 def flatten(params: Params) -> FlatParams:

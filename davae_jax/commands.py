@@ -289,8 +289,7 @@ class Interpolate(_GreedyCommand):
 
     def check(self) -> None:
         super().check()
-        if self.steps < 2:
-            raise InputError(f"--steps must be at least 2 (both ends), not {self.steps}", exit_code=2)
+        check_steps(self.steps, name="--steps")
 
     def results(self) -> list[dict]:
         pairs, label = self.columns(2)

@@ -39,6 +39,7 @@ class EncoderConfig:
             raise InputError(f"config: encoder.hidden_act is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
         if self.pad_token_id != 0:
             raise InputError("config: encoder.pad_token_id must be 0: the attention mask is `ids > 0`")
+        _require_positive_eps("encoder", self)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class DecoderConfig:
             raise InputError(f"config: decoder.hidden_size is {self.hidden_size}; sines and cosines need an even width")
         if self.max_memory_length < 0:
             raise InputError(f"config: decoder.max_memory_length is {self.max_memory_length}; it cannot be negative")
+        _require_positive_eps("decoder", self)
+        if self.extra.get("relative_encoding", True) is not True:
+            raise InputError("config: decoder.relative_encoding must be true; no other decoder is known")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class DAVAEConfig:
             raise InputError(f"config: fb_mode is {self.fb_mode!r}; it must be 0, 1 or 2")
         if not self.std_scale >= 0:
             raise InputError(f"config: std_scale is {self.std_scale!r}; it cannot be negative")
+        _require_ids(self, "cls_token_id sep_token_id end_token_id pad_token_id bos_token_id")
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, where="config: ")
 
     @classmethod
@@ -138,7 +143,7 @@ class DAVAEConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; a model folder needs its config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
             raise InputError(f"{path}: cannot be read as JSON ({e})") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: holds no JSON object")
@@ -198,7 +203,7 @@ def _from_dict(cls, values: dict[str, Any], prefix: str, required: list[str], **
 
 def _checked(value, type_name: str, name: str):
     """`value` as the field's type; JSON writes 1.0 as 1 and some writers write 12 as 12.0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if type_name == "int" and is_number and value == int(value):
         return int(value)
     if type_name == "float" and is_number:
@@ -227,10 +232,23 @@ def _require_positive(part: str, config, names: str) -> None:
             raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must be at least 1")
 
 
+def _require_positive_eps(part: str, config) -> None:
+    if not config.layer_norm_eps > 0:
+        raise InputError(f"config: {part}.layer_norm_eps is {config.layer_norm_eps}; it must be above 0")
+
+
 def _require_probability(part: str, config, names: str) -> None:
     for name in names.split():
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must lie in [0, 1)")
+
+
+def _require_ids(config, names: str) -> None:
+    # Not held against the vocabularies: a model without tokenizers may be smaller than the published ids. Tokenizers
+    # are checked against the model when they are loaded.
+    for name in names.split():
+        if getattr(config, name) < 0:
+            raise InputError(f"config: {name} is {getattr(config, name)}; an id cannot be negative")
 
 
 def _require_heads_divide(part: str, config) -> None:

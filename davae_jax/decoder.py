@@ -122,15 +122,29 @@ class Decoder(nnx.Module):
         phase = distances[:, None].astype(jnp.float32) * self.inv_freq[...].astype(jnp.float32)
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
-    def remember(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...]) -> Memory:
+    def empty_memory(self, batch: int) -> Memory:
+        """A memory of length 0 whose buffer never grows: what a `lax.scan` over segments begins with."""
+        rows = jnp.zeros((batch, self.max_memory_length, self.embedding.weight.shape[1]), self.embedding.dtype)
+        return Memory((rows,) * (1 + len(self.layers)), jnp.int32(0))
+
+    def memory_capacity(self, memory: Memory | None, T: int) -> int:
+        """Rows of the buffer that holds the memory after T more tokens: a power of two, at most max_memory_length.
+
+        Reading a text in pieces of any size thus compiles a handful of programs. Where the length is traced, the old
+        buffer's size stands for it.
+        """
+        old = 0 if memory is None else memory.capacity
+        if memory is not None and not isinstance(memory.length, jax.core.Tracer):
+            old = int(memory.length)
+        return min(self.max_memory_length, power_of_two(old + T))
+
+    def remember(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...], capacity: int) -> Memory:
         """The memory after T new tokens: the last min(max_memory_length, M + T) rows of old and new, gradient stopped.
 
-        The buffer grows by powers of two up to max_memory_length, so that reading a text in pieces of any size compiles
-        a handful of programs.
+        capacity: from `memory_capacity`.
         """
         T = hidden[0].shape[1]
         old = 0 if memory is None else memory.capacity
-        capacity = min(self.max_memory_length, power_of_two(old + T))
         rows = []
         for i, new in enumerate(hidden):
             new = lax.stop_gradient(new)

@@ -26,6 +26,7 @@ from davae_jax.errors import InputError
 from davae_jax.model import DAVAE, merge, split
 from davae_jax.sampling import count_ids, filter_logits, penalized_log_probs
 
+LONGEST = 1 << 16  # tokens of a text; keys and values of more would fill any machine
 Cache = list[tuple[Array, Array]]  # keys and values [B, N, K, H] of each layer
 
 
@@ -118,8 +119,8 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:
     """Raises InputError (exit code 2) on the first prompt that cannot be continued."""
-    if max_length < 1:
-        raise InputError(f"max_length must be at least 1, not {max_length}", exit_code=2)
+    if not 1 <= max_length <= LONGEST:
+        raise InputError(f"max_length must be 1 to {LONGEST}, not {max_length}", exit_code=2)
     for row, prompt in enumerate(prompts, 1):
         if not prompt:
             problem = "is empty; it needs at least the beginning-of-text token"

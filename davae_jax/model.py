@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -40,7 +41,11 @@ class DAVAE(nnx.Module):
         key: jax.Array | None = None,
     ) -> Posterior:
         """The posterior of each text; id 0 is padding. A key turns dropout on."""
-        return _encode(*split(self), jnp.asarray(input_ids), embedding_noise, key)
+        _check_ids(input_ids, self.config.encoder.vocab_size)
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.shape[1] > (longest := self.config.encoder.max_position_embeddings):
+            raise ValueError(f"input_ids has length {input_ids.shape[1]}, more than the encoder's {longest} positions")
+        return _encode(*split(self), input_ids, embedding_noise, key)
 
     def decode(
         self,
@@ -59,7 +64,14 @@ class DAVAE(nnx.Module):
         """
         if window not in (None, "published"):
             raise ValueError(f'window must be None or "published", not {window!r}')
-        return _decode(*split(self), jnp.asarray(input_ids), latent, memory, window, key)
+        _check_ids(input_ids, self.config.decoder.vocab_size)
+        input_ids = jnp.asarray(input_ids)
+        capacity = self.decoder.memory_capacity(memory, input_ids.shape[1])
+        return _decode(*split(self), input_ids, latent, memory, window, capacity, key)
+
+    def empty_memory(self, batch: int) -> Memory:
+        """A memory of length 0 and fixed shape, to begin a `lax.scan` over segments with; `decode` grows its own."""
+        return self.decoder.empty_memory(batch)
 
     def discriminate(self, latent: Float[Array, "B L"]) -> Float[Array, "B"]:
         """Logits: above 0 for "drawn from the prior", below for "from the encoder"."""
@@ -72,16 +84,24 @@ def _encode(graphdef, params, ids, embedding_noise, key):
     return Posterior(output.mean, output.logvar)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
-def _decode(graphdef, params, ids, latent, memory, window, key):
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _decode(graphdef, params, ids, latent, memory, window, capacity, key):
     decoder = merge(graphdef, params).decoder
     output = decoder(ids, latent, memory, window, key)
-    return decoder.logits(output.final), decoder.remember(memory, output.hidden)
+    return decoder.logits(output.final), decoder.remember(memory, output.hidden, capacity)
 
 
 @partial(jax.jit, static_argnums=0)
 def _discriminate(graphdef, params, latent):
     return merge(graphdef, params).discriminator(latent).astype(jnp.float32)
+
+
+def _check_ids(ids, vocab_size: int) -> None:
+    """JAX reads NaN past a table's end. Arrays on a device are not waited for; their ids are the caller's business."""
+    if isinstance(ids, jax.Array):
+        return
+    if (ids := np.asarray(ids)).size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(f"input_ids holds ids from {ids.min()} to {ids.max()}; the vocabulary has {vocab_size}")
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -194,8 +194,7 @@ class TextVAE:
 
     def interpolate(self, a: str, b: str, steps: int, *, seed: int = 0, **sampling) -> list[str]:
         """`steps` texts along the straight line from a's posterior mean to b's, both ends included."""
-        if steps < 2:
-            raise InputError(f"steps must be at least 2 (both ends), not {steps}", exit_code=2)
+        check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
         return self.generate(interpolate(mean_a, mean_b, steps), seed=seed, **greedy_unless_told(sampling))
 
@@ -224,6 +223,12 @@ class TextVAE:
                 stop = min(start + self.batch_size, n)
                 yield start, stop
                 bar.update(stop - start)
+
+
+def check_steps(steps: int, *, name: str = "steps") -> None:
+    """Raises InputError (exit code 2) on a number of interpolation steps that makes no sense."""
+    if not 2 <= steps <= 10_000:
+        raise InputError(f"{name} must be 2 (both ends) to 10000, not {steps}", exit_code=2)
 
 
 def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer, DecoderTokenizer]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import zipfile
 import zlib
@@ -371,6 +372,23 @@ def test_a_destination_that_cannot_be_written(tmp_path, tiny, fails):
         (tmp_path / "closed").mkdir(mode=0o500)
         out = tmp_path / "closed" / "out"
         assert f"{out}: cannot be written" in fails("convert", tiny, out)
+
+
+@pytest.mark.parametrize("write", ["convert", "bin", "safetensors"])
+def test_a_full_disk(write, tmp_path, converted):
+    folder = converted("small")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # bytes of a file
+    try:
+        with pytest.raises(InputError) as raised:
+            if write == "convert":
+                convert(GOLDEN / "small", tmp_path / "out")
+            else:
+                export(folder, tmp_path / "out", format=write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert str(raised.value).startswith(f"{tmp_path / 'out'}: cannot be written (")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])

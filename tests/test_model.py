@@ -159,6 +159,39 @@ def test_memory_keeps_the_last_rows_and_compiles_little(inputs):
     np.testing.assert_allclose(memory.hidden[0], at_once.hidden[0], atol=1e-6)
 
 
+def test_memory_carried_by_a_scan(model, inputs):
+    """A buffer of fixed shape is a carry; its numbers are those of the growing one."""
+    ids, latent = inputs
+    graphdef, params = split(model)
+
+    @jax.jit
+    def read(params, segments, memory):
+        def step(memory, segment):
+            logits, memory = merge(graphdef, params).decode(segment, latent, memory=memory, window="published")
+            return memory, logits
+
+        return jax.lax.scan(step, memory, segments)
+
+    memory, logits = read(params, np.stack(np.split(ids, 4, axis=1)), model.empty_memory(2))
+    assert int(memory.length) == 12 and memory.capacity == 512
+    grown = None
+    for i, expected in enumerate(logits):
+        found, grown = model.decode(ids[:, 3 * i : 3 * i + 3], latent, memory=grown, window="published")
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert int(grown.length) == 12 and grown.capacity == 16
+    np.testing.assert_allclose(memory.hidden[1][:, -12:], grown.hidden[1][:, -12:], atol=1e-6)
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    """JAX would read NaN there."""
+    with pytest.raises(ValueError, match="ids from 1 to 5000; the vocabulary has 50"):
+        model.encode([[1, 2, 5000]])
+    with pytest.raises(ValueError, match="ids from -1 to 3; the vocabulary has 64"):
+        model.decode(np.array([[3, -1]]), None)
+    with pytest.raises(ValueError, match="length 513, more than the encoder's 512 positions"):
+        model.encode(np.ones((1, 513), int))
+
+
 def test_memory_stops_the_gradient(model, inputs):
     ids, latent = inputs
 

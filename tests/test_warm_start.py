@@ -258,10 +258,7 @@ def test_a_part_without_a_source_is_drawn_layer_by_layer(
     part, source = "decoder", transformer_xl
     report = warm_start(tmp_path / "b", decoder=source, config=config_file)
     assert groups() == [
-        ["encoder.word"],
-        ["encoder.position"],
-        ["encoder.token_type"],
-        ["encoder.norm"],
+        ["encoder.word", "encoder.position", "encoder.token_type", "encoder.norm"],
         ["encoder.layers.0"],
         ["encoder.layers.1"],
         ["encoder.pooler", "encoder.posterior"],
