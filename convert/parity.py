@@ -2,19 +2,24 @@
 
     python -m convert.parity SRC [--dtype bfloat16] [--against FOLDER] [--no-gradients]
 
-The PyTorch twin (`twin.py`) and the JAX model read the same seeded ids (rows of unequal length, padded), embedding
-noise and latent noise. Each module is compared twice. End to end, everything before it is JAX's own. In isolation, it
-is given the twin's input of that module, so that a fault shows where it happens and rounding does not add up.
+The PyTorch twin (`twin.py`) and the JAX model read the same inputs (`sides.py`). Each module is compared twice: end to
+end, where everything before it is JAX's own; and in isolation, where it is given the twin's input of that module, so
+that a fault shows where it happens and rounding does not add up.
 
-What is allowed, float32:
-  hidden states, latents, logits  1e-4, or 4e-6 of the largest value where that is more. A 32-layer residual stream grows
-      past 100, where two correct float32 programs come to differ by 2e-4: 1.2e-6 of the largest value was measured.
-  losses  1e-5, relative.
-  gradients  |difference| up to 1e-4 of the tensor's norm and 1e-8 of the layer's largest norm: a gradient whose terms
-      nearly cancel carries the rounding of the terms. The biases of BERT's keys and of `relative` shift all scores of a
-      query alike, which softmax ignores: their gradients are noise, of a norm up to 1e-5 or 1e-7 of the layer's largest.
+What is allowed in float32:
+  hidden states, latents, logits: 1e-4, or 4e-6 of the largest value where that is more. A 32-layer residual stream
+    grows past 100, and two correct float32 programs then differ by 2e-4; 1.2e-6 of the largest value was measured.
+  losses: 1e-5, relative.
+  gradients: |difference| up to 1e-4 of the tensor's norm plus 1e-8 of the layer's largest norm. A gradient whose terms
+    nearly cancel carries the rounding of those terms: without the second part, the last encoder layer's query bias,
+    whose gradient is 1e-5 of its neighbours', would miss by a factor of 2.
+  The biases of BERT's keys and of `relative` shift all scores of a query alike, which softmax ignores. Their gradients
+    are rounding alone: a norm up to 1e-5, or 1e-7 of the layer's largest where that is more.
 
-bfloat16 is JAX in bfloat16, weights rounded too, against the twin in float32. TODO
+bfloat16 is JAX in bfloat16, weights rounded too, against the twin in float32. A number has 8 bits, a rounding of 2⁻⁹ of
+its size at each operation, which adds up through the layers: states may differ by 15 % of the largest value end to end
+and 4 % for one module alone, losses by 5 %, gradients by half of the tensor's norm. That finds a wrong module, not a
+wrong rounding; use float32 for proof.
 
 Only what the inputs reach is compared: of the embeddings, the rows of the ids drawn. Another --seed draws others.
 """
@@ -26,37 +31,26 @@ import itertools
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
-from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, flatten, from_pretrained, resolve_source
+from davae_jax.checkpoint import CONFIG_FILE, flatten, from_pretrained, resolve_source
 from davae_jax.cli import Command, run
 from davae_jax.config import DAVAEConfig
-from davae_jax.decoder import visible_keys
 from davae_jax.errors import InputError
-from davae_jax.latent import Posterior, kl_per_dimension
-from davae_jax.losses import adversarial_losses, published_loss
-from davae_jax.model import DAVAE, merge, split
+from davae_jax.model import DAVAE, split
 
-from . import torch_file
-from .from_torch import checked_rows, read_state
+from . import sides
 from .names import INV_FREQ, Row, rows
-from .to_torch import published_state
+from .sides import Batch, Step, Values
 
 Dtype = Literal["float32", "bfloat16"]
-Values = dict[str, np.ndarray]  # module → what it computes; the twin's are in the order of computation
-Step = Callable[[str], None]  # told what begins
-
 IGNORED = "gradient of key and relative biases"
 SOFTMAX_IGNORES = re.compile(r"encoder\.layers\.\d+\.key\.bias|decoder\.layers\.\d+\.relative\.bias")
 
@@ -126,7 +120,7 @@ def compare(
 ) -> Report:
     """Compares the JAX model of `src` with the PyTorch twin of `against`, by default of `src` as well.
 
-    One side is in memory at a time, with its gradients: at the published size 10 GB, and 5 GB in the temporary folder.
+    One side is in memory at a time, with its gradients: at the published size 13 GB, and 5 GB in the temporary folder.
 
     Raises:
       InputError: no model there, the two do not have the same tensors, or a number that cannot be.
@@ -139,11 +133,11 @@ def compare(
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {batch_size}", exit_code=2)
     longest = config.encoder.max_position_embeddings
-    if not SEGMENTS <= length <= longest:
+    if not sides.SEGMENTS <= length <= longest:
         raise InputError(
-            f"--length must be {SEGMENTS} to {longest}, the encoder's positions, not {length}", exit_code=2
+            f"--length must be {sides.SEGMENTS} to {longest}, the encoder's positions, not {length}", exit_code=2
         )
-    batch = make_batch(config, batch_size, length, seed)
+    batch = sides.make_batch(config, batch_size, length, seed)
     bar = tqdm(total=12 if gradients else 9, disable=None, leave=False)
 
     def step(name: str) -> None:
@@ -152,14 +146,11 @@ def compare(
 
     with bar, tempfile.TemporaryDirectory(prefix="davae-parity-") as scratch:
         gradient_folder = Path(scratch) if gradients else None
-        twin = run_twin(twin_folder, twin_config, batch, gradient_folder, step)
+        twin = sides.run_twin(twin_folder, twin_config, batch, gradient_folder, step)
         gc.collect()
         step("JAX: weights")
         model = from_pretrained(folder, dtype=dtype)
         return check_model(model, batch, twin, dtype, gradient_folder, step)
-
-
-# JAX
 
 
 def check_model(
@@ -173,14 +164,14 @@ def check_model(
     """Compares a model with what `run_twin` computed, and with the gradients it left in that folder."""
     tolerances = TOLERANCES[dtype]
     with jax.default_matmul_precision("highest"):
-        end_to_end = _run_jax(model, batch, step)
-        isolated = _run_isolated(model, batch, twin, dtype, step)
+        end_to_end = sides.run_jax(model, batch, step)
+        isolated = sides.run_isolated(model, batch, twin, dtype, step)
         isolated["encoder embeddings"] = end_to_end["encoder embeddings"]  # their input is the ids
-        twin = _same_free_bits(twin, end_to_end[KL], model.config.dim_target_kl)
+        twin = _same_free_bits(twin, end_to_end[sides.KL], model.config.dim_target_kl)
         checks = [_check(name, end_to_end, isolated, twin, tolerances) for name in twin]
         if gradients:
             step("JAX: gradients")
-            found = flatten(_gradients(*split(model), batch))
+            found = flatten(sides.jax_gradients(*split(model), batch))
             step("gradients: difference")
             checks += _check_gradients(found, gradients, rows(model.config), tolerances)
     return Report(checks)
@@ -190,23 +181,23 @@ def check_model(
 
 
 def _same_free_bits(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
-    """The twin's fb_mode 1 losses as if the JAX side's KL, `kl_BL`, had said which dimensions are above the target.
+    """The twin's fb_mode 1 losses as if JAX's KL, `kl_BL`, had said which dimensions are above the target.
 
-    Free bits jump by a whole dimension where rounding carries its KL across the target. That is no fault: how far the
-    dimensions' KLs differ is a check of its own.
+    Free bits jump by a whole dimension where rounding carries its KL across the target. That is no fault, and how far
+    the dimensions' KLs differ is a check of its own.
     """
-    moved_B = (twin[KL] * (1.0 * (kl_BL > target) - (twin[KL] > target))).sum(-1)
-    moved = np.array([0.0, moved_B.mean(), BETA * moved_B.sum()], np.float32)
-    return twin | {name: twin[name] + moved for name, (fb_mode, _) in LOSSES.items() if fb_mode == 1}
+    moved_B = (twin[sides.KL] * (1.0 * (kl_BL > target) - (twin[sides.KL] > target))).sum(-1)
+    moved = np.array([0.0, moved_B.mean(), sides.BETA * moved_B.sum()], np.float32)
+    return twin | {name: twin[name] + moved for name, (fb_mode, _) in sides.LOSSES.items() if fb_mode == 1}
 
 
 def _check(name: str, end_to_end: Values, isolated: Values, twin: Values, tolerances: Tolerances) -> Check:
     expected = twin[name]
-    if name in LOSSES or name == ADVERSARIAL:
+    if name in sides.LOSSES or name == sides.ADVERSARIAL:
         scale = np.abs(expected)
         allowed = isolated_allowed = tolerances.loss
     else:
-        scale, largest = 1.0, np.abs(expected).max(initial=0.0)
+        scale, largest = 1.0, float(np.abs(expected).max(initial=0.0))
         allowed, isolated_allowed = (max(floor, part * largest) for floor, part in tolerances[:2])
     difference = _largest_difference(end_to_end[name], expected, scale)
     if name not in isolated:

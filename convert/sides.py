@@ -227,21 +227,23 @@ def _loss(model, b: Batch, fb_mode: int, weighted: bool):
     return published_loss(model, b.encoder_ids, b.decoder_ids, **how)
 
 
-def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: Dtype, step: Step) -> Values:
-    """Each module on the twin's input of that module."""
+def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: str, step: Step) -> Values:
+    """Each module on the twin's input of that module. The losses and the memory have no such form."""
     encoder, decoder = model.encoder, model.decoder
-    given = {name: jnp.asarray(value, dtype) for name, value in twin.items() if name not in LOSSES}
     values = {}
+
+    def given(name):
+        return jnp.asarray(twin[name], dtype)
 
     step("JAX: encoder in isolation")
     score_bias = jnp.where(b.encoder_ids > 0, 0.0, -10000.0)[:, None, None, :]
-    x = given["encoder embeddings"]
+    x = given("encoder embeddings")
     for i, layer in enumerate(encoder.layers):
         name = f"encoder layer {i}"
         values[name] = _encoder_layer(*split(layer), x, score_bias)
-        x = given[name]
+        x = given(name)
     values["pooled"] = jnp.tanh(encoder.pooler(x[:, 0]))
-    posterior = encoder.posterior(given["pooled"]).astype(jnp.float32)
+    posterior = encoder.posterior(given("pooled")).astype(jnp.float32)
     values["posterior mean"], values["posterior logvar"] = jnp.split(posterior, 2, axis=-1)
     values["latent"] = Posterior(twin["posterior mean"], twin["posterior logvar"]).at(b.eps)
 
@@ -251,13 +253,13 @@ def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: Dtype, step: Step)
     features, visible = decoder.position_features(jnp.arange(T - 1, -1, -1)), visible_keys(T, T, offset=0)
     shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, latent_term
     values["decoder input"] = decoder.embedding(b.decoder_ids) + latent_term
-    x = given["decoder input"]
+    x = given("decoder input")
     for i, layer in enumerate(decoder.layers):
         name = f"decoder layer {i}"
         values[name] = _decoder_layer(*split(layer), x, *shared)
-        x = given[name]
+        x = given(name)
     values["final norm"] = decoder.norm(x)
-    values["logits"] = decoder.logits(given["final norm"])
+    values["logits"] = decoder.logits(given("final norm"))
     values["discriminator"] = model.discriminate(twin["latent"])
     values[ADVERSARIAL] = jnp.stack(adversarial_losses(model, jnp.asarray(twin["latent"]), b.prior))
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
@@ -275,5 +277,3 @@ def _encoder_layer(graphdef, params, x, score_bias):
 def _decoder_layer(graphdef, params, x, features, r_w_bias, r_r_bias, visible, latent_term):
     layer = nnx.merge(graphdef, params)
     return layer(x, layer.relative_keys(features), r_w_bias, r_r_bias, visible)[0] + latent_term
-
-

@@ -22,7 +22,7 @@ from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 from davae_jax.generation import sampling_settings
 from davae_jax.latent import analogy, interpolate
-from davae_jax.text import TextVAE, check_std_scale, greedy_unless_told
+from davae_jax.text import TextVAE, check_std_scale, check_steps, greedy_unless_told
 
 
 def _option(metavar: str, default: str):
