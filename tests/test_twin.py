@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from convert.twin import PositionFeatures, Twin, frequencies, kl_per_dim, load_twin
+from davae_jax.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 HIDDEN = 1e-4  # largest difference of a hidden state or logit
@@ -117,8 +119,8 @@ def test_other_layouts_load_alike(layout, tmp_path):
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+    shutil.copyfile(GOLDEN / "small" / "config.json", tmp_path / "config.json")
+    with pytest.raises(InputError, match=f"{tmp_path}: holds no model.safetensors and no pytorch_model.bin"):
         load_twin(tmp_path)
 
 
