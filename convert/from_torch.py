@@ -121,7 +121,7 @@ def check(state: dict[str, np.ndarray], table: list[Row], path: Path, ignored: C
 
 
 def _groups(table: list[Row]) -> Iterator[list[Row]]:
-    """Rows of one layer together, the rest apart by kind: what is held in write buffers at one time."""
+    """What is written, and held in buffers, at one time: a few layers together, the rest apart by kind."""
     group: list[Row] = []
     for row in table:
         if group and _group_of(row) != _group_of(group[-1]):
@@ -132,9 +132,11 @@ def _groups(table: list[Row]) -> Iterator[list[Row]]:
 
 
 def _group_of(row: Row) -> str:
-    layer = re.match(r"\w+\.layers\.\d+\.", row.path)
+    # At the published size four layers a group take two thirds of the time of one a group, for 4 % more memory.
+    if layer := re.match(r"(\w+)\.layers\.(\d+)\.", row.path):
+        return f"{layer[1]} layers {int(layer[2]) // 4}"
     # The decoder's embedding alone is as large as three layers.
-    return layer[0] if layer else row.path if row.path.endswith("embedding.weight") else row.path.split(".")[0]
+    return row.path if row.path.endswith("embedding.weight") else row.path.split(".")[0]
 
 
 @dataclass(kw_only=True)
