@@ -199,9 +199,12 @@ def _metadata(path: Path):
 
     with _quiet():
         try:
-            return ocp.metadata(path.absolute())
+            metadata = ocp.metadata(path.absolute())
         except Exception as e:  # not a checkpoint, or one that was cut off
             raise InputError(f"{path}: not a complete checkpoint ({_first_line(e)})") from e
+    if metadata.metadata is None:
+        raise InputError(f"{path}: not a complete checkpoint")
+    return metadata
 
 
 def _first_line(e: Exception) -> str:
@@ -213,7 +216,7 @@ class _quiet:
 
     def __enter__(self):
         self.level = logging.getLogger("absl").level
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def __exit__(self, *_):
         logging.getLogger("absl").setLevel(self.level)

@@ -115,9 +115,20 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> DAVAE:
     return nnx.merge(graphdef, params)
 
 
+class InitKeys:
+    """The keys of `nnx.Rngs(key)`. Its own count is a traced Variable, which makes tracing quadratic in the weights."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
 def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32) -> DAVAE:
     """The model with shapes in place of arrays: nothing is allocated or drawn."""
-    return nnx.eval_shape(lambda: DAVAE(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
+    return nnx.eval_shape(lambda: DAVAE(config, rngs=InitKeys(jax.random.key(0)), dtype=dtype, param_dtype=param_dtype))
 
 
 def weight_axes(model: nnx.Module) -> Params:

@@ -233,38 +233,19 @@ def test_the_rest_is_a_new_models(started):
     assert not np.allclose(other["encoder.posterior.weight"], arrays["encoder.posterior.weight"])
 
 
-def test_a_part_without_a_source_is_drawn_layer_by_layer(
+def test_a_part_without_a_source_is_drawn_piece_by_piece(
     masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups
 ):
-    def groups():
-        paths = [path for group in drawn_in_groups for path in group]
-        assert paths == report.drawn
-        assert len(set(paths)) == len(paths)
-        said = [modules(group, report.taken[part] + paths) for group in drawn_in_groups if group]
+    for part, source, drawn in (
+        ("encoder", masked_lm[0], ["encoder.pooler", "encoder.posterior", "decoder", "discriminator"]),
+        ("decoder", transformer_xl, ["encoder", "decoder.latent_projection", "discriminator"]),
+    ):
+        report = warm_start(tmp_path / part, config=config_file, **{part: source})
+        assert modules(report.drawn, report.taken[part] + report.drawn) == drawn
+        assert [path for group in drawn_in_groups for path in group] == report.drawn
+        assert not [group for group in drawn_in_groups if len({path.split(".")[0] for path in group}) > 1]
+        assert ["decoder.embedding.weight"] in drawn_in_groups or part == "decoder"  # 320 MB, by itself
         drawn_in_groups.clear()
-        return said
-
-    part, source = "encoder", masked_lm[0]
-    report = warm_start(tmp_path / "a", encoder=source, config=config_file)
-    assert groups() == [
-        ["encoder.pooler", "encoder.posterior"],
-        ["decoder.embedding"],
-        ["decoder.r_w_bias", "decoder.r_r_bias", "decoder.latent_projection"],
-        ["decoder.layers.0"],
-        ["decoder.layers.1"],
-        ["decoder.norm"],
-        ["discriminator"],
-    ]
-    part, source = "decoder", transformer_xl
-    report = warm_start(tmp_path / "b", decoder=source, config=config_file)
-    assert groups() == [
-        ["encoder.word", "encoder.position", "encoder.token_type", "encoder.norm"],
-        ["encoder.layers.0"],
-        ["encoder.layers.1"],
-        ["encoder.pooler", "encoder.posterior"],
-        ["decoder.latent_projection"],
-        ["discriminator"],
-    ]
 
 
 # What comes of it
