@@ -120,17 +120,38 @@ def test_filter_keeps_ties_as_published():
     logits = jnp.log(jnp.array([[0.3, 0.2, 0.2, 0.2, 0.1]]))
     kept = lambda **kw: np.isfinite(filter_logits(logits, **kw))[0].tolist()  # noqa: E731
     assert kept(top_k=2, top_p=0.0) == [True, True, True, True, False]  # all ties with the second
-    assert kept(top_k=0, top_p=0.4) == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]  # 0.3 before the first tie, 0.5 before the next
+    # 0.3 before the first tie, 0.5 before the next
+    assert kept(top_k=0, top_p=0.4) == [True, True, False, False, False]
     assert kept(top_k=0, top_p=0.25) == [True, False, False, False, False]
     assert kept(top_k=0, top_p=0.0001) == [True, False, False, False, False]  # the best always stays
     assert kept(top_k=0, top_p=1.0) == [True] * 5
     assert kept(top_k=9, top_p=0.0) == [True] * 5
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7, 60, 1000])
+@pytest.mark.parametrize("top_p", [0.0, 0.3001, 0.9, 0.99, 1.0])
+def test_filter_is_what_sorting_gives(top_k, top_p):
+    """Against a stable sort in float64. Rows full of ties, of both signs and both zeros, tiny and huge."""
+    rng = np.random.default_rng(0)
+    logits = np.concatenate(
+        [
+            rng.standard_normal((2, 307)) * [[1.0], [1e4]],
+            rng.integers(-3, 3, (2, 307)),
+            np.where(rng.random((1, 307)) < 0.5, 0.0, -0.0),
+            np.where(rng.random((1, 307)) < 0.9, -np.inf, rng.integers(-80, -70, (1, 307))),
+        ]
+    ).astype(np.float32)
+    for row, found in zip(logits.astype(np.float64), np.asarray(filter_logits(logits, top_k, top_p)), strict=True):
+        expected = row.copy()
+        if top_k:
+            expected[row < np.sort(row)[::-1][min(top_k, row.size) - 1]] = -np.inf
+        if 0 < top_p < 1:
+            order = np.argsort(-expected, kind="stable")
+            probs = np.exp(expected[order] - expected.max())
+            before = np.cumsum(probs / probs.sum()) - probs / probs.sum()
+            assert np.abs(before - top_p)[probs > 0].min() > 1e-6  # so that float32 decides alike
+            expected[order[before > top_p]] = -np.inf
+        np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
 def test_probabilities_survive_any_number_of_repetitions():
