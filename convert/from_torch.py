@@ -9,7 +9,6 @@ models' layout, with one more `vae_model.` before every name, is read as well.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -29,7 +28,7 @@ from davae_jax.text import load_tokenizers
 
 from . import torch_file
 from .names import BUFFERS, INV_FREQ, POSITION_IDS, Row, rows
-from .staging import staged
+from .staging import copy_files, staged
 
 PREFIX = "vae_model."
 
@@ -54,9 +53,7 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
             return {row.path: row.to_model(state[row.name]) for row in group}
 
         write_params(staging, table, arrays_of, buffers=buffers, label=f"{folder.name} → {dst.name}")
-        for name in (CONFIG_FILE, *TOKENIZER_FILES):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, staging / name)
+        copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
     return dst
 
 

@@ -7,8 +7,10 @@ end, where everything before it is JAX's own; and in isolation, where it is give
 that a fault shows where it happens and rounding does not add up.
 
 What is allowed in float32:
-  hidden states, latents, logits: 1e-4, or 4e-6 of the largest value where that is more. A 32-layer residual stream
-    grows past 100, and two correct float32 programs then differ by 2e-4; 1.2e-6 of the largest value was measured.
+  hidden states, latents, logits: 1e-4; where a tensor's largest value is large, 4e-6 of that end to end and 1e-6 of it
+    in isolation. The residual stream of the published depth reaches 136 on random weights. There PyTorch is 9e-5 from
+    the twin in float64 and JAX 1.4e-4 (XLA's matrix product on a CPU rounds three times as much as PyTorch's), so they
+    differ by 1.6e-4, 1.2e-6 of the largest value; in isolation by 2e-5, 2e-7 of it.
   losses: 1e-5, relative.
   gradients: |difference| up to 1e-4 of the tensor's norm plus 1e-8 of the layer's largest norm. A gradient whose terms
     nearly cancel carries the rounding of those terms: without the second part, the last encoder layer's query bias,
@@ -72,7 +74,7 @@ class Tolerances(NamedTuple):
 
 
 TOLERANCES: dict[str, Tolerances] = {
-    "float32": Tolerances((1e-4, 4e-6), (1e-4, 4e-6), 1e-5, 1e-4, 1e-8, 1e-5, 1e-7),
+    "float32": Tolerances((1e-4, 4e-6), (1e-4, 1e-6), 1e-5, 1e-4, 1e-8, 1e-5, 1e-7),
     "bfloat16": Tolerances((0.15, 0.15), (0.04, 0.04), 0.05, 0.5, 4e-3, 0, 4e-3),
 }
 

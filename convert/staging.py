@@ -57,6 +57,13 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
                 parent.rmdir()
 
 
+def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
+    """Those of the files that the source has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staging / name)
+
+
 def _reason(e: Exception) -> str | None:
     """What the system said, where the error comes from it; None for any other error."""
     if isinstance(e, OSError):

@@ -5,7 +5,6 @@ python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|b
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 import tyro
+from jax.sharding import SingleDeviceSharding
 
 from davae_jax.checkpoint import (
     CONFIG_FILE,
@@ -27,11 +27,10 @@ from davae_jax.checkpoint import (
 from davae_jax.cli import Command, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
-from davae_jax.sharding import weight_sharding
 
 from . import torch_file
 from .names import INV_FREQ, POSITION_IDS, rows
-from .staging import staged
+from .staging import copy_files, staged
 
 Format = Literal["bin", "safetensors", "both"]
 
@@ -61,9 +60,7 @@ def export(
             torch_file.write_bin(staging / "pytorch_model.bin", state)
         if format in ("safetensors", "both"):
             torch_file.write_safetensors(staging / "model.safetensors", state)
-        for name in (CONFIG_FILE, *TOKENIZER_FILES):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, staging / name)
+        copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
     return dst
 
 
@@ -71,12 +68,9 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
     """The checkpoint's arrays under the published names, in the published file's order."""
     stored = stored_arrays(folder / PARAMS_FOLDER)
     table = rows(config)
-    targets = {}
-    for row in table:
-        source_dtype = stored[row.path].dtype if row.path in stored else np.float32
-        targets[row.path] = jax.ShapeDtypeStruct(
-            row.path_shape, source_dtype, sharding=weight_sharding((None,) * len(row.path_shape), row.path_shape, None)
-        )
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    dtypes = {row.path: stored[row.path].dtype if row.path in stored else np.float32 for row in table}
+    targets = {row.path: jax.ShapeDtypeStruct(row.path_shape, dtypes[row.path], sharding=here) for row in table}
     arrays = load_arrays(folder / PARAMS_FOLDER, targets)
     buffers = stored_extras(folder / PARAMS_FOLDER).get("buffers", [])
     state = {}

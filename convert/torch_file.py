@@ -117,8 +117,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 raise ValueError("data too short")
             state[name] = data[begin:end].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         return state
-    except (ValueError, KeyError, TypeError, struct.error, OSError) as e:
-        raise InputError(f"{path}: cannot be read: it is cut off or not in the safetensors format ({e})") from e
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read: it is cut off or not in the safetensors format") from e
 
 
 def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:

@@ -9,8 +9,6 @@ their dtype; what neither source holds is drawn by the model's own initializers,
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,14 +23,14 @@ import tyro
 
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, FlatParams, params_of, resolve_source
 from davae_jax.cli import Command, run
-from davae_jax.config import DAVAEConfig
+from davae_jax.config import DAVAEConfig, read_json
 from davae_jax.errors import InputError
-from davae_jax.model import DAVAE
+from davae_jax.model import DAVAE, InitKeys
 
 from . import torch_file
 from .from_torch import check, write_params
 from .names import INV_FREQ, Row, rows
-from .staging import staged
+from .staging import copy_files, staged
 
 # What a new model samples with, unless --config says otherwise: the published checkpoint's settings.
 PUBLISHED = DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5)
@@ -130,8 +128,8 @@ def warm_start(
         write_params(staging, table, arrays_of, buffers=buffers, label=f"→ {dst.name}")
         davae_config.to_json(staging / CONFIG_FILE)
         for part, name in zip(LAYOUTS, TOKENIZER_FILES, strict=True):
-            if part in folders and (folders[part] / name).is_file():
-                shutil.copyfile(folders[part] / name, staging / name)
+            if part in folders:
+                copy_files([name], folders[part], staging)
     return Report(
         {part: list(from_source.arrays) for part, from_source in taken.items()},
         {part: from_source.left_out for part, from_source in taken.items()},
@@ -164,19 +162,8 @@ def draw(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, ja
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _draw(config: DAVAEConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
-    params = params_of(DAVAE(config, rngs=_InitKeys(key)))
+    params = params_of(DAVAE(config, rngs=InitKeys(key)))
     return {path: params[path] for path in paths}  # the compiler drops the draws of all others
-
-
-class _InitKeys:
-    """The keys of `nnx.Rngs(key)`. Its own count is a traced Variable, which makes tracing quadratic in the weights."""
-
-    def __init__(self, key: jax.Array):
-        self.key, self.count = key, 0
-
-    def params(self) -> jax.Array:
-        self.count += 1
-        return jax.random.fold_in(self.key, self.count - 1)
 
 
 def modules(chosen: Collection[str], every: Collection[str]) -> list[str]:
@@ -242,12 +229,7 @@ def _config_of(folders: dict[str, Path], config: str | Path | None, latent_size:
         values["latent_size"] = latent_size
     for part, folder in folders.items():
         path = folder / CONFIG_FILE
-        try:
-            values[part] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; a source needs its config.json") from None
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+        values[part] = read_json(path)
         try:
             DAVAEConfig.from_dict(values)
         except InputError as e:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from davae_jax.config import DAVAEConfig
 from davae_jax.decoder import inverse_frequencies
-from davae_jax.errors import InputError
+from davae_jax.errors import InputError, first_line
 from davae_jax.model import DAVAE, Params, abstract_model, merge, split, weight_axes
 from davae_jax.sharding import weight_sharding
 
@@ -84,8 +84,9 @@ def resolve_source(source: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
     except Exception as e:  # the client raises a dozen unrelated types: network, authentication, missing repo
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{source}: no such folder, and not to be had from the Hugging Face hub: {reason}") from e
+        raise InputError(
+            f"{source}: no such folder, and not to be had from the Hugging Face hub: {first_line(e)}"
+        ) from e
 
 
 def converter(module: str):
@@ -124,15 +125,15 @@ def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Flat
         try:
             arrays = flatten(ocp.load(path.absolute(), _nest(wanted)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
-            raise InputError(f"{path}: cannot be read ({_first_line(e)})") from e
-    if bad := [p for p, array in arrays.items() if not _is_finite(array)]:
+            raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
+    if bad := [p for p, finite in _are_finite(arrays).items() if not finite]:
         raise InputError(f"{path}: {len(bad)} NaN or infinite: {', '.join(bad)}")
     return arrays
 
 
 @jax.jit
-def _is_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
+def _are_finite(arrays: FlatParams) -> FlatParams:
+    return jax.tree.map(lambda array: jnp.isfinite(array).all(), arrays)
 
 
 def stored_arrays(path: Path) -> dict[str, Any]:
@@ -201,14 +202,10 @@ def _metadata(path: Path):
         try:
             metadata = ocp.metadata(path.absolute())
         except Exception as e:  # not a checkpoint, or one that was cut off
-            raise InputError(f"{path}: not a complete checkpoint ({_first_line(e)})") from e
+            raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
     if metadata.metadata is None:
         raise InputError(f"{path}: not a complete checkpoint")
     return metadata
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 class _quiet:

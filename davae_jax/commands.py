@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from davae_jax.cli import Command
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
-from davae_jax.generation import sampling_settings
+from davae_jax.generation import check_max_length, sampling_settings
 from davae_jax.latent import analogy, interpolate
 from davae_jax.text import TextVAE, check_std_scale, check_steps, greedy_unless_told
 
@@ -87,8 +87,8 @@ class _TextCommand(Command):
         """Raises InputError on an option that cannot be, before anything is read or loaded."""
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, not {self.batch_size}", exit_code=2)
-        if self.max_length is not None and self.max_length < 1:
-            raise InputError(f"--max-length must be at least 1, not {self.max_length}", exit_code=2)
+        if self.max_length is not None:
+            _as_option(lambda: check_max_length(self.max_length))
         settings = {name: value for name, value in self.sampling().items() if name != "max_length"}
         _as_option(lambda: sampling_settings(DAVAEConfig(), **settings))
         if self.texts and self.input:

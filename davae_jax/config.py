@@ -138,23 +138,27 @@ class DAVAEConfig:
           InputError: the file is missing, is not JSON, lacks a field that fixes a shape, or holds a value that
             cannot be; the message names the file.
         """
-        path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; a model folder needs its config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-            raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: holds no JSON object")
-        try:
-            return cls.from_dict(values)
+            return cls.from_dict(read_json(path))
         except InputError as e:
             raise InputError(f"{path}: {str(e).removeprefix('config: ')}") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The values of a config.json. Raises InputError naming the file where it is missing or no JSON object."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model folder needs its config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return values
 
 
 # What a config.json must say itself: the fields that fix a tensor's shape, and the memory's length.

@@ -11,3 +11,8 @@ class InputError(ValueError):
     def __init__(self, message: str, *, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -117,10 +117,15 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
     return {name: int(value) if name == "top_k" else float(value) for name, value in settings.items()}
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:
-    """Raises InputError (exit code 2) on the first prompt that cannot be continued."""
+def check_max_length(max_length: int) -> None:
+    """Raises InputError (exit code 2) on a number of tokens that cannot be."""
     if not 1 <= max_length <= LONGEST:
         raise InputError(f"max_length must be 1 to {LONGEST}, not {max_length}", exit_code=2)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:
+    """Raises InputError (exit code 2) on the first prompt that cannot be continued."""
+    check_max_length(max_length)
     for row, prompt in enumerate(prompts, 1):
         if not prompt:
             problem = "is empty; it needs at least the beginning-of-text token"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from davae_jax.errors import InputError
+from davae_jax.errors import InputError, first_line
 
 END, PAD, BOS, UNK = "<|endoftext|>", "<pad>", "<bos>", "<unk>"
 
@@ -231,7 +231,7 @@ def _load_wordpiece(path: Path, data: bytes):
         try:
             return bert_tokenizer.from_pretrained(folder, do_lower_case=True, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise InputError(f"{path}: not a WordPiece vocabulary ({_first_line(error)})") from error
+            raise InputError(f"{path}: not a WordPiece vocabulary ({first_line(error)})") from error
 
 
 def _import_bert_tokenizer():
@@ -267,7 +267,3 @@ def _require_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         at, code = error.start, ord(text[error.start])
         raise InputError(f"text: the lone surrogate U+{code:04X} at position {at} is no character") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

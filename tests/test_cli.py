@@ -276,7 +276,8 @@ def test_davae_alone(davae):
         ),
         ("sample --n 0", "--n must be at least 1, not 0"),
         ("sample --batch-size 0", "--batch-size must be at least 1, not 0"),
-        ("sample --max-length 0", "--max-length must be at least 1, not 0"),
+        ("sample --max-length 0", "--max-length must be 1 to 65536, not 0"),
+        ("sample --max-length 3000000000", "--max-length must be 1 to 65536, not 3000000000"),
         ("sample --temperature 0", "--temperature must be above 0 and finite, not 0.0"),
         ("sample --temperature nan", "--temperature must be above 0 and finite, not nan"),
         ("reconstruct x --top-k -1", "--top-k must be a whole number of 0 (off) or more, not -1"),
@@ -534,9 +535,12 @@ def test_a_full_disk_behind_standard_output():
 def test_interrupt(old):
     pipe = old.parent.with_name("texts")
     os.mkfifo(pipe)
-    process = started(*MODULE, "reconstruct", "--model", "x", "--input", pipe, "--output", old)
+    # The tests may run as a shell's background job, which ignores interrupts and hands that on.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program += "; from davae_jax.cli import main; sys.exit(main())"
+    process = started(sys.executable, "-c", program, "reconstruct", "--model", "x", "--input", pipe, "--output", old)
     with open(pipe, "wb"):  # opens once the command reads from it
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"davae reconstruct: interrupted\n")
     assert untouched(old)
