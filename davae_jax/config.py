@@ -138,8 +138,9 @@ class DAVAEConfig:
           InputError: the file is missing, is not JSON, lacks a field that fixes a shape, or holds a value that
             cannot be; the message names the file.
         """
+        values = read_json(path)
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(values)
         except InputError as e:
             raise InputError(f"{path}: {str(e).removeprefix('config: ')}") from None
 

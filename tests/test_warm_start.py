@@ -321,7 +321,7 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
         ("encoder", BERT | {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 24"),
         ("encoder", {"hidden_size": 24}, "missing fields vocab_size, num_hidden_layers"),
         ("decoder", BERT, "missing fields num_layers, max_memory_length"),
-        ("decoder", [1], "decoder"),
+        ("decoder", [1], "holds no JSON object"),
     ],
 )
 def test_a_sources_config_that_cannot_be(part, config, said, tmp_path):
