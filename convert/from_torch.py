@@ -9,7 +9,6 @@ models' layout, with one more `vae_model.` before every name, is read as well.
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, TOKENIZER_FILES, FlatParams, resolve_source, save_arrays
-from davae_jax.cli import Command, run
+from davae_jax.cli import Command, leave, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 from davae_jax.text import load_tokenizers
@@ -155,4 +154,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: Main, None, "convert.from_torch"))
+    leave(run(lambda: Main, None, "convert.from_torch"))

@@ -35,7 +35,6 @@ from __future__ import annotations
 import gc
 import itertools
 import re
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ import tyro
 from tqdm import tqdm
 
 from davae_jax.checkpoint import CONFIG_FILE, flatten, from_pretrained, resolve_source
-from davae_jax.cli import Command, run
+from davae_jax.cli import Command, leave, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 from davae_jax.model import DAVAE, split
@@ -326,4 +325,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: Main, None, "convert.parity"))
+    leave(run(lambda: Main, None, "convert.parity"))

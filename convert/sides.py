@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from davae_jax.checkpoint import PARAMS_FOLDER
+from davae_jax.checkpoint import weights_of
 from davae_jax.config import DAVAEConfig
 from davae_jax.decoder import visible_keys
 from davae_jax.errors import InputError
@@ -130,7 +130,7 @@ def run_twin(
 
 def _published_arrays(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
     """The weights under the published names, of a converted checkpoint or a published folder."""
-    if (folder / PARAMS_FOLDER).is_dir():
+    if weights_of(folder):
         return published_state(folder, config, np.dtype(np.float32))
     state = read_state(folder)
     checked_rows(state, config, torch_file.find(folder))
@@ -251,7 +251,7 @@ def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: str, step: Step) -
     T = b.decoder_ids.shape[1]
     latent_term = decoder.latent_term(twin["latent"])
     features, visible = decoder.position_features(jnp.arange(T - 1, -1, -1)), visible_keys(T, T, offset=0)
-    shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, latent_term
+    shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, decoder.after_layer(latent_term)
     values["decoder input"] = decoder.embedding(b.decoder_ids) + latent_term
     x = given("decoder input")
     for i, layer in enumerate(decoder.layers):

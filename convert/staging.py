@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from davae_jax.checkpoint import CONFIG_FILE
 from davae_jax.errors import InputError
 
 
@@ -25,6 +26,8 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
     """
     if dst.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
+    if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
+        raise InputError(f"{dst}: holds files, but no checkpoint; only a checkpoint is overwritten")
     target = dst.absolute()
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):

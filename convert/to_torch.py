@@ -5,7 +5,6 @@ python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|b
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,8 +22,9 @@ from davae_jax.checkpoint import (
     resolve_source,
     stored_arrays,
     stored_extras,
+    weights_of,
 )
-from davae_jax.cli import Command, run
+from davae_jax.cli import Command, leave, run
 from davae_jax.config import DAVAEConfig
 from davae_jax.errors import InputError
 
@@ -52,8 +52,10 @@ def export(
     """
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
-    if not (folder / PARAMS_FOLDER).is_dir():
+    if not weights_of(folder):
         raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
+    if not config.decoder.latent_every_layer:
+        raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program knows no such decoder")
     with staged(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = published_state(folder, config, np.dtype(dtype))
         if format in ("bin", "both"):
@@ -66,13 +68,17 @@ def export(
 
 def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
     """The checkpoint's arrays under the published names, in the published file's order."""
-    stored = stored_arrays(folder / PARAMS_FOLDER)
+    path = weights_of(folder)
+    stored = stored_arrays(path)
     table = rows(config)
     here = SingleDeviceSharding(jax.local_devices()[0])
     dtypes = {row.path: stored[row.path].dtype if row.path in stored else np.float32 for row in table}
     targets = {row.path: jax.ShapeDtypeStruct(row.path_shape, dtypes[row.path], sharding=here) for row in table}
-    arrays = load_arrays(folder / PARAMS_FOLDER, targets)
-    buffers = stored_extras(folder / PARAMS_FOLDER).get("buffers", [])
+    arrays = load_arrays(path, targets)
+    extras = stored_extras(path)
+    if path.name == PARAMS_FOLDER and "buffers" not in extras:
+        raise InputError(f"{path}: its metadata is damaged; what the source held beside weights is not known")
+    buffers = extras.get("buffers", [])
     state = {}
     if "position_ids" in buffers:
         state[POSITION_IDS] = np.arange(config.encoder.max_position_embeddings)[None]
@@ -118,4 +124,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: Main, None, "convert.to_torch"))
+    leave(run(lambda: Main, None, "convert.to_torch"))

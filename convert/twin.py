@@ -148,22 +148,23 @@ class Decoder(nn.Module):
         super().__init__()
         D, heads = config["hidden_size"], config["num_attention_heads"]
         self.heads, self.max_memory_length = heads, config["max_memory_length"]
+        eps = config.get("layer_norm_eps", 1e-5)  # published configs do not say it
         self.word_embeddings = nn.Embedding(config["vocab_size"], D)
         self.transformer = tree(
             linear_emb=nn.Linear(latent_size, D, bias=False),
             position_embeddings=PositionFeatures(D),
             layers=nn.ModuleList(
                 tree(
-                    input_layernorm=nn.LayerNorm(D),  # eps 1e-5, torch's default, throughout the decoder
+                    input_layernorm=nn.LayerNorm(D, eps),
                     attention=tree(
                         query_key_value=nn.Linear(D, 3 * D), relative=nn.Linear(D, D), dense=nn.Linear(D, D)
                     ),
-                    post_attention_layernorm=nn.LayerNorm(D),
+                    post_attention_layernorm=nn.LayerNorm(D, eps),
                     mlp=tree(dense_h_to_4h=nn.Linear(D, 4 * D), dense_4h_to_h=nn.Linear(4 * D, D)),
                 )
                 for _ in range(config["num_layers"])
             ),
-            final_layernorm=nn.LayerNorm(D),
+            final_layernorm=nn.LayerNorm(D, eps),
         )
         # Transformer-XL's u and v, shared by all layers
         self.transformer.register_parameter("r_w_bias", nn.Parameter(torch.zeros(heads, D // heads)))

@@ -9,8 +9,7 @@ their dtype; what neither source holds is drawn by the model's own initializers,
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -22,7 +21,7 @@ import numpy as np
 import tyro
 
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, FlatParams, params_of, resolve_source
-from davae_jax.cli import Command, run
+from davae_jax.cli import Command, leave, run
 from davae_jax.config import DAVAEConfig, read_json
 from davae_jax.errors import InputError
 from davae_jax.model import DAVAE, InitKeys
@@ -176,6 +175,18 @@ def modules(chosen: Collection[str], every: Collection[str]) -> list[str]:
     return list(names)
 
 
+def format_report(report: Report, sources: Mapping[str, str | None]) -> str:
+    """What was taken from each source, what of it was left out, and what is freshly drawn; a few lines."""
+    every = [path for paths in (*report.taken.values(), report.drawn) for path in paths]
+    lines = []
+    for part, paths in report.taken.items():
+        lines.append(f"{part}: {len(paths)} weights from {sources[part]}: {', '.join(modules(paths, every))}")
+        if left_out := report.left_out[part]:
+            heads = dict.fromkeys(name.split(".")[0] for name in left_out)
+            lines.append(f"{part}: {len(left_out)} tensors of the source left out: {', '.join(heads)}")
+    return "\n".join([*lines, f"freshly drawn: {len(report.drawn)} weights: {', '.join(modules(report.drawn, every))}"])
+
+
 def _read_all(folders: dict[str, Path], published: list[Row]) -> dict[str, Taken]:
     taken, problems = {}, []
     for part, folder in folders.items():
@@ -279,15 +290,9 @@ class Main(Command):
             seed=self.seed,
             overwrite=self.overwrite,
         )
-        every = [path for paths in (*report.taken.values(), report.drawn) for path in paths]
-        for part, paths in report.taken.items():
-            print(f"{part}: {len(paths)} weights from {getattr(self, part)}: {', '.join(modules(paths, every))}")
-            if left_out := report.left_out[part]:
-                heads = dict.fromkeys(name.split(".")[0] for name in left_out)
-                print(f"{part}: {len(left_out)} tensors of the source left out: {', '.join(heads)}")
-        print(f"freshly drawn: {len(report.drawn)} weights: {', '.join(modules(report.drawn, every))}")
+        print(format_report(report, {"encoder": self.encoder, "decoder": self.decoder}))
         print(f"wrote {self.dst}")
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: Main, None, "convert.warm_start"))
+    leave(run(lambda: Main, None, "convert.warm_start"))

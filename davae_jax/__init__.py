@@ -1,6 +1,6 @@
 """davae-jax: the text VAE Randeng-DAVAE-1.2B in JAX and Flax NNX."""
 
-from davae_jax import losses, sampling
+from davae_jax import losses, metrics, sampling
 from davae_jax.checkpoint import from_pretrained
 from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.decoder import Memory
@@ -22,5 +22,6 @@ __all__ = [
     "from_pretrained",
     "generate",
     "losses",
+    "metrics",
     "sampling",
 ]

@@ -29,6 +29,7 @@ from davae_jax.sharding import weight_sharding
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
+CHECKPOINTS_FOLDER = "checkpoints"  # of a run: one folder a step, whose part named "params" holds the weights
 TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors needs no PyTorch
 TOKENIZER_FILES = ("vocab.txt", "spiece.model")
 HUB_PATTERNS = [CONFIG_FILE, *TORCH_FILES, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
@@ -40,8 +41,9 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     """Loads a model.
 
     Args:
-      source: a converted checkpoint; a published folder (config.json and pytorch_model.bin, which needs PyTorch, or
-        model.safetensors, which does not); or a Hugging Face repo id, downloaded to the hub's cache.
+      source: a converted checkpoint; a run folder, of which the newest complete checkpoint is read; a published folder
+        (config.json and pytorch_model.bin, which needs PyTorch, or model.safetensors, which does not); or a Hugging
+        Face repo id, downloaded to the hub's cache.
       dtype: what weights are kept and computed in; softmax, LayerNorm and losses are float32 all the same.
       mesh: devices to lay the weights over (axes `data`, `fsdp`, `tensor`); None for the first device alone.
 
@@ -57,8 +59,8 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_sharding(axes[path], leaf.shape, mesh))
         for path, leaf in flatten(abstract).items()
     }
-    if (folder / PARAMS_FOLDER).is_dir():
-        arrays = load_arrays(folder / PARAMS_FOLDER, targets)
+    if stored := weights_of(folder):
+        arrays = load_arrays(stored, targets)
     else:
         from_torch = converter("from_torch")
         arrays = _place(from_torch.read_arrays(folder, config), targets)
@@ -68,6 +70,22 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     elif missing:
         raise InputError(f"{folder}: lacks {', '.join(sorted(missing))}")
     return merge(graphdef, unflatten(arrays))
+
+
+def weights_of(folder: Path) -> Path | None:
+    """Where a folder's weights lie: a converted checkpoint's, or those of a run's newest complete checkpoint."""
+    if (folder / PARAMS_FOLDER).is_dir():
+        return folder / PARAMS_FOLDER
+    return max(checkpoints_of(folder), key=lambda path: int(path.name), default=None)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, each named by its step."""
+    from orbax.checkpoint import v1 as ocp
+
+    with quiet():
+        paths = (run / CHECKPOINTS_FOLDER).glob("*")
+        return [path for path in paths if path.name.isdigit() and ocp.is_orbax_checkpoint(path.absolute())]
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -121,9 +139,9 @@ def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Flat
     ]
     if problems:
         raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
-    with _quiet():
+    with quiet():
         try:
-            arrays = flatten(ocp.load(path.absolute(), _nest(wanted)))
+            arrays = flatten(ocp.load(path.absolute(), nest(wanted), checkpointable_name=_part(path)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
     if bad := [p for p, finite in _are_finite(arrays).items() if not finite]:
@@ -155,9 +173,9 @@ def save_arrays(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any]
 
     context = ocp.Context()
     context.array.saving.use_compression = False
-    with context, _quiet():
+    with context, quiet():
         for group in groups:
-            ocp.partial.save(path.absolute(), _nest(group), custom_metadata=extras)
+            ocp.partial.save(path.absolute(), nest(group), custom_metadata=extras)
         ocp.partial.finalize(path.absolute())
 
 
@@ -174,10 +192,10 @@ def flatten(params: Params) -> FlatParams:
 
 def unflatten(flat: FlatParams) -> Params:
     """The inverse of `flatten`: the layout `model.split` gives, where layers are numbered by int."""
-    return _nest(flat, lambda part: int(part) if part.isdigit() else part)
+    return nest(flat, lambda part: int(part) if part.isdigit() else part)
 
 
-def _nest(flat: FlatParams, key=str) -> Params:
+def nest(flat: FlatParams, key=str) -> Params:
     params: Params = {}
     for path, leaf in flat.items():
         *parents, name = (key(part) for part in path.split("."))
@@ -195,12 +213,17 @@ def _place(
     return {p: jax.device_put(np.asarray(a).astype(targets[p].dtype), targets[p].sharding) for p, a in arrays}
 
 
+def _part(path: Path) -> str:
+    """Which part of an Orbax checkpoint the weights are; a run's hold the optimizers' states beside them."""
+    return PARAMS_FOLDER if path.parent.name == CHECKPOINTS_FOLDER else "AUTO"
+
+
 def _metadata(path: Path):
     from orbax.checkpoint import v1 as ocp
 
-    with _quiet():
+    with quiet():
         try:
-            metadata = ocp.metadata(path.absolute())
+            metadata = ocp.metadata(path.absolute(), _part(path))
         except Exception as e:  # not a checkpoint, or one that was cut off
             raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
     if metadata.metadata is None:
@@ -208,7 +231,7 @@ def _metadata(path: Path):
     return metadata
 
 
-class _quiet:
+class quiet:
     """Orbax logs a few lines a save at WARNING that tell a user nothing to act on."""
 
     def __enter__(self):

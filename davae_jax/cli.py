@@ -19,6 +19,8 @@ import tyro
 
 from davae_jax.errors import InputError
 
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+
 
 @dataclasses.dataclass(kw_only=True)
 class Command:
@@ -118,7 +120,7 @@ def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return failed(str(e), e.exit_code)
         except KeyboardInterrupt:
             print(f"{prog}: interrupted", file=sys.stderr)
-            return 130
+            return INTERRUPTED
         except BrokenPipeError:  # `davae … | head`
             _stdout_is_broken()
             return 0
@@ -128,6 +130,20 @@ def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
         except Exception as e:
             first = (str(e).strip().splitlines() or [""])[0]
             return failed(f"{type(e).__name__}: {first} (--debug shows where)", 1)
+
+
+def leave(code: int) -> None:
+    """Ends the process. After an interrupt at once: threads of XLA that still compute would crash an ordinary end."""
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def script() -> None:
+    """The `davae` program."""
+    leave(main())
 
 
 def _stdout_is_broken() -> bool:
@@ -140,8 +156,10 @@ def _stdout_is_broken() -> bool:
     return False
 
 
-def parse(command: type[Command], argv: Sequence[str], prog: str) -> Any:
+def parse(command: type, argv: Sequence[str], prog: str, **kwargs) -> Any:
     """The command with its options; None where all that was asked for is the help text, which is printed.
+
+    What else is given goes to `tyro.cli`: `default`, `description`.
 
     Raises:
       InputError: tyro's framed message as one line.
@@ -149,7 +167,7 @@ def parse(command: type[Command], argv: Sequence[str], prog: str) -> Any:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(command, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(command, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **kwargs)
     except SystemExit as e:
         if not e.code:
             return None
@@ -175,4 +193,4 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from davae_jax.cli import Command
 from davae_jax.config import DAVAEConfig
+from davae_jax.data import read_lines
 from davae_jax.errors import InputError
 from davae_jax.generation import check_max_length, sampling_settings
 from davae_jax.latent import analogy, interpolate
@@ -182,20 +183,6 @@ def _as_option(check: Callable[[], object]) -> None:
     except InputError as e:
         name, rest = str(e).split(" ", 1)
         raise InputError(f"--{name.replace('_', '-')} {rest}", exit_code=2) from None
-
-
-def read_lines(data: bytes, name: str) -> list[str]:
-    """The lines of UTF-8 bytes, split at line feeds alone. Raises InputError naming a line that is not UTF-8."""
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError:
-            raise InputError(f"{name}: line {number} is not UTF-8") from None
-    return texts
 
 
 @dataclass(kw_only=True)

@@ -7,28 +7,35 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
 
 from davae_jax.errors import InputError
+
+# A field that the command line of a training run does not offer: the tokenizers or another option decide it.
+T_ = TypeVar("T_")
+Hidden = Annotated[T_, tyro.conf.Suppress]
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """BERT. The defaults are BERT-base, Chinese, as published."""
 
-    vocab_size: int = 21128
+    vocab_size: Hidden[int] = 21128
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_act: str = "gelu"
+    type_vocab_size: Hidden[int] = 2
+    hidden_act: Hidden[str] = "gelu"
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    pad_token_id: int = 0
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    pad_token_id: Hidden[int] = 0
+    initializer_range: float = 0.02
+    extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         _require_positive("encoder", self, "vocab_size hidden_size num_hidden_layers num_attention_heads")
@@ -46,17 +53,19 @@ class EncoderConfig:
 class DecoderConfig:
     """Transformer-XL with relative positions and a recurrent memory. The defaults are the published 1.1 B ones."""
 
-    vocab_size: int = 50048
+    vocab_size: Hidden[int] = 50048
     num_layers: int = 32
     hidden_size: int = 1600
     num_attention_heads: int = 25
     embedding_dropout_prob: float = 0.1
     attention_dropout_prob: float = 0.1
     output_dropout_prob: float = 0.1
-    max_sequence_length: int = 512
+    max_sequence_length: Hidden[int] = 512
     max_memory_length: int = 512
     layer_norm_eps: float = 1e-5
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    latent_every_layer: bool = True
+    initializer_range: float = 0.02
+    extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         _require_positive("decoder", self, "vocab_size num_layers hidden_size num_attention_heads max_sequence_length")
@@ -80,9 +89,9 @@ class DAVAEConfig:
     latent_size: int = 256
 
     # Loss.
-    fb_mode: int = 1
-    dim_target_kl: float = 1.0
-    length_weighted_loss: bool = True
+    fb_mode: Hidden[int] = 1
+    dim_target_kl: Hidden[float] = 1.0
+    length_weighted_loss: Hidden[bool] = True
 
     # Sampling. top_k 0 and top_p 0 mean off.
     temperature: float = 1.0
@@ -93,13 +102,13 @@ class DAVAEConfig:
     max_out_length: int = 100
 
     # Special tokens: two of the encoder's, three of the decoder's.
-    cls_token_id: int = 101
-    sep_token_id: int = 102
-    end_token_id: int = 50000
-    pad_token_id: int = 50001
-    bos_token_id: int = 50002
+    cls_token_id: Hidden[int] = 101
+    sep_token_id: Hidden[int] = 102
+    end_token_id: Hidden[int] = 50000
+    pad_token_id: Hidden[int] = 50001
+    bos_token_id: Hidden[int] = 50002
 
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         _require_positive("", self, "latent_size max_out_length")
@@ -143,6 +152,8 @@ class DAVAEConfig:
             return cls.from_dict(values)
         except InputError as e:
             raise InputError(f"{path}: {str(e).removeprefix('config: ')}") from None
+        except OverflowError:
+            raise InputError(f"{path}: holds a number too large to be meant") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
@@ -155,7 +166,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder needs its config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no JSON object")
@@ -180,14 +191,15 @@ _REQUIRED = {
 
 def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float, *, where: str = "") -> None:
     """Raises InputError (exit code 2) where a sampling setting makes no sense."""
-    if not 0 < temperature < math.inf:
-        problem = f"temperature must be above 0 and finite, not {temperature}"
+    smallest, largest = 1e-30, 1e30  # with these, what a float32 logit becomes is a float32 still
+    if not smallest <= temperature <= largest:
+        problem = f"temperature must be above 0 and finite in float32, not {temperature}"
     elif top_k < 0 or top_k != int(top_k):
         problem = f"top_k must be a whole number of 0 (off) or more, not {top_k}"
     elif not 0 <= top_p <= 1:
         problem = f"top_p must lie in [0, 1], not {top_p}"
-    elif not 0 < repetition_penalty < math.inf:
-        problem = f"repetition_penalty must be above 0 and finite, not {repetition_penalty}"
+    elif not smallest <= repetition_penalty <= largest:
+        problem = f"repetition_penalty must be above 0 and finite in float32, not {repetition_penalty}"
     else:
         return
     raise InputError(where + problem, exit_code=2)
@@ -196,28 +208,28 @@ def check_sampling(temperature: float, top_k: int, top_p: float, repetition_pena
 def _from_dict(cls, values: dict[str, Any], prefix: str, required: list[str], **parts):
     if missing := [prefix + name for name in required if values.get(name) is None]:
         raise InputError(f"config: missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
+    types = {name: kind for name, kind in get_type_hints(cls).items() if name != "extra"}
     known, extra = dict(parts), {}
     for name, value in values.items():
-        if name in fields and value is not None:
-            known[name] = _checked(value, fields[name].type, prefix + name)
+        if name in types and value is not None:
+            known[name] = _checked(value, types[name], prefix + name)
         else:
             extra[name] = value
     return cls(**known, extra=extra)
 
 
-def _checked(value, type_name: str, name: str):
+def _checked(value, kind: type, name: str):
     """`value` as the field's type; JSON writes 1.0 as 1 and some writers write 12 as 12.0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if type_name == "int" and is_number and value == int(value):
+    if kind is int and is_number and value == int(value):
         return int(value)
-    if type_name == "float" and is_number:
+    if kind is float and is_number:
         return float(value)
-    if type_name == "bool" and isinstance(value, bool):
+    if kind is bool and isinstance(value, bool):
         return value
-    if type_name == "str" and isinstance(value, str):
+    if kind is str and isinstance(value, str):
         return value
-    raise InputError(f"config: {name} is {value!r}, not a {type_name}")
+    raise InputError(f"config: {name} is {value!r}, not a {kind.__name__}")
 
 
 def _to_dict(config) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from davae_jax.layers import (
     dropout,
     masked_softmax,
     matmul_transposed,
-    normal_init,
     param,
+    residual_stddev,
     split_keys,
 )
 
@@ -61,9 +61,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
         D, N = config.hidden_size, config.num_attention_heads
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        weight = kw | {"stddev": config.initializer_range}
         zeros = nnx.initializers.zeros
-        self.embedding = Embedding(config.vocab_size, D, **kw)
-        self.latent_projection = Linear(latent_size, D, ("embed", None), bias=False, **kw)
+        self.embedding = Embedding(config.vocab_size, D, **weight)
+        self.latent_projection = Linear(latent_size, D, ("embed", None), bias=False, **weight)
         self.r_w_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
         self.r_r_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
         self.inv_freq = Buffer(inverse_frequencies(D), axes=(None,))
@@ -71,6 +72,7 @@ class Decoder(nnx.Module):
         self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
         self.dropout_rate = config.embedding_dropout_prob
         self.max_memory_length = config.max_memory_length
+        self.latent_every_layer = config.latent_every_layer
 
     def __call__(
         self,
@@ -79,10 +81,12 @@ class Decoder(nnx.Module):
         memory: Memory | None = None,
         window: Window = None,
         key: jax.Array | None = None,
+        remat: bool = False,
     ) -> DecoderOutput:
         """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
 
-        A key turns dropout on: on the position features, the input, and twice in each layer.
+        A key turns dropout on: on the position features, the input, and twice in each layer. `remat` keeps no more of a
+        layer for the backward pass than its input.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -101,10 +105,14 @@ class Decoder(nnx.Module):
         hidden = [x]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                r_NKH = layer.relative_keys(features)
-                past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
-                x, _ = layer(x, r_NKH, self.r_w_bias[...], self.r_r_bias[...], visible, past=past, key=layer_keys[i])
-                x = x + latent_term
+
+                def run(x, layer=layer, i=i):
+                    r_NKH = layer.relative_keys(features)
+                    past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
+                    biases = self.r_w_bias[...], self.r_r_bias[...]
+                    return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
+
+                x = (jax.checkpoint(run) if remat else run)(x) + self.after_layer(latent_term)
             hidden.append(x)
         return DecoderOutput(tuple(hidden), self.norm(x))
 
@@ -116,6 +124,10 @@ class Decoder(nnx.Module):
     def latent_term(self, latent: Float[Array, "B L"] | None) -> Float[Array, "B 1 D"] | float:
         """What is added to every token's state before the first and after every layer; 0 without a latent."""
         return 0.0 if latent is None else self.latent_projection(latent)[:, None, :]
+
+    def after_layer(self, latent_term: Float[Array, "B 1 D"] | float) -> Float[Array, "B 1 D"] | float:
+        """What is added after a layer: the latent's term, or 0 where the config tells it to the first layer alone."""
+        return latent_term if self.latent_every_layer else 0.0
 
     def position_features(self, distances: Int[Array, "K"]) -> Float[Array, "K D"]:
         """[sin(d·f), cos(d·f)]: all sines, then all cosines. Negative distances (hidden keys) give finite filler."""
@@ -159,17 +171,19 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs, dtype, param_dtype):
         D = config.hidden_size
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        out_scale = (2 * config.num_layers) ** -0.5
+        weight = kw | {"stddev": config.initializer_range}
+        residual = kw | {"stddev": residual_stddev(config.initializer_range, config.num_layers)}
+        normal = nnx.initializers.normal(config.initializer_range)
         self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
         # One weight makes q, k and v. Kept [3, D, D], so that a split over devices never cuts across the three.
-        self.qkv_weight = param((3, D, D), (None, "heads", "embed"), init=normal_init(), rngs=rngs, dtype=param_dtype)
+        self.qkv_weight = param((3, D, D), (None, "heads", "embed"), init=normal, rngs=rngs, dtype=param_dtype)
         self.qkv_bias = param((3, D), (None, "heads"), init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype)
         # Softmax ignores this bias (it shifts all scores of a query alike); it is kept for export.
-        self.relative = Linear(D, D, ("heads", "embed"), **kw)
-        self.attention_out = Linear(D, D, ("embed", "heads"), init_scale=out_scale, **kw)
+        self.relative = Linear(D, D, ("heads", "embed"), **weight)
+        self.attention_out = Linear(D, D, ("embed", "heads"), **residual)
         self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
-        self.mlp_in = Linear(D, 4 * D, ("mlp", "embed"), **kw)
-        self.mlp_out = Linear(4 * D, D, ("embed", "mlp"), init_scale=out_scale, **kw)
+        self.mlp_in = Linear(D, 4 * D, ("mlp", "embed"), **weight)
+        self.mlp_out = Linear(4 * D, D, ("embed", "mlp"), **residual)
         self.num_heads = config.num_attention_heads
         self.dropout_rate = config.output_dropout_prob
         self.dtype = dtype

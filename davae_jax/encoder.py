@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from davae_jax.config import EncoderConfig
-from davae_jax.layers import Embedding, LayerNorm, Linear, dropout, split_keys
+from davae_jax.layers import Embedding, LayerNorm, Linear, dropout, residual_stddev, split_keys
 
 
 class EncoderOutput(NamedTuple):
@@ -26,13 +26,14 @@ class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
         D = config.hidden_size
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.word = Embedding(config.vocab_size, D, **kw)
-        self.position = Embedding(config.max_position_embeddings, D, axes=(None, "embed"), **kw)
-        self.token_type = Embedding(config.type_vocab_size, D, axes=(None, "embed"), **kw)
+        weight = kw | {"stddev": config.initializer_range}
+        self.word = Embedding(config.vocab_size, D, **weight)
+        self.position = Embedding(config.max_position_embeddings, D, (None, "embed"), **weight)
+        self.token_type = Embedding(config.type_vocab_size, D, (None, "embed"), **weight)
         self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
         self.layers = nnx.List([EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers)])
-        self.pooler = Linear(D, D, ("mlp", "embed"), **kw)
-        self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **kw)
+        self.pooler = Linear(D, D, ("mlp", "embed"), **weight)
+        self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **weight)
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(
@@ -40,8 +41,12 @@ class Encoder(nnx.Module):
         ids: Int[Array, "B S"],
         embedding_noise: Float[Array, "B S D"] | None = None,
         key: jax.Array | None = None,
+        remat: bool = False,
     ) -> EncoderOutput:
-        """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on."""
+        """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on.
+
+        `remat` keeps no more of a layer for the backward pass than its input.
+        """
         keys = split_keys(key, len(self.layers) + 1)
         with jax.named_scope("embeddings"):
             h = self.word(ids) + self.position(jnp.arange(ids.shape[1])) + self.token_type(jnp.zeros((), jnp.int32))
@@ -53,7 +58,11 @@ class Encoder(nnx.Module):
         hidden = [h]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                hidden.append(layer(hidden[-1], score_bias, keys[i + 1]))
+
+                def run(x, layer=layer, key=keys[i + 1]):
+                    return layer(x, score_bias, key)
+
+                hidden.append((jax.checkpoint(run) if remat else run)(hidden[-1]))
         pooled = jnp.tanh(self.pooler(hidden[-1][:, 0]))
         mean, logvar = jnp.split(self.posterior(pooled).astype(jnp.float32), 2, axis=-1)
         return EncoderOutput(tuple(hidden), pooled, mean, logvar)
@@ -63,14 +72,15 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs, dtype, param_dtype):
         D, F = config.hidden_size, config.intermediate_size
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        out_scale = (2 * config.num_hidden_layers) ** -0.5
-        self.query = Linear(D, D, ("heads", "embed"), **kw)
-        self.key = Linear(D, D, ("heads", "embed"), **kw)
-        self.value = Linear(D, D, ("heads", "embed"), **kw)
-        self.attention_out = Linear(D, D, ("embed", "heads"), init_scale=out_scale, **kw)
+        weight = kw | {"stddev": config.initializer_range}
+        residual = kw | {"stddev": residual_stddev(config.initializer_range, config.num_hidden_layers)}
+        self.query = Linear(D, D, ("heads", "embed"), **weight)
+        self.key = Linear(D, D, ("heads", "embed"), **weight)
+        self.value = Linear(D, D, ("heads", "embed"), **weight)
+        self.attention_out = Linear(D, D, ("embed", "heads"), **residual)
         self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
-        self.mlp_in = Linear(D, F, ("mlp", "embed"), **kw)
-        self.mlp_out = Linear(F, D, ("embed", "mlp"), init_scale=out_scale, **kw)
+        self.mlp_in = Linear(D, F, ("mlp", "embed"), **weight)
+        self.mlp_out = Linear(F, D, ("embed", "mlp"), **residual)
         self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
         self.num_heads = config.num_attention_heads
         self.dropout_rate = config.hidden_dropout_prob

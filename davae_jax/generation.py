@@ -24,7 +24,7 @@ from davae_jax.config import DAVAEConfig, check_sampling
 from davae_jax.decoder import Decoder, power_of_two, visible_keys
 from davae_jax.errors import InputError
 from davae_jax.model import DAVAE, merge, split
-from davae_jax.sampling import count_ids, filter_logits, penalized_log_probs
+from davae_jax.sampling import count_ids, filter_logits, penalized_log_probs, traceable
 
 LONGEST = 1 << 16  # tokens of a text; keys and values of more would fill any machine
 Cache = list[tuple[Array, Array]]  # keys and values [B, N, K, H] of each layer
@@ -72,6 +72,8 @@ def generate(
         raise InputError(
             f"the latent is {list(np.shape(latent))}, not {[len(prompts), config.latent_size]}", exit_code=2
         )
+    if latent is not None and not np.isfinite(latent).all():
+        raise InputError("the latent holds NaN or infinite values", exit_code=2)
     if not prompts:
         return []
 
@@ -113,8 +115,7 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     settings = {name: getattr(config, name) if value is None else value for name, value in given.items()}
     check_sampling(**settings)
-    # One type each: a whole number where a fraction stood before would compile the loop anew.
-    return {name: int(value) if name == "top_k" else float(value) for name, value in settings.items()}
+    return traceable(**settings)
 
 
 def check_max_length(max_length: int) -> None:
@@ -216,7 +217,7 @@ def cached_step(
                 cache=cache[i],
                 position=position,
             )
-            x = x + latent_term
+            x = x + decoder.after_layer(latent_term)
         new_cache.append(layer_cache)
     return decoder.norm(x), new_cache
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2
+INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
 
 # The mesh axes (`davae_jax.sharding`) a weight's axes may be split over are chosen by these logical names.
 Axes = tuple[str | None, ...]
@@ -31,16 +31,17 @@ def param(shape: tuple[int, ...], axes: Axes, *, init, rngs: nnx.Rngs, dtype) ->
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
-def normal_init(scale: float = 1.0):
-    """Normal with standard deviation 0.02 · scale; residual outputs are scaled by 1/√(2·layers), as in GPT-2."""
-    return nnx.initializers.normal(INIT_STDDEV * scale)
+def residual_stddev(stddev: float, layers: int) -> float:
+    """Of the two maps of a layer that write to the residual stream: 1/√(2·layers) of the others', as in GPT-2."""
+    return stddev * (2 * layers) ** -0.5
 
 
 class Linear(nnx.Module):
     """y = W x + b over the last axis, computed in `dtype`."""
 
-    def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs, dtype, param_dtype, bias=True, init_scale=1.0):
-        self.weight = param((d_out, d_in), axes, init=normal_init(init_scale), rngs=rngs, dtype=param_dtype)
+    def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs, dtype, param_dtype, stddev=INIT_STDDEV, bias=True):
+        normal = nnx.initializers.normal(stddev)
+        self.weight = param((d_out, d_in), axes, init=normal, rngs=rngs, dtype=param_dtype)
         self.bias = (
             param((d_out,), axes[:1], init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype) if bias else None
         )
@@ -71,8 +72,10 @@ class LayerNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table of vectors, one a row."""
 
-    def __init__(self, rows: int, width: int, *, rngs, dtype, param_dtype, axes: Axes = ("vocab", "embed")):
-        self.weight = param((rows, width), axes, init=normal_init(), rngs=rngs, dtype=param_dtype)
+    def __init__(
+        self, rows: int, width: int, axes: Axes = ("vocab", "embed"), *, rngs, dtype, param_dtype, stddev=INIT_STDDEV
+    ):
+        self.weight = param((rows, width), axes, init=nnx.initializers.normal(stddev), rngs=rngs, dtype=param_dtype)
         self.dtype = dtype
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -35,14 +35,21 @@ def next_token_probs(
       InputError: a setting out of its range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
-    return _next_token_probs(
-        jnp.asarray(logits),
-        jnp.asarray(previous_ids),
-        float(temperature),
-        int(top_k),
-        float(top_p),
-        float(repetition_penalty),
-    )
+    settings = traceable(temperature, top_k, top_p, repetition_penalty)
+    return _next_token_probs(jnp.asarray(logits), jnp.asarray(previous_ids), *settings.values())
+
+
+def traceable(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, float | int]:
+    """The settings as numbers that keep their meaning in float32 and int32, one type each.
+
+    A whole number where a fraction stood before would compile a caller's loop anew.
+    """
+    return {
+        "temperature": float(temperature),
+        "top_k": min(int(top_k), np.iinfo(np.int32).max),
+        "top_p": max(float(top_p), 1e-30) if top_p else 0.0,  # not so small that it became 0, which is off
+        "repetition_penalty": float(repetition_penalty),
+    }
 
 
 @jax.jit
@@ -60,14 +67,14 @@ def filter_logits(logits: Float[Array, "B V"], top_k, top_p) -> Float[Array, "B 
     """
     V = logits.shape[-1]
     floor = smallest_cut(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k - 1, V))
-    logits = jnp.where(logits >= floor, logits, -jnp.inf)
+    logits = jnp.where(logits < floor, -jnp.inf, logits)
 
     probs = jax.nn.softmax(logits, axis=-1)
     cut = smallest_cut(logits, probs, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
     above, ties = logits > cut, logits == cut
     mass_above = jnp.where(above, probs, 0).sum(-1, keepdims=True)
     ties_before = jnp.cumsum(ties, axis=-1) - 1
-    stays = above | (ties & (mass_above + ties_before * probs <= top_p))
+    stays = above | (ties & (mass_above + ties_before * probs <= top_p)) | jnp.isnan(logits)  # a fault must show
     return jnp.where(stays, logits, -jnp.inf)
 
 

@@ -200,6 +200,16 @@ class DecoderTokenizer:
         return self._pieces.id_to_piece(i) if i < self.size else f"<extra_id_{self.size - 1 - i}>"
 
 
+def read_vocabulary(path: Path) -> list[str]:
+    """The entries of a vocab.txt; an entry's place is its id. Raises InputError where there is no such file."""
+    return _vocabulary(path, _read(path))
+
+
+def count_pieces(path: Path) -> int:
+    """Pieces of a spiece.model. Raises InputError where it is missing or damaged."""
+    return len(_load_sentencepiece(path))
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

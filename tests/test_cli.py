@@ -18,7 +18,7 @@ from tokenizer_fixtures import sentences
 from davae_jax import TextVAE
 from davae_jax.checkpoint import converter
 from davae_jax.cli import COMMANDS, main
-from davae_jax.commands import read_lines
+from davae_jax.data import read_lines
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
 TEXTS = sentences(3)
@@ -278,11 +278,11 @@ def test_davae_alone(davae):
         ("sample --batch-size 0", "--batch-size must be at least 1, not 0"),
         ("sample --max-length 0", "--max-length must be 1 to 65536, not 0"),
         ("sample --max-length 3000000000", "--max-length must be 1 to 65536, not 3000000000"),
-        ("sample --temperature 0", "--temperature must be above 0 and finite, not 0.0"),
-        ("sample --temperature nan", "--temperature must be above 0 and finite, not nan"),
+        ("sample --temperature 0", "--temperature must be above 0 and finite in float32, not 0.0"),
+        ("sample --temperature nan", "--temperature must be above 0 and finite in float32, not nan"),
         ("reconstruct x --top-k -1", "--top-k must be a whole number of 0 (off) or more, not -1"),
         ("interpolate x y --top-p 1.5", "--top-p must lie in [0, 1], not 1.5"),
-        ("analogy x y z --repetition-penalty 0", "--repetition-penalty must be above 0 and finite, not 0.0"),
+        ("analogy x y z --repetition-penalty 0", "--repetition-penalty must be above 0 and finite in float32, not 0.0"),
         ("generate x --std-scale -1", "--std-scale must be a number of 0 or more, not -1.0"),
         ("generate x --std-scale inf", "--std-scale must be a number of 0 or more, not inf"),
         ("generate x --input y", "give texts or --input, not both"),

@@ -243,7 +243,7 @@ TOO_LONG = "春眠" * MAX_OUT_LENGTH  # one piece each, <bos> before them
         (lambda v: v.encode(TEXTS, std_scale=float("nan")), "std_scale must be a number of 0 or more, not nan"),
         (lambda v: v.encode(TEXTS, std_scale=float("inf")), "std_scale must be a number of 0 or more, not inf"),
         (lambda v: v.simulate_batch(TEXTS, top_p=2.0), "top_p must lie in [0, 1], not 2.0"),
-        (lambda v: v.reconstruct(TEXTS, temperature=0.0), "temperature must be above 0 and finite, not 0.0"),
+        (lambda v: v.reconstruct(TEXTS, temperature=0.0), "temperature must be above 0 and finite in float32, not 0.0"),
         (lambda v: v.reconstruct(TEXTS, max_length=0), "max_length must be 1 to 65536, not 0"),
         (lambda v: v.sample(-1), "n must be 0 or more, not -1"),
         (lambda v: v.interpolate("a", "b", 1), "steps must be 2 (both ends) to 10000, not 1"),

@@ -1,0 +1,70 @@
+"""Noise on what the encoder reads: on the embeddings (one of the model card's five measures) and on the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from davae_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """What is done to the encoder's input in training; the decoder has to give back the clean text."""
+
+    embedding: float = 0.1
+    """Standard deviation of the Gaussian noise on the embeddings, after their LayerNorm."""
+
+    drop: float = 0.0
+    """Probability that a token is left out."""
+
+    substitute: float = 0.0
+    """Probability that a token is replaced by a random one."""
+
+    shuffle: float = 0.0
+    """How far a token may move: each place gets a uniform draw up to this added, and the places are sorted."""
+
+    def __post_init__(self):
+        for name in ("drop", "substitute"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--noise.{name} must lie in [0, 1), not {getattr(self, name)}", exit_code=2)
+        for name in ("embedding", "shuffle"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--noise.{name} must be 0 or more, not {getattr(self, name)}", exit_code=2)
+
+
+def token_noise(
+    ids: Int[Array, "B S"], special: Bool[Array, "B S"], config: NoiseConfig, vocab_size: int, key: jax.Array
+) -> Int[Array, "B S"]:
+    """Drops, substitutes and shuffles tokens (Shen et al. 2020, "Educating Text Autoencoders", section 3).
+
+    Args:
+      ids: padded with 0.
+      special: tokens that stay as they are, where they are, [CLS] and [SEP]; those in front and those behind.
+      vocab_size: substitutes are uniform over the ids 1 … vocab_size − 1.
+    """
+    if not (config.drop or config.substitute or config.shuffle):
+        return ids
+    S = ids.shape[1]
+    key_drop, key_which, key_new, key_shuffle = jax.random.split(key, 4)
+    is_word = (ids > 0) & ~special
+    dropped = is_word & jax.random.bernoulli(key_drop, config.drop, ids.shape)
+    replaced = is_word & jax.random.bernoulli(key_which, config.substitute, ids.shape)
+    ids = jnp.where(replaced, jax.random.randint(key_new, ids.shape, 1, vocab_size), ids)
+
+    place = jnp.arange(S) + jnp.where(is_word, jax.random.uniform(key_shuffle, ids.shape, maxval=config.shuffle), 0.0)
+    # What stands behind all words stays there: 2S is past every shuffled place that matters for the order.
+    first_word = jnp.argmax(is_word, axis=1)[:, None]
+    is_behind = ~is_word & (jnp.arange(S) >= first_word)
+    place = jnp.where(is_behind, place + S + config.shuffle, place)
+    place = jnp.where(dropped | (ids == 0), jnp.inf, place)
+    order = jnp.argsort(place, axis=1, stable=True)
+    return jnp.take_along_axis(jnp.where(dropped, 0, ids), order, axis=1)
+
+
+def embedding_noise(key: jax.Array, shape: tuple[int, int, int], config: NoiseConfig) -> Float[Array, "B S D"] | None:
+    """N(0, σ²) for every embedding, or None where σ is 0."""
+    return config.embedding * jax.random.normal(key, shape) if config.embedding else None

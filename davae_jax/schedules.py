@@ -1,0 +1,103 @@
+"""What changes with the step: the KL's weight and the learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from davae_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class BetaConfig:
+    """The KL's weight β: a trapezoid (Li et al. 2020, Optimus), repeated for cyclical annealing (Fu et al. 2019).
+
+    A period holds `start` for `ratio_zero` of its steps, rises to `max` over `ratio_increase` of them, and stays there.
+    """
+
+    start: float = 1e-4
+    """β at a period's beginning."""
+
+    max: float = 0.1
+    """β at its end. Equal to `start`: constant."""
+
+    ratio_zero: float = 0.05
+    """Part of a period that stays at `start`."""
+
+    ratio_increase: float = 0.5
+    """Part of a period over which β rises."""
+
+    cycles: int = 1
+    """Periods in the whole training; 1 is the plain trapezoid."""
+
+    def __post_init__(self):
+        if not (0 <= self.start < float("inf") and 0 <= self.max < float("inf")):
+            raise InputError(f"--beta.start {self.start} and --beta.max {self.max}: must be 0 or more", exit_code=2)
+        if not (self.ratio_zero >= 0 and self.ratio_increase >= 0 and self.ratio_zero + self.ratio_increase <= 1):
+            raise InputError(
+                f"--beta.ratio-zero {self.ratio_zero} and --beta.ratio-increase {self.ratio_increase}: "
+                "must be 0 or more, and 1 at most together",
+                exit_code=2,
+            )
+        if self.cycles < 1:
+            raise InputError(f"--beta.cycles must be at least 1, not {self.cycles}", exit_code=2)
+
+
+def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, ""]:
+    """β of one step out of `steps`, counted from 0."""
+    period = steps / config.cycles
+    place = (jnp.asarray(step, jnp.float32) % period) / period  # in [0, 1)
+    # Where the rise takes no time, it is a jump: the smallest divisor makes it one.
+    risen = (place - config.ratio_zero) / max(config.ratio_increase, 1e-9)
+    return config.start + (config.max - config.start) * jnp.clip(risen, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) for encoder and decoder. The defaults are the published settings."""
+
+    learning_rate: float = 5e-5
+    """The highest one."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warmup: down to `end` along a cosine, or as it is."""
+
+    warmup: float = 0.01
+    """Part of all steps over which the rate rises from 0."""
+
+    end: float = 0.1
+    """The cosine's last rate, as a part of the highest."""
+
+    weight_decay: float = 0.1
+    """Of matrices; biases and LayerNorms decay never."""
+
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 is off."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        for name in ("learning_rate", "weight_decay", "clip", "eps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                option = f"--optimizer.{name.replace('_', '-')}"
+                raise InputError(f"{option} must be 0 or more and finite, not {getattr(self, name)}", exit_code=2)
+        for name in ("warmup", "end", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--optimizer.{name} must lie in [0, 1], not {getattr(self, name)}", exit_code=2)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The rate of each step, counted from 0."""
+    warmup = round(config.warmup * steps)
+    peak = config.learning_rate
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=config.end)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])

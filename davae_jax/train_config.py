@@ -1,0 +1,226 @@
+"""The one declaration of everything a training run can be told. The command line and its help come from here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.errors import InputError
+from davae_jax.noise import NoiseConfig
+from davae_jax.schedules import BetaConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: Path | None = None
+    """Texts to train on, UTF-8, one a line, or JSON Lines. None: the corpus that the project itself generates."""
+
+    valid: Path | None = None
+    """Texts to measure on. None: a part of the training texts is kept for it."""
+
+    field: str = "text"
+    """Where in a line of JSON the text is."""
+
+    max_length: int = 128
+    """Longer texts are left out; in tokens of the decoder, the beginning and the end counted."""
+
+    buckets: int = 4
+    """Shapes that batches come in, by the texts' length; each compiles a program of its own."""
+
+    pieces: int = 8000
+    """Size of the decoder's vocabulary, where tokenizers are trained."""
+
+    entries: int = 8000
+    """Size of the encoder's vocabulary, where tokenizers are trained."""
+
+    def __post_init__(self):
+        for name, least in (("max_length", 3), ("buckets", 1), ("pieces", 10), ("entries", 10)):
+            if getattr(self, name) < least:
+                option = f"--data.{name.replace('_', '-')}"
+                raise InputError(f"{option} must be at least {least}, not {getattr(self, name)}", exit_code=2)
+
+
+@dataclass(frozen=True)
+class FreeBitsConfig:
+    """What of the KL counts (one of the model card's five measures)."""
+
+    mode: Literal["hard", "clamp", "off"] = "hard"
+    """hard: of each text, the dimensions above the target, as published. clamp: Kingma et al. 2016. off: all of it."""
+
+    target: float = 1.0
+    """Nats a dimension may carry for nothing."""
+
+    def __post_init__(self):
+        if not 0 <= self.target < float("inf"):
+            raise InputError(f"--free-bits.target must be 0 or more, not {self.target}", exit_code=2)
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Training in the latent space against a discriminator (Makhzani et al. 2015; one of the five measures)."""
+
+    weight: float = 0.0
+    """λ: what the encoder's adversarial loss is multiplied by."""
+
+    learning_rate: float = 1e-4
+    """The discriminator's own."""
+
+    def __post_init__(self):
+        for name in ("weight", "learning_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                option = f"--adversarial.{name.replace('_', '-')}"
+                raise InputError(f"{option} must be 0 or more, not {getattr(self, name)}", exit_code=2)
+
+    def optimizer(self, main: OptimizerConfig) -> OptimizerConfig:
+        """As the main one, with a constant rate of its own and no decay."""
+        rate = dict(learning_rate=self.learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0)
+        return dataclasses.replace(main, **rate)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Pretrained halves to start from; the run's model takes their sizes."""
+
+    encoder: str | None = None
+    """Hugging Face BERT: folder or repo id."""
+
+    decoder: str | None = None
+    """Transformer-XL in the Fengshenbang 1.1B layout: folder or repo id."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written when. Changes nothing of what is learnt."""
+
+    every: int = 20
+    """Steps between two lines of metrics.jsonl; each is the mean over them."""
+
+    samples: int = 500
+    """Steps between two looks at samples and reconstructions; 0 is never."""
+
+    checkpoint: int = 500
+    """Steps between two checkpoints. The last step always has one."""
+
+    keep: int = 2
+    """Checkpoints to keep, the newest."""
+
+    figures: int = 1000
+    """Texts to measure on at the end; 0 is no figures."""
+
+    def __post_init__(self):
+        for name, least in (("every", 1), ("samples", 0), ("checkpoint", 1), ("keep", 1), ("figures", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--log.{name} must be at least {least}, not {getattr(self, name)}", exit_code=2)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a DAVAE, from plain text to a checkpoint that every `davae` command reads."""
+
+    steps: int = 20_000
+    """Updates in all."""
+
+    batch_size: int = 64
+    """Texts a step."""
+
+    seed: int = 0
+    """Of the initial weights, the data's order and every draw."""
+
+    run_dir: Path | None = None
+    """Folder of the run: metrics, checkpoints, tokenizers, config. Started again on the same one, a run resumes."""
+
+    tokenizers: Path | None = None
+    """Folder with spiece.model and vocab.txt. None: trained on the texts."""
+
+    model: DAVAEConfig = field(default_factory=DAVAEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    beta: BetaConfig = field(default_factory=BetaConfig)
+    free_bits: FreeBitsConfig = field(default_factory=FreeBitsConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    length_weighted: bool = True
+    """Divide a text's reconstruction loss by its number of tokens, as published."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What to compute in; weights and optimizers are float32."""
+
+    remat: bool = False
+    """Gradient checkpointing: keep only each layer's input, and compute the rest again. Less memory, a third slower."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} must be at least 1, not {getattr(self, name)}", exit_code=2)
+
+
+DEMO = TrainConfig(
+    steps=1600,
+    model=DAVAEConfig(
+        encoder=EncoderConfig(
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=130,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.08,
+        ),
+        decoder=DecoderConfig(
+            num_layers=2,
+            hidden_size=128,
+            num_attention_heads=4,
+            embedding_dropout_prob=0.0,
+            attention_dropout_prob=0.0,
+            output_dropout_prob=0.0,
+            max_sequence_length=128,
+            max_memory_length=128,
+            initializer_range=0.08,
+        ),
+        latent_size=32,
+        top_k=1,
+        max_out_length=128,
+    ),
+    data=DataConfig(buckets=1, pieces=600, entries=1000),
+    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.35, ratio_increase=0.3),
+    free_bits=FreeBitsConfig(target=0.5),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, end=0.05, weight_decay=0.01, b2=0.99),
+)
+PUBLISHED = TrainConfig(
+    model=DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5),
+    data=DataConfig(max_length=512),
+    noise=NoiseConfig(embedding=0.0),
+    remat=True,
+)
+PRESETS = {
+    "demo": ("A small model on a small corpus of the project's own, in minutes on a laptop.", DEMO),
+    "published": ("The published sizes and settings, 1.2 billion weights.", PUBLISHED),
+}
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values only, as the run's train.json has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two configs differ, as "beta.max (0.1, now 0.2)"; what changes no result aside."""
+    found = []
+    for name in old.keys() | new.keys():
+        if prefix + name in ("run_dir", "log"):
+            continue
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} ({a}, now {b})")
+    return sorted(found)

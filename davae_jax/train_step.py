@@ -1,0 +1,148 @@
+"""One training step: the objective with the five measures, its gradient, and both optimizers' updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from davae_jax.data import Batch
+from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
+from davae_jax.losses import adversarial_losses, reconstruction_nll
+from davae_jax.model import DAVAE, Params, merge
+from davae_jax.noise import embedding_noise, token_noise
+from davae_jax.schedules import OptimizerConfig, beta_at, learning_rate
+from davae_jax.train_config import TrainConfig
+
+Logs = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """All a run has to remember: the data's order and every draw follow from the seed and the step."""
+
+    step: Int[Array, ""]  # steps taken
+    params: Params
+    optimizer: optax.OptState  # of encoder and decoder
+    discriminator_optimizer: optax.OptState
+
+
+def optimizers(config: TrainConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """AdamW for encoder and decoder, and another of its own rate for the discriminator."""
+    return adamw(config.optimizer, config.steps), adamw(config.adversarial.optimizer(config.optimizer), config.steps)
+
+
+def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params),
+        ),
+    )
+
+
+def init_state(params: Params, config: TrainConfig) -> TrainState:
+    main, discriminator = _halves(params)
+    optimizer, discriminator_optimizer = optimizers(config)
+    return TrainState(jnp.int32(0), params, optimizer.init(main), discriminator_optimizer.init(discriminator))
+
+
+def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> Callable[[TrainState, Batch], tuple]:
+    """The compiled step: (state, batch) → (next state, logs). The state's buffers are reused."""
+    optimizer, discriminator_optimizer = optimizers(config)
+    rate = learning_rate(config.optimizer, config.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        beta = beta_at(state.step, config.steps, config.beta)
+        gradient = jax.grad(objective, has_aux=True)
+        grads, logs = gradient(state.params, graphdef, batch, key, beta, config)
+        # The position frequencies are stored with the weights, but not trained.
+        grads["decoder"]["inv_freq"] = jnp.zeros_like(grads["decoder"]["inv_freq"])
+        main_grads, discriminator_grads = _halves(grads)
+        main, discriminator = _halves(state.params)
+        updates, opt_state = optimizer.update(main_grads, state.optimizer, main)
+        d_updates, d_opt_state = discriminator_optimizer.update(
+            discriminator_grads, state.discriminator_optimizer, discriminator
+        )
+        params = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, d_updates)
+        logs |= {"beta": beta, "lr": rate(state.step), "grad_norm": optax.tree.norm(main_grads)}
+        return TrainState(state.step + 1, params, opt_state, d_opt_state), logs
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def objective(
+    params: Params, graphdef: nnx.GraphDef, batch: Batch, key: jax.Array, beta: Float[Array, ""], config: TrainConfig
+) -> tuple[Float[Array, ""], Logs]:
+    """Mean over the batch of rec / length + β·KL + λ·L_g, plus L_d.
+
+    L_d reaches the discriminator alone and the rest everything but the discriminator, so that one backward pass gives
+    the gradients of both optimizers. The end token is trained; padding is masked by length.
+    """
+    keys = dict(zip(("token", "embedding", "encoder", "latent", "decoder", "prior"), jax.random.split(key, 6)))
+    model = merge(graphdef, params)
+    posterior = posterior_of(model, batch.encoder_ids, keys, config)
+    latent = posterior.sample(keys["latent"])
+
+    ids = batch.decoder_ids
+    targets = ids[:, 1:]
+    mask = jnp.arange(1, ids.shape[1]) < batch.lengths[:, None]
+    output = model.decoder(ids[:, :-1], latent, key=keys["decoder"], remat=config.remat)
+    rec = reconstruction_nll(model.decoder.logits(output.final), targets, mask)
+    rec_per_token = rec / mask.sum(-1)
+
+    kl_BL = kl_per_dimension(posterior)
+    kl = counted_kl(kl_BL, config)
+    weighted = rec_per_token if config.length_weighted else rec
+    loss = (weighted + beta * kl).mean()
+    logs = {"rec": rec_per_token.mean(), "kl": kl.mean(), "kl_unmasked": kl_BL.sum(-1).mean()}
+
+    # The discriminator is trained even where λ is 0: its loss then only measures how far latents are from the prior.
+    prior = jax.random.normal(keys["prior"], latent.shape)
+    frozen = merge(graphdef, params | {"discriminator": jax.lax.stop_gradient(params["discriminator"])})
+    loss_d, _ = adversarial_losses(model, latent, prior)
+    _, loss_g = adversarial_losses(frozen, latent, prior)
+    loss = loss + config.adversarial.weight * loss_g
+    return loss + loss_d, logs | {"loss": loss, "loss_d": loss_d, "loss_g": loss_g}
+
+
+def posterior_of(model: DAVAE, ids: Int[Array, "B S"], keys: dict, config: TrainConfig) -> Posterior:
+    """The posterior of the texts with the noise of training on tokens and embeddings."""
+    special = (ids == model.config.cls_token_id) | (ids == model.config.sep_token_id)
+    ids = token_noise(ids, special, config.noise, model.config.encoder.vocab_size, keys["token"])
+    shape = (*ids.shape, model.config.encoder.hidden_size)
+    noise = embedding_noise(keys["embedding"], shape, config.noise)
+    encoded = model.encoder(ids, noise, keys["encoder"], config.remat)
+    return Posterior(encoded.mean, encoded.logvar)
+
+
+def counted_kl(kl_BL: Float[Array, "B L"], config: TrainConfig) -> Float[Array, "B"]:
+    """The KL that β weighs, of each text.
+
+    hard: the published free bits, those dimensions of a text alone whose KL is above the target.
+    clamp: free bits of Kingma et al. 2016 (appendix C.8): a dimension's mean over the batch counts as the target where
+      it is below.
+    """
+    match config.free_bits.mode:
+        case "hard":
+            return free_bits_kl(kl_BL, config.free_bits.target)
+        case "clamp":
+            return jnp.broadcast_to(jnp.maximum(kl_BL.mean(0), config.free_bits.target).sum(), kl_BL.shape[:1])
+        case "off":
+            return kl_BL.sum(-1)
+
+
+def _halves(params: Params) -> tuple[Params, Params]:
+    """Encoder and decoder, and the discriminator: each has its own optimizer."""
+    main = {name: part for name, part in params.items() if name != "discriminator"}
+    return main, {"discriminator": params["discriminator"]}

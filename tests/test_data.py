@@ -1,0 +1,96 @@
+"""Reading texts, and the batch of every step."""
+
+import numpy as np
+import pytest
+
+from davae_jax.data import Batches, Texts, read_texts
+from davae_jax.errors import InputError
+
+PAD = 9
+
+
+def texts_of(lengths):
+    """Row i is filled with i + 10, its decoder row as long as given, its encoder row two longer."""
+    return Texts(
+        [np.full(n + 2, i + 10) for i, n in enumerate(lengths)],
+        [np.full(n, i + 10) for i, n in enumerate(lengths)],
+        np.arange(1, len(lengths) + 1),
+        0,
+    )
+
+
+LENGTHS = [3, 30, 7, 12, 25, 5, 9, 14, 21, 4, 8, 16, 11]
+
+
+@pytest.fixture
+def batches():
+    return Batches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
+
+
+def test_an_epoch_shows_every_text_once(batches):
+    assert batches.per_epoch == 4
+    for epoch in range(3):
+        rows = np.concatenate([batches.rows(epoch * 4 + i)[0] for i in range(4)])
+        assert len(set(rows)) == 12  # of 13, one waits
+    shown = {int(row) for step in range(40) for row in batches.rows(step)[0]}
+    assert shown == set(range(13))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(batches):
+    again = Batches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
+    order = [17, 3, 0, 3, 9]
+    for step in order:
+        assert all((a == b).all() for a, b in zip(again[step], batches[step], strict=True))
+    other = Batches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=6)
+    assert any((other.rows(step)[0] != batches.rows(step)[0]).any() for step in range(4))
+    assert any((batches.rows(step)[0] != batches.rows(step + 4)[0]).any() for step in range(4))  # epochs differ
+
+
+def test_rows_are_whole_and_padded(batches):
+    shapes = set()
+    for step in range(8):
+        rows, (S, T) = batches.rows(step)
+        encoder_ids, decoder_ids, lengths = batches[step]
+        assert encoder_ids.shape == (3, S) and decoder_ids.shape == (3, T)
+        shapes.add((S, T))
+        for row, e, d, n in zip(rows, encoder_ids, decoder_ids, lengths, strict=True):
+            assert n == LENGTHS[row]
+            assert (d[:n] == row + 10).all() and (d[n:] == PAD).all()
+            assert (e[: n + 2] == row + 10).all() and (e[n + 2 :] == 0).all()
+    assert len(shapes) == 2  # as many as buckets
+
+
+def test_fewer_texts_than_a_batch():
+    batches = Batches(texts_of([4, 5]), 5, pad_id=PAD)
+    assert sorted(set(batches.rows(0)[0])) == [0, 1] and len(batches[7].lengths) == 5
+
+
+def test_lines_and_json_lines(tmp_path):
+    plain = tmp_path / "a.txt"
+    plain.write_bytes("\ufeff一\n\n二\u2028二\r\n三".encode())
+    assert read_texts(plain) == ["一", "", "二\u2028二", "三"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "一", "n": 1}\n\n{"body": 1, "text": "二"}\n', encoding="utf-8")
+    assert read_texts(lines) == ["一", "", "二"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"\n \n", "holds no text"),
+        ("a.txt", b"ok\n\xff\xfe\n", "line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2 has no field 'text'"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a text"),
+        ("a.jsonl", b'["text"]\n', "line 1 has no field 'text'"),
+    ],
+)
+def test_what_cannot_be_read(name, data, said, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        read_texts(path)
+    assert str(error.value) == f"{path}: {said}"
+    with pytest.raises(InputError, match=r"missing\.txt: cannot be read"):
+        read_texts(tmp_path / "missing.txt")

@@ -1,0 +1,57 @@
+"""The KL's weight and the learning rate, step by step."""
+
+import re
+
+import numpy as np
+import pytest
+
+from davae_jax.errors import InputError
+from davae_jax.schedules import BetaConfig, OptimizerConfig, beta_at, learning_rate
+
+
+def test_trapezoid():
+    """100 steps: 20 at the start, 50 rising, 30 at the top."""
+    config = BetaConfig(start=0.1, max=1.1, ratio_zero=0.2, ratio_increase=0.5)
+    found = [float(beta_at(step, 100, config)) for step in range(100)]
+    expected = [0.1] * 20 + [0.1 + i / 50 for i in range(50)] + [1.1] * 30
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_cycles_repeat_the_trapezoid():
+    config = BetaConfig(start=0.0, max=1.0, ratio_zero=0.25, ratio_increase=0.5, cycles=3)
+    found = [float(beta_at(step, 120, config)) for step in range(120)]
+    np.testing.assert_allclose(found[:40], found[40:80], atol=1e-5)
+    np.testing.assert_allclose(found[:40], found[80:], atol=1e-5)
+    np.testing.assert_allclose(found[:40], [0.0] * 10 + [i / 20 for i in range(20)] + [1.0] * 10, atol=1e-5)
+
+
+def test_no_rise_is_a_jump():
+    config = BetaConfig(start=0.0, max=1.0, ratio_zero=0.5, ratio_increase=0.0)
+    assert [float(beta_at(step, 10, config)) for step in range(10)] == [0.0] * 6 + [1.0] * 4  # at 5 the rise begins
+    constant = BetaConfig(start=0.3, max=0.3)
+    np.testing.assert_allclose([float(beta_at(step, 10, constant)) for step in range(10)], 0.3)
+
+
+def test_learning_rate():
+    rate = learning_rate(OptimizerConfig(learning_rate=2.0, warmup=0.1, end=0.25), 100)
+    np.testing.assert_allclose([rate(step) for step in range(11)], [0.2 * i for i in range(11)], rtol=1e-5)
+    np.testing.assert_allclose(rate(55), 2 * (0.25 + 0.75 * 0.5), rtol=1e-5)  # half way down the cosine
+    np.testing.assert_allclose(rate(100), 0.5, rtol=1e-5)
+    rate = learning_rate(OptimizerConfig(learning_rate=2.0, warmup=0.1, schedule="constant"), 100)
+    assert float(rate(5)) == 1.0 and float(rate(99)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: BetaConfig(max=-1.0), "--beta.max -1.0: must be 0 or more"),
+        (lambda: BetaConfig(ratio_zero=0.6, ratio_increase=0.5), "--beta.ratio-zero 0.6"),
+        (lambda: BetaConfig(cycles=0), "--beta.cycles must be at least 1, not 0"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate"),
+        (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup must lie in [0, 1], not 2.0"),
+    ],
+)
+def test_what_cannot_be(make, said):
+    with pytest.raises(InputError, match=re.escape(said)) as e:
+        make()
+    assert e.value.exit_code == 2

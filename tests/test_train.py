@@ -1,0 +1,233 @@
+"""`python train.py`: what a run leaves behind, that it resumes bit for bit, what it says when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import davae_jax
+from davae_jax import TextVAE
+from davae_jax.checkpoint import params_of
+from davae_jax.cli import main as davae
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") for b in "菜价人书" for c in "好坏多少贵新"]
+# As small as the program takes it: what is tested is the program, not what the model learns.
+SMALLEST = {
+    "batch-size": 4,
+    "data.pieces": 60,
+    "data.entries": 80,
+    "data.buckets": 1,
+    "model.latent-size": 4,
+    "model.encoder.hidden-size": 16,
+    "model.encoder.num-hidden-layers": 1,
+    "model.encoder.intermediate-size": 16,
+    "model.decoder.hidden-size": 16,
+    "model.decoder.num-layers": 1,
+    "model.max-out-length": 12,
+    "log.every": 2,
+    "log.samples": 0,
+    "log.figures": 0,
+}
+TINY = [word for option, value in SMALLEST.items() for word in (f"--{option}", value)]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "train.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+def started(*argv, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    argv = [sys.executable, ROOT / "train.py", *argv]
+    return subprocess.Popen(list(map(str, argv)), env=env, cwd=ROOT, text=True, **kwargs)
+
+
+def train(*argv):
+    process = started(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def tiny(text_file, run_dir, *argv):
+    return train("--data.train", text_file, "--run-dir", run_dir, *TINY, *argv)
+
+
+def metrics_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def run(text_file, tmp_path_factory):
+    """(folder, output) of a run of 8 steps in one go, with figures and samples."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--log.figures", 1, "--adversarial.weight", 0.1]
+    code, out, err = tiny(text_file, folder, *options)
+    assert code == 0, err
+    return folder, out
+
+
+def test_a_run_leaves_what_it_should(run):
+    folder, out = run
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    means = {"loss", "rec", "kl", "kl_unmasked", "beta", "loss_d", "loss_g", "grad_norm", "lr", "tokens_per_s"}
+    assert all(row.keys() == {"step", "mfu"} | means for row in rows)
+    assert all(np.isfinite(row[name]) for row in rows for name in means)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["6", "8"]  # the newest two
+    assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").open(encoding="utf-8")] == [4]
+    assert list((folder / "events").glob("events*"))
+    stored = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    assert stored["adversarial"]["weight"] == 0.1 and stored["model"]["latent_size"] == 4
+    found = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    names = {"n", "bleu", "exact_match", "bleu_sampled", "bleu_other_latent", "prior_valid", "prior_distinct"}
+    assert found.keys() >= names | {"mutual_information", "active_units", "seconds"} and found["n"] == 1
+    assert f"next: davae generate --model {folder} " in out
+
+
+def test_every_command_reads_the_run(run, capsys):
+    folder, _ = run
+    vae = TextVAE.from_pretrained(folder)
+    assert vae.reconstruct(TEXTS[:2]) == TextVAE.from_pretrained(str(folder)).reconstruct(TEXTS[:2])
+    assert davae(["generate", "--model", str(folder), TEXTS[0]]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == TEXTS[0]
+
+
+def test_it_exports_to_the_published_layout(run, tmp_path, capsys):
+    pytest.importorskip("torch")
+    folder, _ = run
+    assert davae(["export", str(folder), str(tmp_path / "published"), "--dtype", "float32"]) == 0
+    a, b = (params_of(davae_jax.from_pretrained(source)) for source in (folder, tmp_path / "published"))
+    assert all(np.array_equal(a[path], b[path]) for path in a)
+    assert davae(["parity", str(folder), "--length", "12", "--no-gradients"]) == 0
+
+
+def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
+    """Ended after 3 steps and begun again: every weight, both optimizers, every logged number, bit for bit."""
+    whole, _ = run
+    options = ["--log.checkpoint", 3, "--log.samples", 4, "--adversarial.weight", 0.1, "--steps", 8]
+    folder = tmp_path / "resumed"
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **quiet)
+    while process.poll() is None and not (folder / "checkpoints" / "3").exists():
+        pass
+    process.kill()  # no time to save anything
+    process.wait()
+    assert not (folder / "checkpoints" / "8").exists()
+    code, out, err = tiny(text_file, folder, *options)
+    assert code == 0, err
+    assert "steps 3 to 8" in out or "steps 6 to 8" in out
+    names = set(metrics_of(whole)[0]) - {"tokens_per_s"}
+    a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, folder))
+    resumed_at = 3 if "steps 3 to 8" in out else 6
+    assert [row["step"] for row in b] == [2, 4, 6, 8]
+    assert [row for row in a if row["step"] > resumed_at + 1] == [row for row in b if row["step"] > resumed_at + 1]
+    a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
+    assert len(a) > 100
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def state_of(path):
+    from orbax.checkpoint import v1 as ocp
+
+    return jax.tree.leaves(ocp.load_checkpointables(path))
+
+
+def test_a_finished_run_says_so_again(run, text_file):
+    folder, _ = run
+    options = ["--steps", 8, "--log.checkpoint", 3, "--adversarial.weight", 0.1]
+    code, out, _ = tiny(text_file, folder, *options)
+    assert code == 0 and "steps 8 to 8" in out and [row["step"] for row in metrics_of(folder)] == [2, 4, 6, 8]
+
+
+def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
+    folder = tmp_path / "run"
+    argv = ["--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 100_000, "--log.checkpoint", 100_000]
+    # The tests may run as a shell's background job, which ignores interrupts and hands that on; SIGTERM it does not.
+    process = started(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        pass
+    while process.poll() is None and not metrics_of(folder):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    (step,) = [int(p.name) for p in (folder / "checkpoints").iterdir()]
+    assert f"interrupted after step {step}; to go on: python train.py --data.train" in err
+    assert f"--run-dir {folder}" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("missing.txt", None, "cannot be read (No such file or directory)"),
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b"\n  \n\n", "holds no text"),
+        ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3 is not UTF-8"),
+        ("long.txt", ("很" * 300 + "\n").encode() * 3, "holds only blank texts and texts of more than 12 tokens"),
+        ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', "line 2 has no field 'text'"),
+    ],
+)
+def test_bad_texts(name, data, said, tmp_path):
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    code, out, err = tiny(path, tmp_path / "run", "--steps", 2)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code in (1, 2) and out == ""
+    assert lines == [f"train.py: error: {path}: {said}"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_config_in_the_same_folder(run, text_file):
+    folder, _ = run
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    options = ["--steps", 8, "--beta.max", 0.5, "--log.every", 1, "--adversarial.weight", 0.1]
+    code, _, err = tiny(text_file, folder, *options)
+    assert code == 2
+    assert err == (
+        f"train.py: error: {folder}: was made with another config: beta.max (0.03, now 0.5); give another --run-dir\n"
+    )
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--stpes", "3"], "--stpes"),
+        (["published", "--beta.cycles", "0"], "--beta.cycles must be at least 1, not 0"),
+        (["--optimizer.schedule", "linear"], "--optimizer.schedule"),
+        (["dmo"], "dmo"),
+        (["--free-bits.target", "-1"], "--free-bits.target"),
+    ],
+)
+def test_bad_options(argv, said):
+    code, out, err = train(*argv)
+    assert code == 2 and out == "" and said in err
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text_file, tmp_path):
+    """A learning rate that no model survives."""
+    folder = tmp_path / "run"
+    options = ["--steps", 40, "--optimizer.learning-rate", 1e30, "--optimizer.warmup", 0, "--optimizer.clip", 0]
+    code, _, err = tiny(text_file, folder, *options, "--log.checkpoint", 1)
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert code == 1 and "its batch is lines " in line and str(text_file) in line
+    assert "the last good checkpoint is " in line and line.startswith("train.py: error: step ")
+
+
+def test_no_pytorch_is_needed(text_file, tmp_path):
+    program = "import sys; sys.modules['torch'] = None; sys.path.insert(0, '.'); import train; sys.exit(train.main())"
+    argv = ["-c", program, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 1]
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

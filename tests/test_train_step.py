@@ -1,0 +1,185 @@
+"""One training step: the objective is what its formula says, and each optimizer moves its own weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import CONFIG, new_model
+
+from davae_jax.checkpoint import flatten
+from davae_jax.data import Batch
+from davae_jax.latent import kl_per_dimension
+from davae_jax.model import split
+from davae_jax.noise import NoiseConfig
+from davae_jax.train_config import AdversarialConfig, FreeBitsConfig, TrainConfig
+from davae_jax.train_step import counted_kl, init_state, make_train_step, objective
+
+KEY = jax.random.key(3)
+END, PAD, BOS = CONFIG.end_token_id, CONFIG.pad_token_id, CONFIG.bos_token_id
+BATCH = Batch(
+    np.array([[2, 9, 8, 7, 3], [2, 5, 3, 0, 0]], np.int32),
+    np.array([[BOS, 4, 5, 6, END], [BOS, 7, END, PAD, PAD]], np.int32),
+    np.array([5, 3], np.int32),
+)
+# No dropout, so that the formula can be worked out beside it.
+MODEL = dataclasses.replace(
+    CONFIG,
+    encoder=dataclasses.replace(CONFIG.encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    decoder=dataclasses.replace(
+        CONFIG.decoder, embedding_dropout_prob=0.0, attention_dropout_prob=0.0, output_dropout_prob=0.0
+    ),
+)
+CLEAN = TrainConfig(steps=10, noise=NoiseConfig(embedding=0.0), free_bits=FreeBitsConfig(mode="off"))
+
+
+def with_(config=CLEAN, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_model(MODEL, scale=4.0)
+
+
+def value(model, config, beta=0.3, batch=BATCH, key=KEY):
+    graphdef, params = split(model)
+    loss, logs = jax.jit(objective, static_argnums=(1, 5))(params, graphdef, batch, key, jnp.float32(beta), config)
+    return float(loss), {name: float(v) for name, v in logs.items()}
+
+
+def test_the_objective_is_its_formula(model):
+    """rec / length + β·KL + λ·L_g, mean over the batch, and L_d, from the model's public parts."""
+    config = with_(adversarial=AdversarialConfig(weight=0.7))
+    loss, logs = value(model, config)
+    posterior = model.encode(BATCH.encoder_ids)
+    keys = jax.random.split(KEY, 6)
+    z = posterior.sample(keys[3])
+    log_p = np.asarray(jax.nn.log_softmax(model.decode(BATCH.decoder_ids, z)[0]))
+    targets = [[4, 5, 6, END], [7, END]]  # the end token is trained, padding is not
+    rec = [-np.mean([log_p[row, t, i] for t, i in enumerate(ids)]) for row, ids in enumerate(targets)]
+    kl = np.asarray(kl_per_dimension(posterior)).sum(-1)
+    sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))  # noqa: E731
+    fake, real = model.discriminate(z), model.discriminate(jax.random.normal(keys[5], z.shape))
+    loss_d, loss_g = -np.log(1 - sigmoid(fake)).mean() - np.log(sigmoid(real)).mean(), -np.log(sigmoid(fake)).mean()
+    expected = dict(rec=np.mean(rec), kl=kl.mean(), kl_unmasked=kl.mean(), loss_d=loss_d, loss_g=loss_g)
+    for name, number in expected.items():
+        assert logs[name] == pytest.approx(number, rel=1e-4), name
+    assert logs["loss"] == pytest.approx(np.mean(rec) + 0.3 * kl.mean() + 0.7 * loss_g, rel=1e-4)
+    assert loss == pytest.approx(logs["loss"] + loss_d, rel=1e-5)
+
+
+def test_without_length_weighting_a_text_counts_whole(model):
+    _, per_token = value(model, CLEAN, beta=0.0)
+    _, whole = value(model, with_(length_weighted=False), beta=0.0)
+    assert whole["rec"] == per_token["rec"]
+    assert whole["loss"] > 1.9 * per_token["loss"]
+
+
+def test_padding_changes_nothing(model):
+    wide = Batch(
+        np.pad(BATCH.encoder_ids, ((0, 0), (0, 3))),
+        np.pad(BATCH.decoder_ids, ((0, 0), (0, 3)), constant_values=PAD),
+        BATCH.lengths,
+    )
+    assert value(model, CLEAN, batch=wide)[0] == pytest.approx(value(model, CLEAN)[0], rel=1e-5)
+
+
+def test_free_bits():
+    kl_BL = jnp.array([[0.2, 0.6, 3.0], [0.4, 0.8, 0.0]])
+    count = lambda mode, target: np.asarray(  # noqa: E731
+        counted_kl(kl_BL, with_(free_bits=FreeBitsConfig(mode=mode, target=target)))
+    )
+    np.testing.assert_allclose(count("off", 0.5), [3.8, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(count("hard", 0.5), [3.6, 0.8], rtol=1e-6)  # each text by itself
+    np.testing.assert_allclose(count("clamp", 0.5), [0.5 + 0.7 + 1.5] * 2, rtol=1e-6)  # the batch's means
+
+
+def test_embedding_noise_and_token_noise_reach_the_encoder(model):
+    clean = value(model, CLEAN)[1]["kl"]
+    assert value(model, with_(noise=NoiseConfig(embedding=0.5)))[1]["kl"] != pytest.approx(clean, rel=1e-3)
+    assert value(model, with_(noise=NoiseConfig(embedding=0.0, substitute=0.9)))[1]["kl"] != pytest.approx(
+        clean, rel=1e-3
+    )
+
+
+def test_the_latent_at_every_layer_or_at_the_first_alone(model):
+    """What the model computes with it off, from the layers themselves."""
+    once = new_model(
+        dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, latent_every_layer=False)), scale=4.0
+    )
+    z = jax.random.normal(KEY, (2, MODEL.latent_size))
+    ids = BATCH.decoder_ids
+    every = model.decode(ids, z)[0]
+    only_first = once.decode(ids, z)[0]
+    assert np.abs(every - only_first).max() > 1e-3
+    # Without a latent, and with one whose term is 0, both are the same model.
+    np.testing.assert_allclose(model.decode(ids, None)[0], once.decode(ids, None)[0], rtol=1e-6)
+    np.testing.assert_allclose(model.decode(ids, 0 * z)[0], once.decode(ids, 0 * z)[0], rtol=1e-6)
+    from davae_jax import generate
+
+    greedy = generate(once, z, max_length=8, top_k=1)
+    logits = once.decode(np.array([greedy[0]]), z[:1])[0]
+    assert greedy[0][1:] == np.asarray(logits.argmax(-1))[0, : len(greedy[0]) - 1].tolist()
+
+
+def gradients(model, config):
+    graphdef, params = split(model)
+    return jax.jit(jax.grad(objective, has_aux=True), static_argnums=(1, 5))(
+        params, graphdef, BATCH, KEY, jnp.float32(0.3), config
+    )[0]
+
+
+def largest(tree):
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def test_each_loss_reaches_its_own_weights(model):
+    """λ changes the encoder's gradient but neither the discriminator's nor the decoder's."""
+    off, on = (gradients(model, with_(adversarial=AdversarialConfig(weight=w))) for w in (0.0, 5.0))
+    difference = jax.tree.map(lambda a, b: a - b, on, off)
+    assert largest(difference["encoder"]) > 1e-3
+    assert largest(difference["decoder"]) < 1e-6
+    assert largest(difference["discriminator"]) < 1e-6 < largest(off["discriminator"])
+
+
+def test_remat_gives_the_same_gradients(model):
+    plain, remat = (gradients(model, with_(remat=r)) for r in (False, True))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
+
+
+def test_a_step_moves_everything_but_the_frequencies(model):
+    """Both optimizers, in one state; the learning rate's first step is 0 with a warmup."""
+    config = with_(optimizer=dataclasses.replace(CLEAN.optimizer, warmup=0.0, learning_rate=1e-3))
+    graphdef, params = split(model)
+    before = jax.tree.map(np.array, params)
+    state, logs = make_train_step(graphdef, config)(init_state(jax.tree.map(jnp.array, params), config), BATCH)
+    assert int(state.step) == 1
+    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, before)
+    assert [path for path, has_moved in flatten(moved).items() if not has_moved] == ["decoder.inv_freq"]
+    assert float(logs["lr"]) == pytest.approx(1e-3) and float(logs["grad_norm"]) > 0
+
+
+def test_training_lowers_the_loss(model):
+    config = with_(steps=60, optimizer=dataclasses.replace(CLEAN.optimizer, learning_rate=3e-3))
+    graphdef, params = split(model)
+    step, state = make_train_step(graphdef, config), init_state(jax.tree.map(jnp.array, params), config)
+    losses = []
+    for _ in range(60):
+        state, logs = step(state, BATCH)
+        losses.append(float(logs["rec"]))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_fresh_noise_every_step(model):
+    """The draws follow from seed and step: two steps differ, the same step does not."""
+    config = with_(optimizer=dataclasses.replace(CLEAN.optimizer, learning_rate=0.0, weight_decay=0.0))
+    graphdef, params = split(model)
+    step = make_train_step(graphdef, config)
+    fresh = lambda: init_state(jax.tree.map(jnp.array, params), config)  # noqa: E731
+    state, first = step(fresh(), BATCH)
+    _, second = step(state, BATCH)
+    _, again = step(fresh(), BATCH)
+    assert float(first["rec"]) == float(again["rec"]) != float(second["rec"])

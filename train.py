@@ -1,0 +1,152 @@
+"""Trains a DAVAE: `python train.py` for the demo, `python train.py --help` for everything else.
+
+Read it top to bottom. What a run is told is in davae_jax/train_config.py, what it needs before its first step in
+setup_run.py, the data in data.py, one step in train_step.py, what it leaves behind in run_folder.py and figures.py.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from davae_jax.cli import INTERRUPTED, guarded, leave
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv  # on an error, the traceback as well
+    return guarded(lambda: train([arg for arg in argv if arg != "--debug"]), "train.py", debug=debug)
+
+
+def train(argv: list[str]) -> int | None:
+    began = time.perf_counter()
+    from davae_jax.train_cli import parse_train
+
+    if (parsed := parse_train(argv)) is None:
+        return 0
+    preset, config = parsed
+
+    import jax
+    from tqdm import tqdm
+
+    from davae_jax import figures, setup_run
+    from davae_jax.checkpoint import CONFIG_FILE
+    from davae_jax.data import Batches, tokenize
+    from davae_jax.errors import InputError
+    from davae_jax.model import merge
+    from davae_jax.run_folder import RunFolder, write_json
+    from davae_jax.text import TextVAE, load_tokenizers
+    from davae_jax.train_step import init_state, make_train_step
+
+    # ---- texts, tokenizers, model. What can be wrong with the texts is found out before anything is written.
+    corpus = setup_run.read_corpus(config)
+    run_dir = config.run_dir or Path("runs") / preset
+    run = RunFolder(run_dir, config)
+    again = shlex.join(["python", "train.py", *argv])
+    start = setup_run.warm_start(config, run_dir)
+    setup_run.prepare_tokenizers(config, run_dir, corpus.train, start)
+    model_config = setup_run.model_config(config, run_dir, start)
+    tokenizers = load_tokenizers(run_dir, model_config)
+    max_length = min(config.data.max_length, model_config.max_out_length)
+    texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
+    batches = Batches(
+        texts, config.batch_size, pad_id=model_config.pad_token_id, buckets=config.data.buckets, seed=config.seed
+    )
+    model_config.to_json(run_dir / CONFIG_FILE)
+
+    # ---- state: new, or where the run stood
+    graphdef, params = setup_run.new_params(model_config, config, start)
+    state = init_state(params, config)
+    if run.step:
+        state = run.restore(state)
+    take_step = make_train_step(graphdef, config)
+
+    def current() -> TextVAE:
+        vae = TextVAE(merge(graphdef, state.params), *tokenizers)
+        vae.batch_size = 256
+        return vae
+
+    print(
+        f"{sum(w.size for w in jax.tree.leaves(state.params)):,} weights, {len(texts.lines):,} texts"
+        + (f" ({texts.too_long:,} of more than {max_length} tokens left out)" if texts.too_long else "")
+        + f", steps {run.step} to {config.steps} of {config.batch_size} texts, in {run_dir}"
+    )
+
+    # ---- the loop. A step's values are looked at while the next step is computed, and before anything is saved.
+    def look(step: int, logs: dict, tokens: int) -> None:
+        values = {name: float(value) for name, value in jax.device_get(logs).items()}
+        for name in ("loss", "loss_d", "grad_norm"):
+            if not math.isfinite(values[name]):
+                lines = corpus.lines[texts.lines[batches.rows(step - 1)[0]] - 1]
+                raise InputError(
+                    f"step {step}: {name} is {values[name]}; its batch is lines {', '.join(map(str, sorted(lines)))} "
+                    f"of {corpus.source}; the last good checkpoint is {run.last_checkpoint()}"
+                )
+        if means := run.log(step, values, tokens, last=step == config.steps):
+            bar.set_postfix_str(
+                f"loss {means['loss']:.3f}, KL {means['kl_unmasked']:.1f}, β {means['beta']:.3g}, "
+                f"{means['tokens_per_s']:.0f} tokens/s"
+            )
+
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=None)
+    with Interrupt() as interrupt, run, bar:
+        pending = None
+        for step in range(run.step + 1, config.steps + 1):
+            batch = batches[step - 1]
+            state, logs = take_step(state, batch)
+            if pending:
+                look(*pending)
+            pending = step, logs, int((batch.lengths - 1).sum())
+            bar.update()
+            if interrupt.asked or step % config.log.checkpoint == 0 or step == config.steps:
+                look(*pending)
+                pending = None
+                run.save(state)
+            if interrupt.asked:
+                break
+            if config.log.samples and step % config.log.samples == 0 and step < config.steps and corpus.held_out:
+                found = figures.examples(current(), corpus.held_out)
+                run.log_samples(step, found)
+                bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
+    if run.step < config.steps:
+        print(f"interrupted after step {run.step}; to go on: {again}", file=sys.stderr)
+        return INTERRUPTED
+
+    # ---- what came of it
+    if config.log.figures and corpus.held_out:
+        trained = current()
+        print(f"\n{figures.format_examples(figures.examples(trained, corpus.held_out))}\n")
+        found = figures.figures(trained, corpus.held_out[: config.log.figures], corpus.language)
+        print(f"{figures.format_figures(found)}\n")
+        write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
+    print(f"{run.last_checkpoint()}: complete, after {time.perf_counter() - began:.0f} s")
+    print(f"next: davae generate --model {shlex.quote(str(run_dir))} {shlex.quote(corpus.example)}")
+    return 0
+
+
+class Interrupt:
+    """Ctrl-C and the signal that ends a job: the first asks for a stop after the step, a second ends at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._heed) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _heed(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+if __name__ == "__main__":
+    leave(main())
