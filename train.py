@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -37,8 +38,9 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.checkpoint import CONFIG_FILE
     from davae_jax.data import Batches, tokenize
     from davae_jax.errors import InputError
+    from davae_jax.files import write_json
     from davae_jax.model import merge
-    from davae_jax.run_folder import RunFolder, write_json
+    from davae_jax.run_folder import RunFolder
     from davae_jax.text import TextVAE, load_tokenizers
     from davae_jax.train_step import init_state, make_train_step
 
@@ -47,9 +49,10 @@ def train(argv: list[str]) -> int | None:
     run_dir = config.run_dir or Path("runs") / preset
     run = RunFolder(run_dir, config)
     again = shlex.join(["python", "train.py", *argv])
-    start = setup_run.warm_start(config, run_dir)
-    setup_run.prepare_tokenizers(config, run_dir, corpus.train, start)
-    model_config = setup_run.model_config(config, run_dir, start)
+    setup_run.prepare_tokenizers(config, run_dir, corpus.train)
+    model_config = setup_run.model_config(config, run_dir)
+    if config.init.encoder or config.init.decoder:
+        model_config = setup_run.warm_start(config, model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     max_length = min(config.data.max_length, model_config.max_out_length)
     texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
@@ -59,7 +62,7 @@ def train(argv: list[str]) -> int | None:
     model_config.to_json(run_dir / CONFIG_FILE)
 
     # ---- state: new, or where the run stood
-    graphdef, params = setup_run.new_params(model_config, config, start)
+    graphdef, params = setup_run.new_params(model_config, config, run_dir)
     state = init_state(params, config)
     if run.step:
         state = run.restore(state)
@@ -109,7 +112,7 @@ def train(argv: list[str]) -> int | None:
             if interrupt.asked:
                 break
             if config.log.samples and step % config.log.samples == 0 and step < config.steps and corpus.held_out:
-                found = figures.examples(current(), corpus.held_out)
+                found = figures.examples(current(), corpus.held_out, corpus.analogy)
                 run.log_samples(step, found)
                 bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
     if run.step < config.steps:
@@ -119,13 +122,19 @@ def train(argv: list[str]) -> int | None:
     # ---- what came of it
     if config.log.figures and corpus.held_out:
         trained = current()
-        print(f"\n{figures.format_examples(figures.examples(trained, corpus.held_out))}\n")
+        print(f"\n{figures.format_examples(figures.examples(trained, corpus.held_out, corpus.analogy))}\n")
         found = figures.figures(trained, corpus.held_out[: config.log.figures], corpus.language)
         print(f"{figures.format_figures(found)}\n")
         write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
     print(f"{run.last_checkpoint()}: complete, after {time.perf_counter() - began:.0f} s")
-    print(f"next: davae generate --model {shlex.quote(str(run_dir))} {shlex.quote(corpus.example)}")
+    print(f"next: {davae()} generate --model {shlex.quote(str(run_dir))} {shlex.quote(corpus.example)}")
     return 0
+
+
+def davae() -> str:
+    """How this environment's `davae` is called: by its place, where its folder is not on the PATH."""
+    beside = Path(sys.executable).with_name("davae")
+    return str(beside) if beside.exists() and shutil.which("davae") != str(beside) else "davae"
 
 
 class Interrupt:

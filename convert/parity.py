@@ -119,7 +119,7 @@ def compare(
     against: str | Path | None = None,
     dtype: Dtype = "float32",
     batch_size: int = 2,
-    length: int = 48,
+    length: int | None = None,
     seed: int = 0,
     gradients: bool = True,
 ) -> Report:
@@ -138,6 +138,7 @@ def compare(
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {batch_size}", exit_code=2)
     longest = config.encoder.max_position_embeddings
+    length = min(48, longest) if length is None else length
     if not sides.SEGMENTS <= length <= longest:
         raise InputError(
             f"--length must be {sides.SEGMENTS} to {longest}, the encoder's positions, not {length}", exit_code=2
@@ -301,7 +302,9 @@ class Main(Command):
     batch_size: int = 2
     """Rows of the random inputs."""
 
-    length: int = 48
+    length: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 48, or all positions)")
+    ] = None
     """Tokens of the longest row."""
 
     seed: int = 0

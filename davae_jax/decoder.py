@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -275,8 +276,11 @@ def visible_keys(T: int, K: int, *, offset, window: int | None = None, first=0) 
 
 
 def inverse_frequencies(width: int) -> Float[Array, "D/2"]:
-    """f_i = 10000^(−2i/D), float32, for checkpoints that do not store them."""
-    return 1 / 10000 ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    """f_i = 10000^(−2i/D), float32, for checkpoints that do not store them.
+
+    By NumPy: a compiled program and an uncompiled one would round differently.
+    """
+    return jnp.asarray(1 / np.float32(10000) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)))
 
 
 def power_of_two(n: int, least: int = 16) -> int:

@@ -115,3 +115,9 @@ def make_corpus(seed: int = 0) -> Corpus:
         return (f.topic, f.aspect, f.style) in held_out
 
     return Corpus([t for t in texts if not is_held_out(t)], [t for t in texts if is_held_out(t)], factors)
+
+
+def opposite(text: str, factors: dict[str, Factors]) -> str:
+    """The same said with the other sentiment."""
+    f = factors[text]
+    return sentence(f._replace(good=not f.good))

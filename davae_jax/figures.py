@@ -54,11 +54,10 @@ def bleu(found: Sequence[str], expected: Sequence[str]) -> float:
     return sacrebleu.corpus_bleu(list(found), [list(expected)], tokenize="zh").score
 
 
-def examples(vae: TextVAE, texts: Sequence[str], n: int = 4) -> dict[str, list]:
-    """A few texts and what the model makes of them, for people to read."""
+def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int = 4) -> dict[str, list]:
+    """A few texts and what the model makes of them, for people to read; `triple` is for the analogy."""
     texts = list(texts)[:n]
     pair = (texts * 2)[:2]
-    triple = (texts * 3)[:3]
     return {
         "reconstructions": [list(both) for both in zip(texts, vae.reconstruct(texts), strict=True)],
         "samples": vae.sample(n, seed=SEED, top_k=1),

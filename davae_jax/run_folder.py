@@ -10,14 +10,25 @@ samples.jsonl    what the model wrote along the way
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
-from davae_jax.checkpoint import CHECKPOINTS_FOLDER, PARAMS_FOLDER, checkpoints_of, flatten, nest, quiet
+from davae_jax.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    PARAMS_FOLDER,
+    TOKENIZER_FILES,
+    checkpoints_of,
+    flatten,
+    nest,
+    quiet,
+)
 from davae_jax.errors import InputError, first_line
+from davae_jax.files import write_json, write_text
 from davae_jax.train_config import TrainConfig, differences, to_dict
 from davae_jax.train_step import TrainState
 
@@ -36,14 +47,20 @@ class RunFolder:
         self.path = path
         stored = path / "train.json"
         values = to_dict(config)
+        self.step = max((int(p.name) for p in checkpoints_of(path)), default=0)
         try:
             path.mkdir(parents=True, exist_ok=True)
             if stored.exists():
-                if changed := differences(json.loads(stored.read_text(encoding="utf-8")), values):
+                changed = differences(json.loads(stored.read_text(encoding="utf-8")), values)
+                if changed and self.step:
                     raise InputError(
                         f"{path}: was made with another config: {', '.join(changed)}; give another --run-dir",
                         exit_code=2,
                     )
+                if changed:  # nothing was learnt yet: begin anew
+                    for name in (CONFIG_FILE, *TOKENIZER_FILES):
+                        (path / name).unlink(missing_ok=True)
+                    shutil.rmtree(path / "init", ignore_errors=True)
             elif any(path.iterdir()):
                 raise InputError(
                     f"{path}: holds files, but no run (no train.json); give another --run-dir", exit_code=2
@@ -51,7 +68,6 @@ class RunFolder:
             write_json(stored, values)
         except (OSError, json.JSONDecodeError) as e:
             raise InputError(f"{path}: cannot be used as a run's folder ({e})") from e
-        self.step = max((int(p.name) for p in checkpoints_of(path)), default=0)
         self._keep, self._every = config.log.keep, config.log.every
 
     def checkpoint(self, step: int) -> Path:
@@ -158,14 +174,3 @@ def _flat_leaves(state: TrainState) -> dict[str, Any]:
     """Every leaf by its path; those of the params as `flatten` names them."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def write_json(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that appears whole or not at all."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Container, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,13 @@ import numpy as np
 from flax import nnx
 
 from davae_jax import demo_corpus
-from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained
+from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained, resolve_source
 from davae_jax.config import DAVAEConfig
 from davae_jax.data import read_texts
 from davae_jax.errors import InputError
+from davae_jax.files import write_bytes
 from davae_jax.model import DAVAE, InitKeys, Params, abstract_model, split
-from davae_jax.tokenizer_training import train_tokenizers
+from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
 from davae_jax.tokenizers import count_pieces, read_vocabulary
 from davae_jax.train_config import TrainConfig
 
@@ -31,6 +32,7 @@ class Corpus(NamedTuple):
     train: list[str]
     held_out: list[str]  # what training never shows
     language: Container[str] | None  # the sentences that the grammar accepts, where there is a grammar
+    analogy: list[str]  # three texts to show one with; of the demo, the second is the first with the other sentiment
     source: str  # the file, for messages
     lines: np.ndarray  # of each training text, its line there
 
@@ -43,44 +45,48 @@ def read_corpus(config: TrainConfig) -> Corpus:
     """The demo's corpus, or the files that the config names. Raises InputError on a file that cannot be used."""
     if config.data.train is None:
         train, held_out, language = demo_corpus.make_corpus()
-        return Corpus(train, held_out, language, "the demo's corpus", np.arange(1, len(train) + 1))
+        good = [text for text in held_out if language[text].good]
+        analogy = [good[0], demo_corpus.opposite(good[0], language), good[1]]
+        return Corpus(train, held_out, language, analogy, "the demo's corpus", np.arange(1, len(train) + 1))
     texts = read_texts(config.data.train, config.data.field)
     lines = np.flatnonzero([bool(text.strip()) for text in texts]) + 1
     source = str(config.data.train)
     if config.data.valid is not None:
         held_out = [text for text in read_texts(config.data.valid, config.data.field) if text.strip()]
-        return Corpus([texts[i - 1] for i in lines], held_out, None, source, lines)
+        return Corpus([texts[i - 1] for i in lines], held_out, None, (held_out * 3)[:3], source, lines)
     # The same texts whatever the run's seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(lines))
     kept = round(HELD_OUT_PART * len(lines))
     chosen, rest = np.sort(order[:kept]), np.sort(order[kept:])
-    return Corpus([texts[lines[i] - 1] for i in rest], [texts[lines[i] - 1] for i in chosen], None, source, lines[rest])
+    train, held_out = ([texts[lines[i] - 1] for i in which] for which in (rest, chosen))
+    return Corpus(train, held_out, None, (held_out * 3)[:3], source, lines[rest])
 
 
-def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str], start: Path | None) -> None:
-    """Puts vocab.txt and spiece.model into the run's folder: those given, a warm start's own, or newly trained ones."""
-    if all((run_dir / name).is_file() for name in TOKENIZER_FILES):
-        return
-    folders = [config.tokenizers, start]
-    missing = []
-    for name in TOKENIZER_FILES:
-        source = next((f / name for f in folders if f is not None and (f / name).is_file()), None)
+def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str]) -> None:
+    """Puts vocab.txt and spiece.model into the run's folder: those given, a pretrained half's own, or new ones.
+
+    Raises:
+      InputError: a folder that is named has none.
+    """
+    trained = (
+        partial(train_wordpiece, entries=config.data.entries),
+        partial(train_sentencepiece, pieces=config.data.pieces),
+    )
+    halves = (config.init.encoder, config.init.decoder)
+    for name, half, train in zip(TOKENIZER_FILES, halves, trained, strict=True):
+        if (run_dir / name).is_file():
+            continue
+        source = config.tokenizers or (resolve_source(half) if half else None)
         if source is None:
-            missing.append(name)
+            write_bytes(run_dir / name, train(texts[:TOKENIZER_TEXTS]))
+        elif (source / name).is_file():
+            write_bytes(run_dir / name, (source / name).read_bytes())
         else:
-            shutil.copyfile(source, run_dir / name)
-    if config.tokenizers is not None and missing:
-        raise InputError(f"{config.tokenizers}: holds no {' and no '.join(missing)}", exit_code=2)
-    if start is not None and missing:
-        raise InputError(f"the sources of the warm start hold no {' and no '.join(missing)}; give --tokenizers DIR")
-    if missing:
-        train_tokenizers(texts[:TOKENIZER_TEXTS], run_dir, pieces=config.data.pieces, entries=config.data.entries)
+            raise InputError(f"{source / name}: no such file; give a folder that has it with --tokenizers", exit_code=2)
 
 
-def model_config(config: TrainConfig, run_dir: Path, start: Path | None) -> DAVAEConfig:
-    """The config's model with what the run's tokenizers and loss decide; a warm start's own sizes."""
-    if start is not None:
-        return DAVAEConfig.from_json(start / CONFIG_FILE)
+def model_config(config: TrainConfig, run_dir: Path) -> DAVAEConfig:
+    """The config's model with what the run's tokenizers and loss decide."""
     vocab, spiece = (run_dir / name for name in TOKENIZER_FILES)
     entries, pieces, model = read_vocabulary(vocab), count_pieces(spiece), config.model
     cls_id, sep_id = (entries.index(token) if token in entries else 0 for token in ("[CLS]", "[SEP]"))
@@ -99,28 +105,29 @@ def model_config(config: TrainConfig, run_dir: Path, start: Path | None) -> DAVA
     )
 
 
-def warm_start(config: TrainConfig, run_dir: Path) -> Path | None:
-    """The folder of a checkpoint made from the pretrained halves that the config names; says what was taken."""
-    if config.init.encoder is None and config.init.decoder is None:
-        return None
+def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> DAVAEConfig:
+    """Makes `init/` in the run's folder, a checkpoint from the pretrained halves, and says what was taken.
+
+    Returns:
+      Its config: a pretrained half brings its own sizes.
+    """
     folder = run_dir / "init"
     if not folder.exists():
         module = converter("warm_start")
         settings = run_dir / "init.json"
-        config.model.to_json(settings)
-        report = module.warm_start(
-            folder, encoder=config.init.encoder, decoder=config.init.decoder, config=settings, seed=config.seed
-        )
+        model.to_json(settings)
+        halves = dataclasses.asdict(config.init)
+        report = module.warm_start(folder, config=settings, seed=config.seed, **halves)
         settings.unlink()
-        print(module.format_report(report, dataclasses.asdict(config.init)))
-    return folder
+        print(module.format_report(report, halves))
+    return DAVAEConfig.from_json(folder / CONFIG_FILE)
 
 
-def new_params(config: DAVAEConfig, train: TrainConfig, start: Path | None) -> tuple[nnx.GraphDef, Params]:
+def new_params(config: DAVAEConfig, train: TrainConfig, run_dir: Path) -> tuple[nnx.GraphDef, Params]:
     """The model's description, which computes in the run's dtype, and its first weights, in float32."""
     graphdef, _ = split(abstract_model(config, dtype=jnp.dtype(train.dtype)))
-    if start is not None:
-        return graphdef, split(from_pretrained(start))[1]
+    if train.init.encoder or train.init.decoder:
+        return graphdef, split(from_pretrained(run_dir / "init"))[1]
     # Drawn in one compiled program: thousands of small ones take longer.
     draw = jax.jit(lambda key: split(DAVAE(config, rngs=InitKeys(key)))[1])
     return graphdef, draw(jax.random.key(train.seed))
