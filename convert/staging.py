@@ -22,16 +22,17 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
     when nothing comes of it. The path yielded is absolute, as Orbax wants it.
 
     Raises:
-      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources`, or it cannot be written.
+      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources` or files that are no checkpoint, or
+        it cannot be written.
     """
     if dst.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
-    if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
-        raise InputError(f"{dst}: holds files, but no checkpoint; only a checkpoint is overwritten")
     target = dst.absolute()
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise InputError(f"{dst}: holds the source {source}; give another folder", exit_code=2)
+    if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
+        raise InputError(f"{dst}: holds files, but no checkpoint; only a checkpoint is overwritten")
     tag = secrets.token_hex(4)
     staging = target.with_name(f".{target.name}.partial-{tag}")
     old = target.with_name(f".{target.name}.old-{tag}")

@@ -347,6 +347,8 @@ def test_what_exists_is_not_replaced_unless_told(tmp_path, tiny, converted, fail
     out.mkdir()
     (out / "keep").write_text("mine")
     assert f"{out}: exists already" in fails("convert", tiny, out)
+    assert f"{out}: holds files, but no checkpoint" in fails("convert", tiny, out, "--overwrite")
+    (out / "config.json").write_text("{}")
     broken = publish(tmp_path / "broken", {"a": torch.zeros(1)})
     fails("convert", broken, out, "--overwrite")  # what stood there stays
     assert main(["convert", str(tiny), str(out), "--overwrite"]) == 0
@@ -402,7 +404,7 @@ def test_nothing_is_left_of_an_interrupted_conversion(error, tmp_path, tiny, mon
     monkeypatch.setattr(names.Row, "to_model", to_model)
     there = tmp_path / "there"
     there.mkdir()
-    (there / "keep").write_text("mine")
+    (there / "config.json").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     for out, overwrite in ((tmp_path / "new" / "out", False), (there, True)):
         with pytest.raises(InputError if error is OSError else error, match="midway"):
@@ -419,7 +421,7 @@ def test_an_interrupt_between_the_two_renames(tmp_path, tiny, monkeypatch):
         return rename(path, target)
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "keep").write_text("mine")
+    (tmp_path / "out" / "config.json").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -635,7 +637,7 @@ def test_the_wheel_holds_two_packages_and_converts(tmp_path, tiny, converted):
 
     # Away from the checkout, as after `pip install`: what the `davae` script runs.
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "davae = davae_jax.cli:main" in entry_points.read_text()
+    assert "davae = davae_jax.cli:script" in entry_points.read_text()
     run = python("-P", "-c", AS_INSTALLED, installed, "convert", tiny, tmp_path / "out")
     assert run.returncode == 0, run.stderr
     assert_same(stored(tmp_path / "out"), stored(converted("tiny")))
