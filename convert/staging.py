@@ -22,8 +22,8 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
     when nothing comes of it. The path yielded is absolute, as Orbax wants it.
 
     Raises:
-      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources` or files that are no checkpoint, or
-        it cannot be written.
+      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources` or files that are no checkpoint,
+        or it cannot be written.
     """
     if dst.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
