@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from davae_jax import metrics
+from davae_jax.latent import analogy, interpolate
 from davae_jax.text import TextVAE
 
 SEED = 0
@@ -57,12 +58,16 @@ def bleu(found: Sequence[str], expected: Sequence[str]) -> float:
 def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int = 4) -> dict[str, list]:
     """A few texts and what the model makes of them, for people to read; `triple` is for the analogy."""
     texts = list(texts)[:n]
-    pair = (texts * 2)[:2]
+    shown, (a, b, c) = np.split(vae.encode([*texts, *triple], std_scale=0.0), [len(texts)])
+    line = interpolate(shown[0], shown[-1], 5)
+    prior = np.asarray(jax.random.normal(jax.random.key(SEED), (n, vae.config.latent_size)))
+    # All in one batch, so that one program is compiled.
+    generated = iter(vae.generate(np.concatenate([shown, prior, line, analogy(a, b, c)[None]]), top_k=1))
     return {
-        "reconstructions": [list(both) for both in zip(texts, vae.reconstruct(texts), strict=True)],
-        "samples": vae.sample(n, seed=SEED, top_k=1),
-        "interpolation": vae.interpolate(*pair, steps=5),
-        "analogy": [*triple, vae.analogy(*triple)],
+        "reconstructions": [[text, next(generated)] for text in texts],
+        "samples": [next(generated) for _ in prior],
+        "interpolation": [next(generated) for _ in line],
+        "analogy": [*triple, next(generated)],
     }
 
 
@@ -71,7 +76,7 @@ def format_examples(found: dict[str, list]) -> str:
     lines = ["held-out text" + " " * (width - 13) + " → reconstruction from the posterior mean"]
     lines += [f"{text}{' ' * (width - columns(text))} → {back}" for text, back in found["reconstructions"]]
     lines += ["", "samples from the prior", *found["samples"]]
-    lines += ["", "interpolation between the first two", *found["interpolation"]]
+    lines += ["", "interpolation from the first to the last of these texts", *found["interpolation"]]
     a, b, c, d = found["analogy"]
     lines += ["", "analogy: as the first is to the second, so is the third to the fourth", a, b, c, d]
     return "\n".join(lines)

@@ -13,6 +13,12 @@ from tiny_checkpoint import make_checkpoint
 import davae_jax
 
 GOLDEN = Path(__file__).parent / "golden"
+LONGEST = ["test_train", "test_parity", "test_convert", "test_model", "test_train_step", "test_generation"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one when the others have finished."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -233,6 +233,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_file, tmp_path):
     assert "the last good checkpoint is " in line and line.startswith("train.py: error: step ")
 
 
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, ".")
+import train
+limit, argv = int(sys.argv[1]), sys.argv[2:]
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # bytes of a file
+sys.exit(train.main(argv))
+"""
+
+
+def test_a_full_disk(text_file, tmp_path):
+    """No file may grow past 30 kB: the logs fit, a checkpoint does not."""
+    argv = ["-c", FULL_DISK, 30_000, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 4]
+    env = environment()
+    del env["JAX_COMPILATION_CACHE_DIR"]
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 1
+    assert line.startswith(f"train.py: error: {tmp_path / 'run' / 'checkpoints'}: step 4 cannot be saved (")
+    assert line.endswith("the last complete checkpoint is none yet")
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [2, 4]
+
+
 WITHOUT_TORCH = """
 import sys
 class Finder:  # finds what the wrapped one finds, PyTorch excepted
