@@ -10,6 +10,9 @@ samples.jsonl    what the model wrote along the way
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -80,15 +83,27 @@ class RunFolder:
         step = int(state.step)
         newest = ocp.training.preservation_policies.LatestN(self._keep)
         try:
-            with quiet(), self._checkpointer(preservation_policy=newest) as checkpointer:
-                checkpointer.save_checkpointables(step, _parts(state), force=True, overwrite=True)
+            with quiet():
+                self._write(step, _parts(state), newest)
         except Exception as e:  # Orbax and TensorStore have many types for a disk that is full
+            code = re.search(r"os_error_code='(\d+)'", str(e))
+            reason = os.strerror(int(code[1])) if code else first_line(e)
             raise InputError(
-                f"{self.path / CHECKPOINTS_FOLDER}: step {step} cannot be saved ({first_line(e)}); "
+                f"{self.path / CHECKPOINTS_FOLDER}: step {step} cannot be saved ({reason}); "
                 f"the last complete checkpoint is {self.last_checkpoint()}"
             ) from e
         self.step = step
         return step
+
+    def _write(self, step: int, parts: dict[str, Any], policy) -> None:
+        try:
+            with self._checkpointer(preservation_policy=policy) as checkpointer:
+                checkpointer.save_checkpointables(step, parts, force=True, overwrite=True)
+        except Exception:
+            # The run ends here; what Orbax's other threads and tasks meet is not to be reported after it.
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).disabled = True
+            raise
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, laid out as `like` (arrays or abstract ones with shardings).

@@ -163,7 +163,7 @@ class TrainConfig:
 
 
 DEMO = TrainConfig(
-    steps=1400,
+    steps=1600,
     model=DAVAEConfig(
         encoder=EncoderConfig(
             hidden_size=128,
@@ -191,7 +191,7 @@ DEMO = TrainConfig(
         max_out_length=128,
     ),
     data=DataConfig(buckets=1, pieces=600, entries=1000),
-    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.4, ratio_increase=0.25),
+    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.35, ratio_increase=0.3),
     free_bits=FreeBitsConfig(target=0.5),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, end=0.05, weight_decay=0.01, b2=0.99),
 )
