@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from davae_jax.checkpoint import CONFIG_FILE
-from davae_jax.errors import InputError
+from davae_jax.errors import InputError, system_reason
 
 
 @contextlib.contextmanager
@@ -46,7 +44,7 @@ def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Itera
     except InputError:
         raise
     except Exception as e:
-        if not (reason := _reason(e)):
+        if not (reason := system_reason(e)):
             raise
         file = Path(getattr(e, "filename", None) or staging)
         ours = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
@@ -66,16 +64,6 @@ def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
-
-
-def _reason(e: Exception) -> str | None:
-    """What the system said, where the error comes from it; None for any other error."""
-    if isinstance(e, OSError):
-        return e.strerror or str(e)
-    # TensorStore, safetensors and PyTorch have types of their own for a disk that is full.
-    if code := re.search(r"os_error_code='(\d+)'|os error (\d+)", str(e)):
-        return os.strerror(int(code[1] or code[2]))
-    return "is the disk full?" if "inline_container" in str(e) else None
 
 
 def _remove(path: Path) -> None:

@@ -21,6 +21,7 @@ from davae_jax.cli import Command
 from davae_jax.config import DAVAEConfig
 from davae_jax.data import read_lines
 from davae_jax.errors import InputError
+from davae_jax.files import write_text
 from davae_jax.generation import check_max_length, sampling_settings
 from davae_jax.latent import analogy, interpolate
 from davae_jax.text import TextVAE, check_std_scale, check_steps, greedy_unless_told
@@ -146,13 +147,7 @@ def write_whole(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():  # a pipe or a device, /dev/stdout say, is written to, never replaced
             path.write_text(text, encoding="utf-8")
             return
-        target = path.resolve()  # of a link, the file that it points to
-        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_text(path.resolve(), text)  # of a link, the file that it points to
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from e
 

@@ -122,7 +122,7 @@ class Batches:
         for group in self._groups:
             longest = max([longest, *(len(texts.encoder_ids[i]) for i in group)])
             T = max([1, *(len(texts.decoder_ids[i]) for i in group)])
-            self._shapes.append((_round_up(longest), _round_up(T)))
+            self._shapes.append((round_up(longest, 8), round_up(T, 8)))
         self.per_epoch = len(order) // batch_size or 1
         self._epoch, self._plan = None, []
 
@@ -158,5 +158,5 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))]
 
 
-def _round_up(n: int, multiple: int = 8) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

@@ -1,5 +1,8 @@
 """The one exception for input that is wrong, so that the command line can print it as one line."""
 
+import os
+import re
+
 
 class InputError(ValueError):
     """Something the user gave is wrong: a file, a folder, an option, a text.
@@ -16,3 +19,13 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """What another library's error says, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def system_reason(error: Exception) -> str | None:
+    """What the operating system said, where the error comes from it; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # TensorStore, safetensors and PyTorch have types of their own for a disk that is full.
+    if code := re.search(r"os_error_code='(\d+)'|os error (\d+)", str(error)):
+        return os.strerror(int(code[1] or code[2]))
+    return "is the disk full?" if "inline_container" in str(error) else None

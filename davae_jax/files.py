@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _beside(path) as file:
+        file.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    with _beside(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file beside `path`; it takes that name once it is written, and is gone where that failed."""
+    file = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield file
+        file.replace(path)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

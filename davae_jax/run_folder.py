@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -30,7 +28,7 @@ from davae_jax.checkpoint import (
     nest,
     quiet,
 )
-from davae_jax.errors import InputError, first_line
+from davae_jax.errors import InputError, first_line, system_reason
 from davae_jax.files import write_json, write_text
 from davae_jax.train_config import TrainConfig, differences, to_dict
 from davae_jax.train_step import TrainState
@@ -86,8 +84,7 @@ class RunFolder:
             with quiet():
                 self._write(step, _parts(state), newest)
         except Exception as e:  # Orbax and TensorStore have many types for a disk that is full
-            code = re.search(r"os_error_code='(\d+)'", str(e))
-            reason = os.strerror(int(code[1])) if code else first_line(e)
+            reason = system_reason(e) or first_line(e)
             raise InputError(
                 f"{self.path / CHECKPOINTS_FOLDER}: step {step} cannot be saved ({reason}); "
                 f"the last complete checkpoint is {self.last_checkpoint()}"

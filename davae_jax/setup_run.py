@@ -16,7 +16,7 @@ from flax import nnx
 from davae_jax import demo_corpus
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained, resolve_source
 from davae_jax.config import DAVAEConfig
-from davae_jax.data import read_texts
+from davae_jax.data import read_texts, round_up
 from davae_jax.errors import InputError
 from davae_jax.files import write_bytes
 from davae_jax.model import DAVAE, InitKeys, Params, abstract_model, split
@@ -92,8 +92,8 @@ def model_config(config: TrainConfig, run_dir: Path) -> DAVAEConfig:
     cls_id, sep_id = (entries.index(token) if token in entries else 0 for token in ("[CLS]", "[SEP]"))
     return dataclasses.replace(
         model,
-        encoder=dataclasses.replace(model.encoder, vocab_size=_round_up(len(entries))),
-        decoder=dataclasses.replace(model.decoder, vocab_size=_round_up(pieces + 3)),
+        encoder=dataclasses.replace(model.encoder, vocab_size=round_up(len(entries), 64)),
+        decoder=dataclasses.replace(model.decoder, vocab_size=round_up(pieces + 3, 64)),
         cls_token_id=cls_id,
         sep_token_id=sep_id,
         end_token_id=pieces,
@@ -131,7 +131,3 @@ def new_params(config: DAVAEConfig, train: TrainConfig, run_dir: Path) -> tuple[
     # Drawn in one compiled program: thousands of small ones take longer.
     draw = jax.jit(lambda key: split(DAVAE(config, rngs=InitKeys(key)))[1])
     return graphdef, draw(jax.random.key(train.seed))
-
-
-def _round_up(n: int, multiple: int = 64) -> int:
-    return -(-n // multiple) * multiple
