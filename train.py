@@ -47,7 +47,7 @@ def train(argv: list[str]) -> int | None:
     # ---- texts, tokenizers, model. What can be wrong with the texts is found out before anything is written.
     corpus = setup_run.read_corpus(config)
     run_dir = config.run_dir or Path("runs") / preset
-    run = RunFolder(run_dir, config)
+    run = RunFolder(run_dir, config, corpus.digest)
     again = shlex.join(["python", "train.py", *argv])
     setup_run.prepare_tokenizers(config, run_dir, corpus.train)
     model_config = setup_run.model_config(config, run_dir)

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -14,6 +16,14 @@ class InputError(ValueError):
     def __init__(self, message: str, *, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def check_options(config: Any, section: str, names: str, fits: Callable[[Any], bool], must: str) -> None:
+    """Raises InputError, which names the option and says what it must be, for the first of these fields that is not."""
+    for name in names.split():
+        if not fits(value := getattr(config, name)):
+            option = f"--{section}{name.replace('_', '-')}"
+            raise InputError(f"{option} must {must}, not {value}", exit_code=2)
 
 
 def first_line(error: Exception) -> str:

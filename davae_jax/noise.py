@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from davae_jax.errors import InputError
+from davae_jax.errors import check_options
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,8 @@ class NoiseConfig:
     """How far a token may move: each place gets a uniform draw up to this added, and the places are sorted."""
 
     def __post_init__(self):
-        for name in ("drop", "substitute"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--noise.{name} must lie in [0, 1), not {getattr(self, name)}", exit_code=2)
-        for name in ("embedding", "shuffle"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--noise.{name} must be 0 or more, not {getattr(self, name)}", exit_code=2)
+        check_options(self, "noise.", "drop substitute", lambda p: 0 <= p < 1, "lie in [0, 1)")
+        check_options(self, "noise.", "embedding shuffle", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
 
 
 def token_noise(

@@ -1,6 +1,6 @@
 """A run's folder: the resolved config, metrics, checkpoints.
 
-train.json       everything the run was told
+train.json       everything the run was told, and a digest of its texts
 config.json      the model; with vocab.txt and spiece.model beside it, every `davae` command reads the folder
 checkpoints/     one folder a step, newest ones only; each holds `params` and the rest of the train state
 metrics.jsonl    a line every few steps; the same values go to TensorBoard's event files in `events/`
@@ -39,15 +39,18 @@ REST = "state"  # the part of a checkpoint that is not weights
 class RunFolder:
     """Opened to go on from `self.step`, the newest complete checkpoint's, or 0."""
 
-    def __init__(self, path: Path, config: TrainConfig):
-        """Makes the folder or checks that what stands there was made with the same config.
+    def __init__(self, path: Path, config: TrainConfig, texts: str):
+        """Makes the folder or checks that what stands there was made with the same config and texts.
+
+        Args:
+          texts: a digest of what is trained on: the data's order means nothing on other texts.
 
         Raises:
           InputError: it was not (exit code 2, the fields named), or it cannot be written.
         """
         self.path = path
         stored = path / "train.json"
-        values = to_dict(config)
+        values = to_dict(config) | {"digest_of_texts": texts}
         self.step = max((int(p.name) for p in checkpoints_of(path)), default=0)
         try:
             path.mkdir(parents=True, exist_ok=True)

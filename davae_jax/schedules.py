@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from davae_jax.errors import InputError
+from davae_jax.errors import InputError, check_options
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,14 @@ class BetaConfig:
     """Periods in the whole training; 1 is the plain trapezoid."""
 
     def __post_init__(self):
-        if not (0 <= self.start < float("inf") and 0 <= self.max < float("inf")):
-            raise InputError(f"--beta.start {self.start} and --beta.max {self.max}: must be 0 or more", exit_code=2)
+        check_options(self, "beta.", "start max", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
+        check_options(self, "beta.", "cycles", lambda n: n >= 1, "be at least 1")
         if not (self.ratio_zero >= 0 and self.ratio_increase >= 0 and self.ratio_zero + self.ratio_increase <= 1):
             raise InputError(
                 f"--beta.ratio-zero {self.ratio_zero} and --beta.ratio-increase {self.ratio_increase}: "
                 "must be 0 or more, and 1 at most together",
                 exit_code=2,
             )
-        if self.cycles < 1:
-            raise InputError(f"--beta.cycles must be at least 1, not {self.cycles}", exit_code=2)
 
 
 def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, ""]:
@@ -83,13 +81,9 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self):
-        for name in ("learning_rate", "weight_decay", "clip", "eps"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                option = f"--optimizer.{name.replace('_', '-')}"
-                raise InputError(f"{option} must be 0 or more and finite, not {getattr(self, name)}", exit_code=2)
-        for name in ("warmup", "end", "b1", "b2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--optimizer.{name} must lie in [0, 1], not {getattr(self, name)}", exit_code=2)
+        finite = "learning_rate weight_decay clip eps"
+        check_options(self, "optimizer.", finite, lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
+        check_options(self, "optimizer.", "warmup end b1 b2", lambda x: 0 <= x <= 1, "lie in [0, 1]")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

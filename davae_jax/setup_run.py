@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,11 @@ class Corpus(NamedTuple):
     analogy: list[str]  # three texts to show one with; of the demo, the second is the first with the other sentiment
     source: str  # the file, for messages
     lines: np.ndarray  # of each training text, its line there
+
+    @property
+    def digest(self) -> str:
+        """Of the training texts and their order."""
+        return hashlib.sha256("\n".join(self.train).encode()).hexdigest()[:16]
 
     @property
     def example(self) -> str:

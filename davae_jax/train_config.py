@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.errors import InputError
+from davae_jax.errors import check_options
 from davae_jax.noise import NoiseConfig
 from davae_jax.schedules import BetaConfig, OptimizerConfig
 
@@ -38,10 +38,9 @@ class DataConfig:
     """Size of the encoder's vocabulary, where tokenizers are trained."""
 
     def __post_init__(self):
-        for name, least in (("max_length", 3), ("buckets", 1), ("pieces", 10), ("entries", 10)):
-            if getattr(self, name) < least:
-                option = f"--data.{name.replace('_', '-')}"
-                raise InputError(f"{option} must be at least {least}, not {getattr(self, name)}", exit_code=2)
+        check_options(self, "data.", "max_length", lambda n: n >= 3, "be at least 3")
+        check_options(self, "data.", "buckets", lambda n: n >= 1, "be at least 1")
+        check_options(self, "data.", "pieces entries", lambda n: n >= 10, "be at least 10")
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class FreeBitsConfig:
     """Nats a dimension may carry for nothing."""
 
     def __post_init__(self):
-        if not 0 <= self.target < float("inf"):
-            raise InputError(f"--free-bits.target must be 0 or more, not {self.target}", exit_code=2)
+        check_options(self, "free-bits.", "target", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,8 @@ class AdversarialConfig:
     """The discriminator's own."""
 
     def __post_init__(self):
-        for name in ("weight", "learning_rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                option = f"--adversarial.{name.replace('_', '-')}"
-                raise InputError(f"{option} must be 0 or more, not {getattr(self, name)}", exit_code=2)
+        both = "weight learning_rate"
+        check_options(self, "adversarial.", both, lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
 
     def optimizer(self, main: OptimizerConfig) -> OptimizerConfig:
         """As the main one, with a constant rate of its own and no decay."""
@@ -112,9 +108,8 @@ class LogConfig:
     """Texts to measure on at the end; 0 is no figures."""
 
     def __post_init__(self):
-        for name, least in (("every", 1), ("samples", 0), ("checkpoint", 1), ("keep", 1), ("figures", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--log.{name} must be at least {least}, not {getattr(self, name)}", exit_code=2)
+        check_options(self, "log.", "every checkpoint keep", lambda n: n >= 1, "be at least 1")
+        check_options(self, "log.", "samples figures", lambda n: n >= 0, "be at least 0")
 
 
 @dataclass(frozen=True)
@@ -156,19 +151,16 @@ class TrainConfig:
     """Gradient checkpointing: keep only each layer's input, and compute the rest again. Less memory, a third slower."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} must be at least 1, not {getattr(self, name)}", exit_code=2)
+        check_options(self, "", "steps batch_size", lambda n: n >= 1, "be at least 1")
 
 
 DEMO = TrainConfig(
-    steps=1600,
+    steps=1400,
     model=DAVAEConfig(
         encoder=EncoderConfig(
             hidden_size=128,
             num_hidden_layers=2,
-            num_attention_heads=4,
+            num_attention_heads=8,
             intermediate_size=256,
             max_position_embeddings=130,
             hidden_dropout_prob=0.0,
@@ -178,7 +170,7 @@ DEMO = TrainConfig(
         decoder=DecoderConfig(
             num_layers=2,
             hidden_size=128,
-            num_attention_heads=4,
+            num_attention_heads=8,
             embedding_dropout_prob=0.0,
             attention_dropout_prob=0.0,
             output_dropout_prob=0.0,
@@ -191,9 +183,9 @@ DEMO = TrainConfig(
         max_out_length=128,
     ),
     data=DataConfig(buckets=1, pieces=600, entries=1000),
-    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.35, ratio_increase=0.3),
+    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.33, ratio_increase=0.3),
     free_bits=FreeBitsConfig(target=0.5),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, end=0.05, weight_decay=0.01, b2=0.99),
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.05, end=0.1, weight_decay=0.01, b2=0.99),
 )
 PUBLISHED = TrainConfig(
     model=DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5),

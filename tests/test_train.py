@@ -206,6 +206,19 @@ def test_another_config_in_the_same_folder(run, text_file):
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
 
 
+def test_other_texts_under_the_same_name(run, text_file):
+    """The data's order is remembered as a step's number, which means nothing on other texts."""
+    folder, _ = run
+    before = text_file.read_bytes()
+    try:
+        text_file.write_bytes(before + "又一句。\n".encode())
+        code, _, err = tiny(text_file, folder, "--steps", 8, "--adversarial.weight", 0.1)
+    finally:
+        text_file.write_bytes(before)
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith(f"train.py: error: {folder}: was made with another config: digest_of_texts (")
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
