@@ -39,12 +39,14 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.data import Batches, tokenize
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
-    from davae_jax.model import merge
+    from davae_jax.model import abstract_model, merge, split
     from davae_jax.run_folder import RunFolder
     from davae_jax.text import TextVAE, load_tokenizers
-    from davae_jax.train_step import init_state, make_train_step
+    from davae_jax.sharding import make_mesh
+    from davae_jax.train_step import abstract_state, make_train_step
 
     # ---- texts, tokenizers, model. What can be wrong with the texts is found out before anything is written.
+    mesh = make_mesh(config.mesh, config.batch_size)
     corpus = setup_run.read_corpus(config)
     run_dir = config.run_dir or Path("runs") / preset
     run = RunFolder(run_dir, config, corpus.digest)
@@ -62,11 +64,11 @@ def train(argv: list[str]) -> int | None:
     model_config.to_json(run_dir / CONFIG_FILE)
 
     # ---- state: new, or where the run stood
-    graphdef, params = setup_run.new_params(model_config, config, run_dir)
-    state = init_state(params, config)
-    if run.step:
-        state = run.restore(state)
-    take_step = make_train_step(graphdef, config)
+    model = abstract_model(model_config, dtype=config.dtype)
+    graphdef, _ = split(model)
+    abstract = abstract_state(model, config, mesh)
+    state = run.restore(abstract) if run.step else setup_run.first_state(abstract, model_config, config, run_dir)
+    take_step = make_train_step(graphdef, config, abstract)
 
     def current() -> TextVAE:
         vae = TextVAE(merge(graphdef, state.params), *tokenizers)
@@ -96,7 +98,7 @@ def train(argv: list[str]) -> int | None:
             )
 
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=None)
-    with Interrupt() as interrupt, run, bar:
+    with jax.set_mesh(mesh), Interrupt() as interrupt, run, bar:
         pending = None
         for step in range(run.step + 1, config.steps + 1):
             batch = batches[step - 1]

@@ -31,6 +31,7 @@ from davae_jax.layers import (
     residual_stddev,
     split_keys,
 )
+from davae_jax.sharding import constrain
 
 Window = Literal["published"] | None
 
@@ -102,7 +103,8 @@ class Decoder(nnx.Module):
             first=0 if memory is None else C - memory.length,
         )
         latent_term = self.latent_term(latent)
-        x = dropout(self.embedding(ids) + latent_term, self.dropout_rate, key_input)
+        x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
+        x = dropout(x, self.dropout_rate, key_input)
         hidden = [x]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
@@ -120,7 +122,7 @@ class Decoder(nnx.Module):
     def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the tied embedding."""
         with jax.named_scope("logits"):
-            return self.embedding.logits(final)
+            return constrain(self.embedding.logits(final), "batch", *[None] * (final.ndim - 2), "vocab")
 
     def latent_term(self, latent: Float[Array, "B L"] | None) -> Float[Array, "B 1 D"] | float:
         """What is added to every token's state before the first and after every layer; 0 without a latent."""
@@ -216,8 +218,10 @@ class DecoderLayer(nnx.Module):
             # Else XLA's CPU backend writes the updated cache twice: once to keep and once to read.
             k, v = lax.optimization_barrier((k, v))
         context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, visible).swapaxes(1, 2).reshape(x_BTD.shape)
-        x = x_BTD + dropout(self.attention_out(context), self.dropout_rate, key_attention)
-        mlp = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=True))
+        attended = constrain(self.attention_out(context), "batch", None, None)
+        x = x_BTD + dropout(attended, self.dropout_rate, key_attention)
+        inner = constrain(self.mlp_in(self.mlp_norm(x)), "batch", None, "mlp")
+        mlp = constrain(self.mlp_out(jax.nn.gelu(inner, approximate=True)), "batch", None, None)
         return x + dropout(mlp, self.dropout_rate, key_mlp), (k, v)
 
     def relative_keys(self, features: Float[Array, "K D"]) -> Float[Array, "N K H"]:
@@ -231,9 +235,9 @@ class DecoderLayer(nnx.Module):
     def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B N T H"]]:
         weight, bias = (p[...][which].astype(self.dtype) for p in (self.qkv_weight, self.qkv_bias))
         n, D = bias.shape
-        y = matmul_transposed(h, weight.reshape(n * D, D)) + bias.reshape(n * D)
+        y = matmul_transposed(h, weight) + bias
         y = y.reshape(*h.shape[:-1], n, self.num_heads, D // self.num_heads)
-        return [y[..., i, :, :].swapaxes(1, 2) for i in range(n)]
+        return [constrain(y[..., i, :, :].swapaxes(1, 2), "batch", "head", None, None) for i in range(n)]
 
 
 def relative_attention(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from davae_jax.config import EncoderConfig
 from davae_jax.layers import Embedding, LayerNorm, Linear, dropout, residual_stddev, split_keys
+from davae_jax.sharding import constrain
 
 
 class EncoderOutput(NamedTuple):
@@ -53,6 +54,7 @@ class Encoder(nnx.Module):
             h = dropout(self.norm(h), self.dropout_rate, keys[0])
             if embedding_noise is not None:
                 h = h + embedding_noise.astype(h.dtype)
+            h = constrain(h, "batch", None, None)
         # Padding is masked by adding −10000 to its keys' scores, as published.
         score_bias = jnp.where(ids > 0, 0.0, -10000.0)[:, None, None, :]
         hidden = [h]
@@ -91,11 +93,16 @@ class EncoderLayer(nnx.Module):
     ) -> Float[Array, "B S D"]:
         key_probs, key_attention, key_mlp = split_keys(key, 3)
         B, S, D = x_BSD.shape
-        q, k, v = (f(x_BSD).reshape(B, S, self.num_heads, -1) for f in (self.query, self.key, self.value))
+        q, k, v = (
+            constrain(f(x_BSD).reshape(B, S, self.num_heads, -1), "batch", None, "head", None)
+            for f in (self.query, self.key, self.value)
+        )
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
         probs = jax.nn.softmax(scores * q.shape[-1] ** -0.5 + score_bias, axis=-1)
         probs = dropout(probs, self.attention_dropout_rate, key_probs).astype(v.dtype)
         context = jnp.einsum("bnqk,bknh->bqnh", probs, v).reshape(B, S, D)
-        x = self.attention_norm(x_BSD + dropout(self.attention_out(context), self.dropout_rate, key_attention))
-        mlp = self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False))
+        attended = constrain(self.attention_out(context), "batch", None, None)
+        x = self.attention_norm(x_BSD + dropout(attended, self.dropout_rate, key_attention))
+        inner = constrain(self.mlp_in(x), "batch", None, "mlp")
+        mlp = constrain(self.mlp_out(jax.nn.gelu(inner, approximate=False)), "batch", None, None)
         return self.mlp_norm(x + dropout(mlp, self.dropout_rate, key_mlp))

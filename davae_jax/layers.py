@@ -15,10 +15,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
+from davae_jax.sharding import Axes
 
-# The mesh axes (`davae_jax.sharding`) a weight's axes may be split over are chosen by these logical names.
-Axes = tuple[str | None, ...]
+INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
 
 
 class Buffer(nnx.Variable):
@@ -26,7 +25,7 @@ class Buffer(nnx.Variable):
 
 
 def param(shape: tuple[int, ...], axes: Axes, *, init, rngs: nnx.Rngs, dtype) -> nnx.Param:
-    """Declares one weight: shape, initializer and the logical name of each axis stand together."""
+    """Declares one weight: shape, initializer and the logical name of each axis (`davae_jax.sharding`) together."""
     assert len(shape) == len(axes)
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
@@ -86,8 +85,8 @@ class Embedding(nnx.Module):
         return matmul_transposed(h.astype(self.dtype), self.weight[...].astype(self.dtype), out_dtype=jnp.float32)
 
 
-def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "O I"], out_dtype=None) -> Float[Array, "... O"]:
-    """x · wᵀ over the last axis of both.
+def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*O I"], out_dtype=None) -> Float[Array, "... *O"]:
+    """x · wᵀ over the last axis of both; the other axes of w come last, apart, so that each keeps its sharding.
 
     For a few rows (decoding token by token) the weight goes on the left: on CPU, XLA then streams it from memory about
     twice as fast at 2 to 8 rows (`benchmarks/matvec.py`). The numbers are the same. The barrier keeps the compiler from
@@ -95,9 +94,10 @@ def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "O I"], out_dtyp
     """
     rows = x.size // x.shape[-1]
     if rows > 8:
-        return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=out_dtype)
-    y = jnp.einsum("oi,ri->or", w, x.reshape(rows, x.shape[-1]), preferred_element_type=out_dtype)
-    return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], w.shape[0])
+        return jnp.tensordot(x, w, axes=(-1, -1), preferred_element_type=out_dtype)
+    w_OI, x_RI = w.reshape(-1, w.shape[-1]), x.reshape(rows, x.shape[-1])
+    y = jnp.einsum("oi,ri->or", w_OI, x_RI, preferred_element_type=out_dtype)
+    return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], *w.shape[:-1])
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:

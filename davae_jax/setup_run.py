@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from davae_jax import demo_corpus
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained, resolve_source
@@ -20,10 +18,11 @@ from davae_jax.config import DAVAEConfig
 from davae_jax.data import read_texts, round_up
 from davae_jax.errors import InputError
 from davae_jax.files import write_bytes
-from davae_jax.model import DAVAE, InitKeys, Params, abstract_model, split
+from davae_jax.model import DAVAE, InitKeys, split
 from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
 from davae_jax.tokenizers import count_pieces, read_vocabulary
 from davae_jax.train_config import TrainConfig
+from davae_jax.train_step import TrainState, init_state
 
 HELD_OUT_PART = 0.01  # of the training texts, where no others are given to measure on
 TOKENIZER_TEXTS = 50_000  # at most, to train tokenizers on
@@ -129,11 +128,12 @@ def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> DAVAEC
     return DAVAEConfig.from_json(folder / CONFIG_FILE)
 
 
-def new_params(config: DAVAEConfig, train: TrainConfig, run_dir: Path) -> tuple[nnx.GraphDef, Params]:
-    """The model's description, which computes in the run's dtype, and its first weights, in float32."""
-    graphdef, _ = split(abstract_model(config, dtype=jnp.dtype(train.dtype)))
+def first_state(abstract: TrainState, config: DAVAEConfig, train: TrainConfig, run_dir: Path) -> TrainState:
+    """The state before the first step, every array made where it is to lie: freshly drawn weights, or imported ones."""
+    places = jax.tree.map(lambda x: x.sharding, abstract)
     if train.init.encoder or train.init.decoder:
-        return graphdef, split(from_pretrained(run_dir / "init"))[1]
+        params = split(from_pretrained(run_dir / "init", mesh=places.step.mesh))[1]
+        return jax.jit(partial(init_state, config=train), out_shardings=places, donate_argnums=0)(params)
     # Drawn in one compiled program: thousands of small ones take longer.
-    draw = jax.jit(lambda key: split(DAVAE(config, rngs=InitKeys(key)))[1])
-    return graphdef, draw(jax.random.key(train.seed))
+    draw = lambda key: init_state(split(DAVAE(config, rngs=InitKeys(key)))[1], train)  # noqa: E731
+    return jax.jit(draw, out_shardings=places)(jax.random.key(train.seed))

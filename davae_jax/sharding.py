@@ -1,32 +1,85 @@
-"""Where each weight lies on a device mesh: one table from logical axis names to mesh axes.
+"""How a run's arrays lie over the devices: one table from logical axis names to mesh axes.
 
-Each weight names its axes where it is declared (`layers.param`). An axis is split only where the mesh axis exists and
-divides it; otherwise it stays whole. The published decoder has 25 heads, which divide by neither 2 nor 4, so what is
-split is the 1600-wide axis that the heads are cut from.
+Every weight names its axes where it is declared (`layers.param`), every activation where it is made (`constrain`).
+An axis is split only where the mesh has the axis and its size divides; otherwise it stays whole. The published decoder
+has 25 heads, which divide by neither 2 nor 4: there the 1600-wide axis that the heads are cut from, the 6400-wide
+feed-forward axis and the 50048 words are split, and the attention between them is computed whole on each device of the
+`tensor` axis. Where the heads do divide, they stay split through the attention.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from davae_jax.layers import Axes
+from davae_jax.errors import InputError, check_options
 
-RULES = {
-    "embed": "fsdp",  # the model's width
-    "heads": "tensor",  # all heads' outputs side by side
-    "mlp": "tensor",  # the feed-forward width
-    "vocab": "tensor",  # rows of the embedding tables
+Axes = tuple[str | None, ...]
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),  # the model's width, of weights alone: activations are whole there
+    "heads": ("tensor",),  # all heads' outputs side by side
+    "head": ("tensor",),  # the heads one by one
+    "mlp": ("tensor",),  # the feed-forward width
+    "vocab": ("tensor",),  # rows of the embedding tables, and the logits they make
 }
 
 
-def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The split of one weight over the mesh."""
-    spec = []
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out; a -1 takes all that the others leave."""
+
+    data: int = -1
+    """Copies of the model, each with a part of the batch."""
+
+    fsdp: int = 1
+    """Devices over which weights and optimizer states are split, and the batch again."""
+
+    tensor: int = 1
+    """Devices over which each layer's own width is split."""
+
+    def __post_init__(self):
+        check_options(self, "mesh.", "data fsdp tensor", lambda n: n >= 1 or n == -1, "be at least 1, or -1")
+        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+            raise InputError("--mesh.data, --mesh.fsdp, --mesh.tensor: one alone can be -1", exit_code=2)
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """The size of each axis on so many devices. Raises InputError (exit code 2) if they do not fit."""
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        given = math.prod(size for size in sizes.values() if size > 0)
+        filled = {name: devices // given if size == -1 else size for name, size in sizes.items()}
+        if math.prod(filled.values()) != devices:
+            said = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
+            raise InputError(f"{said}: does not fit {devices} devices", exit_code=2)
+        return filled
+
+
+def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+    """All devices, of all processes. The compiler propagates shardings through the model (AxisType.Auto).
+
+    Raises:
+      InputError: the devices or the batch cannot be divided so (exit code 2).
+    """
+    shape = config.shape(jax.device_count())
+    parts = math.prod(shape[axis] for axis in RULES["batch"])
+    if batch_size % parts:
+        raise InputError(f"--batch-size {batch_size}: does not divide into the mesh's {parts} parts", exit_code=2)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def partition_spec(axes: Axes, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """Where each axis of an array is split. No mesh axis splits two of them: the first that fits has it."""
+    spec, used = [], set()
     for name, size in zip(axes, shape, strict=True):
-        mesh_axis = RULES[name] if name else None
-        fits = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-        spec.append(mesh_axis if fits and mesh_axis not in spec else None)
+        over = tuple(axis for axis in RULES[name] if axis in mesh_shape and axis not in used) if name else ()
+        fits = over and size % math.prod(mesh_shape[axis] for axis in over) == 0
+        spec.append((over if len(over) > 1 else over[0]) if fits else None)
+        used |= set(over) if fits else set()
     return PartitionSpec(*spec)
 
 
@@ -34,6 +87,14 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | None) -> ja
     """The sharding of one weight; without a mesh, the first device alone."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    # The compiler propagates shardings through the model itself, whatever axis types the caller's mesh was made with.
+    # Whatever axis types the caller's mesh was made with: the model's own operations name no shardings.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies over the mesh that `jax.set_mesh` has set; without one, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh.shape))

@@ -12,6 +12,7 @@ from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.errors import check_options
 from davae_jax.noise import NoiseConfig
 from davae_jax.schedules import BetaConfig, OptimizerConfig
+from davae_jax.sharding import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class TrainConfig:
     """Folder with spiece.model and vocab.txt. None: trained on the texts."""
 
     model: DAVAEConfig = field(default_factory=DAVAEConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     beta: BetaConfig = field(default_factory=BetaConfig)
     free_bits: FreeBitsConfig = field(default_factory=FreeBitsConfig)
@@ -208,7 +210,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """The fields in which two configs differ, as "beta.max (0.1, now 0.2)"; what changes no result aside."""
     found = []
     for name in old.keys() | new.keys():
-        if prefix + name in ("run_dir", "log"):
+        if prefix + name in ("run_dir", "log", "mesh"):
             continue
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from davae_jax.data import Batch
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
 from davae_jax.losses import adversarial_losses, reconstruction_nll
-from davae_jax.model import DAVAE, Params, merge
+from davae_jax.model import DAVAE, Params, merge, split, weight_axes
 from davae_jax.noise import embedding_noise, token_noise
 from davae_jax.schedules import OptimizerConfig, beta_at, learning_rate
+from davae_jax.sharding import RULES, weight_sharding
 from davae_jax.train_config import TrainConfig
 
 Logs = dict[str, Float[Array, ""]]
@@ -56,8 +59,32 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer.init(main), discriminator_optimizer.init(discriminator))
 
 
-def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> Callable[[TrainState, Batch], tuple]:
-    """The compiled step: (state, batch) → (next state, logs). The state's buffers are reused."""
+def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of everything in the state of an abstract model. What an optimizer keeps of a weight
+    lies where the weight lies."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = split(model)[1]
+    shardings = jax.tree.map(lambda w, axes: weight_sharding(axes, w.shape, mesh), shapes, weight_axes(model))
+    state = jax.eval_shape(partial(init_state, config=config), shapes)
+
+    def of_optimizer(optimizer, opt_state, of_weights):
+        return optax.tree.map_params(
+            optimizer, lambda _, place: place, opt_state, of_weights, transform_non_params=lambda _: replicated
+        )
+
+    pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(shardings), strict=True)
+    places = TrainState(replicated, shardings, *(of_optimizer(*pair) for pair in pairs))
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, config: TrainConfig, abstract: TrainState | None = None
+) -> Callable[[TrainState, Batch], tuple]:
+    """The compiled step: (state, batch) → (next state, logs). The state's buffers are reused.
+
+    abstract: where the state lies on a mesh; batches are split over it, and logs are on every device. To be called under
+      `jax.set_mesh`. None: all on the first device.
+    """
     optimizer, discriminator_optimizer = optimizers(config)
     rate = learning_rate(config.optimizer, config.steps)
 
@@ -78,7 +105,17 @@ def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> Callable[[Tr
         logs |= {"beta": beta, "lr": rate(state.step), "grad_norm": optax.tree.norm(main_grads)}
         return TrainState(state.step + 1, params, opt_state, d_opt_state), logs
 
-    return jax.jit(train_step, donate_argnums=0)
+    if abstract is None:
+        return jax.jit(train_step, donate_argnums=0)
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    mesh = places.step.mesh
+    logs_place = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(places, NamedSharding(mesh, PartitionSpec(RULES["batch"]))),
+        out_shardings=(places, logs_place),
+    )
 
 
 def objective(

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_checkpoint import make_checkpoint
 
 import davae_jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever names no device runs on the first
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = ["test_train", "test_parity", "test_convert", "test_model", "test_train_step", "test_generation"]
