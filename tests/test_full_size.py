@@ -24,8 +24,8 @@ from davae_jax.model import merge, split
 
 pytestmark = pytest.mark.slow
 
-# Imports included; the peak counts mapped pages as well. Not getrusage's: on Linux a started program inherits the peak of
-# the process that started it, here pytest's after whatever ran before.
+# Imports included; the peak counts mapped pages as well. Not getrusage's: on Linux a started program inherits the peak
+# of the process that started it, here pytest's after whatever ran before.
 CONVERT = """
 import sys
 from pathlib import Path
