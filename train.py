@@ -41,8 +41,8 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
     from davae_jax.run_folder import RunFolder
-    from davae_jax.text import TextVAE, load_tokenizers
     from davae_jax.sharding import make_mesh
+    from davae_jax.text import TextVAE, load_tokenizers
     from davae_jax.train_step import abstract_state, make_train_step
 
     # ---- texts, tokenizers, model. What can be wrong with the texts is found out before anything is written.

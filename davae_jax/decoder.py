@@ -24,10 +24,12 @@ from davae_jax.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    Remat,
     dropout,
     masked_softmax,
     matmul_transposed,
     param,
+    rematerialized,
     residual_stddev,
     split_keys,
 )
@@ -83,12 +85,12 @@ class Decoder(nnx.Module):
         memory: Memory | None = None,
         window: Window = None,
         key: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> DecoderOutput:
         """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
 
-        A key turns dropout on: on the position features, the input, and twice in each layer. `remat` keeps no more of a
-        layer for the backward pass than its input.
+        A key turns dropout on: on the position features, the input, and twice in each layer. `remat`:
+        `layers.rematerialized`.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -115,7 +117,7 @@ class Decoder(nnx.Module):
                     biases = self.r_w_bias[...], self.r_r_bias[...]
                     return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
 
-                x = (jax.checkpoint(run) if remat else run)(x) + self.after_layer(latent_term)
+                x = rematerialized(run, remat)(x) + self.after_layer(latent_term)
             hidden.append(x)
         return DecoderOutput(tuple(hidden), self.norm(x))
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from davae_jax.config import EncoderConfig
-from davae_jax.layers import Embedding, LayerNorm, Linear, dropout, residual_stddev, split_keys
+from davae_jax.layers import Embedding, LayerNorm, Linear, Remat, dropout, rematerialized, residual_stddev, split_keys
 from davae_jax.sharding import constrain
 
 
@@ -42,11 +42,11 @@ class Encoder(nnx.Module):
         ids: Int[Array, "B S"],
         embedding_noise: Float[Array, "B S D"] | None = None,
         key: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> EncoderOutput:
         """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on.
 
-        `remat` keeps no more of a layer for the backward pass than its input.
+        `remat`: `layers.rematerialized`.
         """
         keys = split_keys(key, len(self.layers) + 1)
         with jax.named_scope("embeddings"):
@@ -64,7 +64,7 @@ class Encoder(nnx.Module):
                 def run(x, layer=layer, key=keys[i + 1]):
                     return layer(x, score_bias, key)
 
-                hidden.append((jax.checkpoint(run) if remat else run)(hidden[-1]))
+                hidden.append(rematerialized(run, remat)(hidden[-1]))
         pooled = jnp.tanh(self.pooler(hidden[-1][:, 0]))
         mean, logvar = jnp.split(self.posterior(pooled).astype(jnp.float32), 2, axis=-1)
         return EncoderOutput(tuple(hidden), pooled, mean, logvar)

@@ -9,6 +9,9 @@ weight faster than columns of its transpose (`benchmarks/matvec.py`); accelerato
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +21,10 @@ from jaxtyping import Array, Float, Int
 from davae_jax.sharding import Axes
 
 INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
+
+
+# What of a layer is kept for the backward pass; the rest is computed again.
+Remat = Literal["none", "dots", "full"]
 
 
 class Buffer(nnx.Variable):
@@ -85,8 +92,8 @@ class Embedding(nnx.Module):
         return matmul_transposed(h.astype(self.dtype), self.weight[...].astype(self.dtype), out_dtype=jnp.float32)
 
 
-def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*O I"], out_dtype=None) -> Float[Array, "... *O"]:
-    """x · wᵀ over the last axis of both; the other axes of w come last, apart, so that each keeps its sharding.
+def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*out I"], out_dtype=None) -> Array:
+    """x · wᵀ over the last axis of both, [..., *out]: the axes of w stay apart, so that each keeps its sharding.
 
     For a few rows (decoding token by token) the weight goes on the left: on CPU, XLA then streams it from memory about
     twice as fast at 2 to 8 rows (`benchmarks/matvec.py`). The numbers are the same. The barrier keeps the compiler from
@@ -106,6 +113,17 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def rematerialized(layer: Callable, remat: Remat) -> Callable:
+    """none: all is kept. dots: the results of products with weights. full: the layer's input alone."""
+    match remat:
+        case "none":
+            return layer
+        case "dots":
+            return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "full":
+            return jax.checkpoint(layer)
 
 
 def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:

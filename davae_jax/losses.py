@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from davae_jax.decoder import Decoder
 from davae_jax.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
 from davae_jax.model import DAVAE, merge, split
 
@@ -73,6 +74,32 @@ def reconstruction_nll(
     """Σ_t −log p(target_t) over the targets that the mask keeps, in nats."""
     nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.where(mask, nll, 0).sum(-1)
+
+
+def chunked_nll(
+    decoder: Decoder, final: Float[Array, "B T D"], targets: Int[Array, "B T"], mask: Float[Array, "B T"], chunk: int
+) -> Float[Array, "B"]:
+    """`reconstruction_nll` of the decoder's logits, `chunk` positions at a time.
+
+    No more than [B, chunk, V] logits are ever in memory: the backward pass makes those of each part again.
+    """
+    T = targets.shape[1]
+    if chunk >= T:
+        return reconstruction_nll(decoder.logits(final), targets, mask)
+
+    def in_parts(x):
+        x = jnp.pad(x, ((0, 0), (0, -T % chunk), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def part(final, targets, mask):
+        return reconstruction_nll(decoder.logits(final), targets, mask)
+
+    def add(total, xs):
+        return total + part(*xs), None
+
+    zero = jnp.zeros(targets.shape[0], jnp.float32)
+    return jax.lax.scan(add, zero, jax.tree.map(in_parts, (final, targets, mask)))[0]
 
 
 def adversarial_losses(

@@ -56,7 +56,11 @@ def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, "
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) for encoder and decoder. The defaults are the published settings."""
+    """Of encoder and decoder. The defaults are the published settings."""
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """Loshchilov & Hutter 2019; Shazeer & Stern 2018; Jordan 2024, for the matrices inside the layers, AdamW for the
+    rest."""
 
     learning_rate: float = 5e-5
     """The highest one."""

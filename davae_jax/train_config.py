@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.errors import check_options
+from davae_jax.errors import InputError, check_options
+from davae_jax.layers import Remat
 from davae_jax.noise import NoiseConfig
 from davae_jax.schedules import BetaConfig, OptimizerConfig
 from davae_jax.sharding import MeshConfig
@@ -149,11 +150,22 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What to compute in; weights and optimizers are float32."""
 
-    remat: bool = False
-    """Gradient checkpointing: keep only each layer's input, and compute the rest again. Less memory, a third slower."""
+    remat: Remat = "none"
+    """Gradient checkpointing, what is kept of a layer for the backward pass. none: everything. dots: the results of its
+    matrix products. full: its input alone, the least memory and a third more work."""
+
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other: a large batch in little memory."""
+
+    logits_chunk: int = 128
+    """Positions of each text whose logits are in memory at once."""
 
     def __post_init__(self):
-        check_options(self, "", "steps batch_size", lambda n: n >= 1, "be at least 1")
+        check_options(self, "", "steps batch_size accumulate logits_chunk", lambda n: n >= 1, "be at least 1")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}", exit_code=2
+            )
 
 
 DEMO = TrainConfig(
@@ -193,7 +205,7 @@ PUBLISHED = TrainConfig(
     model=DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5),
     data=DataConfig(max_length=512),
     noise=NoiseConfig(embedding=0.0),
-    remat=True,
+    remat="full",
 )
 PRESETS = {
     "demo": ("A small model on a small corpus of the project's own, in minutes on a laptop.", DEMO),

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from davae_jax.data import Batch
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
-from davae_jax.losses import adversarial_losses, reconstruction_nll
+from davae_jax.losses import adversarial_losses, chunked_nll
 from davae_jax.model import DAVAE, Params, merge, split, weight_axes
 from davae_jax.noise import embedding_noise, token_noise
-from davae_jax.schedules import OptimizerConfig, beta_at, learning_rate
+from davae_jax.optimizers import make_optimizer
+from davae_jax.schedules import beta_at, learning_rate
 from davae_jax.sharding import RULES, weight_sharding
 from davae_jax.train_config import TrainConfig
 
@@ -35,22 +36,9 @@ class TrainState(NamedTuple):
 
 
 def optimizers(config: TrainConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """AdamW for encoder and decoder, and another of its own rate for the discriminator."""
-    return adamw(config.optimizer, config.steps), adamw(config.adversarial.optimizer(config.optimizer), config.steps)
-
-
-def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params),
-        ),
-    )
+    """For encoder and decoder, and another of its own rate for the discriminator."""
+    both = config.optimizer, config.adversarial.optimizer(config.optimizer)
+    return tuple(make_optimizer(one, config.steps) for one in both)
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
@@ -63,18 +51,27 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of everything in the state of an abstract model. What an optimizer keeps of a weight
     lies where the weight lies."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = split(model)[1]
-    shardings = jax.tree.map(lambda w, axes: weight_sharding(axes, w.shape, mesh), shapes, weight_axes(model))
-    state = jax.eval_shape(partial(init_state, config=config), shapes)
 
-    def of_optimizer(optimizer, opt_state, of_weights):
+    def placed(x, place):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    params = jax.tree.map(
+        lambda w, axes: placed(w, weight_sharding(axes, w.shape, mesh)), split(model)[1], weight_axes(model)
+    )
+    state = jax.eval_shape(partial(init_state, config=config), params)
+
+    def of_optimizer(optimizer, opt_state, weights):
         return optax.tree.map_params(
-            optimizer, lambda _, place: place, opt_state, of_weights, transform_non_params=lambda _: replicated
+            optimizer,
+            # Adafactor keeps sums over a weight's rows and columns: small, and whole everywhere.
+            lambda kept, weight: placed(kept, weight.sharding if kept.shape == weight.shape else replicated),
+            opt_state,
+            weights,
+            transform_non_params=lambda x: placed(x, replicated),
         )
 
-    pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(shardings), strict=True)
-    places = TrainState(replicated, shardings, *(of_optimizer(*pair) for pair in pairs))
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(params), strict=True)
+    return TrainState(placed(state.step, replicated), params, *(of_optimizer(*pair) for pair in pairs))
 
 
 def make_train_step(
@@ -82,7 +79,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple]:
     """The compiled step: (state, batch) → (next state, logs). The state's buffers are reused.
 
-    abstract: where the state lies on a mesh; batches are split over it, and logs are on every device. To be called under
+    abstract: where the state lies on a mesh; batches are split over it, logs are on every device. To be called under
       `jax.set_mesh`. None: all on the first device.
     """
     optimizer, discriminator_optimizer = optimizers(config)
@@ -91,7 +88,6 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         beta = beta_at(state.step, config.steps, config.beta)
-        gradient = jax.grad(objective, has_aux=True)
         grads, logs = gradient(state.params, graphdef, batch, key, beta, config)
         # The position frequencies are stored with the weights, but not trained.
         grads["decoder"]["inv_freq"] = jnp.zeros_like(grads["decoder"]["inv_freq"])
@@ -118,6 +114,30 @@ def make_train_step(
     )
 
 
+def gradient(params: Params, graphdef: nnx.GraphDef, batch: Batch, key: jax.Array, beta, config: TrainConfig):
+    """The objective's gradient and logs, computed in `config.accumulate` parts of the batch, one after the other.
+
+    The objective is a mean over texts and the parts are equal, so the mean of their gradients is the whole batch's
+    (up to draws, of which each part has its own, and to free bits clamped on a batch's mean).
+    """
+    grad = jax.grad(objective, has_aux=True)
+    n = config.accumulate
+    if n == 1:
+        return grad(params, graphdef, batch, key, beta, config)
+
+    def add(total, part):
+        i, rows = part
+        found = grad(params, graphdef, rows, jax.random.fold_in(key, i), beta, config)
+        return jax.tree.map(jnp.add, total, found), None
+
+    # Part i has the rows i, i + n, …: each device gives of its own rows to every part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], parts), key, beta, config))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
+    return jax.tree.map(lambda x: x / n, total)
+
+
 def objective(
     params: Params, graphdef: nnx.GraphDef, batch: Batch, key: jax.Array, beta: Float[Array, ""], config: TrainConfig
 ) -> tuple[Float[Array, ""], Logs]:
@@ -135,7 +155,7 @@ def objective(
     targets = ids[:, 1:]
     mask = jnp.arange(1, ids.shape[1]) < batch.lengths[:, None]
     output = model.decoder(ids[:, :-1], latent, key=keys["decoder"], remat=config.remat)
-    rec = reconstruction_nll(model.decoder.logits(output.final), targets, mask)
+    rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
     rec_per_token = rec / mask.sum(-1)
 
     kl_BL = kl_per_dimension(posterior)

@@ -18,6 +18,12 @@ from davae_jax.train_config import AdversarialConfig, TrainConfig
 from davae_jax.train_step import abstract_state, make_train_step
 
 STEPS, B = 20, 8
+# Weights large enough that the KL is not the small difference of larger numbers; one layer, as compiling is what costs.
+MODEL = dataclasses.replace(
+    CONFIG,
+    encoder=dataclasses.replace(CONFIG.encoder, initializer_range=0.3),
+    decoder=dataclasses.replace(CONFIG.decoder, num_layers=1, initializer_range=0.3),
+)
 TRAIN = TrainConfig(steps=STEPS, batch_size=B, adversarial=AdversarialConfig(weight=0.3))
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 
@@ -37,9 +43,9 @@ def batch_of(step):
 def trained(mesh_config, tmp_path):
     """(losses of every step, final state) on a mesh."""
     mesh = make_mesh(mesh_config, B)
-    model = abstract_model(CONFIG)
+    model = abstract_model(MODEL)
     abstract = abstract_state(model, TRAIN, mesh)
-    state = first_state(abstract, CONFIG, TRAIN, tmp_path)
+    state = first_state(abstract, MODEL, TRAIN, tmp_path)
     step = make_train_step(split(model)[0], TRAIN, abstract)
     losses = []
     with jax.set_mesh(mesh):
@@ -64,3 +70,52 @@ def test_every_mesh_trains_as_one_device(shape, one_device, tmp_path):
     found, expected = (flatten(jax.device_get(s.params)) for s in (state, one_device[1]))
     for path in expected:
         np.testing.assert_allclose(found[path], expected[path], atol=1e-4, err_msg=path)
+
+
+def test_what_is_split(tmp_path):
+    """Weights, both optimizers' states and the batch lie in parts; no device holds a whole matrix."""
+    mesh = make_mesh(MeshConfig(2, 2, 2), B)
+    state = abstract_state(abstract_model(MODEL), TRAIN, mesh)
+    places = {path: leaf.sharding.spec for path, leaf in flatten(state.params).items()}
+    assert places["decoder.embedding.weight"] == P("tensor", "fsdp")
+    assert places["decoder.layers.0.qkv_weight"] == P(None, "tensor", "fsdp")
+    assert places["decoder.layers.0.mlp_out.weight"] == P("fsdp", "tensor")
+    assert places["encoder.layers.0.query.weight"] == P("tensor", "fsdp")
+    (adam,) = (s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s))
+    for moment in (adam.mu, adam.nu):
+        assert all(leaf.sharding.spec == places[path] for path, leaf in flatten(moment).items())
+
+
+def _is_adam(node):
+    return hasattr(node, "mu")
+
+
+def test_an_axis_is_split_only_where_it_divides():
+    mesh = {"data": 2, "fsdp": 3, "tensor": 4}
+    assert partition_spec(("heads", "embed"), (1600, 1600), mesh) == P("tensor", None)  # 1600 is no multiple of 3
+    assert partition_spec(("heads", "embed"), (1600, 1599), mesh) == P("tensor", "fsdp")
+    assert partition_spec(("batch", None, "head", None), (12, 7, 25, 64), mesh) == P(("data", "fsdp"), None, None, None)
+    assert partition_spec(("batch", "head"), (12, 8), mesh) == P(("data", "fsdp"), "tensor")
+    assert partition_spec(("heads", "mlp"), (8, 8), mesh) == P("tensor", None)  # one mesh axis, one array axis
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "said"),
+    [
+        (dict(data=3), 8, "--mesh.data 3 --mesh.fsdp 1 --mesh.tensor 1: does not fit 8 devices"),
+        (dict(fsdp=16), 8, "--mesh.data -1 --mesh.fsdp 16 --mesh.tensor 1: does not fit 8 devices"),
+        (dict(data=-1, fsdp=-1), 8, "one alone can be -1"),
+        (dict(tensor=0), 8, "--mesh.tensor must be at least 1, or -1, not 0"),
+    ],
+)
+def test_meshes_that_cannot_be(config, devices, said):
+    with pytest.raises(InputError, match=said) as error:
+        MeshConfig(**config).shape(devices)
+    assert error.value.exit_code == 2
+
+
+def test_minus_one_takes_what_is_left():
+    assert MeshConfig(-1, 2, 2).shape(8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert MeshConfig(1, -1, 1).shape(8) == {"data": 1, "fsdp": 8, "tensor": 1}
+    with pytest.raises(InputError, match="--batch-size 12: does not divide into the mesh's 8 parts"):
+        make_mesh(MeshConfig(), 12)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,25 +47,26 @@ def text_file(tmp_path_factory):
     return path
 
 
-def environment():
+def environment(devices):
     """Of processes that train: what one has compiled, the next ones take."""
     cache = Path(tempfile.gettempdir()) / f"davae-jax-tests-{os.getppid()}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    said = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return os.environ | said
 
 
-def started(*argv, **kwargs):
+def started(*argv, devices=1, **kwargs):
     argv = [sys.executable, ROOT / "train.py", *argv]
-    return subprocess.Popen(list(map(str, argv)), env=environment(), cwd=ROOT, text=True, **kwargs)
+    return subprocess.Popen(list(map(str, argv)), env=environment(devices), cwd=ROOT, text=True, **kwargs)
 
 
-def train(*argv):
-    process = started(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def train(*argv, devices=1):
+    process = started(*argv, devices=devices, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-def tiny(text_file, run_dir, *argv):
-    return train("--data.train", text_file, "--run-dir", run_dir, *TINY, *argv)
+def tiny(text_file, run_dir, *argv, devices=1):
+    return train("--data.train", text_file, "--run-dir", run_dir, *TINY, *argv, devices=devices)
 
 
 def metrics_of(run_dir):
@@ -146,6 +148,32 @@ def state_of(path):
     from orbax.checkpoint import v1 as ocp
 
     return jax.tree.leaves(ocp.load_checkpointables(path))
+
+
+def test_a_run_moves_to_another_mesh(run, text_file, tmp_path):
+    """The checkpoint of step 6, written on one device, goes on over eight."""
+    whole, _ = run
+    folder = tmp_path / "moved"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "8")
+    options = ["--steps", 8, "--log.checkpoint", 3, "--adversarial.weight", 0.1]
+    mesh = ["--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2]
+    code, out, err = tiny(text_file, folder, *options, *mesh, devices=8)
+    assert code == 0, err
+    assert "steps 6 to 8" in out
+    a, b = (metrics_of(f)[-1] for f in (whole, folder))
+    assert a["step"] == b["step"] == 8
+    for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g", "grad_norm"):
+        assert b[name] == pytest.approx(a[name], rel=1e-5), name
+
+
+def test_a_mesh_that_does_not_fit(text_file, tmp_path):
+    code, _, err = tiny(text_file, tmp_path / "run", "--steps", 8, "--mesh.tensor", 2, devices=3)
+    said = "--mesh.data -1 --mesh.fsdp 1 --mesh.tensor 2: does not fit 3 devices"
+    assert code == 2 and err == f"train.py: error: {said}\n"
+    code, _, err = tiny(text_file, tmp_path / "run", "--steps", 8, devices=3)
+    assert code == 2 and err == "train.py: error: --batch-size 4: does not divide into the mesh's 3 parts\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so_again(run, text_file):
@@ -260,7 +288,7 @@ sys.exit(train.main(argv))
 def test_a_full_disk(text_file, tmp_path):
     """No file may grow past 30 kB: the logs fit, a checkpoint does not."""
     argv = ["-c", FULL_DISK, 30_000, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 4]
-    env = environment()
+    env = environment(1)
     del env["JAX_COMPILATION_CACHE_DIR"]
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
@@ -290,6 +318,6 @@ sys.exit(code)
 
 def test_no_pytorch_is_needed(text_file, tmp_path):
     argv = ["-c", WITHOUT_TORCH, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 1]
-    run = dict(cwd=ROOT, env=environment(), capture_output=True, text=True)
+    run = dict(cwd=ROOT, env=environment(1), capture_output=True, text=True)
     done = subprocess.run([sys.executable, *map(str, argv)], **run)
     assert done.returncode == 0, done.stderr

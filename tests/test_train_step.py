@@ -13,8 +13,9 @@ from davae_jax.data import Batch
 from davae_jax.latent import kl_per_dimension
 from davae_jax.model import split
 from davae_jax.noise import NoiseConfig
+from davae_jax.optimizers import make_optimizer
 from davae_jax.train_config import AdversarialConfig, FreeBitsConfig, TrainConfig
-from davae_jax.train_step import counted_kl, init_state, make_train_step, objective
+from davae_jax.train_step import counted_kl, gradient, init_state, make_train_step, objective
 
 KEY = jax.random.key(3)
 END, PAD, BOS = CONFIG.end_token_id, CONFIG.pad_token_id, CONFIG.bos_token_id
@@ -145,9 +146,73 @@ def test_each_loss_reaches_its_own_weights(model):
 
 
 def test_remat_gives_the_same_gradients(model):
-    plain, remat = (gradients(model, with_(remat=r)) for r in (False, True))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+    plain, dots, full = (gradients(model, with_(remat=r)) for r in ("none", "dots", "full"))
+    for a, b, c in zip(*map(jax.tree.leaves, (plain, dots, full)), strict=True):
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_logits_in_parts_give_the_same_loss_and_gradients(model, chunk):
+    """T is 4: in two parts, and in two of which one is filled up."""
+    whole, parts = (gradients(model, with_(logits_chunk=c)) for c in (128, chunk))
+    assert value(model, with_(logits_chunk=chunk))[0] == pytest.approx(value(model, CLEAN)[0], rel=1e-6)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_logits_in_parts_are_never_whole(model):
+    """No array of [B, T, V] in the step's program, nor a larger one."""
+    graphdef, params = split(model)
+    ids = np.tile(BATCH.decoder_ids, (1, 8))
+    batch = Batch(BATCH.encoder_ids, ids, np.array([40, 30], np.int32))
+
+    def largest_of(chunk):
+        traced = jax.make_jaxpr(jax.grad(objective, has_aux=True), static_argnums=(1, 5))
+        program = str(traced(params, graphdef, batch, KEY, jnp.float32(0.3), with_(logits_chunk=chunk)))
+        return f"f32[2,39,{CONFIG.decoder.vocab_size}]" in program
+
+    assert largest_of(128) and not largest_of(8)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(model):
+    """Draws differ between the two, so none are made: no noise, and a posterior without variance."""
+    graphdef, params = split(model)
+    params = jax.tree.map(jnp.array, params)
+    L = MODEL.latent_size
+    # The log-variances' rows: tanh of a saturated pooler is ±1, so that large weights of one sign make them −∞-like.
+    batch = Batch(*(np.concatenate([x, x[::-1]]) for x in BATCH))
+    config = with_(batch_size=4)
+    params["encoder"]["pooler"]["bias"] = params["encoder"]["pooler"]["bias"] + 20.0
+    posterior = params["encoder"]["posterior"]["weight"]
+    params["encoder"]["posterior"]["weight"] = posterior.at[L:].set(-3.0)
+    run = jax.jit(gradient, static_argnums=(1, 5))
+    (whole, logs), (parts, parts_logs) = (
+        run(params, graphdef, batch, KEY, jnp.float32(0.3), with_(config, accumulate=n)) for n in (1, 2)
+    )
+    assert float(parts_logs["rec"]) == pytest.approx(float(logs["rec"]), rel=1e-5)
+    for name in ("encoder", "decoder"):
+        for a, b in zip(jax.tree.leaves(whole[name]), jax.tree.leaves(parts[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_every_optimizer_learns_and_decays_matrices_alone(model, name):
+    optimizer = dataclasses.replace(CLEAN.optimizer, name=name, warmup=0.0, learning_rate=1e-2, schedule="constant")
+    config = with_(optimizer=optimizer, beta=dataclasses.replace(CLEAN.beta, max=1e-4))
+    graphdef, params = split(model)
+    step, state = make_train_step(graphdef, config), init_state(jax.tree.map(jnp.array, params), config)
+    losses = []
+    for _ in range(10):
+        state, logs = step(state, BATCH)
+        losses.append(float(logs["rec"]))
+    assert losses[-1] < 0.7 * losses[0]
+    update = make_optimizer(dataclasses.replace(optimizer, weight_decay=0.5), 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved, _ = update.update(zeros, update.init(params), params)
+    for (path, change), weight in zip(jax.tree.leaves_with_path(moved), jax.tree.leaves(params), strict=True):
+        expected = -1e-2 * 0.5 * weight if weight.ndim > 1 else 0 * weight
+        np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-9, err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_step_moves_everything_but_the_frequencies(model):

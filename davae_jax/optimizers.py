@@ -1,0 +1,58 @@
+"""The optimizers a run can be told to use; all of them optax's."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from davae_jax.model import Params
+from davae_jax.schedules import OptimizerConfig, learning_rate
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the update. Matrices decay, biases and LayerNorms never."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), _update(config, steps)
+    )
+
+
+def _update(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    rate = learning_rate(config, steps)
+    decay = dict(weight_decay=config.weight_decay)
+    match config.name:
+        case "adamw":
+            return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, mask=_is_matrix, **decay)
+        case "adafactor":
+            # Without a rate of its own, so that the decay, which comes after, is multiplied by it too.
+            return optax.chain(
+                optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None),
+                optax.scale(-1.0),
+                optax.add_decayed_weights(config.weight_decay, _is_matrix),
+                optax.scale_by_learning_rate(rate),
+            )
+        case "muon":
+            return optax.contrib.muon(
+                rate,
+                weight_decay_mask=_is_matrix,
+                adam_weight_decay=config.weight_decay,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                eps=config.eps,
+                muon_weight_dimension_numbers=_muon_axes,
+                consistent_rms=0.2,  # AdamW's usual size of an update, so that one learning rate serves both
+                **decay,
+            )
+
+
+def _is_matrix(params: Params):
+    return jax.tree.map(lambda w: w.ndim > 1, params)
+
+
+def _muon_axes(params: Params):
+    """Muon is for the matrices inside the layers; embeddings, the latent's maps and vectors are Adam's."""
+
+    def axes(path, w):
+        inside = any(getattr(key, "key", None) == "layers" for key in path)
+        return optax.contrib.MuonDimensionNumbers(w.ndim - 1, w.ndim - 2) if inside and w.ndim > 1 else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
