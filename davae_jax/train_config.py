@@ -183,7 +183,7 @@ DEMO = TrainConfig(
         max_out_length=128,
     ),
     data=DataConfig(buckets=1, pieces=600, entries=1000),
-    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.33, ratio_increase=0.3),
+    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.37, ratio_increase=0.26),
     free_bits=FreeBitsConfig(target=0.5),
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.05, end=0.1, weight_decay=0.01, b2=0.99),
 )

@@ -45,9 +45,14 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params),
+            mask=decays,
         ),
     )
+
+
+def decays(params: Params):
+    """Which weights decay: matrices. Some biases here have two axes, and are known by their names."""
+    return jax.tree.map_with_path(lambda path, w: w.ndim > 1 and "bias" not in jax.tree_util.keystr(path[-1:]), params)
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
