@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
@@ -59,6 +59,11 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     main, discriminator = _halves(params)
     optimizer, discriminator_optimizer = optimizers(config)
     return TrainState(jnp.int32(0), params, optimizer.init(main), discriminator_optimizer.init(discriminator))
+
+
+@jax.jit
+def all_finite(params: Params) -> Bool[Array, ""]:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda w: jnp.isfinite(w).all(), params))
 
 
 def make_train_step(graphdef: nnx.GraphDef, config: TrainConfig) -> Callable[[TrainState, Batch], tuple]:

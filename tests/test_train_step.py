@@ -14,7 +14,7 @@ from davae_jax.latent import kl_per_dimension
 from davae_jax.model import split
 from davae_jax.noise import NoiseConfig
 from davae_jax.train_config import AdversarialConfig, FreeBitsConfig, TrainConfig
-from davae_jax.train_step import counted_kl, init_state, make_train_step, objective
+from davae_jax.train_step import adamw, counted_kl, init_state, make_train_step, objective
 
 KEY = jax.random.key(3)
 END, PAD, BOS = CONFIG.end_token_id, CONFIG.pad_token_id, CONFIG.bos_token_id
@@ -148,6 +148,19 @@ def test_remat_gives_the_same_gradients(model):
     plain, remat = (gradients(model, with_(remat=r)) for r in (False, True))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
+
+
+def test_biases_never_decay(model):
+    """Nor do those that have two axes; an update without gradients shows it."""
+    params = split(model)[1]
+    optimizer = dataclasses.replace(CLEAN.optimizer, warmup=0.0, learning_rate=0.1, weight_decay=0.5)
+    update = adamw(optimizer, 10)
+    moved, _ = update.update(jax.tree.map(jnp.zeros_like, params), update.init(params), params)
+    weights, moved = flatten(params), flatten(moved)
+    for path, weight in weights.items():
+        decays = weight.ndim > 1 and not path.endswith("bias")
+        np.testing.assert_allclose(moved[path], -0.05 * weight * decays, rtol=1e-5, atol=1e-9, err_msg=path)
+    assert weights["decoder.layers.0.qkv_bias"].ndim == weights["decoder.r_w_bias"].ndim == 2
 
 
 def test_a_step_moves_everything_but_the_frequencies(model):
