@@ -36,30 +36,36 @@ def train(argv: list[str]) -> int | None:
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.data import Batches, tokenize
+    from davae_jax.data import Batches, fitting, tokenize
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
     from davae_jax.run_folder import RunFolder
     from davae_jax.sharding import make_mesh
     from davae_jax.text import TextVAE, load_tokenizers
-    from davae_jax.train_step import abstract_state, make_train_step
+    from davae_jax.train_step import abstract_state, all_finite, make_train_step
 
     # ---- texts, tokenizers, model. What can be wrong with the texts is found out before anything is written.
     mesh = make_mesh(config.mesh, config.batch_size)
     corpus = setup_run.read_corpus(config)
     run_dir = config.run_dir or Path("runs") / preset
     run = RunFolder(run_dir, config, corpus.digest)
-    again = shlex.join(["python", "train.py", *argv])
+    again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
     setup_run.prepare_tokenizers(config, run_dir, corpus.train)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
         model_config = setup_run.warm_start(config, model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
-    max_length = min(config.data.max_length, model_config.max_out_length)
+    max_length = config.data.max_length
     texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
+    corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, max_length))
     batches = Batches(
-        texts, config.batch_size, pad_id=model_config.pad_token_id, buckets=config.data.buckets, seed=config.seed
+        texts,
+        config.batch_size,
+        pad_id=model_config.pad_token_id,
+        buckets=config.data.buckets or (1 if config.data.train is None else 4),
+        seed=config.seed,
+        encoder_positions=model_config.encoder.max_position_embeddings,
     )
     model_config.to_json(run_dir / CONFIG_FILE)
 
@@ -77,7 +83,7 @@ def train(argv: list[str]) -> int | None:
 
     print(
         f"{sum(w.size for w in jax.tree.leaves(state.params)):,} weights, {len(texts.lines):,} texts"
-        + (f" ({texts.too_long:,} of more than {max_length} tokens left out)" if texts.too_long else "")
+        + (f" ({texts.too_long:,} longer ones left out)" if texts.too_long else "")
         + f", steps {run.step} to {config.steps} of {config.batch_size} texts, in {run_dir}"
     )
 
@@ -86,16 +92,19 @@ def train(argv: list[str]) -> int | None:
         values = {name: float(value) for name, value in jax.device_get(logs).items()}
         for name in ("loss", "loss_d", "grad_norm"):
             if not math.isfinite(values[name]):
-                lines = corpus.lines[texts.lines[batches.rows(step - 1)[0]] - 1]
-                raise InputError(
-                    f"step {step}: {name} is {values[name]}; its batch is lines {', '.join(map(str, sorted(lines)))} "
-                    f"of {corpus.source}; the last good checkpoint is {run.last_checkpoint()}"
-                )
+                raise not_finite(step, f"{name} is {values[name]}")
         if means := run.log(step, values, tokens, last=step == config.steps):
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, KL {means['kl_unmasked']:.1f}, β {means['beta']:.3g}, "
                 f"{means['tokens_per_s']:.0f} tokens/s"
             )
+
+    def not_finite(step: int, what: str) -> InputError:
+        lines = corpus.lines[texts.lines[batches.rows(step - 1)[0]] - 1]
+        return InputError(
+            f"step {step}: {what}; its batch is lines {', '.join(map(str, sorted(lines)))} of {corpus.source}; "
+            f"the last good checkpoint is {run.last_checkpoint()}"
+        )
 
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=None)
     with jax.set_mesh(mesh), Interrupt() as interrupt, run, bar:
@@ -107,13 +116,19 @@ def train(argv: list[str]) -> int | None:
                 look(*pending)
             pending = step, logs, int((batch.lengths - 1).sum())
             bar.update()
-            if interrupt.asked or step % config.log.checkpoint == 0 or step == config.steps:
+            ends = interrupt.asked or step == config.steps
+            samples = config.log.samples and step % config.log.samples == 0 and not ends and corpus.held_out
+            saves = ends or step % config.log.checkpoint == 0
+            if saves or samples:
                 look(*pending)
                 pending = None
+            if saves:
+                if not all_finite(state.params):
+                    raise not_finite(step, "its update made weights that are not finite")
                 run.save(state)
-            if interrupt.asked:
+            if ends:
                 break
-            if config.log.samples and step % config.log.samples == 0 and step < config.steps and corpus.held_out:
+            if samples:
                 found = figures.examples(current(), corpus.held_out, corpus.analogy)
                 run.log_samples(step, found)
                 bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
@@ -123,20 +138,24 @@ def train(argv: list[str]) -> int | None:
 
     # ---- what came of it
     if config.log.figures and corpus.held_out:
-        trained = current()
-        print(f"\n{figures.format_examples(figures.examples(trained, corpus.held_out, corpus.analogy))}\n")
-        found = figures.figures(trained, corpus.held_out[: config.log.figures], corpus.language)
+        try:
+            trained = current()
+            print(f"\n{figures.format_examples(figures.examples(trained, corpus.held_out, corpus.analogy))}\n")
+            found = figures.figures(trained, corpus.held_out[: config.log.figures], corpus.language)
+        except KeyboardInterrupt:
+            print(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
+            return INTERRUPTED
         print(f"{figures.format_figures(found)}\n")
         write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
     print(f"{run.last_checkpoint()}: complete, after {time.perf_counter() - began:.0f} s")
-    print(f"next: {davae()} generate --model {shlex.quote(str(run_dir))} {shlex.quote(corpus.example)}")
+    davae = called("davae", str(Path(sys.executable).with_name("davae")))
+    print(f"next: {shlex.join([davae, 'generate', '--model', str(run_dir), corpus.example])}")
     return 0
 
 
-def davae() -> str:
-    """How this environment's `davae` is called: by its place, where its folder is not on the PATH."""
-    beside = Path(sys.executable).with_name("davae")
-    return str(beside) if beside.exists() and shutil.which("davae") != str(beside) else "davae"
+def called(name: str, path: str) -> str:
+    """How this environment's program is called: by its place, where its name means nothing or something else."""
+    return name if shutil.which(name) == path or not Path(path).exists() else path
 
 
 class Interrupt:

@@ -58,7 +58,13 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
             raise InputError(f"{path}: line {number} has no field {field!r}") from None
         if not isinstance(text, str):
             raise InputError(f"{path}: line {number}: the field {field!r} is not a text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"{path}: line {number}: the field {field!r} holds half of a surrogate pair") from None
         texts.append(text)
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{path}: holds no text")
     return texts
 
 
@@ -79,7 +85,8 @@ def read_lines(data: bytes, name: str) -> list[str]:
 def tokenize(
     texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, *, max_length: int, source: str
 ) -> Texts:
-    """Ids of all texts but the blank ones and those of more than `max_length` decoder ids, bos and end counted.
+    """Ids of all texts but the blank ones and those too long: for the encoder's positions, or of more than `max_length`
+    decoder ids, bos and end counted.
 
     Raises:
       InputError: nothing is left.
@@ -92,7 +99,8 @@ def tokenize(
                 if not text.strip():
                     continue
                 row = [decoder.bos_id, *decoder.encode(text)]
-                if len(row) > max_length:
+                was_cut = ids[-2] != encoder.sep_id  # the inner one of two is lost when a text is cut
+                if len(row) > max_length or was_cut:
                     too_long += 1
                     continue
                 encoder_rows.append(np.array(ids, np.int32))
@@ -100,8 +108,18 @@ def tokenize(
                 lines.append(i)
             bar.update(len(part))
     if not lines:
-        raise InputError(f"{source}: holds only blank texts and texts of more than {max_length} tokens")
+        longest = f"{max_length} tokens (or {encoder.max_ids} of the encoder's)"
+        raise InputError(f"{source}: holds only blank texts and texts of more than {longest}")
     return Texts(encoder_rows, decoder_rows, np.array(lines), too_long)
+
+
+def fitting(texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int) -> list[str]:
+    """Those of the texts that `tokenize` would keep."""
+    try:
+        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="")
+    except InputError:
+        return []
+    return [texts[i - 1] for i in kept.lines]
 
 
 class Batches:
@@ -112,7 +130,16 @@ class Batches:
     A step's batch depends on the seed and the step alone, so the step is all a run has to remember of its place.
     """
 
-    def __init__(self, texts: Texts, batch_size: int, *, pad_id: int, buckets: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        texts: Texts,
+        batch_size: int,
+        *,
+        pad_id: int,
+        buckets: int = 1,
+        seed: int = 0,
+        encoder_positions: int | None = None,  # no row of the encoder's is padded past them
+    ):
         self.texts, self.batch_size, self.pad_id, self.seed = texts, batch_size, pad_id, seed
         order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
         # Fewer texts than a batch: some stand in it more than once.
@@ -122,7 +149,8 @@ class Batches:
         for group in self._groups:
             longest = max([longest, *(len(texts.encoder_ids[i]) for i in group)])
             T = max([1, *(len(texts.decoder_ids[i]) for i in group)])
-            self._shapes.append((round_up(longest, 8), round_up(T, 8)))
+            S = round_up(longest, 8)
+            self._shapes.append((min(S, encoder_positions or S), round_up(T, 8)))
         self.per_epoch = len(order) // batch_size or 1
         self._epoch, self._plan = None, []
 

@@ -25,7 +25,7 @@ class NoiseConfig:
     """Probability that a token is replaced by a random one."""
 
     shuffle: float = 0.0
-    """How far a token may move: each place gets a uniform draw up to this added, and the places are sorted."""
+    """How far a token may move: each place gets a uniform draw below this + 1 added, and the places are sorted."""
 
     def __post_init__(self):
         check_options(self, "noise.", "drop substitute", lambda p: 0 <= p < 1, "lie in [0, 1)")
@@ -51,11 +51,11 @@ def token_noise(
     replaced = is_word & jax.random.bernoulli(key_which, config.substitute, ids.shape)
     ids = jnp.where(replaced, jax.random.randint(key_new, ids.shape, 1, vocab_size), ids)
 
-    place = jnp.arange(S) + jnp.where(is_word, jax.random.uniform(key_shuffle, ids.shape, maxval=config.shuffle), 0.0)
+    place = jnp.arange(S) + jnp.where(is_word, jax.random.uniform(key_shuffle, ids.shape) * (config.shuffle + 1), 0.0)
     # What stands behind all words stays there: 2S is past every shuffled place that matters for the order.
     first_word = jnp.argmax(is_word, axis=1)[:, None]
     is_behind = ~is_word & (jnp.arange(S) >= first_word)
-    place = jnp.where(is_behind, place + S + config.shuffle, place)
+    place = jnp.where(is_behind, place + S + config.shuffle + 1, place)
     place = jnp.where(dropped | (ids == 0), jnp.inf, place)
     order = jnp.argsort(place, axis=1, stable=True)
     return jnp.take_along_axis(jnp.where(dropped, 0, ids), order, axis=1)

@@ -45,14 +45,15 @@ def _update(config: OptimizerConfig, steps: int) -> optax.GradientTransformation
 
 
 def _is_matrix(params: Params):
-    return jax.tree.map(lambda w: w.ndim > 1, params)
+    """Some biases here have two axes, and are known by their names."""
+    return jax.tree.map_with_path(lambda path, w: w.ndim > 1 and "bias" not in jax.tree_util.keystr(path[-1:]), params)
 
 
 def _muon_axes(params: Params):
     """Muon is for the matrices inside the layers; embeddings, the latent's maps and vectors are Adam's."""
 
-    def axes(path, w):
+    def axes(path, w, is_matrix):
         inside = any(getattr(key, "key", None) == "layers" for key in path)
-        return optax.contrib.MuonDimensionNumbers(w.ndim - 1, w.ndim - 2) if inside and w.ndim > 1 else None
+        return optax.contrib.MuonDimensionNumbers(w.ndim - 1, w.ndim - 2) if inside and is_matrix else None
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree.map_with_path(axes, params, _is_matrix(params))

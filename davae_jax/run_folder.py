@@ -9,10 +9,12 @@ samples.jsonl    what the model wrote along the way
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -135,16 +137,37 @@ class RunFolder:
     # What is logged. Lines past the step that a run resumes from are dropped: they will be written anew.
 
     def __enter__(self) -> RunFolder:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._metrics, self._samples = map(self._reopened, ("metrics.jsonl", "samples.jsonl"))
-        self._events = SummaryWriter(str(self.path / "events"), purge_step=self.step + 1)
+        with self._writing():
+            self._metrics, self._samples = map(self._reopened, ("metrics.jsonl", "samples.jsonl"))
+            folder = self.path / "events"
+            folder.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it for ever.
+            self._events = EventsWriter(str(folder / "events"))
+            # TensorBoard forgets what stands behind the step that the run goes on from.
+            self._write_event(Event(step=self.step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._interval, self._interval_began = [], time.perf_counter()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for writer in (self._metrics, self._samples, self._events):
-            writer.close()
+            with contextlib.suppress(OSError) if kind else self._writing():  # the first error is the one to tell
+                writer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            said = f"{e.filename or self.path}: cannot be written ({system_reason(e)})"
+            raise InputError(f"{said}; the last complete checkpoint is {self.last_checkpoint()}") from e
+
+    def _write_event(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
 
     def _reopened(self, name: str) -> TextIO:
         path = self.path / name
@@ -167,15 +190,24 @@ class RunFolder:
         means["tokens_per_s"] = means.pop("tokens") * n / (now - self._interval_began)
         self._interval, self._interval_began = [], now
         # What part of the machine's arithmetic is used is known for accelerators with a published peak only.
-        print(json.dumps({"step": step, **means, "mfu": None}), file=self._metrics, flush=True)
-        for name, value in means.items():
-            self._events.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with self._writing():
+            print(json.dumps({"step": step, **means, "mfu": None}), file=self._metrics, flush=True)
+            for name, value in means.items():
+                self._write_event(Event(step=step, summary=scalar(name, value)))
         return means
 
     def log_samples(self, step: int, samples: dict[str, Any]) -> None:
         """Writes what the model made of some texts. The time it took does not count as training."""
-        print(json.dumps({"step": step} | samples, ensure_ascii=False), file=self._samples, flush=True)
-        self._events.add_text("samples", json.dumps(samples, ensure_ascii=False, indent=2), step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import text
+
+        with self._writing():
+            print(json.dumps({"step": step} | samples, ensure_ascii=False), file=self._samples, flush=True)
+            shown = text("samples", json.dumps(samples, ensure_ascii=False, indent=2))
+            self._write_event(Event(step=step, summary=shown))
         self._interval_began = time.perf_counter()
 
 

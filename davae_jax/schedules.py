@@ -47,11 +47,13 @@ class BetaConfig:
 
 def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, ""]:
     """β of one step out of `steps`, counted from 0."""
-    period = steps / config.cycles
-    place = (jnp.asarray(step, jnp.float32) % period) / period  # in [0, 1)
-    # Where the rise takes no time, it is a jump: the smallest divisor makes it one.
-    risen = (place - config.ratio_zero) / max(config.ratio_increase, 1e-9)
-    return config.start + (config.max - config.start) * jnp.clip(risen, 0.0, 1.0)
+    # In whole numbers as far as it goes: float32 would put the first step of some periods into the one before.
+    place = (jnp.asarray(step, jnp.int32) * config.cycles % steps) / steps  # in [0, 1)
+    if config.ratio_increase:
+        risen = jnp.clip((place - config.ratio_zero) / config.ratio_increase, 0.0, 1.0)
+    else:
+        risen = jnp.float32(place >= config.ratio_zero)
+    return config.start + (config.max - config.start) * risen
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,11 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self):
-        finite = "learning_rate weight_decay clip eps"
+        finite = "learning_rate weight_decay clip"
         check_options(self, "optimizer.", finite, lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
-        check_options(self, "optimizer.", "warmup end b1 b2", lambda x: 0 <= x <= 1, "lie in [0, 1]")
+        check_options(self, "optimizer.", "eps", lambda x: 0 < x < float("inf"), "be above 0 and finite")
+        check_options(self, "optimizer.", "warmup end", lambda x: 0 <= x <= 1, "lie in [0, 1]")
+        check_options(self, "optimizer.", "b1 b2", lambda x: 0 <= x < 1, "lie in [0, 1)")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

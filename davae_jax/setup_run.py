@@ -25,6 +25,15 @@ from davae_jax.train_config import TrainConfig
 from davae_jax.train_step import TrainState, init_state
 
 HELD_OUT_PART = 0.01  # of the training texts, where no others are given to measure on
+DEMO_PIECES, PIECES = 600, 8000  # of the decoder's vocabulary, where the config leaves it open
+# What no tensor's shape depends on.
+TOLD_BY_THE_RUN = {
+    "encoder": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+    "decoder": [
+        *["embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"],
+        *["latent_every_layer", "max_memory_length"],
+    ],
+}
 TOKENIZER_TEXTS = 50_000  # at most, to train tokenizers on
 
 
@@ -32,7 +41,7 @@ class Corpus(NamedTuple):
     train: list[str]
     held_out: list[str]  # what training never shows
     language: Container[str] | None  # the sentences that the grammar accepts, where there is a grammar
-    analogy: list[str]  # three texts to show one with; of the demo, the second is the first with the other sentiment
+    triple: list[str]  # three texts to show an analogy with; of the demo, a text, its opposite, and another
     source: str  # the file, for messages
     lines: np.ndarray  # of each training text, its line there
 
@@ -43,7 +52,11 @@ class Corpus(NamedTuple):
 
     @property
     def example(self) -> str:
-        return next((text for text in self.held_out if text.strip()), self.train[0])
+        return (self.held_out or self.train)[0]
+
+    @property
+    def analogy(self) -> list[str]:
+        return self.triple or (self.held_out * 3)[:3]
 
 
 def read_corpus(config: TrainConfig) -> Corpus:
@@ -58,13 +71,14 @@ def read_corpus(config: TrainConfig) -> Corpus:
     source = str(config.data.train)
     if config.data.valid is not None:
         held_out = [text for text in read_texts(config.data.valid, config.data.field) if text.strip()]
-        return Corpus([texts[i - 1] for i in lines], held_out, None, (held_out * 3)[:3], source, lines)
-    # The same texts whatever the run's seed, so that runs can be compared.
-    order = np.random.default_rng(0).permutation(len(lines))
-    kept = round(HELD_OUT_PART * len(lines))
-    chosen, rest = np.sort(order[:kept]), np.sort(order[kept:])
-    train, held_out = ([texts[lines[i] - 1] for i in which] for which in (rest, chosen))
-    return Corpus(train, held_out, None, (held_out * 3)[:3], source, lines[rest])
+        return Corpus([texts[i - 1] for i in lines], held_out, None, [], source, lines)
+    # The same texts whatever the run's seed, so that runs can be compared; and all copies of each.
+    distinct = list(dict.fromkeys(texts[i - 1] for i in lines))
+    order = np.random.default_rng(0).permutation(len(distinct))
+    held_out = [distinct[i] for i in np.sort(order[: round(HELD_OUT_PART * len(distinct))])]
+    kept_apart = set(held_out)
+    lines = np.array([i for i in lines if texts[i - 1] not in kept_apart])
+    return Corpus([texts[i - 1] for i in lines], held_out, None, [], source, lines)
 
 
 def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str]) -> None:
@@ -73,10 +87,8 @@ def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str])
     Raises:
       InputError: a folder that is named has none.
     """
-    trained = (
-        partial(train_wordpiece, entries=config.data.entries),
-        partial(train_sentencepiece, pieces=config.data.pieces),
-    )
+    pieces = config.data.pieces or (DEMO_PIECES if config.data.train is None else PIECES)
+    trained = partial(train_wordpiece, entries=config.data.entries), partial(train_sentencepiece, pieces=pieces)
     halves = (config.init.encoder, config.init.decoder)
     for name, half, train in zip(TOKENIZER_FILES, halves, trained, strict=True):
         if (run_dir / name).is_file():
@@ -107,6 +119,7 @@ def model_config(config: TrainConfig, run_dir: Path) -> DAVAEConfig:
         fb_mode=1 if config.free_bits.mode == "hard" else 0,
         dim_target_kl=config.free_bits.target,
         length_weighted_loss=config.length_weighted,
+        max_out_length=max(model.max_out_length, config.data.max_length),  # what was learnt can be generated
     )
 
 
@@ -114,7 +127,7 @@ def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> DAVAEC
     """Makes `init/` in the run's folder, a checkpoint from the pretrained halves, and says what was taken.
 
     Returns:
-      Its config: a pretrained half brings its own sizes.
+      Its config: a pretrained half brings its own sizes, the run says how it is trained.
     """
     folder = run_dir / "init"
     if not folder.exists():
@@ -125,7 +138,12 @@ def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> DAVAEC
         report = module.warm_start(folder, config=settings, seed=config.seed, **halves)
         settings.unlink()
         print(module.format_report(report, halves))
-    return DAVAEConfig.from_json(folder / CONFIG_FILE)
+    made = DAVAEConfig.from_json(folder / CONFIG_FILE)
+    told = {
+        part: dataclasses.replace(getattr(made, part), **{name: getattr(getattr(model, part), name) for name in names})
+        for part, names in TOLD_BY_THE_RUN.items()
+    }
+    return dataclasses.replace(made, **told)
 
 
 def first_state(abstract: TrainState, config: DAVAEConfig, train: TrainConfig, run_dir: Path) -> TrainState:

@@ -17,7 +17,12 @@ def train_wordpiece(texts: Sequence[str], entries: int) -> bytes:
 
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     tokenizer.train_from_iterator(
-        texts, vocab_size=entries, min_frequency=1, special_tokens=SPECIAL, show_progress=False
+        texts,
+        vocab_size=entries,
+        limit_alphabet=entries,  # else the most frequent 1,000 characters alone
+        min_frequency=1,
+        special_tokens=SPECIAL,
+        show_progress=False,
     )
     vocabulary = tokenizer.get_vocab()
     return "".join(f"{entry}\n" for entry in sorted(vocabulary, key=vocabulary.get)).encode("utf-8")
@@ -27,7 +32,7 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
     """A spiece.model of so many pieces at most: every character and the most useful merges. It gives texts back as is.
 
     Raises:
-      InputError: the texts have more characters than that.
+      InputError: the texts have more characters than that (exit code 2).
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -39,6 +44,7 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
             model_type="bpe",
             vocab_size=pieces,
             character_coverage=0.9999,
+            max_sentence_length=1 << 30,  # in bytes; longer texts would be left out in silence
             normalization_rule_name="identity",  # else full-width punctuation would come back half-width
             unk_id=0,
             bos_id=1,
@@ -48,6 +54,9 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as e:
+        if fewest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
+            said = f"--data.pieces {pieces}: the texts have {fewest[1]} different characters; give more pieces"
+            raise InputError(said, exit_code=2) from e
         # Short or uniform texts have fewer merges to offer; the message says how many pieces they are good for.
         if most := re.search(r"set it to a value <= (\d+)", str(e)):
             return train_sentencepiece(texts, int(most[1]))

@@ -30,19 +30,24 @@ class DataConfig:
     max_length: int = 128
     """Longer texts are left out; in tokens of the decoder, the beginning and the end counted."""
 
-    buckets: int = 4
-    """Shapes that batches come in, by the texts' length; each compiles a program of its own."""
+    buckets: int | None = None
+    """Shapes that batches come in, by the texts' length; each compiles a program of its own. None: 4, and 1 for the
+    project's own corpus, whose texts are of about one length."""
 
-    pieces: int = 8000
-    """Size of the decoder's vocabulary, where tokenizers are trained."""
+    pieces: int | None = None
+    """Size of the decoder's vocabulary, where tokenizers are trained. None: 8000, and 600 for the project's own
+    corpus."""
 
     entries: int = 8000
     """Size of the encoder's vocabulary, where tokenizers are trained."""
 
     def __post_init__(self):
         check_options(self, "data.", "max_length", lambda n: n >= 3, "be at least 3")
-        check_options(self, "data.", "buckets", lambda n: n >= 1, "be at least 1")
-        check_options(self, "data.", "pieces entries", lambda n: n >= 10, "be at least 10")
+        check_options(self, "data.", "buckets", lambda n: n is None or n >= 1, "be at least 1")
+        check_options(self, "data.", "pieces", lambda n: n is None or n >= 10, "be at least 10")
+        check_options(self, "data.", "entries", lambda n: n >= 10, "be at least 10")
+        if self.valid is not None and self.train is None:
+            raise InputError("--data.valid: is of use only with --data.train", exit_code=2)
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ class TrainConfig:
             raise InputError(
                 f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}", exit_code=2
             )
+        check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be a whole number from 0 to 2³² − 1")
 
 
 DEMO = TrainConfig(
@@ -196,8 +202,7 @@ DEMO = TrainConfig(
         top_k=1,
         max_out_length=128,
     ),
-    data=DataConfig(buckets=1, pieces=600, entries=1000),
-    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.33, ratio_increase=0.3),
+    beta=BetaConfig(start=0.0, max=0.03, ratio_zero=0.37, ratio_increase=0.26),
     free_bits=FreeBitsConfig(target=0.5),
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.05, end=0.1, weight_decay=0.01, b2=0.99),
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
@@ -45,6 +45,11 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     main, discriminator = _halves(params)
     optimizer, discriminator_optimizer = optimizers(config)
     return TrainState(jnp.int32(0), params, optimizer.init(main), discriminator_optimizer.init(discriminator))
+
+
+@jax.jit
+def all_finite(params: Params) -> Bool[Array, ""]:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda w: jnp.isfinite(w).all(), params))
 
 
 def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh) -> TrainState:

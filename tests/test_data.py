@@ -60,6 +60,12 @@ def test_rows_are_whole_and_padded(batches):
     assert len(shapes) == 2  # as many as buckets
 
 
+def test_no_row_is_padded_past_the_encoders_positions():
+    """130 positions are no multiple of 8; JAX reads NaN past the end of a table."""
+    batches = Batches(texts_of([4, 128]), 2, pad_id=PAD, encoder_positions=130)
+    assert batches[0].encoder_ids.shape[1] <= 130
+
+
 def test_fewer_texts_than_a_batch():
     batches = Batches(texts_of([4, 5]), 5, pad_id=PAD)
     assert sorted(set(batches.rows(0)[0])) == [0, 1] and len(batches[7].lengths) == 5
@@ -84,6 +90,8 @@ def test_lines_and_json_lines(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2 has no field 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a text"),
         ("a.jsonl", b'["text"]\n', "line 1 has no field 'text'"),
+        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "holds no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' holds half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_read(name, data, said, tmp_path):

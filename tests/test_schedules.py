@@ -25,9 +25,16 @@ def test_cycles_repeat_the_trapezoid():
     np.testing.assert_allclose(found[:40], [0.0] * 10 + [i / 20 for i in range(20)] + [1.0] * 10, atol=1e-5)
 
 
+def test_cycles_that_do_not_divide_the_steps_begin_at_the_start():
+    """2,000 steps in 6 periods: the fourth begins at step 1,000 exactly."""
+    config = BetaConfig(start=0.1, max=1.0, ratio_zero=0.2, ratio_increase=0.5, cycles=6)
+    assert float(beta_at(999, 2000, config)) == 1.0
+    np.testing.assert_allclose(float(beta_at(1000, 2000, config)), 0.1, rtol=1e-6)
+
+
 def test_no_rise_is_a_jump():
     config = BetaConfig(start=0.0, max=1.0, ratio_zero=0.5, ratio_increase=0.0)
-    assert [float(beta_at(step, 10, config)) for step in range(10)] == [0.0] * 6 + [1.0] * 4  # at 5 the rise begins
+    assert [float(beta_at(step, 10, config)) for step in range(10)] == [0.0] * 5 + [1.0] * 5
     constant = BetaConfig(start=0.3, max=0.3)
     np.testing.assert_allclose([float(beta_at(step, 10, constant)) for step in range(10)], 0.3)
 
@@ -44,7 +51,7 @@ def test_learning_rate():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: BetaConfig(max=-1.0), "--beta.max -1.0: must be 0 or more"),
+        (lambda: BetaConfig(max=-1.0), "--beta.max must be 0 or more and finite, not -1.0"),
         (lambda: BetaConfig(ratio_zero=0.6, ratio_increase=0.5), "--beta.ratio-zero 0.6"),
         (lambda: BetaConfig(cycles=0), "--beta.cycles must be at least 1, not 0"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate"),

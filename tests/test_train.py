@@ -33,6 +33,7 @@ SMALLEST = {
     "model.decoder.hidden-size": 16,
     "model.decoder.num-layers": 1,
     "model.max-out-length": 12,
+    "data.max-length": 12,
     "log.every": 2,
     "log.samples": 0,
     "log.figures": 0,
@@ -196,8 +197,11 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     (step,) = [int(p.name) for p in (folder / "checkpoints").iterdir()]
-    assert f"interrupted after step {step}; to go on: python train.py --data.train" in err
+    assert f"interrupted after step {step}; to go on: " in err and "train.py --data.train" in err
     assert f"--run-dir {folder}" in err
+
+
+TOO_LONG = "holds only blank texts and texts of more than 12 tokens (or 128 of the encoder's)"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +211,8 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b"\n  \n\n", "holds no text"),
         ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3 is not UTF-8"),
-        ("long.txt", ("很" * 300 + "\n").encode() * 3, "holds only blank texts and texts of more than 12 tokens"),
+        ("long.txt", ("很" * 300 + "\n").encode() * 3, TOO_LONG),
+        ("longer.txt", ("很好" * 2000 + "\n").encode() * 3, TOO_LONG),  # more than SentencePiece takes, unless told
         ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', "line 2 has no field 'text'"),
     ],
 )
@@ -256,6 +261,9 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["--optimizer.schedule", "linear"], "--optimizer.schedule"),
         (["dmo"], "dmo"),
         (["--free-bits.target", "-1"], "--free-bits.target"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to 2³² − 1, not -1"),
+        (["--data.valid", "x.txt"], "--data.valid: is of use only with --data.train"),
+        (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
     ],
 )
 def test_bad_options(argv, said):
@@ -296,6 +304,19 @@ def test_a_full_disk(text_file, tmp_path):
     assert line.startswith(f"train.py: error: {tmp_path / 'run' / 'checkpoints'}: step 4 cannot be saved (")
     assert line.endswith("the last complete checkpoint is none yet")
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [2, 4]
+
+
+def test_a_disk_that_fills_while_logging(text_file, tmp_path):
+    """No file may grow past 8 kB: tokenizers fit, TensorBoard's events do not for long."""
+    folder = tmp_path / "run"
+    argv = ["-c", FULL_DISK, 8_000, "--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 60]
+    env = environment()
+    del env["JAX_COMPILATION_CACHE_DIR"]
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert done.returncode == 1
+    assert line.startswith(f"train.py: error: {folder}") and "cannot be written (File too large)" in line
+    assert line.endswith("the last complete checkpoint is none yet")
 
 
 WITHOUT_TORCH = """
