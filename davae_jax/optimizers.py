@@ -18,30 +18,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def _update(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = learning_rate(config, steps)
-    decay = dict(weight_decay=config.weight_decay)
     match config.name:
         case "adamw":
-            return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, mask=_is_matrix, **decay)
+            return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_is_matrix)
         case "adafactor":
-            # Without a rate of its own, so that the decay, which comes after, is multiplied by it too.
-            return optax.chain(
-                optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None),
-                optax.scale(-1.0),
-                optax.add_decayed_weights(config.weight_decay, _is_matrix),
-                optax.scale_by_learning_rate(rate),
-            )
+            update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None)
         case "muon":
-            return optax.contrib.muon(
-                rate,
-                weight_decay_mask=_is_matrix,
-                adam_weight_decay=config.weight_decay,
-                adam_b1=config.b1,
-                adam_b2=config.b2,
-                eps=config.eps,
-                muon_weight_dimension_numbers=_muon_axes,
-                consistent_rms=0.2,  # AdamW's usual size of an update, so that one learning rate serves both
-                **decay,
-            )
+            # consistent_rms: AdamW's usual size of an update, so that one learning rate serves both.
+            adam = dict(adam_b1=config.b1, adam_b2=config.b2, eps=config.eps)
+            update = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2, **adam)
+    # Without a rate and a decay of its own: the decay comes after, and is multiplied by the rate too.
+    return optax.chain(
+        update,
+        optax.scale(-1.0),
+        optax.add_decayed_weights(config.weight_decay, _is_matrix),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _is_matrix(params: Params):
