@@ -20,7 +20,9 @@ def _update(config: OptimizerConfig, steps: int) -> optax.GradientTransformation
     rate = learning_rate(config, steps)
     match config.name:
         case "adamw":
-            return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_is_matrix)
+            return optax.adamw(
+                rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_is_matrix
+            )
         case "adafactor":
             update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None)
         case "muon":
