@@ -32,68 +32,106 @@ def train(argv: list[str]) -> int | None:
     preset, config = parsed
 
     import jax
+    from jax.sharding import NamedSharding, PartitionSpec
     from tqdm import tqdm
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.data import Batches, fitting, tokenize
+    from davae_jax.data import Batches, fitting, placed, prefetched, tokenize
+    from davae_jax.distributed import agreed, barrier, connect, gathered, is_first_process
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
-    from davae_jax.run_folder import RunFolder
-    from davae_jax.sharding import make_mesh
+    from davae_jax.run_checkpoints import Checkpoints
+    from davae_jax.run_folder import open_run
+    from davae_jax.run_log import RunLog, Work
+    from davae_jax.sharding import RULES, make_mesh
     from davae_jax.text import TextVAE, load_tokenizers
-    from davae_jax.train_step import abstract_state, all_finite, make_train_step
+    from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step
 
-    # ---- texts, tokenizers, model. What can be wrong with the texts is found out before anything is written.
+    # ---- devices of all processes; texts, tokenizers, model. What can be wrong with the texts is found out before
+    # anything is written.
+    connect(config.distributed)
+    first, wait = is_first_process(), config.distributed.timeout
     mesh = make_mesh(config.mesh, config.batch_size)
     corpus = setup_run.read_corpus(config)
     run_dir = config.run_dir or Path("runs") / preset
-    run = RunFolder(run_dir, config, corpus.digest)
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
-    setup_run.prepare_tokenizers(config, run_dir, corpus.train)
+    if first:
+        open_run(run_dir, config, corpus.digest)
+        setup_run.prepare_tokenizers(config, run_dir, corpus.train)
+    barrier("process 0 has prepared the run's folder", wait)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
-        model_config = setup_run.warm_start(config, model_config, run_dir)
+        if first:
+            setup_run.warm_start(config, model_config, run_dir)
+        barrier("process 0 has imported the pretrained halves", wait)
+        model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     max_length = config.data.max_length
     texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
     corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, max_length))
-    batches = Batches(
-        texts,
-        config.batch_size,
+    batching = dict(
         pad_id=model_config.pad_token_id,
         buckets=config.data.buckets or (1 if config.data.train is None else 4),
         seed=config.seed,
         encoder_positions=model_config.encoder.max_position_embeddings,
     )
-    model_config.to_json(run_dir / CONFIG_FILE)
+    batches = Batches(texts, config.batch_size, **batching)
+    if first:
+        model_config.to_json(run_dir / CONFIG_FILE)
 
     # ---- state: new, or where the run stood
     model = abstract_model(model_config, dtype=config.dtype)
     graphdef, _ = split(model)
     abstract = abstract_state(model, config, mesh)
-    state = run.restore(abstract) if run.step else setup_run.first_state(abstract, model_config, config, run_dir)
+    checkpoints = Checkpoints(run_dir, config.log.keep)
+    if checkpoints.step:
+        state, pending_log = checkpoints.restore(abstract)
+    else:
+        state, pending_log = setup_run.first_state(abstract, model_config, config, run_dir), []
+    begins = checkpoints.step
     take_step = make_train_step(graphdef, config, abstract)
+    held_out_loss = make_held_out_loss(graphdef, config, abstract)
+    over_batch = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    held_out = []
+    if measured := corpus.held_out[: config.log.held_out]:
+        parts = tokenize(measured, *tokenizers, max_length=max_length, source="")
+        parts = Batches(parts, config.batch_size, **batching | {"buckets": 1})
+        held_out = [placed(parts, i, over_batch) for i in range(parts.per_epoch)]
 
-    def current() -> TextVAE:
-        vae = TextVAE(merge(graphdef, state.params), *tokenizers)
+    def trained() -> TextVAE | None:
+        """The model as it stands, for one process: the first."""
+        params = gathered(state.params)
+        if not first:
+            return None
+        vae = TextVAE(merge(graphdef, params), *tokenizers)
         vae.batch_size = 256
         return vae
 
-    print(
-        f"{sum(w.size for w in jax.tree.leaves(state.params)):,} weights, {len(texts.lines):,} texts"
+    weights = sum(w.size for w in jax.tree.leaves(state.params))
+    say = print if first else lambda *_, **__: None
+    say(
+        f"{weights:,} weights, {len(texts.lines):,} texts"
         + (f" ({texts.too_long:,} longer ones left out)" if texts.too_long else "")
-        + f", steps {run.step} to {config.steps} of {config.batch_size} texts, in {run_dir}"
+        + f", steps {begins} to {config.steps} of {config.batch_size} texts, in {run_dir}"
     )
+    if jax.device_count() > 1:
+        over = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
 
     # ---- the loop. A step's values are looked at while the next step is computed, and before anything is saved.
-    def look(step: int, logs: dict, tokens: int) -> None:
-        values = {name: float(value) for name, value in jax.device_get(logs).items()}
+    def look(step: int, logs: dict, work: Work) -> None:
+        values = jax.device_get(logs)
+        kl_per_dim = values.pop("kl_per_dim")
+        values = {name: float(value) for name, value in values.items()}
         for name in ("loss", "loss_d", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise not_finite(step, f"{name} is {values[name]}")
-        if means := run.log(step, values, tokens, last=step == config.steps):
+        if values.get("skipped"):
+            bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
+        if means := log.step(step, values, work, last=step == config.steps):
+            log.histogram(step, "kl_per_dim", kl_per_dim)
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, KL {means['kl_unmasked']:.1f}, β {means['beta']:.3g}, "
                 f"{means['tokens_per_s']:.0f} tokens/s"
@@ -103,54 +141,88 @@ def train(argv: list[str]) -> int | None:
         lines = corpus.lines[texts.lines[batches.rows(step - 1)[0]] - 1]
         return InputError(
             f"step {step}: {what}; its batch is lines {', '.join(map(str, sorted(lines)))} of {corpus.source}; "
-            f"the last good checkpoint is {run.last_checkpoint()}"
+            f"the last good checkpoint is {checkpoints.last}"
         )
 
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=None)
-    with jax.set_mesh(mesh), Interrupt() as interrupt, run, bar:
-        pending = None
-        for step in range(run.step + 1, config.steps + 1):
-            batch = batches[step - 1]
-            state, logs = take_step(state, batch)
+    def save(step: int) -> None:
+        if not all_finite(state.params):
+            raise not_finite(step, "its update made weights that are not finite")
+        losses = mean_of([held_out_loss(state.params, batch) for batch in held_out])
+        checkpoints.save(state, held_out_loss=losses and losses["loss"], remembered=log.pending)
+        if losses:
+            log.held_out(step, losses)
+
+    def load(step: int) -> tuple:
+        return placed(batches, step - 1, over_batch), batches.tokens(step - 1)
+
+    log = RunLog(
+        run_dir,
+        config.log.every,
+        step=begins,
+        pending=pending_log,
+        peak_flops=None,
+        last_checkpoint=lambda: checkpoints.last,
+    )
+    bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
+    pending, stopped, tracing = None, False, False
+    with Interrupt() as interrupt, log, bar:
+        for step, (batch, tokens), waited in prefetched(load, begins + 1, config.steps):
+            if config.log.profile and step - begins == config.log.profile[0]:
+                jax.profiler.start_trace(str(run_dir / "profile"))
+                tracing = True
+            with jax.set_mesh(mesh):
+                state, logs = take_step(state, batch)
             if pending:
                 look(*pending)
-            pending = step, logs, int((batch.lengths - 1).sum())
+            pending = step, logs, Work(tokens, 0.0, waited)
             bar.update()
-            ends = interrupt.asked or step == config.steps
+            stopped = agreed(interrupt.asked, step)
+            ends = stopped or step == config.steps
+            if tracing and (ends or step - begins == config.log.profile[1]):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                tracing = False
             samples = config.log.samples and step % config.log.samples == 0 and not ends and corpus.held_out
             saves = ends or step % config.log.checkpoint == 0
             if saves or samples:
                 look(*pending)
                 pending = None
             if saves:
-                if not all_finite(state.params):
-                    raise not_finite(step, "its update made weights that are not finite")
-                run.save(state)
+                with jax.set_mesh(mesh):
+                    save(step)
             if ends:
                 break
-            if samples:
-                found = figures.examples(current(), corpus.held_out, corpus.analogy)
-                run.log_samples(step, found)
+            if samples and (vae := trained()):
+                found = figures.examples(vae, corpus.held_out, corpus.analogy)
+                log.samples(step, found)
                 bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
-    if run.step < config.steps:
-        print(f"interrupted after step {run.step}; to go on: {again}", file=sys.stderr)
+            if pending is None:
+                log.restart_clock()
+        checkpoints.wait()
+    checkpoints.close()
+    if stopped and step < config.steps:
+        say(f"interrupted after step {step}; to go on: {again}", file=sys.stderr)
         return INTERRUPTED
 
     # ---- what came of it
-    if config.log.figures and corpus.held_out:
-        try:
-            trained = current()
-            print(f"\n{figures.format_examples(figures.examples(trained, corpus.held_out, corpus.analogy))}\n")
-            found = figures.figures(trained, corpus.held_out[: config.log.figures], corpus.language)
-        except KeyboardInterrupt:
-            print(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
-            return INTERRUPTED
-        print(f"{figures.format_figures(found)}\n")
-        write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
-    print(f"{run.last_checkpoint()}: complete, after {time.perf_counter() - began:.0f} s")
+    try:
+        if config.log.figures and corpus.held_out and (vae := trained()):
+            print(f"\n{figures.format_examples(figures.examples(vae, corpus.held_out, corpus.analogy))}\n")
+            found = figures.figures(vae, corpus.held_out[: config.log.figures], corpus.language)
+            print(f"{figures.format_figures(found)}\n")
+            write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
+    except KeyboardInterrupt:
+        print(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
+        return INTERRUPTED
+    barrier("process 0 has measured the figures", 24 * 3600)
+    say(f"{checkpoints.last}: complete, after {time.perf_counter() - began:.0f} s")
     davae = called("davae", str(Path(sys.executable).with_name("davae")))
-    print(f"next: {shlex.join([davae, 'generate', '--model', str(run_dir), corpus.example])}")
+    say(f"next: {shlex.join([davae, 'generate', '--model', str(run_dir), corpus.example])}")
     return 0
+
+
+def mean_of(losses: list[dict]) -> dict[str, float] | None:
+    return {name: sum(float(one[name]) for one in losses) / len(losses) for name in losses[0]} if losses else None
 
 
 def called(name: str, path: str) -> str:

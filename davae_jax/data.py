@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from davae_jax.errors import InputError
@@ -162,7 +166,12 @@ class Batches:
         return self._plan[place]
 
     def __getitem__(self, step: int) -> Batch:
+        return self.read(step, 0, self.batch_size)
+
+    def read(self, step: int, start: int, stop: int) -> Batch:
+        """Rows start to stop of a step's batch."""
         rows, (S, T) = self.rows(step)
+        rows = rows[start:stop]
         encoder_ids = np.zeros((len(rows), S), np.int32)
         decoder_ids = np.full((len(rows), T), self.pad_id, np.int32)
         lengths = np.zeros(len(rows), np.int32)
@@ -174,6 +183,10 @@ class Batches:
             lengths[place] = len(ids)
         return Batch(encoder_ids, decoder_ids, lengths)
 
+    def tokens(self, step: int) -> int:
+        """How many a step trains: all but the first of each text."""
+        return sum(len(self.texts.decoder_ids[row]) - 1 for row in self.rows(step)[0])
+
     def _shuffled(self, epoch: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
         rng = np.random.default_rng((self.seed, epoch))
         B = self.batch_size
@@ -184,6 +197,32 @@ class Batches:
             plan += [(part, shape) for part in rows[:full].reshape(-1, B)]
             left = rows[full:]
         return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def placed(batches: Batches, step: int, sharding: NamedSharding) -> Batch:
+    """The batch of a step, laid over the devices of all processes. Each process reads the rows of its own devices."""
+    size = batches.batch_size
+    spans = {where[0].indices(size)[:2] for where in sharding.addressable_devices_indices_map((size,)).values()}
+    parts = {span: batches.read(step, *span) for span in spans}
+
+    def whole(name: str) -> jax.Array:
+        shape = (size, *getattr(next(iter(parts.values())), name).shape[1:])
+        part = lambda where: getattr(parts[where[0].indices(size)[:2]], name)  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return Batch(*map(whole, Batch._fields))
+
+
+def prefetched(load: Callable[[int], Any], first: int, last: int) -> Iterator[tuple[int, Any, float]]:
+    """(n, load(n), seconds that it was waited for) of first to last, each loaded while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(load, first) if first <= last else None
+        for n in range(first, last + 1):
+            began = time.perf_counter()
+            loaded = coming.result()
+            waited = time.perf_counter() - began
+            coming = pool.submit(load, n + 1) if n < last else None
+            yield n, loaded, waited
 
 
 def round_up(n: int, multiple: int) -> int:

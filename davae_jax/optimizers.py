@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from davae_jax.model import Params
 from davae_jax.schedules import OptimizerConfig, learning_rate
@@ -11,9 +15,40 @@ from davae_jax.schedules import OptimizerConfig, learning_rate
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then the update. Matrices decay, biases and LayerNorms never."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), _update(config, steps)
-    )
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    optimizer = optax.chain(clip, _update(config, steps))
+    return skip_spikes(optimizer, config.spike) if config.spike else optimizer
+
+
+class SpikeState(NamedTuple):
+    usual: Float[Array, ""]  # running mean of the gradient's norm
+    seen: Int[Array, ""]  # steps
+    skipped: Int[Array, ""]  # of these
+    inner: optax.OptState
+
+
+def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """Leaves weights and optimizer as they are where the gradient's norm is over `factor` times its running mean.
+
+    The mean is over about the last 100 steps, and nothing is skipped in the first 100. Every step that is skipped
+    raises it by a tenth, so that a norm that stays high is taken for the usual one after a while.
+    """
+    memory = 100
+
+    def init(params: Params) -> SpikeState:
+        return SpikeState(jnp.float32(0), jnp.int32(0), jnp.int32(0), optimizer.init(params))
+
+    def update(grads: Params, state: SpikeState, params: Params):
+        norm = optax.tree.norm(grads)
+        spike = (state.seen >= memory) & ~(norm <= factor * state.usual)
+        updates, inner = optimizer.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(spike, 0, u).astype(u.dtype), updates)
+        inner = jax.tree.map(lambda old, new: jnp.where(spike, old, new), state.inner, inner)
+        rate = 1 / jnp.minimum(state.seen + 1, memory)
+        usual = jnp.where(spike, 1.1 * state.usual, state.usual + rate * (norm - state.usual))
+        return updates, SpikeState(usual, state.seen + 1, state.skipped + spike, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _update(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -82,12 +82,15 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest global norm of the gradient; 0 is off."""
 
+    spike: float = 0.0
+    """Skip a step whose gradient's norm is over so many times its running mean; 0 is off."""
+
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
 
     def __post_init__(self):
-        finite = "learning_rate weight_decay clip"
+        finite = "learning_rate weight_decay clip spike"
         check_options(self, "optimizer.", finite, lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
         check_options(self, "optimizer.", "eps", lambda x: 0 < x < float("inf"), "be above 0 and finite")
         check_options(self, "optimizer.", "warmup end", lambda x: 0 <= x <= 1, "lie in [0, 1]")

@@ -123,12 +123,8 @@ def model_config(config: TrainConfig, run_dir: Path) -> DAVAEConfig:
     )
 
 
-def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> DAVAEConfig:
-    """Makes `init/` in the run's folder, a checkpoint from the pretrained halves, and says what was taken.
-
-    Returns:
-      Its config: a pretrained half brings its own sizes, the run says how it is trained.
-    """
+def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> None:
+    """Makes `init/` in the run's folder, a checkpoint from the pretrained halves, and says what was taken."""
     folder = run_dir / "init"
     if not folder.exists():
         module = converter("warm_start")
@@ -138,7 +134,11 @@ def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> DAVAEC
         report = module.warm_start(folder, config=settings, seed=config.seed, **halves)
         settings.unlink()
         print(module.format_report(report, halves))
-    made = DAVAEConfig.from_json(folder / CONFIG_FILE)
+
+
+def warm_started(model: DAVAEConfig, run_dir: Path) -> DAVAEConfig:
+    """The config of what `warm_start` made: a pretrained half brings its own sizes, the run says how it is trained."""
+    made = DAVAEConfig.from_json(run_dir / "init" / CONFIG_FILE)
     told = {
         part: dataclasses.replace(getattr(made, part), **{name: getattr(getattr(model, part), name) for name in names})
         for part, names in TOLD_BY_THE_RUN.items()

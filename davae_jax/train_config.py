@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.distributed import DistributedConfig
 from davae_jax.errors import InputError, check_options
 from davae_jax.layers import Remat
 from davae_jax.noise import NoiseConfig
@@ -80,7 +81,7 @@ class AdversarialConfig:
 
     def optimizer(self, main: OptimizerConfig) -> OptimizerConfig:
         """As the main one, with a constant rate of its own and no decay."""
-        rate = dict(learning_rate=self.learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0)
+        rate = dict(learning_rate=self.learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0, spike=0.0)
         return dataclasses.replace(main, **rate)
 
 
@@ -109,14 +110,22 @@ class LogConfig:
     """Steps between two checkpoints. The last step always has one."""
 
     keep: int = 2
-    """Checkpoints to keep, the newest."""
+    """Checkpoints to keep, the newest; and the one of the lowest held-out loss."""
+
+    held_out: int = 256
+    """Texts whose loss is measured, without noise and at the highest β, at every checkpoint; 0 is none."""
 
     figures: int = 1000
     """Texts to measure on at the end; 0 is no figures."""
 
+    profile: tuple[int, int] | None = None
+    """First and last step of a trace for TensorBoard or Perfetto, counted from the start: 10 12."""
+
     def __post_init__(self):
         check_options(self, "log.", "every checkpoint keep", lambda n: n >= 1, "be at least 1")
-        check_options(self, "log.", "samples figures", lambda n: n >= 0, "be at least 0")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise InputError("--log.profile: give the first and the last step, such as 10 12", exit_code=2)
+        check_options(self, "log.", "samples held_out figures", lambda n: n >= 0, "be at least 0")
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,7 @@ class TrainConfig:
 
     model: DAVAEConfig = field(default_factory=DAVAEConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     beta: BetaConfig = field(default_factory=BetaConfig)
     free_bits: FreeBitsConfig = field(default_factory=FreeBitsConfig)
@@ -227,7 +237,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """The fields in which two configs differ, as "beta.max (0.1, now 0.2)"; what changes no result aside."""
     found = []
     for name in old.keys() | new.keys():
-        if prefix + name in ("run_dir", "log", "mesh"):
+        if prefix + name in ("run_dir", "log", "mesh", "distributed"):
             continue
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -23,7 +23,7 @@ from davae_jax.schedules import beta_at, learning_rate
 from davae_jax.sharding import RULES, weight_sharding
 from davae_jax.train_config import TrainConfig
 
-Logs = dict[str, Float[Array, ""]]
+Logs = dict[str, Array]  # scalars, and kl_per_dim [L]
 
 
 class TrainState(NamedTuple):
@@ -104,6 +104,8 @@ def make_train_step(
         )
         params = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, d_updates)
         logs |= {"beta": beta, "lr": rate(state.step), "grad_norm": optax.tree.norm(main_grads)}
+        if config.optimizer.spike:
+            logs["skipped"] = jnp.float32(opt_state.skipped - state.optimizer.skipped)
         return TrainState(state.step + 1, params, opt_state, d_opt_state), logs
 
     if abstract is None:
@@ -156,18 +158,14 @@ def objective(
     posterior = posterior_of(model, batch.encoder_ids, keys, config)
     latent = posterior.sample(keys["latent"])
 
-    ids = batch.decoder_ids
-    targets = ids[:, 1:]
-    mask = jnp.arange(1, ids.shape[1]) < batch.lengths[:, None]
-    output = model.decoder(ids[:, :-1], latent, key=keys["decoder"], remat=config.remat)
-    rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
-    rec_per_token = rec / mask.sum(-1)
+    rec, rec_per_token = reconstruction(model, latent, batch, config, keys["decoder"])
 
     kl_BL = kl_per_dimension(posterior)
     kl = counted_kl(kl_BL, config)
     weighted = rec_per_token if config.length_weighted else rec
     loss = (weighted + beta * kl).mean()
     logs = {"rec": rec_per_token.mean(), "kl": kl.mean(), "kl_unmasked": kl_BL.sum(-1).mean()}
+    logs["kl_per_dim"] = kl_BL.mean(0)
 
     # The discriminator is trained even where λ is 0: its loss then only measures how far latents are from the prior.
     prior = jax.random.normal(keys["prior"], latent.shape)
@@ -176,6 +174,40 @@ def objective(
     _, loss_g = adversarial_losses(frozen, latent, prior)
     loss = loss + config.adversarial.weight * loss_g
     return loss + loss_d, logs | {"loss": loss, "loss_d": loss_d, "loss_g": loss_g}
+
+
+def reconstruction(
+    model: DAVAE, latent: Float[Array, "B L"], batch: Batch, config: TrainConfig, key: jax.Array | None
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Nats of each text given its latent, in all and per token."""
+    ids = batch.decoder_ids
+    targets = ids[:, 1:]
+    mask = jnp.arange(1, ids.shape[1]) < batch.lengths[:, None]
+    output = model.decoder(ids[:, :-1], latent, key=key, remat=config.remat)
+    rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
+    return rec, rec / mask.sum(-1)
+
+
+def make_held_out_loss(
+    graphdef: nnx.GraphDef, config: TrainConfig, abstract: TrainState
+) -> Callable[[Params, Batch], Logs]:
+    """The compiled loss of texts that are not trained on: no noise, the highest β, all of the KL, and one draw of each
+    latent that is the same every time, so that checkpoints can be compared."""
+
+    def losses(params: Params, batch: Batch) -> Logs:
+        model = merge(graphdef, params)
+        encoded = model.encoder(batch.encoder_ids)
+        posterior = Posterior(encoded.mean, encoded.logvar)
+        latent = posterior.sample(jax.random.key(config.seed))
+        rec, rec_per_token = reconstruction(model, latent, batch, config, None)
+        kl = kl_per_dimension(posterior).sum(-1)
+        loss = (rec_per_token if config.length_weighted else rec) + config.beta.max * kl
+        return {"loss": loss.mean(), "rec": rec_per_token.mean(), "kl": kl.mean()}
+
+    places = jax.tree.map(lambda x: x.sharding, abstract.params)
+    mesh = abstract.step.sharding.mesh
+    rows = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return jax.jit(losses, in_shardings=(places, rows), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def posterior_of(model: DAVAE, ids: Int[Array, "B S"], keys: dict, config: TrainConfig) -> Posterior:
