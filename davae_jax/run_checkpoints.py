@@ -6,6 +6,7 @@ in its metadata, a sum over the bits of every array, by which damage is noticed 
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        said = {"sums": jax.device_get(_sums(_leaves(state))), "remembered": remembered}
+        said = {"sums": jax.device_get(_sums(_leaves(state))), "remembered": copy.deepcopy(remembered)}
         said["sums"] = {name: int(value) for name, value in said["sums"].items()}
         metrics = None if held_out_loss is None else {"held_out_loss": held_out_loss}
         self._saving = step
