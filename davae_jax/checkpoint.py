@@ -41,7 +41,8 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     """Loads a model.
 
     Args:
-      source: a converted checkpoint; a run folder, of which the newest complete checkpoint is read; a published folder
+      source: a converted checkpoint; a run folder, of which the newest complete checkpoint is read; one checkpoint of a
+        run, `RUN/checkpoints/STEP`; a published folder
         (config.json and pytorch_model.bin, which needs PyTorch, or model.safetensors, which does not); or a Hugging
         Face repo id, downloaded to the hub's cache.
       dtype: what weights are kept and computed in; softmax, LayerNorm and losses are float32 all the same.
@@ -51,7 +52,7 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
       InputError: nothing there, or what is there does not fit its config.json; the message names the file.
     """
     folder = resolve_source(source)
-    config = DAVAEConfig.from_json(folder / CONFIG_FILE)
+    config = DAVAEConfig.from_json(home_of(folder) / CONFIG_FILE)
     model = abstract_model(config, dtype=dtype, param_dtype=dtype)
     graphdef, abstract = split(model)
     axes = flatten(weight_axes(model))
@@ -74,9 +75,16 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
 
 def weights_of(folder: Path) -> Path | None:
     """Where a folder's weights lie: a converted checkpoint's, or those of a run's newest complete checkpoint."""
+    if home_of(folder) != folder:
+        return folder
     if (folder / PARAMS_FOLDER).is_dir():
         return folder / PARAMS_FOLDER
     return max(checkpoints_of(folder), key=lambda path: int(path.name), default=None)
+
+
+def home_of(folder: Path) -> Path:
+    """Where config.json and the tokenizers lie: the folder itself, or the run whose checkpoint it is."""
+    return folder.absolute().parent.parent if folder.absolute().parent.name == CHECKPOINTS_FOLDER else folder
 
 
 def checkpoints_of(run: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from davae_jax.checkpoint import TOKENIZER_FILES, from_pretrained, resolve_source
+from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, from_pretrained, home_of, resolve_source
 from davae_jax.cleanup import clean_up
 from davae_jax.config import DAVAEConfig
 from davae_jax.decoder import power_of_two
@@ -62,9 +62,9 @@ class TextVAE:
           InputError: nothing there, or the tokenizers do not fit the model.
         """
         folder = resolve_source(source)
-        config = DAVAEConfig.from_json(folder / "config.json")
+        config = DAVAEConfig.from_json(home_of(folder) / CONFIG_FILE)
         # The tokenizers first: a mistake there should not cost a minute of loading.
-        pair = load_tokenizers(folder if tokenizers is None else Path(tokenizers), config)
+        pair = load_tokenizers(home_of(folder) if tokenizers is None else Path(tokenizers), config)
         return cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
 
     @property

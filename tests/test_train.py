@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -102,6 +103,8 @@ def test_a_run_leaves_what_it_should(run):
     assert list((folder / "events").glob("events*"))
     stored = json.loads((folder / "train.json").read_text(encoding="utf-8"))
     assert stored["adversarial"]["weight"] == 0.1 and stored["model"]["latent_size"] == 4
+    events = b"".join(p.read_bytes() for p in (folder / "events").iterdir())
+    assert all(name in events for name in (b"kl_per_dim", b"held_out/loss", b"tokens_per_s", b"samples"))
     found = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     names = {"n", "bleu", "exact_match", "bleu_sampled", "bleu_other_latent", "prior_valid", "prior_distinct"}
     assert found.keys() >= names | {"mutual_information", "active_units", "seconds"} and found["n"] == 1
@@ -113,6 +116,8 @@ def test_every_command_reads_the_run(run, capsys):
     folder, _ = run
     vae = TextVAE.from_pretrained(folder)
     assert vae.reconstruct(TEXTS[:2]) == TextVAE.from_pretrained(str(folder)).reconstruct(TEXTS[:2])
+    newest = TextVAE.from_pretrained(folder / "checkpoints" / "8")
+    assert vae.reconstruct(TEXTS[:2]) == newest.reconstruct(TEXTS[:2])
     assert davae(["generate", "--model", str(folder), TEXTS[0]]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == TEXTS[0]
 
@@ -154,6 +159,88 @@ def state_of(path):
     from orbax.checkpoint import v1 as ocp
 
     return jax.tree.leaves(ocp.load_checkpointables(path))
+
+
+def data_file(checkpoint):
+    """The largest file of a checkpoint: its arrays."""
+    return max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink], ids=["a bit", "a missing file"])
+def test_a_damaged_checkpoint_is_set_aside(run, text_file, tmp_path, damage):
+    whole, _ = run
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    newest = folder / "checkpoints" / "8"
+    damage(data_file(newest))
+    options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--adversarial.weight", 0.1]
+    code, out, err = tiny(text_file, folder, *options)
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "set aside" in line]
+    assert line.startswith(f"{newest}: ") and line.endswith(f"going on from {folder / 'checkpoints' / '6'}")
+    assert "steps 6 to 8" in out and (folder / "checkpoints" / "8.damaged").is_dir()
+    a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_no_checkpoint_is_left(run, text_file, tmp_path):
+    whole, _ = run
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    for checkpoint in checkpoints:
+        data_file(checkpoint).unlink()
+    code, _, err = tiny(text_file, folder, "--steps", 8, "--adversarial.weight", 0.1)
+    (line,) = err.splitlines()
+    assert code == 1 and line.startswith("train.py: error: ") and line.endswith("; no other checkpoint is left")
+    assert (
+        all(f"{path}: " in line for path in checkpoints) and sorted((folder / "checkpoints").iterdir()) == checkpoints
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(run, text_file, tmp_path):
+    """Killed again and again, while it saves every step; in the end nothing shows."""
+    whole, _ = run
+    folder = tmp_path / "killed"
+    options = ["--steps", 8, "--log.checkpoint", 1, "--log.samples", 4, "--adversarial.weight", 0.1]
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **quiet)
+        before = newest_of(folder)
+        while process.poll() is None and newest_of(folder) == before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        _, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills += 1
+    assert kills >= 3
+    names = set(metrics_of(whole)[0]) - {"tokens_per_s", "data_wait", "compile_s"}
+    a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, folder))
+    assert a == b
+    a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def newest_of(folder):
+    return max((int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+
+
+def test_a_trace_is_written(text_file, tmp_path):
+    folder = tmp_path / "run"
+    code, _, err = tiny(text_file, folder, "--steps", 3, "--log.profile", 2, 3)
+    assert code == 0, err
+    assert list((folder / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_run_moves_to_another_mesh(run, text_file, tmp_path):

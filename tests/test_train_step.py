@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_model import CONFIG, new_model
 
@@ -13,7 +14,7 @@ from davae_jax.data import Batch
 from davae_jax.latent import kl_per_dimension
 from davae_jax.model import abstract_model, split
 from davae_jax.noise import NoiseConfig
-from davae_jax.optimizers import make_optimizer
+from davae_jax.optimizers import make_optimizer, skip_spikes
 from davae_jax.train_config import AdversarialConfig, FreeBitsConfig, TrainConfig
 from davae_jax.train_step import counted_kl, gradient, init_state, make_train_step, objective
 
@@ -217,6 +218,31 @@ def test_every_optimizer_learns_and_decays_matrices_alone(model, name):
     for path, weight in weights.items():
         decays = weight.ndim > 1 and not path.endswith("bias")  # some biases have two axes
         np.testing.assert_allclose(moved[path], -1e-2 * 0.5 * weight * decays, rtol=1e-5, atol=1e-9, err_msg=path)
+
+
+def test_spikes_are_skipped():
+    """A norm over ten times the usual moves nothing, not even the moments; one that stays is taken for usual at last.
+
+    By hand: the mean of 100 norms of 5 is 5, each skip raises it by a tenth, and 5 · 1.1^n ≥ 70 / 10 from n = 4 on.
+    """
+    optimizer = skip_spikes(optax.adam(0.1), 10.0)
+    weights, usual, spike = (jnp.array(x) for x in ([1.0, 1.0], [3.0, 4.0], [42.0, 56.0]))
+    update = jax.jit(optimizer.update)
+    state = optimizer.init(weights)
+    updates, state = update(spike, state, weights)  # nothing is skipped in the first 100 steps
+    assert jnp.abs(updates).min() > 0
+    state = optimizer.init(weights)
+    for _ in range(100):
+        _, state = update(usual, state, weights)
+    moments = jax.tree.map(np.asarray, state.inner)
+    for n in range(1, 5):
+        updates, state = update(spike, state, weights)
+        assert not updates.any() and int(state.skipped) == n
+        jax.tree.map(np.testing.assert_array_equal, moments, state.inner)
+    updates, state = update(spike, state, weights)
+    assert updates.any() and int(state.skipped) == 4
+    updates, state = update(jnp.array([jnp.nan, 1.0]), state, weights)
+    assert not updates.any() and int(state.skipped) == 5
 
 
 def test_a_step_moves_everything_but_the_frequencies(model):

@@ -1,0 +1,116 @@
+"""Several processes on this machine that train one model, found on the loopback address."""
+
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+from test_train import SMALLEST, TEXTS, TINY, metrics_of, started, state_of, text_file, tiny  # noqa: F401
+
+from davae_jax.data import Batches, placed, prefetched, tokenize
+from davae_jax.distributed import DistributedConfig
+from davae_jax.errors import InputError
+
+OPTIONS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def processes(n, devices, text_file, folder, *argv):  # noqa: F811
+    """Runs them to their end. Returns [(exit code, stdout, stderr)]."""
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", n]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = ["--data.train", text_file, "--run-dir", folder, *TINY, *argv, *where, "--distributed.process-id"]
+    running = [started(*command, i, devices=devices, **pipes) for i in range(n)]
+    ended = [process.communicate(timeout=600) for process in running]
+    return [(process.returncode, *said) for process, said in zip(running, ended, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(text_file, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    code, _, err = tiny(text_file, folder, *OPTIONS)
+    assert code == 0, err
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("n", "devices", "mesh"),
+    [
+        (2, 1, ["--mesh.fsdp", 2, "--mesh.data", 1]),
+        # Rows of the batch that two processes need: the tensor axis lies over both.
+        pytest.param(4, 2, ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.tensor", 4], marks=pytest.mark.slow),
+    ],
+)
+def test_the_losses_of_one_process(n, devices, mesh, alone, text_file, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    ended = processes(n, devices, text_file, folder, *OPTIONS, *mesh, "--log.figures", 2, "--log.samples", 4)
+    assert [code for code, *_ in ended] == [0] * n, ended
+    assert f"{n * devices} devices of {n} processes: " in ended[0][1]
+    assert all(out == "" for _, out, _ in ended[1:])  # one speaks for all
+    a, b = metrics_of(alone), metrics_of(folder)
+    assert [row["step"] for row in b] == [2, 4, 6, 8]
+    for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in b], [row[name] for row in a], rtol=1e-5, err_msg=name)
+    assert (folder / "figures.json").exists()
+    # What several wrote, one goes on from.
+    code, out, err = tiny(text_file, folder, *OPTIONS)
+    assert code == 0 and "steps 8 to 8" in out, err
+
+
+def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
+    argv = [*where, "--distributed.process-id", 0, "--distributed.timeout", 5]
+    code, _, err = tiny(text_file, tmp_path / "run", *argv)
+    assert code == 1 and not (tmp_path / "run").exists()
+    (line,) = [line for line in err.splitlines() if line.startswith("train.py: error: ")]
+    assert ": waited 5 s for process 1 to connect" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(coordinator="a:1"), "give all three or none"),
+        (dict(coordinator="a:1", num_processes=2, process_id=2), "--distributed.process_id"),
+        (dict(coordinator="a", num_processes=2, process_id=1), "must be HOST:PORT, not a"),
+        (dict(timeout=0), "--distributed.timeout must be at least 1, not 0"),
+    ],
+)
+def test_bad_options(given, said):
+    with pytest.raises(InputError) as e:
+        DistributedConfig(**given)
+    assert said.replace("_", "-") in str(e.value) and e.value.exit_code == 2
+
+
+def test_each_device_gets_its_own_rows():
+    """Over 8 devices; and the batch as a whole is the one of a single device."""
+    import jax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    class Ids:
+        bos_id, sep_id, max_ids = 1, 3, 100
+
+        def encode(self, texts):
+            return (
+                [[2, *(10 + ord(c) % 50 for c in text), 3, 3][: len(text) + 3] for text in texts]
+                if (isinstance(texts, list))
+                else [10 + ord(c) % 50 for c in texts]
+            )
+
+    ids = Ids()
+    texts = tokenize(TEXTS, ids, ids, max_length=20, source="")
+    batches = Batches(texts, 16, pad_id=0, buckets=2)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    for step, batch, waited in prefetched(lambda step: placed(batches, step, sharding), 0, batches.per_epoch + 1):
+        for whole, laid_out in zip(batches[step], batch, strict=True):
+            np.testing.assert_array_equal(whole, laid_out)
+            for shard in laid_out.addressable_shards:
+                assert len(shard.data) == 4
+                np.testing.assert_array_equal(shard.data, whole[shard.index])
+        assert waited >= 0
+    assert step == batches.per_epoch + 1
