@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from davae_jax.errors import InputError, check_options, first_line
+from davae_jax.errors import InputError, check_options
 
 Params = dict[str, Any]
 
@@ -48,23 +51,62 @@ def connect(config: DistributedConfig) -> None:
     """Joins this process with the others. To be called before anything asks for devices.
 
     Raises:
-      InputError: the others did not come within the timeout; those missing are named where that is known.
+      InputError: the others did not come within the timeout; the missing ones are named.
     """
+    where = (config.coordinator, config.num_processes, config.process_id)
+    if config.coordinator is not None:
+        _roll_call(*where, config.timeout)
     try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
-            initialization_timeout=config.timeout,
-            heartbeat_timeout_seconds=max(10, min(100, config.timeout)),
-        )
+        jax.distributed.initialize(*where, initialization_timeout=config.timeout)
     except ValueError:
         if config.coordinator is not None:
             raise
-        return  # no cluster around this process: it is alone
-    except RuntimeError as e:
-        at = f"{config.coordinator}: " if config.coordinator else ""
-        raise InputError(f"{at}waited {config.timeout} s for {_missing(e)} to connect ({first_line(e)})") from e
+        # No cluster around this process: it is alone.
+
+
+def _roll_call(coordinator: str, n: int, process: int, timeout: float) -> None:
+    """Waits until all processes are there. JAX's own wait ends with the process, and names nobody."""
+    host, _, port = coordinator.rpartition(":")
+    ends = time.monotonic() + timeout
+    if process == 0:
+        try:
+            server = socket.create_server(("", int(port)))
+        except OSError as e:
+            raise InputError(f"--distributed.coordinator {coordinator}: {e.strerror}") from e
+        with server:
+            missing = _received(server, n, ends)
+            if missing:
+                raise InputError(f"{coordinator}: waited {timeout} s for {_processes(missing)}")
+        return
+    while (left := ends - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, int(port)), timeout=left) as connection:
+                connection.sendall(process.to_bytes(4, "big"))
+                if connection.recv(1):
+                    return
+            ends = min(ends, time.monotonic())  # process 0 gave up
+        except OSError:
+            time.sleep(0.2)
+    raise InputError(f"{coordinator}: waited {timeout} s for process 0, or it waited in vain for others")
+
+
+def _received(server: socket.socket, n: int, ends: float) -> set[int]:
+    """Process 0's part: answers the others once all are there. Returns those that did not come."""
+    came: dict[int, socket.socket] = {}
+    missing = set(range(1, n))
+    with contextlib.ExitStack() as stack:
+        while missing and (left := ends - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError):
+                connection = stack.enter_context(server.accept()[0])
+                connection.settimeout(5)
+                process = int.from_bytes(connection.recv(4), "big")
+                came[process] = connection
+                missing.discard(process)
+        for connection in came.values() if not missing else ():
+            with contextlib.suppress(OSError):
+                connection.sendall(b"!")
+    return missing
 
 
 def barrier(reached: str, timeout: int = 300) -> None:
@@ -76,10 +118,14 @@ def barrier(reached: str, timeout: int = 300) -> None:
         return
     from jax._src import distributed  # multihost_utils.sync_global_devices has no timeout
 
+    client, place = distributed.global_state.client, reached.replace(" ", "_")
+    client.key_value_set(f"{place}/{jax.process_index()}", "", allow_overwrite=True)
     try:
-        distributed.global_state.client.wait_at_barrier(reached.replace(" ", "_"), timeout * 1000)
+        client.wait_at_barrier(place, timeout * 1000)
     except RuntimeError as e:
-        raise InputError(f"waited {timeout} s until {reached}: no word from {_missing(e)}") from e
+        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(f"{place}/")}
+        missing = set(range(jax.process_count())) - came
+        raise InputError(f"waited {timeout} s until {reached}: no word from {_processes(missing)}") from e
 
 
 def agreed(asked: bool, step: int) -> bool:
@@ -105,8 +151,6 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def _missing(error: Exception) -> str:
-    """The processes that the coordination service's error names."""
-    _, _, named = str(error).partition("timed out task names")
-    ids = sorted({int(i) for i in re.findall(r"/task:(\d+)", named)})
-    return f"process {', '.join(map(str, ids))}" if ids else "the other processes"
+def _processes(ids: set[int]) -> str:
+    named = ", ".join(map(str, sorted(ids)))
+    return f"process{'es' if len(ids) > 1 else ''} {named}" if ids else "the other processes"

@@ -2,10 +2,11 @@
 
 import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from test_train import SMALLEST, TEXTS, TINY, metrics_of, started, state_of, text_file, tiny  # noqa: F401
+from test_train import ROOT, TEXTS, TINY, environment, metrics_of, started, text_file, tiny  # noqa: F401
 
 from davae_jax.data import Batches, placed, prefetched, tokenize
 from davae_jax.distributed import DistributedConfig
@@ -63,12 +64,44 @@ def test_the_losses_of_one_process(n, devices, mesh, alone, text_file, tmp_path)
 
 
 def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811
-    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
-    argv = [*where, "--distributed.process-id", 0, "--distributed.timeout", 5]
-    code, _, err = tiny(text_file, tmp_path / "run", *argv)
-    assert code == 1 and not (tmp_path / "run").exists()
-    (line,) = [line for line in err.splitlines() if line.startswith("train.py: error: ")]
-    assert ": waited 5 s for process 1 to connect" in line
+    """Of three, process 1 is missing; and process 0, for one that is there alone."""
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 3]
+    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *where, "--distributed.timeout"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = [started(*argv, 20, "--distributed.process-id", i, **pipes) for i in (0, 2)]
+    ended = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [1, 1] and not (tmp_path / "run").exists()
+    assert f"{where[1]}: waited 20 s for process 1\n" in ended[0][1]
+    alone = started(*argv, 1, "--distributed.process-id", 2, **pipes)
+    _, err = alone.communicate(timeout=120)
+    assert alone.returncode == 1 and f"train.py: error: {where[1]}: waited 1 s for process 0" in err
+
+
+BARRIER = """
+import sys, time
+from davae_jax.distributed import DistributedConfig, barrier, connect
+from davae_jax.errors import InputError
+process = int(sys.argv[2])
+connect(DistributedConfig(sys.argv[1], 2, process, 60))
+barrier("both are here", 60)
+if process == 1:
+    time.sleep(4)
+else:
+    try:
+        barrier("the other one is here too", 1)
+    except InputError as e:
+        print(e, flush=True)
+"""
+
+
+def test_a_barrier_names_who_is_missing():
+    where = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-c", BARRIER, where]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    running = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    out, err = running[0].communicate(timeout=120)
+    running[1].communicate(timeout=120)
+    assert out == "waited 1 s until the other one is here too: no word from process 1\n", err
 
 
 @pytest.mark.parametrize(
