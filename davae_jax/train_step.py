@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
@@ -52,7 +52,7 @@ def all_finite(params: Params) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda w: jnp.isfinite(w).all(), params))
 
 
-def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh) -> TrainState:
+def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shape, dtype and sharding of everything in the state of an abstract model. What an optimizer keeps of a weight
     lies where the weight lies."""
     replicated = NamedSharding(mesh, PartitionSpec())
