@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from davae_jax.chips import Chip
+from davae_jax.config import DAVAEConfig
 from davae_jax.data import Batch, round_up
-from davae_jax.model import abstract_model, split, weight_axes
+from davae_jax.model import DAVAE, abstract_model, split
 from davae_jax.sharding import RULES, MeshConfig, make_abstract_mesh
 from davae_jax.train_config import TrainConfig
 from davae_jax.train_step import TrainState, abstract_state, objective
@@ -93,7 +94,9 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
         chip=chip,
         chips=chips,
         mesh=dict(mesh.shape),
-        weights={name: sum(w.size for w in jax.tree.leaves(part)) for name, part in _model(config)[2].items()},
+        weights={
+            name: sum(w.size for w in jax.tree.leaves(part)) for name, part in state_of(config, mesh).params.items()
+        },
         memory=memory(config, mesh),
         flops=flops,
         recomputed=sum(p.again * p.flops for p in products),
@@ -175,7 +178,8 @@ def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] 
 
 
 def activations(config: TrainConfig, rows: int, tensor: int) -> tuple[int, int, int]:
-    """Bytes that the backward pass keeps of `rows` texts: (outside the layers, of an encoder layer, of a decoder layer).
+    """Bytes that the backward pass keeps of `rows` texts: (outside the layers, of one encoder layer, of one decoder
+    layer).
 
     Read off JAX's own trace of the objective with one layer and with two. The widths that the tensor axis splits
     (heads, feed-forward, words) are taken as split in whatever is kept.
@@ -285,40 +289,42 @@ def traffic(config: TrainConfig, mesh: AbstractMesh, chip: Chip) -> dict[str, Tr
     data: the gradients' all-reduce. fsdp: the weights' all-gathers in the compute dtype, forward and backward, the
     gradients' reduce-scatter, and the embeddings' exchange. tensor: the activations' all-reduces after each layer's two
     maps to the residual stream and before its two maps from it, those that remat repeats, and the gathering of q, k, v
-    and their context where the heads do not divide. All of it for each of the `accumulate` parts of a batch.
+    and their context where the heads do not divide. The word table is gathered, and its gradient reduced, for every
+    chunk of the logits in the backward pass; all of it for each of the `accumulate` parts of a batch.
     """
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     params = state_of(config, mesh).params
-    leaves = jax.tree.leaves(params)
     itemsize = jnp.dtype(config.dtype).itemsize
-    held = [x for x in leaves if "fsdp" in jax.tree.leaves(tuple(x.sharding.spec))]
-    shared = sum(fsdp * bytes_per_device(x) for x in held)  # whole over fsdp, float32
-    whole = bytes_per_device(leaves) - bytes_per_device(held)
     rows, (S, T) = _rows(config, mesh.shape), _lengths(config)
     encoder, decoder = config.model.encoder, config.model.decoder
 
-    looked_up = sum(n * D * FLOAT32 * (D % fsdp == 0) for n, D in ((S, encoder.hidden_size), (T, decoder.hidden_size)))
-    over_fsdp = shared * 2 * itemsize / FLOAT32 + shared + 2 * whole + 2 * rows * looked_up
+    reductions = {id(params["decoder"]["embedding"]["weight"]): math.ceil(T / config.logits_chunk)}
+    over_data = over_fsdp = 0
+    for weight in jax.tree.leaves(params):
+        held, times = bytes_per_device(weight), reductions.get(id(weight), 1)
+        over_data += 2 * times * held
+        if "fsdp" in weight.sharding.spec:
+            over_fsdp += fsdp * held * ((1 + times) * itemsize / FLOAT32 + times)
+        else:
+            over_fsdp += 2 * times * held
+    for n, D in ((S, encoder.hidden_size), (T, decoder.hidden_size)):
+        over_fsdp += 2 * rows * n * D * FLOAT32 * (D % fsdp == 0)
+
     full = int(config.remat == "full")
-    over_tensor = 0
+    over_tensor = 4 * rows * T * decoder.hidden_size * itemsize  # the words' lookup, and the gradient of the logits
     for n, D, N, layers, repeated in (
         (S, encoder.hidden_size, encoder.num_attention_heads, encoder.num_hidden_layers, 2),
         (T, decoder.hidden_size, decoder.num_attention_heads, decoder.num_layers, 1),
     ):
-        one = rows * n * D * itemsize
         reduced = 2 * (2 + 2 + full * repeated)
         gathered = 0 if N % tensor == 0 else 3 * (1 + full) + 1
-        over_tensor += layers * one * (reduced + gathered)
-    over_tensor += (
-        2 * 2 * rows * T * decoder.hidden_size * itemsize
-    )  # the lookup in a split table, the logits' gradient
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    whole_bytes = {"data": 2 * bytes_per_device(leaves), "fsdp": over_fsdp, "tensor": over_tensor}
-    found, inner = {}, math.prod(sizes.values())
-    for name, k in sizes.items():
-        sent = round(config.accumulate * whole_bytes[name] * (k - 1) / k)
-        # The last axis has neighbours; an axis goes over the network where it and those after it are more than a group.
-        found[name] = Traffic(k, sent, chip.link if inner <= chip.group else chip.network)
+        over_tensor += layers * rows * n * D * itemsize * (reduced + gathered)
+
+    found, inner = {}, data * fsdp * tensor
+    for name, k, whole in (("data", data, over_data), ("fsdp", fsdp, over_fsdp), ("tensor", tensor, over_tensor)):
+        # The last axis has neighbours: an axis goes over the network where it and those after it exceed a group.
+        rate = chip.link if inner <= chip.group else chip.network
+        found[name] = Traffic(k, round(config.accumulate * whole * (k - 1) / k), rate)
         inner //= k
     return found
 
@@ -327,15 +333,13 @@ def traffic(config: TrainConfig, mesh: AbstractMesh, chip: Chip) -> dict[str, Tr
 
 
 @functools.lru_cache(maxsize=4)
-def _model(config: TrainConfig) -> tuple:
-    """(model, its axes, its params), all abstract."""
-    model = abstract_model(config.model, dtype=config.dtype)
-    return model, weight_axes(model), split(model)[1]
+def _model(config: DAVAEConfig, dtype: str) -> DAVAE:
+    return abstract_model(config, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=16)
 def state_of(config: TrainConfig, mesh: AbstractMesh) -> TrainState:
-    return abstract_state(_model(config)[0], config, mesh)
+    return abstract_state(_model(config.model, config.dtype), config, mesh)
 
 
 def planned(config: TrainConfig) -> TrainConfig:

@@ -97,6 +97,8 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     """The sharding of one weight; without a mesh, the first device alone."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if len(shape) == 1:  # over fsdp vectors stay whole: their bytes are not worth hundreds of small gatherings a step
+        axes = tuple(None if name == "embed" else name for name in axes)
     # Whatever axis types the caller's mesh was made with: the model's own operations name no shardings.
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))

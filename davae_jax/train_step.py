@@ -65,14 +65,20 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
     )
     state = jax.eval_shape(partial(init_state, config=config), params)
 
+    def like_weight(kept, weight):
+        if isinstance(kept, optax.MaskedNode):  # Muon keeps nothing of what is Adam's, and the other way round
+            return kept
+        # Adafactor keeps sums over a weight's rows and columns: small, and whole everywhere.
+        return placed(kept, weight.sharding if kept.shape == weight.shape else replicated)
+
     def of_optimizer(optimizer, opt_state, weights):
         return optax.tree.map_params(
             optimizer,
-            # Adafactor keeps sums over a weight's rows and columns: small, and whole everywhere.
-            lambda kept, weight: placed(kept, weight.sharding if kept.shape == weight.shape else replicated),
+            like_weight,
             opt_state,
             weights,
             transform_non_params=lambda x: placed(x, replicated),
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
 
     pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(params), strict=True)
