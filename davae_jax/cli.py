@@ -29,6 +29,11 @@ class Command:
     debug: bool = False
     """On an error, print the traceback as well."""
 
+    @classmethod
+    def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
+        """The command with its options; None where the help text was asked for. Raises InputError as `parse`."""
+        return parse(cls, argv, prog)
+
     def run(self) -> int | None:
         """Does the work; a returned number is the exit code."""
         raise NotImplementedError
@@ -41,6 +46,12 @@ def _text_command(name: str) -> Callable[[], type[Command]]:
         return getattr(commands, name)
 
     return load
+
+
+def _plan_command() -> type[Command]:
+    from davae_jax.plan_cli import PlanCommand
+
+    return PlanCommand
 
 
 def _converter_command(module: str) -> Callable[[], type[Command]]:
@@ -59,6 +70,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "sample": ("texts from the prior", _text_command("Sample")),
     "interpolate": ("texts on the way from one text to another", _text_command("Interpolate")),
     "analogy": ("what is to C as B is to A", _text_command("Analogy")),
+    "plan": ("memory, work and traffic of a training run on machines that are not here", _plan_command),
     "convert": ("published PyTorch checkpoint → davae-jax", _converter_command("from_torch")),
     "export": ("davae-jax checkpoint → published PyTorch layout", _converter_command("to_torch")),
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _converter_command("parity")),
@@ -89,7 +101,7 @@ def run(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int | None:
-        command = parse(load(), argv, prog)
+        command = load().parse(argv, prog)
         return command.run() if command else 0
 
     return guarded(work, prog, debug="--debug" in argv)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from davae_jax.errors import InputError, check_options
 
@@ -65,11 +65,21 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     Raises:
       InputError: the devices or the batch cannot be divided so (exit code 2).
     """
-    shape = config.shape(jax.device_count())
+    return jax.make_mesh(*_axes_of_mesh(config, batch_size, jax.device_count()))
+
+
+def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int) -> AbstractMesh:
+    """The mesh of a machine that is not there, of so many devices. Raises as `make_mesh`."""
+    return AbstractMesh(*_axes_of_mesh(config, batch_size, devices))
+
+
+def _axes_of_mesh(config: MeshConfig, batch_size: int, devices: int) -> tuple:
+    """Sizes, names and types of the axes."""
+    shape = config.shape(devices)
     parts = math.prod(shape[axis] for axis in RULES["batch"])
     if batch_size % parts:
         raise InputError(f"--batch-size {batch_size}: does not divide into the mesh's {parts} parts", exit_code=2)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
 
 
 def partition_spec(axes: Axes, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> PartitionSpec:
@@ -83,12 +93,14 @@ def partition_spec(axes: Axes, shape: tuple[int, ...], mesh_shape: Mapping[str, 
     return PartitionSpec(*spec)
 
 
-def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
+def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> jax.sharding.Sharding:
     """The sharding of one weight; without a mesh, the first device alone."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if len(shape) == 1:  # over fsdp vectors stay whole: their bytes are not worth hundreds of small gatherings a step
+        axes = tuple(None if name == "embed" else name for name in axes)
     # Whatever axis types the caller's mesh was made with: the model's own operations name no shardings.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
 
 

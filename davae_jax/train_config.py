@@ -216,15 +216,16 @@ DEMO = TrainConfig(
     free_bits=FreeBitsConfig(target=0.5),
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.05, end=0.1, weight_decay=0.01, b2=0.99),
 )
-PUBLISHED = TrainConfig(
+RANDENG_1B = TrainConfig(
     model=DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5),
     data=DataConfig(max_length=512),
     noise=NoiseConfig(embedding=0.0),
+    dtype="bfloat16",
     remat="full",
 )
 PRESETS = {
     "demo": ("A small model on a small corpus of the project's own, in minutes on a laptop.", DEMO),
-    "published": ("The published sizes and settings, 1.2 billion weights.", PUBLISHED),
+    "randeng-1b": ("The published sizes and settings, 1.2 billion weights.", RANDENG_1B),
 }
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
@@ -52,7 +52,7 @@ def all_finite(params: Params) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda w: jnp.isfinite(w).all(), params))
 
 
-def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh) -> TrainState:
+def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shape, dtype and sharding of everything in the state of an abstract model. What an optimizer keeps of a weight
     lies where the weight lies."""
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -65,14 +65,20 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh) -> TrainState:
     )
     state = jax.eval_shape(partial(init_state, config=config), params)
 
+    def like_weight(kept, weight):
+        if isinstance(kept, optax.MaskedNode):  # Muon keeps nothing of what is Adam's, and the other way round
+            return kept
+        # Adafactor keeps sums over a weight's rows and columns: small, and whole everywhere.
+        return placed(kept, weight.sharding if kept.shape == weight.shape else replicated)
+
     def of_optimizer(optimizer, opt_state, weights):
         return optax.tree.map_params(
             optimizer,
-            # Adafactor keeps sums over a weight's rows and columns: small, and whole everywhere.
-            lambda kept, weight: placed(kept, weight.sharding if kept.shape == weight.shape else replicated),
+            like_weight,
             opt_state,
             weights,
             transform_non_params=lambda x: placed(x, replicated),
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
 
     pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(params), strict=True)

@@ -349,7 +349,7 @@ def test_other_texts_under_the_same_name(run, text_file):
     [
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--stpes", "3"], "--stpes"),
-        (["published", "--beta.cycles", "0"], "--beta.cycles must be at least 1, not 0"),
+        (["randeng-1b", "--beta.cycles", "0"], "--beta.cycles must be at least 1, not 0"),
         (["--optimizer.schedule", "linear"], "--optimizer.schedule"),
         (["dmo"], "dmo"),
         (["--free-bits.target", "-1"], "--free-bits.target"),

@@ -1,0 +1,31 @@
+"""What the makers say of their chips: memory, speed, and how fast they talk to each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    name: str
+    memory: float  # bytes
+    flops: float  # peak FLOP/s of dense bfloat16 products
+    link: float  # bytes/s that one chip can send to the others of its group
+    group: int  # chips joined by the fast link: a node's, or a pod's
+    network: float  # bytes/s that one chip can send beyond its group
+
+
+GB, GiB, TERA = 1e9, 2**30, 1e12
+# Sources: NVIDIA's data sheets of A100, H100 and H200 (SXM; figures without sparsity; NVLink's rate is given there for
+# both directions together) and the user guides of DGX A100, H100 and H200 (one network card a GPU, 200 and 400 Gb/s);
+# Google's Cloud TPU documentation, "System architecture" of v4, v5e, v5p and v6e (interconnect in one direction; the
+# data centre network's rate divided by the pod's chips; v4's is not given there, and v5p's stands in for it).
+CHIPS = {
+    "h200": Chip("H200", 141 * GB, 989 * TERA, 450 * GB, 8, 50 * GB),
+    "h100": Chip("H100", 80 * GB, 989 * TERA, 450 * GB, 8, 50 * GB),
+    "a100-80gb": Chip("A100 80 GB", 80 * GB, 312 * TERA, 300 * GB, 8, 25 * GB),
+    "a100-40gb": Chip("A100 40 GB", 40 * GB, 312 * TERA, 300 * GB, 8, 25 * GB),
+    "tpu-v4": Chip("TPU v4", 32 * GiB, 275 * TERA, 300 * GB, 4096, 6.25 * GB),
+    "tpu-v5e": Chip("TPU v5e", 16 * GiB, 197 * TERA, 200 * GB, 256, 3.125 * GB),
+    "tpu-v5p": Chip("TPU v5p", 95 * GiB, 459 * TERA, 600 * GB, 8960, 6.25 * GB),
+    "tpu-v6e": Chip("TPU v6e", 32 * GiB, 918 * TERA, 400 * GB, 256, 12.5 * GB),
+}

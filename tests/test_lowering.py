@@ -1,0 +1,120 @@
+"""The full-size train step, for machines that are not here: what each device holds, what it reuses, what it gathers.
+
+Lowered at its full size on abstract meshes, for GPUs and TPUs. Compiled, which takes minutes at the full depth, with
+every width of the full size and a layer of each half: a layer's partitioning does not depend on how many there are.
+"""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from davae_jax.model import abstract_model, split
+from davae_jax.plan import batch_shapes, bytes_per_device, memory
+from davae_jax.sharding import MeshConfig, make_abstract_mesh
+from davae_jax.train_config import PRESETS
+from davae_jax.train_step import abstract_state, make_train_step
+
+RANDENG = replace(PRESETS["randeng-1b"][1], batch_size=64)
+MESH = {"data": 2, "fsdp": 4, "tensor": 1}
+WEIGHTS = 1_249_095_457
+
+
+@pytest.fixture(scope="module")
+def traced():
+    mesh = make_abstract_mesh(MeshConfig(*MESH.values()), RANDENG.batch_size, 8)
+    model = abstract_model(RANDENG.model, dtype=RANDENG.dtype)
+    state = abstract_state(model, RANDENG, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = make_train_step(split(model)[0], RANDENG, state)
+        return step.trace(state, batch_shapes(RANDENG, RANDENG.batch_size)), state, mesh
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_full_size_lowers(traced, platform):
+    """Every array of the state is donated, and each device gets no more of it than its part."""
+    trace, state, mesh = traced
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = trace.lower(lowering_platforms=(platform,)).as_text()
+    assert "mhlo.num_partitions = 8" in text
+    (signature,) = re.findall(r"func.func public @main\((.*)\) -> ", text)
+    arguments = re.split(r", (?=%arg\d+: )", signature)
+    leaves = jax.tree.leaves(state)
+    of_state, of_batch = arguments[: len(leaves)], arguments[len(leaves) :]
+    assert len(of_batch) == 3 and not any("tf.aliasing_output" in a or "jax.buffer_donor" in a for a in of_batch)
+    places = [re.search(r"tf.aliasing_output = (\d+)", a)[1] for a in of_state]
+    assert places == [str(i) for i in range(len(leaves))]
+
+    weights = sum(map(_bytes_per_device, of_state[1 : 1 + len(jax.tree.leaves(state.params))]))
+    all_of_it = sum(map(_bytes_per_device, of_state))
+    assert weights == pytest.approx(WEIGHTS, rel=1e-2)  # 4 bytes over 4 devices of fsdp, and little that is whole
+    assert all_of_it == pytest.approx(3 * WEIGHTS, rel=1e-2)
+    planned = memory(RANDENG, mesh)
+    kinds = planned["parameters"] + planned["optimizer state"] + planned["discriminator, with its own"]
+    assert all_of_it == kinds - bytes_per_device(state.params["discriminator"])  # whose gradient is in that kind
+
+
+def _bytes_per_device(argument: str) -> int:
+    """Of one argument of the lowered program, from its type and its sharding as they are written there."""
+    *dims, dtype = re.search(r"tensor<([^>]*)>", argument)[1].split("x")
+    axes = re.search(r"sdy.sharding<@mesh, \[(.*?)\]>", argument)
+    parts = math.prod(MESH[axis] for axis in re.findall(r'"(\w+)"', axes[1])) if axes else 1
+    assert dtype in ("f32", "i32")
+    return 4 * math.prod(map(int, dims)) // parts
+
+
+def compiled(mesh: tuple[int, int, int], batch_size: int, *topology: str) -> dict:
+    here = Path(__file__).parent
+    told = json.dumps({"mesh": mesh, "layers": 1, "batch_size": batch_size, "length": 64})
+    done = subprocess.run(
+        [sys.executable, here / "compile_step.py", told, *topology], capture_output=True, text=True, cwd=here.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(program: dict) -> None:
+    """The next state lies in the old one's memory, and only what a layer computes with is ever gathered."""
+    assert program["aliases"] == program["leaves"]
+    assert program["alias_bytes"] >= program["state_bytes"]
+    gathers = Counter()
+    for c in program["collectives"]:
+        if c["kind"] != "all-gather":
+            continue
+        for _, shape in c["shapes"]:
+            if math.prod(shape) >= 100_000:
+                # The optimizer's operations stand outside of the gradient, whose names all have a jvp.
+                assert "jvp" in c["where"], c
+                gathers[tuple(shape)] += c["times"]
+    # Forward and backward, of each of the matrices that have this shape; nothing is gathered for the optimizer.
+    matrices = {(50048, 1600): 1, (3, 1600, 1600): 1, (1600, 1600): 2, (6400, 1600): 1, (1600, 6400): 1}
+    for shape, n in matrices.items():
+        assert gathers[shape] <= 2 * n, (shape, gathers[shape])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size"),
+    [
+        ((1, 8, 1), 16),
+        pytest.param((8, 8, 1), 128, marks=pytest.mark.slow),
+        pytest.param((4, 8, 2), 64, marks=pytest.mark.slow),
+        pytest.param((4, 64, 1), 512, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x),
+)
+def test_what_the_compiled_step_gathers(mesh, batch_size):
+    check(compiled(mesh, batch_size))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="JAX's TPU package (libtpu) is not installed")
+def test_the_step_compiles_for_a_pod_of_tpus():
+    check(compiled((4, 64, 1), 512, "v5e:16x16"))

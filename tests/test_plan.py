@@ -1,0 +1,315 @@
+"""The plan of a run on machines that are not here: exact where it says so, near what XLA counts elsewhere."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import collectives
+
+from davae_jax.chips import CHIPS
+from davae_jax.cli import main
+from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.model import abstract_model, split
+from davae_jax.plan import (
+    activations,
+    batch_shapes,
+    bytes_per_device,
+    fewest_chips,
+    forward_products,
+    make_plan,
+    memory,
+    traffic,
+)
+from davae_jax.sharding import MeshConfig, make_abstract_mesh, make_mesh
+from davae_jax.train_config import PRESETS, DataConfig, TrainConfig
+from davae_jax.train_step import abstract_state, gradient, make_train_step
+
+B, T = 64, 31
+MODEL = DAVAEConfig(
+    encoder=EncoderConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256
+    ),
+    decoder=DecoderConfig(vocab_size=1024, num_layers=1, hidden_size=128, num_attention_heads=4),
+    latent_size=32,
+    **dict(end_token_id=1000, pad_token_id=1001, bos_token_id=1002),
+)
+CONFIG = TrainConfig(model=MODEL, batch_size=B, data=DataConfig(max_length=T + 1))
+RANDENG = PRESETS["randeng-1b"][1]
+H200 = CHIPS["h200"]
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def with_(config=CONFIG, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+def mesh_of(*shape, batch=B):
+    return make_abstract_mesh(MeshConfig(*shape), batch, math.prod(shape))
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    ("shape", "optimizer"),
+    [
+        ((8, 1, 1), "adamw"),
+        ((1, 8, 1), "adamw"),
+        ((1, 1, 8), "adamw"),
+        ((2, 2, 2), "adamw"),
+        ((2, 2, 2), "adafactor"),
+        ((2, 2, 2), "muon"),
+    ],
+)
+def test_the_state_takes_the_bytes_that_the_plan_says(shape, optimizer):
+    """Arrays laid on 8 devices as the step wants them: what the first device holds, counted there."""
+    config = with_(optimizer=dataclasses.replace(CONFIG.optimizer, name=optimizer))
+    state = abstract_state(abstract_model(MODEL), config, make_mesh(MeshConfig(*shape), B))
+    first = jax.devices()[0]
+
+    def held(tree):
+        arrays = (jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for x in jax.tree.leaves(tree))
+        return sum(s.data.nbytes for array in arrays for s in array.addressable_shards if s.device == first)
+
+    discriminator = held(state.params["discriminator"])
+    weights = held(state.params) - discriminator
+    found = memory(config, mesh_of(*shape))
+    assert found["parameters"] == found["gradients"] == weights
+    assert found["optimizer state"] == held(state.optimizer)
+    own = held((state.discriminator_optimizer, state.step))
+    assert found["discriminator, with its own"] == 2 * discriminator + own
+
+
+def test_the_state_of_the_published_size():
+    """By hand: 4 bytes a weight, 8 more for AdamW's two moments and 4 for its count."""
+    config, mesh = with_(RANDENG, batch_size=8), mesh_of(1, 1, 1, batch=8)
+    found = memory(config, mesh)
+    D, F, V = 768, 3072, 21128
+    encoder = (V + 512 + 2) * D + 2 * D + 12 * (4 * D * (D + 1) + D * F + F + F * D + D + 4 * D) + D * (D + 1) + 512 * D
+    D, V = 1600, 50048
+    layer = 3 * D * (D + 1) + 2 * D * (D + 1) + 4 * D * D + 4 * D + 4 * D * D + D + 4 * D
+    decoder = V * D + D * 256 + 2 * D + D // 2 + 32 * layer + 2 * D
+    assert found["parameters"] == 4 * (encoder + decoder)
+    assert found["optimizer state"] == pytest.approx(8 * (encoder + decoder), abs=16)
+    assert found["discriminator, with its own"] == pytest.approx(16 * (1024 * 257 + 1025), abs=16)
+    assert memory(with_(config, accumulate=2), mesh)["gradients"] == 2 * found["gradients"]
+    # Eight devices with all of it in parts, but the few vectors and tables that do not divide.
+    eighth = memory(config, mesh_of(1, 8, 1, batch=8))
+    assert eighth["parameters"] == pytest.approx(found["parameters"] / 8, rel=1e-2)
+
+
+def test_what_the_backward_pass_keeps():
+    """remat full: of a layer its input alone. Whatever is kept grows with the texts of a device and with nothing else.
+
+    dots: in the decoder the input, q, k, v, the attention's output and the feed-forward's inside; in the encoder the
+    feed-forward's output besides, which the norm after it needs.
+    """
+    D, E, F = 128, 64, 256
+    S = T + 1
+    _, encoder, decoder = activations(with_(remat="full", dtype="bfloat16"), 8, 1)
+    assert (encoder, decoder) == (8 * S * E * 2, 8 * T * D * 2)
+    _, encoder, decoder = activations(with_(remat="dots"), 8, 1)
+    assert encoder == 8 * S * (6 * E + F) * 4
+    assert decoder == 8 * T * (5 * D + 4 * D) * 4
+    # tensor 2 halves what lies inside the attention and the feed-forward, and no state between them.
+    _, halved_encoder, halved_decoder = activations(with_(remat="dots"), 8, 2)
+    assert encoder - halved_encoder >= 8 * S * F * 4 // 2
+    assert decoder - halved_decoder >= 8 * T * 4 * D * 4 // 2
+    none, full = (sum(activations(with_(remat=r), 16, 1)) for r in ("none", "full"))
+    assert none == 2 * sum(activations(with_(), 8, 1)) and none > 3 * full
+    kept = memory(with_(accumulate=4), mesh_of(2, 1, 1))
+    assert kept["activations kept"] == pytest.approx(memory(CONFIG, mesh_of(8, 1, 1))["activations kept"], abs=4)
+
+
+def test_logits_and_gathered_weights():
+    found = memory(with_(logits_chunk=8), mesh_of(2, 2, 2))
+    assert found["logits"] == 2 * (B // 4) * 8 * (1024 // 2) * 4
+    assert found["gathered weights"] == (1024 // 2) * 128 * (4 + 4)
+    assert memory(CONFIG, mesh_of(1, 1, 1))["gathered weights"] == 0
+
+
+# ---- work
+
+
+@pytest.mark.parametrize(("remat", "chunk"), [("none", 128), ("dots", 128), ("full", 128)])
+def test_work_is_what_xla_counts(remat, chunk):
+    """XLA counts the elementwise operations as well: a few percent at these widths. It counts a loop's body once, so
+    the logits are made whole here."""
+    model = dataclasses.replace(
+        MODEL,
+        encoder=dataclasses.replace(
+            MODEL.encoder, hidden_size=512, num_attention_heads=8, intermediate_size=2048, num_hidden_layers=2
+        ),
+        decoder=dataclasses.replace(
+            MODEL.decoder, hidden_size=768, num_attention_heads=8, num_layers=2, vocab_size=8192
+        ),
+    )
+    config = with_(model=model, remat=remat, logits_chunk=chunk, data=DataConfig(max_length=128))
+    graphdef, params = split(abstract_model(model))
+    step = jax.jit(lambda p, batch, key: gradient(p, graphdef, batch, key, jnp.float32(1), config)[0])
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    counted = step.lower(params, batch_shapes(config, B), key).cost_analysis()["flops"]
+    products = forward_products(config, ONE)
+    expected = sum((1 + p.backward + p.again) * p.flops for p in products)
+    assert 1 <= counted / expected < 1.05
+
+
+def test_the_logits_chunks_are_made_twice():
+    again = {c: sum(p.again * p.flops for p in forward_products(with_(logits_chunk=c), ONE)) for c in (8, T)}
+    assert again[T] == 0 and again[8] == 2 * B * T * 128 * 1024
+
+
+def test_work_of_the_published_size():
+    """6·weights·tokens, with each half's own tokens, and attention's share beside it."""
+    config = with_(RANDENG, batch_size=64)
+    flops = make_plan(config, H200, 8, 0.4).flops
+    inside = 32 * 12 * 1600**2
+    assert flops["decoder"] == pytest.approx(6 * inside * 64 * 511, rel=2e-3)
+    assert flops["encoder"] == pytest.approx(6 * 12 * 12 * 768**2 * 64 * 512, rel=2e-3)
+    assert flops["logits"] == 6 * 50048 * 1600 * 64 * 511
+    assert flops["attention"] == 6 * 64 * (12 * 2 * 512**2 * 768 + 32 * 3 * 511**2 * 1600)
+
+
+def test_devices_share_the_work():
+    """The batch's axes divide all of it; the tensor axis all but the attention of heads that do not divide."""
+    one, data, tensor = (make_plan(with_(mesh=MeshConfig(*m)), H200, math.prod(m), 1.0) for m in _SHARES)
+    assert one.flops_per_device == sum(one.flops.values()) + one.recomputed
+    assert data.flops_per_device == pytest.approx(
+        one.flops_per_device / 8, rel=0.02
+    )  # the positions' keys are repeated
+    assert tensor.flops_per_device == pytest.approx(one.flops_per_device / 4, rel=0.02)
+    odd = with_(RANDENG, batch_size=64, mesh=MeshConfig(1, 1, 8))
+    plan = make_plan(odd, H200, 8, 1.0)
+    assert plan.flops_per_device > sum(plan.flops.values()) / 8 + plan.flops["attention"] / 3
+
+
+_SHARES = (1, 1, 1), (8, 1, 1), (1, 1, 4)
+
+
+# ---- traffic
+
+
+def compiled(shape, config=CONFIG):
+    mesh = make_mesh(MeshConfig(*shape), B)
+    model = abstract_model(config.model)
+    state = abstract_state(model, config, mesh)
+    with jax.set_mesh(mesh):
+        step = make_train_step(split(model)[0], config, state)
+        fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        return step.lower(state, batch_shapes(config, B)).compile(compiler_options=fast).as_text(), state
+
+
+def test_gradients_are_all_that_data_sends():
+    """Every gradient once, to the float: XLA's program against the weights. Of the tables of positions and types it
+    sends the rows used; of the positions' keys their own gradient, and makes the map's from it; of the words the
+    lookup's and the logits' gradients apart; and the few numbers that are logged."""
+    text, state = compiled((8, 1, 1))
+    found = [shape for c in collectives(text) for _, shape in c.shapes if shape]
+    floats = sum(map(math.prod, found))
+    weights = bytes_per_device(state.params) // 4
+    D, E = 128, 64
+    unused_rows, frequencies = (512 - (T + 1)) * E + E, D // 2
+    keys = D * D - T * D
+    assert {c.kind for c in collectives(text)} == {"all-reduce"}
+    assert floats == weights - unused_rows - frequencies - keys + 1024 * D
+    sent = traffic(CONFIG, mesh_of(8, 1, 1), H200)
+    assert sent["data"].bytes == 2 * 4 * weights * 7 // 8
+    assert sent["fsdp"].bytes == sent["tensor"].bytes == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 4), (2, 2, 2)])
+def test_traffic_is_near_what_xla_sends(shape):
+    """XLA's CPU compiler reduces gradients whole and then takes a part, where others scatter them: twice the bytes."""
+    text, _ = compiled(shape)
+    by_xla = sum(c.sent for c in collectives(text))
+    planned = sum(axis.bytes for axis in traffic(CONFIG, mesh_of(*shape), H200).values())
+    assert 0.5 < by_xla / planned < 2
+
+
+def test_traffic_by_hand():
+    sent = traffic(with_(RANDENG, batch_size=64), mesh_of(1, 8, 1, batch=64), H200)["fsdp"]
+    weights = 1_249_095_457
+    # Weights in bfloat16 twice, their gradients in float32 once, and both halves' embeddings to and fro.
+    embeddings = 2 * 8 * (512 * 768 + 511 * 1600) * 4
+    assert sent.bytes == pytest.approx((weights * (2 + 2 + 4) + embeddings) * 7 / 8, rel=5e-3)
+    assert traffic(with_(RANDENG, accumulate=2), mesh_of(8, 1, 1), H200)["data"].bytes == pytest.approx(
+        2 * 2 * weights * 4 * 7 / 8, rel=1e-6
+    )
+
+
+def test_axes_beyond_a_node_go_over_the_network():
+    rates = {name: axis.rate for name, axis in traffic(CONFIG, mesh_of(2, 4, 2), H200).items()}
+    assert rates == {"data": H200.network, "fsdp": H200.link, "tensor": H200.link}
+
+
+# ---- the plan and its command
+
+
+def test_fewest_chips():
+    """20 GB of state in float32 for 1.25 B weights: more than one v5e holds, a sixteenth of 64 chips' memory."""
+    assert fewest_chips(with_(RANDENG, batch_size=8), H200)[0] == 1
+    chips, mesh = fewest_chips(with_(RANDENG, batch_size=256), CHIPS["tpu-v5e"])
+    assert 2 <= chips <= 64 and mesh["fsdp"] == chips
+    smaller = make_abstract_mesh(MeshConfig(1, chips // 2, 1), 256, chips // 2)
+    assert sum(memory(with_(RANDENG, batch_size=256), smaller).values()) > 0.9 * CHIPS["tpu-v5e"].memory
+    tiny = CHIPS["h200"]._replace(memory=1e6)
+    assert fewest_chips(CONFIG, tiny) is None
+
+
+def test_time_follows_from_work_and_traffic():
+    fast, slow = (make_plan(with_(mesh=MeshConfig(8, 1, 1)), H200, 8, e) for e in (0.5, 0.25))
+    assert slow.compute_seconds == 2 * fast.compute_seconds == pytest.approx(fast.flops_per_device / 989e12 * 4)
+    assert slow.communication_seconds == 2 * fast.communication_seconds
+    assert fast.communication_seconds == pytest.approx(fast.traffic["data"].bytes / 450e9 * 2)
+    assert fast.seconds == (
+        max(fast.compute_seconds, fast.communication_seconds),
+        fast.compute_seconds + fast.communication_seconds,
+    )
+
+
+def test_the_command(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    argv = ["plan", "randeng-1b", "--mesh.data", "1", "--mesh.fsdp", "-1", "--chips", "8", "--json", str(file)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "8 × H200, mesh data 1 × fsdp 8 × tensor 1" in out and "1,249,095,457 weights" in out and ": fits" in out
+    values = json.loads(file.read_text())
+    assert values["memory"]["parameters"] == pytest.approx(1_248_831_264 * 4 / 8, rel=1e-2)
+    assert values["fits"] and values["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_pieces_name_the_vocabulary(capsys):
+    assert main(["plan", "demo", "--data.pieces", "600", "--chips", "1"]) == 0
+    with_pieces = capsys.readouterr().out
+    assert main(["plan", "demo", "--chips", "1"]) == 0
+    counts = [
+        int(out.split("decoder ")[1].split()[0].strip(",").replace(",", ""))
+        for out in (with_pieces, capsys.readouterr().out)
+    ]
+    assert counts[1] - counts[0] == (50048 - 640) * 128
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--chip", "h300"], "--chip"),
+        (["--chips", "0"], "--chips must be at least 1, not 0"),
+        (["--efficiency", "2"], "--efficiency must be above 0 and at most 1, not 2.0"),
+        (["--mesh.fsdp", "3"], "--mesh.data -1 --mesh.fsdp 3 --mesh.tensor 1: does not fit 8 devices"),
+        (["--batch-size", "12"], "--batch-size 12: does not divide into the mesh's 8 parts"),
+        (["--batch-szie", "12"], "--batch-szie"),
+    ],
+)
+def test_bad_plans(argv, said, capsys):
+    assert main(["plan", "randeng-1b", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_an_unknown_preset(capsys):
+    assert main(["plan", "randeng"]) == 2
+    assert "no preset 'randeng'; known: demo, randeng-1b" in capsys.readouterr().err
