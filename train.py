@@ -36,7 +36,7 @@ def train(argv: list[str]) -> int | None:
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.data import Batches, fitting, tokenize
+    from davae_jax.data import fitting
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
@@ -51,22 +51,13 @@ def train(argv: list[str]) -> int | None:
     run_dir = config.run_dir or Path("runs") / preset
     run = RunFolder(run_dir, config, corpus.digest)
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
-    setup_run.prepare_tokenizers(config, run_dir, corpus.train)
+    setup_run.prepare_tokenizers(config, run_dir, corpus)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
         model_config = setup_run.warm_start(config, model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
-    max_length = config.data.max_length
-    texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
-    corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, max_length))
-    batches = Batches(
-        texts,
-        config.batch_size,
-        pad_id=model_config.pad_token_id,
-        buckets=config.data.buckets or (1 if config.data.train is None else 4),
-        seed=config.seed,
-        encoder_positions=model_config.encoder.max_position_embeddings,
-    )
+    batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
+    corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, config.data.max_length))
     model_config.to_json(run_dir / CONFIG_FILE)
 
     # ---- state: new, or where the run stood
@@ -82,8 +73,8 @@ def train(argv: list[str]) -> int | None:
         return vae
 
     print(
-        f"{sum(w.size for w in jax.tree.leaves(state.params)):,} weights, {len(texts.lines):,} texts"
-        + (f" ({texts.too_long:,} longer ones left out)" if texts.too_long else "")
+        f"{sum(w.size for w in jax.tree.leaves(state.params)):,} weights, {batches.count:,} texts"
+        + (f" ({batches.too_long:,} longer ones left out)" if batches.too_long else "")
         + f", steps {run.step} to {config.steps} of {config.batch_size} texts, in {run_dir}"
     )
 
@@ -100,9 +91,8 @@ def train(argv: list[str]) -> int | None:
             )
 
     def not_finite(step: int, what: str) -> InputError:
-        lines = corpus.lines[texts.lines[batches.rows(step - 1)[0]] - 1]
         return InputError(
-            f"step {step}: {what}; its batch is lines {', '.join(map(str, sorted(lines)))} of {corpus.source}; "
+            f"step {step}: {what}; its batch is {batches.where(step - 1)}; "
             f"the last good checkpoint is {run.last_checkpoint()}"
         )
 

@@ -43,6 +43,12 @@ def _text_command(name: str) -> Callable[[], type[Command]]:
     return load
 
 
+def _prepare() -> type[Command]:
+    from davae_jax.prepare import Prepare
+
+    return Prepare
+
+
 def _converter_command(module: str) -> Callable[[], type[Command]]:
     def load():
         from davae_jax.checkpoint import converter
@@ -59,6 +65,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "sample": ("texts from the prior", _text_command("Sample")),
     "interpolate": ("texts on the way from one text to another", _text_command("Interpolate")),
     "analogy": ("what is to C as B is to A", _text_command("Analogy")),
+    "prepare": ("texts → tokenised shards to train on", _prepare),
     "convert": ("published PyTorch checkpoint → davae-jax", _converter_command("from_torch")),
     "export": ("davae-jax checkpoint → published PyTorch layout", _converter_command("to_torch")),
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _converter_command("parity")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -116,8 +117,7 @@ def pieces_of(path: Path, at_most: int) -> list[Piece]:
             bounds = [size * i // n for i in range(n + 1)]
     whole = max(1, bounds[-1] - bounds[0])
     return [
-        Piece(str(path), start, end, round(size * (end - start) / whole))
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        Piece(str(path), start, end, round(size * (end - start) / whole)) for start, end in itertools.pairwise(bounds)
     ]
 
 
@@ -175,7 +175,7 @@ def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of all frames of a file. The library's own reader takes a file that was cut for a short one."""
+    """Decompressed bytes of all frames of a file. The library's own reader takes a cut file for a short one."""
 
     def __init__(self, raw: BinaryIO, zstandard: Any):
         self._raw, self._new = raw, zstandard.ZstdDecompressor
