@@ -160,7 +160,10 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         if stored.exists():
             changed = differences(json.loads(stored.read_text(encoding="utf-8")), settings)
-            if changed:
+            if changed and not (folder / MANIFEST).exists() and not any((folder / PARTS).glob("*.json")):
+                for name in TOKENIZER_FILES:  # nothing was prepared yet: begin anew
+                    (folder / name).unlink(missing_ok=True)
+            elif changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise InputError(
                     f"{folder}: was prepared otherwise: {', '.join(changed[:3])}{more}; give another --output",

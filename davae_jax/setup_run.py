@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
