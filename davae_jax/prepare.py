@@ -32,7 +32,7 @@ from tqdm import tqdm
 from davae_jax.checkpoint import TOKENIZER_FILES
 from davae_jax.cli import Command
 from davae_jax.data import rows_of
-from davae_jax.errors import InputError, check_options, first_line
+from davae_jax.errors import InputError, check_options, first_line, system_reason
 from davae_jax.files import beside, write_bytes, write_json, write_text
 from davae_jax.inputs import Chunk, Piece, find_files, pieces_of, read_piece
 from davae_jax.prepared import FORMAT, MANIFEST, WRITER_OPTIONS, id_dtype, record_of
@@ -102,8 +102,18 @@ class Prepare(Command):
         check_options(self, "", "held_out", lambda x: x is None or 0 <= x < 1, "be at least 0 and below 1")
         files = find_files(self.input)
         settings = self.settings(files)
+        _open_folder(self.output, settings)
+        try:
+            self.prepare(files, settings)
+        except OSError as e:  # a read that fails is an InputError already
+            raise InputError(f"{e.filename or self.output}: cannot be written ({system_reason(e)})") from e
+        shutil.rmtree(self.output / PARTS, ignore_errors=True)
+        counts = json.loads((self.output / MANIFEST).read_text(encoding="utf-8"))["counts"]
+        print(_summary(self.output, counts))
+
+    def prepare(self, files: list[Path], settings: dict[str, Any]) -> None:
+        """Makes what is not there yet."""
         folder = self.output
-        _open_folder(folder, settings)
         if not (folder / MANIFEST).exists():
             pieces = [piece for file in files for piece in pieces_of(file, settings["shard_size"])]
             _put_tokenizers(folder, self.tokenizers, settings, pieces)
@@ -113,8 +123,6 @@ class Prepare(Command):
             ]
             _work_through(tasks, self.workers or _cores())
             _finish(folder, tasks, settings)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-        print(_summary(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["counts"]))
 
     def settings(self, files: list[Path]) -> dict[str, Any]:
         """What decides the result, as prepare.json and the manifest have it."""
