@@ -37,7 +37,7 @@ def train(argv: list[str]) -> int | None:
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.data import Batches, fitting, placed, prefetched, tokenize
+    from davae_jax.data import fitting, placed, spans_of
     from davae_jax.distributed import agreed, barrier, connect, gathered, is_first_process
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
@@ -59,7 +59,7 @@ def train(argv: list[str]) -> int | None:
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
     if first:
         open_run(run_dir, config, corpus.digest)
-        setup_run.prepare_tokenizers(config, run_dir, corpus.train)
+        setup_run.prepare_tokenizers(config, run_dir, corpus)
     barrier("process 0 has prepared the run's folder", wait)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
@@ -68,16 +68,8 @@ def train(argv: list[str]) -> int | None:
         barrier("process 0 has imported the pretrained halves", wait)
         model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
-    max_length = config.data.max_length
-    texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
-    corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, max_length))
-    batching = dict(
-        pad_id=model_config.pad_token_id,
-        buckets=config.data.buckets or (1 if config.data.train is None else 4),
-        seed=config.seed,
-        encoder_positions=model_config.encoder.max_position_embeddings,
-    )
-    batches = Batches(texts, config.batch_size, **batching)
+    batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
+    corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, config.data.max_length))
     if first:
         model_config.to_json(run_dir / CONFIG_FILE)
 
@@ -94,11 +86,12 @@ def train(argv: list[str]) -> int | None:
     take_step = make_train_step(graphdef, config, abstract)
     held_out_loss = make_held_out_loss(graphdef, config, abstract)
     over_batch = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    spans = spans_of(over_batch, config.batch_size)
     held_out = []
     if measured := corpus.held_out[: config.log.held_out]:
-        parts = tokenize(measured, *tokenizers, max_length=max_length, source="")
-        parts = Batches(parts, config.batch_size, **batching | {"buckets": 1})
-        held_out = [placed(parts, i, over_batch) for i in range(parts.per_epoch)]
+        parts = setup_run.held_out_batches(config, measured, tokenizers, model_config)
+        coming = parts.ahead(spans, 0)
+        held_out = [placed(next(coming), config.batch_size, over_batch) for _ in range(parts.per_epoch)]
 
     def trained() -> TextVAE | None:
         """The model as it stands, for one process: the first."""
@@ -112,8 +105,8 @@ def train(argv: list[str]) -> int | None:
     weights = sum(w.size for w in jax.tree.leaves(state.params))
     say = print if first else lambda *_, **__: None
     say(
-        f"{weights:,} weights, {len(texts.lines):,} texts"
-        + (f" ({texts.too_long:,} longer ones left out)" if texts.too_long else "")
+        f"{weights:,} weights, {batches.count:,} texts"
+        + (f" ({batches.too_long:,} longer ones left out)" if batches.too_long else "")
         + f", steps {begins} to {config.steps} of {config.batch_size} texts, in {run_dir}"
     )
     if jax.device_count() > 1:
@@ -121,9 +114,9 @@ def train(argv: list[str]) -> int | None:
         say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
 
     # ---- the loop. A step's values are looked at while the next step is computed, and before anything is saved.
-    def look(step: int, logs: dict, work: Work) -> None:
+    def look(step: int, logs: dict, waited: float) -> None:
         values = jax.device_get(logs)
-        kl_per_dim = values.pop("kl_per_dim")
+        kl_per_dim, work = values.pop("kl_per_dim"), Work(int(values.pop("tokens")), 0.0, waited)
         values = {name: float(value) for name, value in values.items()}
         for name in ("loss", "loss_d", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -138,9 +131,8 @@ def train(argv: list[str]) -> int | None:
             )
 
     def not_finite(step: int, what: str) -> InputError:
-        lines = corpus.lines[texts.lines[batches.rows(step - 1)[0]] - 1]
         return InputError(
-            f"step {step}: {what}; its batch is lines {', '.join(map(str, sorted(lines)))} of {corpus.source}; "
+            f"step {step}: {what}; its batch is {batches.where(step - 1)}; "
             f"the last good checkpoint is {checkpoints.last}"
         )
 
@@ -151,9 +143,6 @@ def train(argv: list[str]) -> int | None:
         checkpoints.save(state, held_out_loss=losses and losses["loss"], remembered=log.pending)
         if losses:
             log.held_out(step, losses)
-
-    def load(step: int) -> tuple:
-        return placed(batches, step - 1, over_batch), batches.tokens(step - 1)
 
     log = RunLog(
         run_dir,
@@ -166,7 +155,11 @@ def train(argv: list[str]) -> int | None:
     bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
     pending, stopped, tracing = None, False, False
     with Interrupt() as interrupt, log, bar:
-        for step, (batch, tokens), waited in prefetched(load, begins + 1, config.steps):
+        coming = batches.ahead(spans, begins)
+        for step in range(begins + 1, config.steps + 1):
+            asked = time.perf_counter()
+            batch = placed(next(coming), config.batch_size, over_batch)
+            waited = time.perf_counter() - asked
             if config.log.profile and step - begins == config.log.profile[0]:
                 jax.profiler.start_trace(str(run_dir / "profile"))
                 tracing = True
@@ -174,7 +167,7 @@ def train(argv: list[str]) -> int | None:
                 state, logs = take_step(state, batch)
             if pending:
                 look(*pending)
-            pending = step, logs, Work(tokens, 0.0, waited)
+            pending = step, logs, waited
             bar.update()
             stopped = agreed(interrupt.asked, step)
             ends = stopped or step == config.steps

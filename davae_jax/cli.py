@@ -54,6 +54,12 @@ def _plan_command() -> type[Command]:
     return PlanCommand
 
 
+def _prepare() -> type[Command]:
+    from davae_jax.prepare import Prepare
+
+    return Prepare
+
+
 def _converter_command(module: str) -> Callable[[], type[Command]]:
     def load():
         from davae_jax.checkpoint import converter
@@ -71,6 +77,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "interpolate": ("texts on the way from one text to another", _text_command("Interpolate")),
     "analogy": ("what is to C as B is to A", _text_command("Analogy")),
     "plan": ("memory, work and traffic of a training run on machines that are not here", _plan_command),
+    "prepare": ("texts → tokenised shards to train on", _prepare),
     "convert": ("published PyTorch checkpoint → davae-jax", _converter_command("from_torch")),
     "export": ("davae-jax checkpoint → published PyTorch layout", _converter_command("to_torch")),
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _converter_command("parity")),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,12 +27,13 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Tokenized texts. Row i is line `lines[i]` of the file, counted from 1."""
+    """Tokenized texts. Row i is line `lines[i]` of `source`, counted from 1."""
 
     encoder_ids: list[np.ndarray]
     decoder_ids: list[np.ndarray]
     lines: np.ndarray
     too_long: int  # how many were left out for it
+    source: str = ""  # for messages
 
 
 def read_texts(path: Path, field: str = "text") -> list[str]:
@@ -55,21 +54,33 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
     texts = []
     for number, line in enumerate(lines, 1):
         try:
-            text = json.loads(line)[field] if line.strip() else ""
-        except ValueError:
-            raise InputError(f"{path}: line {number} is not JSON") from None
-        except (KeyError, TypeError, IndexError):
-            raise InputError(f"{path}: line {number} has no field {field!r}") from None
-        if not isinstance(text, str):
-            raise InputError(f"{path}: line {number}: the field {field!r} is not a text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{path}: line {number}: the field {field!r} holds half of a surrogate pair") from None
-        texts.append(text)
+            texts.append(json_text(line, field))
+        except ValueError as e:
+            raise InputError(f"{path}: line {number}{e}") from None
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: holds no text")
     return texts
+
+
+def json_text(line: str, field: str) -> str:
+    """The field of a line of JSON; of a blank line, an empty text.
+
+    Raises:
+      ValueError: what is wrong, to be said behind the line's number.
+    """
+    try:
+        text = json.loads(line)[field] if line.strip() else ""
+    except (ValueError, RecursionError):
+        raise ValueError(" is not JSON") from None
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f" has no field {field!r}") from None
+    if not isinstance(text, str):
+        raise ValueError(f": the field {field!r} is not a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f": the field {field!r} holds half of a surrogate pair") from None
+    return text
 
 
 def read_lines(data: bytes, name: str) -> list[str]:
@@ -99,22 +110,30 @@ def tokenize(
     with tqdm(total=len(texts), desc="tokenize", unit="text", disable=None, leave=False) as bar:
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
-            for i, (text, ids) in enumerate(zip(part, encoder.encode(part), strict=True), start + 1):
-                if not text.strip():
-                    continue
-                row = [decoder.bos_id, *decoder.encode(text)]
-                was_cut = ids[-2] != encoder.sep_id  # the inner one of two is lost when a text is cut
-                if len(row) > max_length or was_cut:
+            filled = [i for i, text in enumerate(part) if text.strip()]
+            rows = rows_of([part[i] for i in filled], encoder, decoder, max_length)
+            for i, row in zip(filled, rows, strict=True):
+                if row is None:
                     too_long += 1
                     continue
-                encoder_rows.append(np.array(ids, np.int32))
-                decoder_rows.append(np.array(row, np.int32))
-                lines.append(i)
+                encoder_rows.append(np.array(row[0], np.int32))
+                decoder_rows.append(np.array(row[1], np.int32))
+                lines.append(start + i + 1)
             bar.update(len(part))
     if not lines:
         longest = f"{max_length} tokens (or {encoder.max_ids} of the encoder's)"
         raise InputError(f"{source}: holds only blank texts and texts of more than {longest}")
-    return Texts(encoder_rows, decoder_rows, np.array(lines), too_long)
+    return Texts(encoder_rows, decoder_rows, np.array(lines), too_long, source)
+
+
+def rows_of(
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int
+) -> Iterator[tuple[list[int], list[int]] | None]:
+    """The encoder's and the decoder's ids of each text, as a batch has them; None of a text that is too long."""
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        was_cut = ids[-2] != encoder.sep_id  # the inner one of two is lost when a text is cut
+        row = None if was_cut else [decoder.bos_id, *decoder.encode(text)]
+        yield None if row is None or len(row) > max_length else (ids, row)
 
 
 def fitting(texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int) -> list[str]:
@@ -165,27 +184,35 @@ class Batches:
             self._epoch, self._plan = epoch, self._shuffled(epoch)
         return self._plan[place]
 
+    @property
+    def count(self) -> int:
+        """Texts there are."""
+        return len(self.texts.lines)
+
+    @property
+    def too_long(self) -> int:
+        """Texts that were left out because they are too long."""
+        return self.texts.too_long
+
+    def where(self, step: int) -> str:
+        """The lines that make the batch of a step, for messages."""
+        lines = sorted(self.texts.lines[self.rows(step)[0]])
+        return f"lines {', '.join(map(str, lines))} of {self.texts.source}"
+
     def __getitem__(self, step: int) -> Batch:
         return self.read(step, 0, self.batch_size)
 
     def read(self, step: int, start: int, stop: int) -> Batch:
         """Rows start to stop of a step's batch."""
-        rows, (S, T) = self.rows(step)
+        rows, shape = self.rows(step)
         rows = rows[start:stop]
-        encoder_ids = np.zeros((len(rows), S), np.int32)
-        decoder_ids = np.full((len(rows), T), self.pad_id, np.int32)
-        lengths = np.zeros(len(rows), np.int32)
-        for place, row in enumerate(rows):
-            ids = self.texts.encoder_ids[row]
-            encoder_ids[place, : len(ids)] = ids
-            ids = self.texts.decoder_ids[row]
-            decoder_ids[place, : len(ids)] = ids
-            lengths[place] = len(ids)
-        return Batch(encoder_ids, decoder_ids, lengths)
+        return padded([(self.texts.encoder_ids[i], self.texts.decoder_ids[i]) for i in rows], shape, self.pad_id)
 
-    def tokens(self, step: int) -> int:
-        """How many a step trains: all but the first of each text."""
-        return sum(len(self.texts.decoder_ids[row]) - 1 for row in self.rows(step)[0])
+    def ahead(self, spans: Sequence[tuple[int, int]], step: int) -> Iterator[dict[tuple[int, int], Batch]]:
+        """These rows of the batches of a step and all that follow."""
+        while True:
+            yield {span: self.read(step, *span) for span in spans}
+            step += 1
 
     def _shuffled(self, epoch: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -199,30 +226,34 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))]
 
 
-def placed(batches: Batches, step: int, sharding: NamedSharding) -> Batch:
-    """The batch of a step, laid over the devices of all processes. Each process reads the rows of its own devices."""
-    size = batches.batch_size
-    spans = {where[0].indices(size)[:2] for where in sharding.addressable_devices_indices_map((size,)).values()}
-    parts = {span: batches.read(step, *span) for span in spans}
-
-    def whole(name: str) -> jax.Array:
-        shape = (size, *getattr(next(iter(parts.values())), name).shape[1:])
-        part = lambda where: getattr(parts[where[0].indices(size)[:2]], name)  # noqa: E731
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    return Batch(*map(whole, Batch._fields))
+def spans_of(sharding: NamedSharding, size: int) -> list[tuple[int, int]]:
+    """Which rows of a batch this process's devices hold, as (start, stop)."""
+    where = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({index[0].indices(size)[:2] for index in where})
 
 
-def prefetched(load: Callable[[int], Any], first: int, last: int) -> Iterator[tuple[int, Any, float]]:
-    """(n, load(n), seconds that it was waited for) of first to last, each loaded while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(load, first) if first <= last else None
-        for n in range(first, last + 1):
-            began = time.perf_counter()
-            loaded = coming.result()
-            waited = time.perf_counter() - began
-            coming = pool.submit(load, n + 1) if n < last else None
-            yield n, loaded, waited
+def placed(parts: dict[tuple[int, int], Batch], size: int, sharding: NamedSharding) -> Batch:
+    """A batch of `size` rows, laid over the devices of all processes, from the rows that this process's own hold."""
+
+    def whole(*leaves):
+        by_span = dict(zip(parts, leaves, strict=True))
+        part = lambda where: by_span[where[0].indices(size)[:2]]  # noqa: E731
+        return jax.make_array_from_callback((size, *leaves[0].shape[1:]), sharding, part)
+
+    return jax.tree.map(whole, *parts.values())
+
+
+def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int], pad_id: int) -> Batch:
+    """The batch of these rows of encoder and decoder ids, padded to S and T."""
+    S, T = shape
+    encoder_ids = np.zeros((len(rows), S), np.int32)
+    decoder_ids = np.full((len(rows), T), pad_id, np.int32)
+    lengths = np.zeros(len(rows), np.int32)
+    for place, (encoder_row, decoder_row) in enumerate(rows):
+        encoder_ids[place, : len(encoder_row)] = encoder_row
+        decoder_ids[place, : len(decoder_row)] = decoder_row
+        lengths[place] = len(decoder_row)
+    return Batch(encoder_ids, decoder_ids, lengths)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -11,17 +11,17 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    with _beside(path) as file:
+    with beside(path) as file:
         file.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    with _beside(path) as file:
+    with beside(path) as file:
         file.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A file beside `path`; it takes that name once it is written, and is gone where that failed."""
     file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

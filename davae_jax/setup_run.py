@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,12 +15,13 @@ import numpy as np
 from davae_jax import demo_corpus
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained, resolve_source
 from davae_jax.config import DAVAEConfig
-from davae_jax.data import read_texts, round_up
+from davae_jax.data import Batches, read_texts, round_up, tokenize
 from davae_jax.errors import InputError
 from davae_jax.files import write_bytes
 from davae_jax.model import DAVAE, InitKeys, split
+from davae_jax.prepared import Prepared, PreparedBatches
 from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
-from davae_jax.tokenizers import count_pieces, read_vocabulary
+from davae_jax.tokenizers import DecoderTokenizer, EncoderTokenizer, count_pieces, read_vocabulary
 from davae_jax.train_config import TrainConfig
 from davae_jax.train_step import TrainState, init_state
 
@@ -44,15 +45,18 @@ class Corpus(NamedTuple):
     triple: list[str]  # three texts to show an analogy with; of the demo, a text, its opposite, and another
     source: str  # the file, for messages
     lines: np.ndarray  # of each training text, its line there
+    prepared: Prepared | None = None  # what is trained on instead of `train`
 
     @property
     def digest(self) -> str:
         """Of the training texts and their order."""
+        if self.prepared:
+            return self.prepared.digest
         return hashlib.sha256("\n".join(self.train).encode()).hexdigest()[:16]
 
     @property
     def example(self) -> str:
-        return (self.held_out or self.train)[0]
+        return (self.held_out or self.train or [""])[0]
 
     @property
     def analogy(self) -> list[str]:
@@ -66,6 +70,11 @@ def read_corpus(config: TrainConfig) -> Corpus:
         good = [text for text in held_out if language[text].good]
         analogy = [good[0], demo_corpus.opposite(good[0], language), good[1]]
         return Corpus(train, held_out, language, analogy, "the demo's corpus", np.arange(1, len(train) + 1))
+    if config.data.train.is_dir():
+        prepared, valid = Prepared(config.data.train), config.data.valid
+        held_out = prepared.held_out() if valid is None else read_texts(valid, config.data.field)
+        held_out = [text for text in held_out if text.strip()]
+        return Corpus([], held_out, None, [], str(config.data.train), np.zeros(0, int), prepared)
     texts = read_texts(config.data.train, config.data.field)
     lines = np.flatnonzero([bool(text.strip()) for text in texts]) + 1
     source = str(config.data.train)
@@ -81,11 +90,37 @@ def read_corpus(config: TrainConfig) -> Corpus:
     return Corpus([texts[i - 1] for i in lines], held_out, None, [], source, lines)
 
 
-def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str]) -> None:
-    """Puts vocab.txt and spiece.model into the run's folder: those given, a pretrained half's own, or new ones.
+def batches_of(
+    config: TrainConfig, corpus: Corpus, tokenizers: tuple[EncoderTokenizer, DecoderTokenizer], model: DAVAEConfig
+) -> Batches | PreparedBatches:
+    """The batch of every step. Raises InputError where no text can be used."""
+    buckets = config.data.buckets or (1 if config.data.train is None else 4)
+    settings = dict(buckets=buckets, **_batching(config, model))
+    if corpus.prepared:
+        return PreparedBatches(corpus.prepared, config.batch_size, max_length=config.data.max_length, **settings)
+    texts = tokenize(corpus.train, *tokenizers, max_length=config.data.max_length, source=corpus.source)
+    return Batches(texts._replace(lines=corpus.lines[texts.lines - 1]), config.batch_size, **settings)
+
+
+def held_out_batches(
+    config: TrainConfig, texts: list[str], tokenizers: tuple[EncoderTokenizer, DecoderTokenizer], model: DAVAEConfig
+) -> Batches:
+    """Batches of one shape, of texts that fit."""
+    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="")
+    return Batches(rows, config.batch_size, **_batching(config, model))
+
+
+def _batching(config: TrainConfig, model: DAVAEConfig) -> dict[str, Any]:
+    positions = model.encoder.max_position_embeddings
+    return dict(pad_id=model.pad_token_id, seed=config.seed, encoder_positions=positions)
+
+
+def prepare_tokenizers(config: TrainConfig, run_dir: Path, corpus: Corpus) -> None:
+    """Puts vocab.txt and spiece.model into the run's folder: those of prepared texts, those given, a pretrained half's
+    own, or new ones.
 
     Raises:
-      InputError: a folder that is named has none.
+      InputError: a folder that is named has none, or others than the texts were prepared with.
     """
     pieces = config.data.pieces or (DEMO_PIECES if config.data.train is None else PIECES)
     trained = partial(train_wordpiece, entries=config.data.entries), partial(train_sentencepiece, pieces=pieces)
@@ -94,12 +129,22 @@ def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str])
         if (run_dir / name).is_file():
             continue
         source = config.tokenizers or (resolve_source(half) if half else None)
+        if corpus.prepared:
+            source = _same_tokenizer(corpus.prepared.folder / name, source and source / name).parent
         if source is None:
-            write_bytes(run_dir / name, train(texts[:TOKENIZER_TEXTS]))
+            write_bytes(run_dir / name, train(corpus.train[:TOKENIZER_TEXTS]))
         elif (source / name).is_file():
             write_bytes(run_dir / name, (source / name).read_bytes())
         else:
             raise InputError(f"{source / name}: no such file; give a folder that has it with --tokenizers", exit_code=2)
+
+
+def _same_tokenizer(prepared: Path, given: Path | None) -> Path:
+    """The file of the prepared folder. Raises InputError where another is asked for."""
+    if given and given.is_file() and prepared.is_file() and given.read_bytes() != prepared.read_bytes():
+        said = f"{given}: is not what {prepared.parent} was prepared with"
+        raise InputError(f"{said}; prepare with --tokenizers {given.parent}", exit_code=2)
+    return prepared
 
 
 def model_config(config: TrainConfig, run_dir: Path) -> DAVAEConfig:

@@ -20,7 +20,8 @@ from davae_jax.sharding import MeshConfig
 @dataclass(frozen=True)
 class DataConfig:
     train: Path | None = None
-    """Texts to train on, UTF-8, one a line, or JSON Lines. None: the corpus that the project itself generates."""
+    """Texts to train on, UTF-8, one a line, or JSON Lines; or a folder that `davae prepare` has made. None: the corpus
+    that the project itself generates."""
 
     valid: Path | None = None
     """Texts to measure on. None: a part of the training texts is kept for it."""

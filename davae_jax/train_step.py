@@ -110,6 +110,7 @@ def make_train_step(
         )
         params = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, d_updates)
         logs |= {"beta": beta, "lr": rate(state.step), "grad_norm": optax.tree.norm(main_grads)}
+        logs["tokens"] = jnp.maximum(batch.lengths - 1, 0).sum()
         if config.optimizer.spike:
             logs["skipped"] = jnp.float32(opt_state.skipped - state.optimizer.skipped)
         return TrainState(state.step + 1, params, opt_state, d_opt_state), logs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, started, text_file, tiny  # noqa: F401
 
-from davae_jax.data import Batches, placed, prefetched, tokenize
+from davae_jax.data import Batches, placed, spans_of, tokenize
 from davae_jax.distributed import DistributedConfig
 from davae_jax.errors import InputError
 
@@ -139,11 +139,11 @@ def test_each_device_gets_its_own_rows():
     batches = Batches(texts, 16, pad_id=0, buckets=2)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    for step, batch, waited in prefetched(lambda step: placed(batches, step, sharding), 0, batches.per_epoch + 1):
-        for whole, laid_out in zip(batches[step], batch, strict=True):
+    spans = spans_of(sharding, 16)
+    assert spans == [(0, 4), (4, 8), (8, 12), (12, 16)]
+    for step, parts in zip(range(3, 3 + batches.per_epoch), batches.ahead(spans, 3), strict=False):
+        for whole, laid_out in zip(batches[step], placed(parts, 16, sharding), strict=True):
             np.testing.assert_array_equal(whole, laid_out)
             for shard in laid_out.addressable_shards:
                 assert len(shard.data) == 4
                 np.testing.assert_array_equal(shard.data, whole[shard.index])
-        assert waited >= 0
-    assert step == batches.per_epoch + 1

@@ -24,7 +24,8 @@ def config(tmp_path):
 
 
 def test_the_default_tokenizers_know_every_character(config, tmp_path):
-    prepare_tokenizers(config, tmp_path, read_corpus(config).train + CHARACTERS)
+    corpus = read_corpus(config)
+    prepare_tokenizers(config, tmp_path, corpus._replace(train=corpus.train + CHARACTERS))
     encoder, decoder = load_tokenizers(tmp_path, model_config(config, tmp_path))
     text = "".join(CHARACTERS[700:750])
     assert encoder.unk_id not in encoder.encode([text])[0]
@@ -35,7 +36,7 @@ def test_the_default_tokenizers_know_every_character(config, tmp_path):
 def test_too_few_pieces_name_the_option(config, tmp_path):
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, pieces=600))
     with pytest.raises(InputError, match=r"--data.pieces 600: the texts have \d+ different characters; give more") as e:
-        prepare_tokenizers(few, tmp_path, read_corpus(config).train)
+        prepare_tokenizers(few, tmp_path, read_corpus(config))
     assert e.value.exit_code == 2
 
 
@@ -52,7 +53,7 @@ def test_what_is_measured_on_was_never_trained_on(config):
 
 def test_texts_that_the_encoder_would_cut_are_left_out(config, tmp_path):
     """130 positions, doubled special tokens: 126 characters fit. A decoder's pieces may hold more than one each."""
-    prepare_tokenizers(config, tmp_path, CHARACTERS)
+    prepare_tokenizers(config, tmp_path, read_corpus(config)._replace(train=CHARACTERS))
     tokenizers = load_tokenizers(tmp_path, model_config(config, tmp_path))
     fits, cut = "".join(CHARACTERS[:126]), "".join(CHARACTERS[:127])
     assert fitting([fits, cut, " "], *tokenizers, 1000) == [fits]

@@ -1,0 +1,102 @@
+"""Memory and speed of `davae prepare` and of reading what it makes, as the corpus grows 1, 10, 100 times.
+
+    python benchmarks/prepare_memory.py FOLDER [--texts 10000] [--scales 1 10 100] [--json]
+
+Each number comes from a process of its own: its peak resident memory, and texts a second. Reading takes 500 batches of
+64 texts from all over the corpus. The texts are made here, of the demo's sentences, each with a number of its own.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BATCHES, BATCH_SIZE = 500, 64
+READ = f"""
+import sys, time
+from pathlib import Path
+from davae_jax.prepared import Prepared, PreparedBatches
+batches = PreparedBatches(Prepared(Path(sys.argv[1])), {BATCH_SIZE}, pad_id=0, buckets=4)
+began = time.perf_counter()
+for step in range({BATCHES}):
+    batches[step]
+print(time.perf_counter() - began)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for what is made; each corpus is removed when it is measured")
+    parser.add_argument("--texts", type=int, default=10_000, help="at scale 1 (10000)")
+    parser.add_argument("--scales", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--json", action="store_true", help="no table, but its numbers")
+    args = parser.parse_args()
+    rows = [measure(args.folder / str(scale), scale, args.texts) for scale in args.scales]
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print("| corpus | texts | peak memory of `davae prepare`, one worker | texts/s | of reading | texts/s |")
+    print("|---|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r['scale']}× | {r['texts']:,} | {r['prepare_mb']:.0f} MB | {r['prepare_rate']:,.0f} "
+            f"| {r['read_mb']:.0f} MB | {r['read_rate']:,.0f} |"
+        )
+
+
+def measure(folder: Path, scale: int, texts: int) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus, output = folder / "texts.txt", folder / "prepared"
+    write_corpus(corpus, scale * texts)
+    # Tokenizers of the first 10,000 texts for all: a larger sample takes more memory until 50,000, and then no more.
+    tokenizers = folder.parent / "tokenizers"
+    command = [sys.executable, "-m", "davae_jax.cli", "prepare"]
+    if not tokenizers.exists():
+        first = folder.parent / "first.txt"
+        write_corpus(first, min(texts, 10_000))
+        run([*command, "--input", first, "--output", tokenizers, "--pieces", 600, "--workers", 1])
+    began = time.perf_counter()
+    options = ["--tokenizers", tokenizers, "--workers", 1]
+    prepare_mb, _ = run([*command, "--input", corpus, "--output", output, *options])
+    seconds = time.perf_counter() - began
+    read_mb, reading = run([sys.executable, "-c", READ, output])
+    shutil.rmtree(folder)
+    return {
+        "scale": scale,
+        "texts": scale * texts,
+        "prepare_mb": prepare_mb,
+        "prepare_rate": scale * texts / seconds,
+        "read_mb": read_mb,
+        "read_rate": BATCHES * BATCH_SIZE / float(reading),
+    }
+
+
+def write_corpus(path: Path, n: int) -> None:
+    sys.path.insert(0, str(ROOT))
+    from davae_jax.demo_corpus import all_factors, sentence
+
+    sentences = [sentence(f) for f in random.Random(0).sample(all_factors(), 5000)]
+    with path.open("w", encoding="utf-8") as file:
+        for i, text in zip(range(n), itertools.cycle(sentences), strict=False):
+            file.write(f"{i}：{text}\n")
+
+
+def run(command: list) -> tuple[float, str]:
+    """(peak resident memory in MB, what it printed) of a process."""
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(map(str, command))}")
+    return usage.ru_maxrss * 1024 / 1e6, said.strip()
+
+
+if __name__ == "__main__":
+    main()
