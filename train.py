@@ -36,7 +36,7 @@ def train(argv: list[str]) -> int | None:
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.data import Batches, fitting, tokenize
+    from davae_jax.data import fitting, tokenize
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
@@ -59,14 +59,7 @@ def train(argv: list[str]) -> int | None:
     max_length = config.data.max_length
     texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
     corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, max_length))
-    batches = Batches(
-        texts,
-        config.batch_size,
-        pad_id=model_config.pad_token_id,
-        buckets=config.data.buckets or (1 if config.data.train is None else 4),
-        seed=config.seed,
-        encoder_positions=model_config.encoder.max_position_embeddings,
-    )
+    batches = setup_run.make_batches(config, texts, model_config)
     model_config.to_json(run_dir / CONFIG_FILE)
 
     # ---- state: new, or where the run stood
@@ -84,7 +77,7 @@ def train(argv: list[str]) -> int | None:
     print(
         f"{sum(w.size for w in jax.tree.leaves(state.params)):,} weights, {len(texts.lines):,} texts"
         + (f" ({texts.too_long:,} longer ones left out)" if texts.too_long else "")
-        + f", steps {run.step} to {config.steps} of {config.batch_size} texts, in {run_dir}"
+        + f", steps {run.step} to {config.steps} of {batches.size}, in {run_dir}"
     )
 
     # ---- the loop. A step's values are looked at while the next step is computed, and before anything is saved.
@@ -114,7 +107,7 @@ def train(argv: list[str]) -> int | None:
             state, logs = take_step(state, batch)
             if pending:
                 look(*pending)
-            pending = step, logs, int((batch.lengths - 1).sum())
+            pending = step, logs, batch.tokens
             bar.update()
             ends = interrupt.asked or step == config.steps
             samples = config.log.samples and step % config.log.samples == 0 and not ends and corpus.held_out

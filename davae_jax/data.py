@@ -23,6 +23,11 @@ class Batch(NamedTuple):
     decoder_ids: np.ndarray  # [B, T], bos first, the end token last
     lengths: np.ndarray  # [B], of decoder_ids, bos and end counted
 
+    @property
+    def tokens(self) -> int:
+        """Those that are trained."""
+        return int((self.lengths - 1).sum())
+
 
 class Texts(NamedTuple):
     """Tokenized texts. Row i is line `lines[i]` of the file, counted from 1."""
@@ -153,6 +158,11 @@ class Batches:
             self._shapes.append((min(S, encoder_positions or S), round_up(T, 8)))
         self.per_epoch = len(order) // batch_size or 1
         self._epoch, self._plan = None, []
+
+    @property
+    def size(self) -> str:
+        """Of a batch, in words."""
+        return f"{self.batch_size} texts"
 
     def rows(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Which texts make the batch of a step, and its shape (S, T)."""

@@ -15,10 +15,11 @@ import numpy as np
 from davae_jax import demo_corpus
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained, resolve_source
 from davae_jax.config import DAVAEConfig
-from davae_jax.data import read_texts, round_up
+from davae_jax.data import Batches, Texts, read_texts, round_up
 from davae_jax.errors import InputError
 from davae_jax.files import write_bytes
 from davae_jax.model import DAVAE, InitKeys, split
+from davae_jax.packing import PackedBatches
 from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
 from davae_jax.tokenizers import count_pieces, read_vocabulary
 from davae_jax.train_config import TrainConfig
@@ -79,6 +80,16 @@ def read_corpus(config: TrainConfig) -> Corpus:
     kept_apart = set(held_out)
     lines = np.array([i for i in lines if texts[i - 1] not in kept_apart])
     return Corpus([texts[i - 1] for i in lines], held_out, None, [], source, lines)
+
+
+def make_batches(config: TrainConfig, texts: Texts, model: DAVAEConfig) -> Batches | PackedBatches:
+    """The batch of every step, as the config lays it out."""
+    common = dict(pad_id=model.pad_token_id, seed=config.seed)
+    if config.data.pack:
+        return PackedBatches(texts, config.batch_size, row_length=config.data.max_length, **common)
+    buckets = config.data.buckets or (1 if config.data.train is None else 4)
+    longest = model.encoder.max_position_embeddings
+    return Batches(texts, config.batch_size, buckets=buckets, encoder_positions=longest, **common)
 
 
 def prepare_tokenizers(config: TrainConfig, run_dir: Path, texts: Sequence[str]) -> None:

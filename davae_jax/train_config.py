@@ -34,6 +34,10 @@ class DataConfig:
     """Shapes that batches come in, by the texts' length; each compiles a program of its own. None: 4, and 1 for the
     project's own corpus, whose texts are of about one length."""
 
+    pack: bool = False
+    """Several texts in a row, each with a latent of its own, so that hardly anything is padding. Rows are as long as the
+    longest text may be."""
+
     pieces: int | None = None
     """Size of the decoder's vocabulary, where tokenizers are trained. None: 8000, and 600 for the project's own
     corpus."""
@@ -46,6 +50,8 @@ class DataConfig:
         check_options(self, "data.", "buckets", lambda n: n is None or n >= 1, "be at least 1")
         check_options(self, "data.", "pieces", lambda n: n is None or n >= 10, "be at least 10")
         check_options(self, "data.", "entries", lambda n: n >= 10, "be at least 10")
+        if self.pack and self.buckets is not None:
+            raise InputError("--data.buckets: is of use only without --data.pack", exit_code=2)
         if self.valid is not None and self.train is None:
             raise InputError("--data.valid: is of use only with --data.train", exit_code=2)
 
@@ -127,7 +133,7 @@ class TrainConfig:
     """Updates in all."""
 
     batch_size: int = 64
-    """Texts a step."""
+    """Texts a step; with --data.pack, rows."""
 
     seed: int = 0
     """Of the initial weights, the data's order and every draw."""
