@@ -35,8 +35,8 @@ class DataConfig:
     project's own corpus, whose texts are of about one length."""
 
     pack: bool = False
-    """Several texts in a row, each with a latent of its own, so that hardly anything is padding. Rows are as long as the
-    longest text may be."""
+    """Several texts in a row, each with a latent of its own, so that hardly anything is padding. Rows are as long as
+    the longest text may be."""
 
     pieces: int | None = None
     """Size of the decoder's vocabulary, where tokenizers are trained. None: 8000, and 600 for the project's own

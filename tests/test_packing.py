@@ -67,7 +67,7 @@ TEXTS = texts_of(0, 11)
 @pytest.fixture(scope="module")
 def packed():
     """(all texts in 4 rows of up to P, the text that stands at each place or −1)."""
-    batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=24)
+    batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=20)
     batch = batches[0]
     place_of = np.full(batch.lengths.shape, -1)
     for row, texts in enumerate(batches._packed(0)):
@@ -140,7 +140,7 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
     losses, (batch, place_of) = jax.jit(losses_of(model)), packed
     params = split(model)[1]
     expected = losses(params, batch, places(place_of), EPS)
-    batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=24)
+    batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=20)
     batches.most = place_of.shape[1]
     turned = [[text for text in row[::-1] if text >= 0] for row in place_of[[2, 0, 3, 1]]]
     swapped = [list(row) for row in turned]
@@ -155,12 +155,11 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
 
 
 def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch):
-    """The whole objective and its gradient, the packed one in two parts of unlike numbers of texts, with layers and
-    logits computed anew. No draws: they differ."""
+    """The whole objective and its gradient, the packed one in two parts (of unlike numbers of texts, as
+    11 are odd), with layers and logits computed anew. No draws: they differ."""
     monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=jnp.float32: jnp.zeros(shape, dtype))
     graphdef, params = split(model)
-    batch, place_of = packed
-    assert len(set((place_of >= 0).reshape(-1, 2, place_of.shape[1]).sum((0, 2)))) == 2
+    batch, _ = packed
     run = jax.jit(gradient, static_argnums=(1, 5))
     in_parts = dataclasses.replace(CLEAN, accumulate=2, remat="full", logits_chunk=10)
     key, beta = jax.random.key(0), jnp.float32(0.3)
