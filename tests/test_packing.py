@@ -1,8 +1,6 @@
 """Packing: a text's loss, gradient and noise are its own whatever stands beside it, and hardly anything is padding."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG, new_model
 
+from davae_jax import DAVAEConfig
 from davae_jax.checkpoint import flatten
 from davae_jax.data import Batch, Batches, Texts, read_texts, tokenize
 from davae_jax.errors import InputError
@@ -115,6 +114,15 @@ def assert_close(found, expected, tolerance=1e-5):
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
+def assert_gradients_close(found, expected, tolerance=1e-5):
+    """To 1e-5 of each weight's largest; some are 0 but for rounding (a bias of keys), so not below 1e-6 of all."""
+    largest = {path: np.abs(g).max() for path, g in expected.items()}
+    whole = max(largest.values())
+    for path, g in expected.items():
+        atol = tolerance * max(largest[path], 0.1 * whole)
+        np.testing.assert_allclose(found[path], g, atol=atol, rtol=0, err_msg=path)
+
+
 def test_losses_and_gradients_of_every_text_are_those_of_it_alone(model, plain, packed):
     losses, (batch, place_of) = losses_of(model), packed
     weighted = lambda *args: sum(weight * loss for weight, loss in zip((1.0, 0.3), losses(*args)))  # noqa: E731
@@ -125,9 +133,10 @@ def test_losses_and_gradients_of_every_text_are_those_of_it_alone(model, plain, 
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b)
     found_grads, expected_grads = flatten(found_grads), flatten(expected_grads)
-    for path, of_texts in expected_grads.items():
-        for text in range(11):
-            assert_close(found_grads[path][text], of_texts[text] + 1e-30)
+    for text in range(11):
+        assert_gradients_close(
+            *({path: g[text] for path, g in grads.items()} for grads in (found_grads, expected_grads))
+        )
     # One text by itself, without any padding.
     one = Batch(TEXTS.encoder_ids[4][None], TEXTS.decoder_ids[4][None], np.array([len(TEXTS.decoder_ids[4])]))
     alone = jax.jit(losses)(params, one, np.zeros((1, 1), int), EPS[4:5])
@@ -141,7 +150,7 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
     params = split(model)[1]
     expected = losses(params, batch, places(place_of), EPS)
     batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=20)
-    batches.most = place_of.shape[1]
+    batches.most, batches.shape = place_of.shape[1], (40, 24)  # rows with room for what is swapped
     turned = [[text for text in row[::-1] if text >= 0] for row in place_of[[2, 0, 3, 1]]]
     swapped = [list(row) for row in turned]
     swapped[0][-1], swapped[1][0] = swapped[1][0], swapped[0][-1]
@@ -151,7 +160,7 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
         for row, texts in enumerate(rows):
             where[row, : len(texts)] = texts
         for a, b in zip(losses(params, batches[0], places(where), EPS), expected, strict=True):
-            assert_close(a, b, 1e-6)
+            assert_close(a, b)
 
 
 def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch):
@@ -168,10 +177,7 @@ def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch):
     assert logs.keys() == expected_logs.keys()
     for name, number in expected_logs.items():
         assert float(logs[name]) == pytest.approx(float(number), rel=1e-5), name
-    found = flatten(found)
-    for path, number in flatten(expected).items():
-        if path != "decoder.inv_freq":
-            assert_close(found[path], number + 1e-30, 2e-5)
+    assert_gradients_close(flatten(found), flatten(expected))
 
 
 def test_clamped_free_bits_take_the_mean_over_texts(packed):
@@ -289,14 +295,12 @@ def test_what_does_not_fit_a_row():
         DataConfig(pack=True, buckets=2)
 
 
-def test_dialogues_hardly_need_padding():
-    """The crowd-sourced dialogues of CrossWOZ's size: 30 000 short utterances, tokenized as published."""
-    folder = os.environ.get("DAVAE_REFERENCE_DIR")
-    if not folder or not (path := Path(folder) / "data" / "dialogue" / "all.txt").is_file():
-        pytest.skip("DAVAE_REFERENCE_DIR is not set or has no data/dialogue/all.txt")
-    texts = tokenize(
-        read_texts(path), *load_tokenizers(Path(folder) / "tokenizers", MODEL), max_length=128, source="dialogue"
-    )
+def test_dialogues_hardly_need_padding(reference_dir):
+    """30 000 short utterances, tokenized as published."""
+    if not (path := reference_dir / "data" / "dialogue" / "all.txt").is_file():
+        pytest.skip(f"{path} is not there")
+    tokenizers = load_tokenizers(reference_dir / "tokenizers", DAVAEConfig())
+    texts = tokenize(read_texts(path), *tokenizers, max_length=128, source="dialogue")
     batches = PackedBatches(texts, 8, pad_id=PAD, row_length=128)
     assert (batches.padding <= 0.05).all(), batches.padding
 
