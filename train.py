@@ -57,7 +57,8 @@ def train(argv: list[str]) -> int | None:
         model_config = setup_run.warm_start(config, model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     max_length = config.data.max_length
-    texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source)
+    cut = config.data.segment_length is not None
+    texts = tokenize(corpus.train, *tokenizers, max_length=max_length, source=corpus.source, cut=cut)
     corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, max_length))
     batches = setup_run.make_batches(config, texts, model_config)
     model_config.to_json(run_dir / CONFIG_FILE)

@@ -88,10 +88,18 @@ def read_lines(data: bytes, name: str) -> list[str]:
 
 
 def tokenize(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, *, max_length: int, source: str
+    texts: Sequence[str],
+    encoder: EncoderTokenizer,
+    decoder: DecoderTokenizer,
+    *,
+    max_length: int,
+    source: str,
+    cut: bool = False,
 ) -> Texts:
     """Ids of all texts but the blank ones and those too long: for the encoder's positions, or of more than `max_length`
     decoder ids, bos and end counted.
+
+    cut: texts that are too long for the encoder alone are kept, of its ids those that fit.
 
     Raises:
       InputError: nothing is left.
@@ -105,7 +113,7 @@ def tokenize(
                     continue
                 row = [decoder.bos_id, *decoder.encode(text)]
                 was_cut = ids[-2] != encoder.sep_id  # the inner one of two is lost when a text is cut
-                if len(row) > max_length or was_cut:
+                if len(row) > max_length or (was_cut and not cut):
                     too_long += 1
                     continue
                 encoder_rows.append(np.array(ids, np.int32))

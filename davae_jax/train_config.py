@@ -38,6 +38,13 @@ class DataConfig:
     """Several texts in a row, each with a latent of its own, so that hardly anything is padding. Rows are as long as
     the longest text may be."""
 
+    segment_length: int | None = None
+    """Longer texts are learnt in segments of so many tokens, the decoder's recurrent memory between them and one latent
+    for all; the encoder then reads as much of a text's beginning as it has positions for. None: in one piece."""
+
+    segment_mask: Literal["full", "published"] = "full"
+    """What a token sees of the memory. full: all of it. published: no farther back than a segment is long."""
+
     pieces: int | None = None
     """Size of the decoder's vocabulary, where tokenizers are trained. None: 8000, and 600 for the project's own
     corpus."""
@@ -48,10 +55,13 @@ class DataConfig:
     def __post_init__(self):
         check_options(self, "data.", "max_length", lambda n: n >= 3, "be at least 3")
         check_options(self, "data.", "buckets", lambda n: n is None or n >= 1, "be at least 1")
+        check_options(self, "data.", "segment_length", lambda n: n is None or n >= 1, "be at least 1")
         check_options(self, "data.", "pieces", lambda n: n is None or n >= 10, "be at least 10")
         check_options(self, "data.", "entries", lambda n: n >= 10, "be at least 10")
         if self.pack and self.buckets is not None:
             raise InputError("--data.buckets: is of use only without --data.pack", exit_code=2)
+        if self.pack and self.segment_length is not None:
+            raise InputError("--data.segment-length: is of use only without --data.pack", exit_code=2)
         if self.valid is not None and self.train is None:
             raise InputError("--data.valid: is of use only with --data.train", exit_code=2)
 

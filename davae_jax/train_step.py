@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
+from davae_jax.decoder import Decoder
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
 from davae_jax.layers import Segments
 from davae_jax.losses import adversarial_losses, chunked_nll
@@ -235,8 +236,42 @@ def reconstruction(
         ids, targets, segments = batch.decoder_ids[:, :-1], batch.decoder_ids[:, 1:], None
         mask = jnp.arange(1, batch.decoder_ids.shape[1]) < batch.lengths[:, None]
         length = mask.sum(1)
+        if config.data.segment_length and ids.shape[1] > config.data.segment_length:
+            return in_segments(model.decoder, ids, targets, mask, latent, key, config), length
     output = model.decoder(ids, latent, key=key, remat=config.remat, segments=segments)
     return chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk), length
+
+
+def in_segments(
+    decoder: Decoder,
+    ids: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    latent: Float[Array, "B L"],
+    key: jax.Array | None,
+    config: TrainConfig,
+) -> Float[Array, "B"]:
+    """Σ −log p of the targets, read a segment after the other: all of a text with the one latent, and between them the
+    recurrent memory, through which no gradient flows (Dai et al. 2019, section 3.2)."""
+    size = config.data.segment_length
+    window = "published" if config.data.segment_mask == "published" else None
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
+        return x.reshape(x.shape[0], -1, size).swapaxes(0, 1)
+
+    def read(carry, segment):
+        memory, rec = carry
+        i, ids, targets, mask = segment
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        output = decoder(ids, latent, memory, window, own_key, config.remat)
+        rec = rec + chunked_nll(decoder, output.final, targets, mask, config.logits_chunk)
+        return (decoder.remember(memory, output.hidden, memory.capacity), rec), None
+
+    segments = cut(ids), cut(targets), cut(mask)
+    begin = decoder.empty_memory(len(ids)), jnp.zeros(len(ids), jnp.float32)
+    (_, rec), _ = jax.lax.scan(read, begin, (jnp.arange(len(segments[0])), *segments))
+    return rec
 
 
 def counted_kl(
