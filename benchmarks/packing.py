@@ -47,6 +47,7 @@ def main() -> None:
     kinds = {
         "one length": Batches(texts, round(per_step), pad_id=pad_id),
         "4 buckets": Batches(texts, round(per_step), pad_id=pad_id, buckets=4),
+        "8 buckets": Batches(texts, round(per_step), pad_id=pad_id, buckets=8),
         "packed": packed,
     }
     params = jax.jit(lambda: split(DAVAE(model, rngs=InitKeys(jax.random.key(0))))[1])()
