@@ -37,11 +37,12 @@ def train(argv: list[str]) -> int | None:
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.data import fitting, placed, spans_of
+    from davae_jax.data import ahead, fitting, placed, spans_of
     from davae_jax.distributed import agreed, barrier, connect, gathered, is_first_process
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
+    from davae_jax.prepared import THREADS
     from davae_jax.run_checkpoints import Checkpoints
     from davae_jax.run_folder import open_run
     from davae_jax.run_log import RunLog, Work
@@ -69,7 +70,8 @@ def train(argv: list[str]) -> int | None:
         model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
-    corpus = corpus._replace(held_out=fitting(corpus.held_out, *tokenizers, config.data.max_length))
+    held_out = fitting(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.cut)
+    corpus = corpus._replace(held_out=held_out)
     if first:
         model_config.to_json(run_dir / CONFIG_FILE)
 
@@ -90,7 +92,7 @@ def train(argv: list[str]) -> int | None:
     held_out = []
     if measured := corpus.held_out[: config.log.held_out]:
         parts = setup_run.held_out_batches(config, measured, tokenizers, model_config)
-        coming = parts.ahead(spans, 0)
+        coming = ahead(parts, spans, 0, threads=0)
         held_out = [placed(next(coming), config.batch_size, over_batch) for _ in range(parts.per_epoch)]
 
     def trained() -> TextVAE | None:
@@ -107,7 +109,7 @@ def train(argv: list[str]) -> int | None:
     say(
         f"{weights:,} weights, {batches.count:,} texts"
         + (f" ({batches.too_long:,} longer ones left out)" if batches.too_long else "")
-        + f", steps {begins} to {config.steps} of {config.batch_size} texts, in {run_dir}"
+        + f", steps {begins} to {config.steps} of {batches.size}, in {run_dir}"
     )
     if jax.device_count() > 1:
         over = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -155,7 +157,7 @@ def train(argv: list[str]) -> int | None:
     bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
     pending, stopped, tracing = None, False, False
     with Interrupt() as interrupt, log, bar:
-        coming = batches.ahead(spans, begins)
+        coming = ahead(batches, spans, begins, threads=THREADS if corpus.prepared else 0)
         for step in range(begins + 1, config.steps + 1):
             asked = time.perf_counter()
             batch = placed(next(coming), config.batch_size, over_batch)

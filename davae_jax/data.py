@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +35,19 @@ class Texts(NamedTuple):
     lines: np.ndarray
     too_long: int  # how many were left out for it
     source: str = ""  # for messages
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[n, 2], of each text its numbers of encoder and decoder ids."""
+        return np.array([(len(e), len(d)) for e, d in zip(self.encoder_ids, self.decoder_ids, strict=True)])
+
+    def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
+        """(encoder ids, decoder ids)"""
+        return self.encoder_ids[text], self.decoder_ids[text]
+
+    def where(self, texts: Sequence[int]) -> str:
+        """Their lines, for messages."""
+        return f"lines {', '.join(map(str, sorted(self.lines[texts])))} of {self.source}"
 
 
 def read_texts(path: Path, field: str = "text") -> list[str]:
@@ -98,10 +112,18 @@ def read_lines(data: bytes, name: str) -> list[str]:
 
 
 def tokenize(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, *, max_length: int, source: str
+    texts: Sequence[str],
+    encoder: EncoderTokenizer,
+    decoder: DecoderTokenizer,
+    *,
+    max_length: int,
+    source: str,
+    cut: bool = False,
 ) -> Texts:
     """Ids of all texts but the blank ones and those too long: for the encoder's positions, or of more than `max_length`
     decoder ids, bos and end counted.
+
+    cut: texts that are too long for the encoder alone are kept, of its ids those that fit.
 
     Raises:
       InputError: nothing is left.
@@ -111,7 +133,7 @@ def tokenize(
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
             filled = [i for i, text in enumerate(part) if text.strip()]
-            rows = rows_of([part[i] for i in filled], encoder, decoder, max_length)
+            rows = rows_of([part[i] for i in filled], encoder, decoder, max_length, cut=cut)
             for i, row in zip(filled, rows, strict=True):
                 if row is None:
                     too_long += 1
@@ -127,19 +149,24 @@ def tokenize(
 
 
 def rows_of(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
 ) -> Iterator[tuple[list[int], list[int]] | None]:
-    """The encoder's and the decoder's ids of each text, as a batch has them; None of a text that is too long."""
+    """The encoder's and the decoder's ids of each text, as a batch has them; None of a text that is too long.
+
+    cut: as `tokenize`.
+    """
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
-        was_cut = ids[-2] != encoder.sep_id  # the inner one of two is lost when a text is cut
+        was_cut = ids[-2] != encoder.sep_id and not cut  # the inner one of two is lost when a text is cut
         row = None if was_cut else [decoder.bos_id, *decoder.encode(text)]
         yield None if row is None or len(row) > max_length else (ids, row)
 
 
-def fitting(texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int) -> list[str]:
+def fitting(
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
+) -> list[str]:
     """Those of the texts that `tokenize` would keep."""
     try:
-        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="")
+        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", cut=cut)
     except InputError:
         return []
     return [texts[i - 1] for i in kept.lines]
@@ -177,6 +204,11 @@ class Batches:
         self.per_epoch = len(order) // batch_size or 1
         self._epoch, self._plan = None, []
 
+    @property
+    def size(self) -> str:
+        """Of a batch, in words."""
+        return f"{self.batch_size} texts"
+
     def rows(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Which texts make the batch of a step, and its shape (S, T)."""
         epoch, place = divmod(step, self.per_epoch)
@@ -196,8 +228,7 @@ class Batches:
 
     def where(self, step: int) -> str:
         """The lines that make the batch of a step, for messages."""
-        lines = sorted(self.texts.lines[self.rows(step)[0]])
-        return f"lines {', '.join(map(str, lines))} of {self.texts.source}"
+        return self.texts.where(self.rows(step)[0])
 
     def __getitem__(self, step: int) -> Batch:
         return self.read(step, 0, self.batch_size)
@@ -207,12 +238,6 @@ class Batches:
         rows, shape = self.rows(step)
         rows = rows[start:stop]
         return padded([(self.texts.encoder_ids[i], self.texts.decoder_ids[i]) for i in rows], shape, self.pad_id)
-
-    def ahead(self, spans: Sequence[tuple[int, int]], step: int) -> Iterator[dict[tuple[int, int], Batch]]:
-        """These rows of the batches of a step and all that follow."""
-        while True:
-            yield {span: self.read(step, *span) for span in spans}
-            step += 1
 
     def _shuffled(self, epoch: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -224,6 +249,35 @@ class Batches:
             plan += [(part, shape) for part in rows[:full].reshape(-1, B)]
             left = rows[full:]
         return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def ahead(batches: Any, spans: Sequence[tuple[int, int]], step: int, threads: int) -> Iterator[dict]:
+    """These rows of the batches of a step and all that follow, each {(start, stop): rows}.
+
+    threads: of grain's, that read before it is wanted; 0 for texts that are in memory.
+    """
+    steps = _Steps(batches, spans)
+    if not threads:
+        return map(steps.__getitem__, itertools.count(step))
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    coming = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
+    coming.set_state({"next_index": step})
+    return coming
+
+
+class _Steps:
+    """What grain reads from: step → the parts of its batch, without end."""
+
+    def __init__(self, batches: Any, spans: Sequence[tuple[int, int]]):
+        self._batches, self._spans = batches, spans
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, step: int) -> dict[tuple[int, int], Batch]:
+        return {span: self._batches.read(step, *span) for span in self._spans}
 
 
 def spans_of(sharding: NamedSharding, size: int) -> list[tuple[int, int]]:

@@ -28,9 +28,11 @@ from davae_jax.layers import (
     dropout,
     masked_softmax,
     matmul_transposed,
+    of_each_token,
     param,
     rematerialized,
     residual_stddev,
+    same_text,
     split_keys,
 )
 from davae_jax.sharding import constrain
@@ -86,11 +88,15 @@ class Decoder(nnx.Module):
         window: Window = None,
         key: jax.Array | None = None,
         remat: Remat = "none",
+        segments: Int[Array, "B T"] | None = None,
     ) -> DecoderOutput:
         """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
 
-        A key turns dropout on: on the position features, the input, and twice in each layer. `remat`:
-        `layers.rematerialized`.
+        A key turns dropout on: on the position features, the input, and twice in each layer.
+
+        remat: `layers.rematerialized`.
+        segments: where rows hold up to P texts, which one each token is of (1 … P, 0 is padding). Then the latent is
+          [B, P, L], a token sees its own text alone, and there is no memory.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -104,7 +110,9 @@ class Decoder(nnx.Module):
             window=T if window == "published" else None,
             first=0 if memory is None else C - memory.length,
         )
-        latent_term = self.latent_term(latent)
+        if segments is not None:
+            visible = visible & same_text(segments)
+        latent_term = self.latent_term(latent, segments)
         x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
         x = dropout(x, self.dropout_rate, key_input)
         hidden = [x]
@@ -126,11 +134,19 @@ class Decoder(nnx.Module):
         with jax.named_scope("logits"):
             return constrain(self.embedding.logits(final), "batch", *[None] * (final.ndim - 2), "vocab")
 
-    def latent_term(self, latent: Float[Array, "B L"] | None) -> Float[Array, "B 1 D"] | float:
-        """What is added to every token's state before the first and after every layer; 0 without a latent."""
-        return 0.0 if latent is None else self.latent_projection(latent)[:, None, :]
+    def latent_term(
+        self, latent: Float[Array, "B L"] | None, segments: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B #T D"] | float:
+        """What is added to every token's state before the first and after every layer; 0 without a latent.
 
-    def after_layer(self, latent_term: Float[Array, "B 1 D"] | float) -> Float[Array, "B 1 D"] | float:
+        Of several texts in a row, [B, P, L], each token gets its own.
+        """
+        if latent is None:
+            return 0.0
+        projected = self.latent_projection(latent)
+        return projected[:, None, :] if segments is None else of_each_token(projected, segments)
+
+    def after_layer(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
         """What is added after a layer: the latent's term, or 0 where the config tells it to the first layer alone."""
         return latent_term if self.latent_every_layer else 0.0
 
@@ -199,7 +215,7 @@ class DecoderLayer(nnx.Module):
         r_NKH: Float[Array, "N K H"],
         r_w_bias: Float[Array, "N H"],
         r_r_bias: Float[Array, "N H"],
-        visible: Bool[Array, "T K"],
+        visible: Bool[Array, "*#BN T K"],
         *,
         past: tuple[Array, Array] | None = None,
         cache: tuple[Array, Array] | None = None,
@@ -249,7 +265,7 @@ def relative_attention(
     r: Float[Array, "N K H"],
     r_w_bias: Float[Array, "N H"],
     r_r_bias: Float[Array, "N H"],
-    visible: Bool[Array, "T K"],
+    visible: Bool[Array, "*#BN T K"],
 ) -> Float[Array, "B N T H"]:
     """Attention with relative positions. r[:, j] belongs to the distance of key j from the last query."""
     u, w = (bias.astype(q.dtype)[:, None] for bias in (r_w_bias, r_r_bias))

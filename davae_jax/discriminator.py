@@ -17,5 +17,5 @@ class Discriminator(nnx.Module):
         self.hidden = Linear(latent_size, 4 * latent_size, ("mlp", None), **kw)
         self.output = Linear(4 * latent_size, 1, (None, "mlp"), **kw)
 
-    def __call__(self, latent: Float[Array, "B L"]) -> Float[Array, "B"]:
-        return self.output(jax.nn.relu(self.hidden(latent)))[:, 0]
+    def __call__(self, latent: Float[Array, "*B L"]) -> Float[Array, "*B"]:
+        return self.output(jax.nn.relu(self.hidden(latent)))[..., 0]

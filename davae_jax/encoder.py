@@ -10,11 +10,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from davae_jax.config import EncoderConfig
-from davae_jax.layers import Embedding, LayerNorm, Linear, Remat, dropout, rematerialized, residual_stddev, split_keys
+from davae_jax.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Remat,
+    Segments,
+    dropout,
+    rematerialized,
+    residual_stddev,
+    same_text,
+    split_keys,
+)
 from davae_jax.sharding import constrain
 
 
 class EncoderOutput(NamedTuple):
+    """Of texts that share rows, P in each, `pooled` is [B, P, D], `mean` and `logvar` are [B, P, L]."""
+
     hidden: tuple[Float[Array, "B S D"], ...]  # the embeddings (noise included), then each layer's output
     pooled: Float[Array, "B D"]
     mean: Float[Array, "B L"]  # float32
@@ -43,20 +56,26 @@ class Encoder(nnx.Module):
         embedding_noise: Float[Array, "B S D"] | None = None,
         key: jax.Array | None = None,
         remat: Remat = "none",
+        segments: Segments | None = None,
     ) -> EncoderOutput:
         """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on.
 
-        `remat`: `layers.rematerialized`.
+        remat: `layers.rematerialized`.
+        segments: where rows hold several texts. A token sees its own text alone, and positions begin anew with each.
         """
         keys = split_keys(key, len(self.layers) + 1)
         with jax.named_scope("embeddings"):
-            h = self.word(ids) + self.position(jnp.arange(ids.shape[1])) + self.token_type(jnp.zeros((), jnp.int32))
+            places = jnp.arange(ids.shape[1]) if segments is None else segments.places()
+            h = self.word(ids) + self.position(places) + self.token_type(jnp.zeros((), jnp.int32))
             h = dropout(self.norm(h), self.dropout_rate, keys[0])
             if embedding_noise is not None:
                 h = h + embedding_noise.astype(h.dtype)
             h = constrain(h, "batch", None, None)
         # Padding is masked by adding −10000 to its keys' scores, as published.
-        score_bias = jnp.where(ids > 0, 0.0, -10000.0)[:, None, None, :]
+        visible = (ids > 0)[:, None, None, :]
+        if segments is not None:
+            visible &= same_text(segments.of_token)
+        score_bias = jnp.where(visible, 0.0, -10000.0)
         hidden = [h]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
@@ -65,7 +84,12 @@ class Encoder(nnx.Module):
                     return layer(x, score_bias, key)
 
                 hidden.append(rematerialized(run, remat)(hidden[-1]))
-        pooled = jnp.tanh(self.pooler(hidden[-1][:, 0]))
+        first = (
+            hidden[-1][:, 0]
+            if segments is None
+            else jnp.take_along_axis(hidden[-1], segments.starts[..., None], axis=1)
+        )
+        pooled = jnp.tanh(self.pooler(first))
         mean, logvar = jnp.split(self.posterior(pooled).astype(jnp.float32), 2, axis=-1)
         return EncoderOutput(tuple(hidden), pooled, mean, logvar)
 
@@ -89,7 +113,7 @@ class EncoderLayer(nnx.Module):
         self.attention_dropout_rate = config.attention_probs_dropout_prob
 
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], score_bias: Float[Array, "B 1 1 S"], key: jax.Array | None = None
+        self, x_BSD: Float[Array, "B S D"], score_bias: Float[Array, "B 1 #S S"], key: jax.Array | None = None
     ) -> Float[Array, "B S D"]:
         key_probs, key_attention, key_mlp = split_keys(key, 3)
         B, S, D = x_BSD.shape

@@ -1,7 +1,7 @@
 """The few modules both halves of the model are made of, and how each weight is laid out over a mesh.
 
 Letters used for shapes in the whole project: B batch, S encoder length, T decoder length, D width, N heads, H = D/N
-head width, F feed-forward width, L latent size, V vocabulary, M memory length, K = M + T keys.
+head width, F feed-forward width, L latent size, V vocabulary, M memory length, K = M + T keys, P texts in a row.
 
 Weights of linear maps are [out, in], as in the published file. XLA's CPU matrix-vector product reads rows of such a
 weight faster than columns of its transpose (`benchmarks/matvec.py`); accelerators choose their own layout.
@@ -10,13 +10,13 @@ weight faster than columns of its transpose (`benchmarks/matvec.py`); accelerato
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.sharding import Axes
 
@@ -129,6 +129,28 @@ def rematerialized(layer: Callable, remat: Remat) -> Callable:
 def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
     """n independent keys, or n times None where there is no key."""
     return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+class Segments(NamedTuple):
+    """Where each text is in rows that hold up to P of them, one behind the other."""
+
+    of_token: Int[Array, "B S"]  # 1 … P, the number of a token's text; 0 is padding
+    starts: Int[Array, "B P"]  # each text's first place
+
+    def places(self) -> Int[Array, "B S"]:
+        """Each token's place in its own text, from 0; padding's is 0."""
+        starts = of_each_token(self.starts[..., None], self.of_token)[..., 0]
+        return jnp.where(self.of_token > 0, jnp.arange(self.of_token.shape[1]) - starts, 0)
+
+
+def of_each_token(of_texts: Float[Array, "B P D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """What each token's text has; padding gets the first text's."""
+    return jnp.take_along_axis(of_texts, jnp.maximum(segments - 1, 0)[..., None], axis=1)
+
+
+def same_text(segments: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
+    """Which keys are of a query's own text."""
+    return (segments[:, :, None] == segments[:, None, :])[:, None]
 
 
 def masked_softmax(scores: Float[Array, "... K"], visible) -> Float[Array, "... K"]:

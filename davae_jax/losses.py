@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.decoder import Decoder
 from davae_jax.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
@@ -69,15 +70,18 @@ def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mo
 
 
 def reconstruction_nll(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """Σ_t −log p(target_t) over the targets that the mask keeps, in nats."""
+    """Σ_t −log p(target_t) over the targets that the mask keeps, in nats.
+
+    Of rows with P texts the mask is [B, T, P], whether a target is of each, and the sums are [B, P].
+    """
     nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    return jnp.where(mask, nll, 0).sum(-1)
+    return jnp.where(mask, nll if mask.ndim == 2 else nll[..., None], 0).sum(1)
 
 
 def chunked_nll(
-    decoder: Decoder, final: Float[Array, "B T D"], targets: Int[Array, "B T"], mask: Float[Array, "B T"], chunk: int
+    decoder: Decoder, final: Float[Array, "B T D"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"], chunk: int
 ) -> Float[Array, "B"]:
     """`reconstruction_nll` of the decoder's logits, `chunk` positions at a time.
 
@@ -98,19 +102,21 @@ def chunked_nll(
     def add(total, xs):
         return total + part(*xs), None
 
-    zero = jnp.zeros(targets.shape[0], jnp.float32)
+    zero = jnp.zeros((targets.shape[0], *mask.shape[2:]), jnp.float32)
     return jax.lax.scan(add, zero, jax.tree.map(in_parts, (final, targets, mask)))[0]
 
 
 def adversarial_losses(
-    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"]
+    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"], mean: Callable = jnp.mean
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(L_d, L_g), binary cross-entropy on logits, mean over the batch (Goodfellow et al. 2014, as published).
 
     L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1) trains the discriminator, L_g = BCE(D(z), 1) the encoder.
+
+    mean: over the texts' values, where some places hold no text.
     """
     bce = optax.sigmoid_binary_cross_entropy
     fake, real = model.discriminate(jax.lax.stop_gradient(latent)), model.discriminate(prior_sample)
-    loss_d = bce(fake, jnp.zeros_like(fake)).mean() + bce(real, jnp.ones_like(real)).mean()
+    loss_d = mean(bce(fake, jnp.zeros_like(fake))) + mean(bce(real, jnp.ones_like(real)))
     generated = model.discriminate(latent)
-    return loss_d, bce(generated, jnp.ones_like(generated)).mean()
+    return loss_d, mean(bce(generated, jnp.ones_like(generated)))

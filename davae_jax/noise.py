@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.errors import check_options
+from davae_jax.layers import Segments
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class NoiseConfig:
 
 
 def token_noise(
-    ids: Int[Array, "B S"], special: Bool[Array, "B S"], config: NoiseConfig, vocab_size: int, key: jax.Array
+    ids: Int[Array, "B S"],
+    special: Bool[Array, "B S"],
+    config: NoiseConfig,
+    vocab_size: int,
+    key: jax.Array,
+    segments: Segments | None = None,
 ) -> Int[Array, "B S"]:
     """Drops, substitutes and shuffles tokens (Shen et al. 2020, "Educating Text Autoencoders", section 3).
 
@@ -41,6 +48,7 @@ def token_noise(
       ids: padded with 0.
       special: tokens that stay as they are, where they are, [CLS] and [SEP]; those in front and those behind.
       vocab_size: substitutes are uniform over the ids 1 … vocab_size − 1.
+      segments: where rows hold several texts, each of which keeps its place.
     """
     if not (config.drop or config.substitute or config.shuffle):
         return ids
@@ -53,11 +61,19 @@ def token_noise(
 
     place = jnp.arange(S) + jnp.where(is_word, jax.random.uniform(key_shuffle, ids.shape) * (config.shuffle + 1), 0.0)
     # What stands behind all words stays there: 2S is past every shuffled place that matters for the order.
-    first_word = jnp.argmax(is_word, axis=1)[:, None]
-    is_behind = ~is_word & (jnp.arange(S) >= first_word)
+    if segments is None:
+        is_behind = jnp.arange(S) >= jnp.argmax(is_word, axis=1)[:, None]
+    else:
+        last_word = lax.cummax(jnp.where(is_word, jnp.arange(S), -1), axis=1)
+        is_behind = last_word >= jnp.arange(S) - segments.places()
+    is_behind &= ~is_word
     place = jnp.where(is_behind, place + S + config.shuffle + 1, place)
     place = jnp.where(dropped | (ids == 0), jnp.inf, place)
-    order = jnp.argsort(place, axis=1, stable=True)
+    if segments is None:
+        order = jnp.argsort(place, axis=1, stable=True)
+    else:
+        text = jnp.where(segments.of_token > 0, segments.of_token, S + 1)
+        order = jnp.lexsort((place, text), axis=1)
     return jnp.take_along_axis(jnp.where(dropped, 0, ids), order, axis=1)
 
 

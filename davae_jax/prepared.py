@@ -24,7 +24,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ FORMAT = 1
 # Packing ids by a general compressor saves a tenth and costs five times the time.
 WRITER_OPTIONS = "group_size:16,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-AHEAD = 8  # batches read before they are asked for
-THREADS = 4
+THREADS = 4  # that read ahead
 HELD_OUT_AT_MOST = 10_000  # texts that are measured on
 
 
@@ -239,27 +238,25 @@ class PreparedBatches:
         rows, shape = self.rows(step)
         return padded([self.prepared[i] for i in rows[start:stop].tolist()], shape, self.pad_id)
 
-    def ahead(self, spans: Sequence[tuple[int, int]], step: int) -> Iterator[dict[tuple[int, int], Batch]]:
-        """These rows of the batches of a step and all that follow, read in grain's threads before they are wanted."""
-        import grain
 
-        steps = grain.MapDataset.source(_Steps(self, spans))
-        coming = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
-        coming.set_state({"next_index": step})
-        return coming
+class PreparedTexts:
+    """Prepared texts of at most so many decoder ids, with the interface of `data.Texts`, for packing."""
 
+    def __init__(self, prepared: Prepared, max_length: int):
+        """Raises InputError where none is short enough."""
+        paths = [prepared.folder / f"{shard['name']}.npy" for shard in prepared.shards]
+        sizes = np.concatenate([np.load(path)[:, 1:] for path in paths]).astype(np.int64)
+        self._records = np.flatnonzero(sizes[:, 1] <= max_length)
+        if not len(self._records):
+            raise InputError(f"{prepared.folder}: holds no text of at most {max_length} tokens")
+        self.prepared, self.sizes = prepared, sizes[self._records]
+        self.too_long = len(prepared) - len(self._records) + prepared.manifest["counts"]["too_long"]
 
-class _Steps:
-    """What grain reads from: step → the parts of its batch, without end."""
+    def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.prepared[int(self._records[text])]
 
-    def __init__(self, batches: PreparedBatches, spans: Sequence[tuple[int, int]]):
-        self._batches, self._spans = batches, spans
-
-    def __len__(self) -> int:
-        return 1 << 62
-
-    def __getitem__(self, step: int) -> dict[tuple[int, int], Batch]:
-        return {span: self._batches.read(step, *span) for span in self._spans}
+    def where(self, texts: Sequence[int]) -> str:
+        return self.prepared.where(self._records[texts].tolist())
 
 
 class _Column:

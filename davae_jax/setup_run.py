@@ -19,7 +19,8 @@ from davae_jax.data import Batches, read_texts, round_up, tokenize
 from davae_jax.errors import InputError
 from davae_jax.files import write_bytes
 from davae_jax.model import DAVAE, InitKeys, split
-from davae_jax.prepared import Prepared, PreparedBatches
+from davae_jax.packing import PackedBatches
+from davae_jax.prepared import Prepared, PreparedBatches, PreparedTexts
 from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
 from davae_jax.tokenizers import DecoderTokenizer, EncoderTokenizer, count_pieces, read_vocabulary
 from davae_jax.train_config import TrainConfig
@@ -92,27 +93,34 @@ def read_corpus(config: TrainConfig) -> Corpus:
 
 def batches_of(
     config: TrainConfig, corpus: Corpus, tokenizers: tuple[EncoderTokenizer, DecoderTokenizer], model: DAVAEConfig
-) -> Batches | PreparedBatches:
-    """The batch of every step. Raises InputError where no text can be used."""
-    buckets = config.data.buckets or (1 if config.data.train is None else 4)
-    settings = dict(buckets=buckets, **_batching(config, model))
-    if corpus.prepared:
-        return PreparedBatches(corpus.prepared, config.batch_size, max_length=config.data.max_length, **settings)
-    texts = tokenize(corpus.train, *tokenizers, max_length=config.data.max_length, source=corpus.source)
-    return Batches(texts._replace(lines=corpus.lines[texts.lines - 1]), config.batch_size, **settings)
+) -> Batches | PackedBatches | PreparedBatches:
+    """The batch of every step, as the config lays it out. Raises InputError where no text can be used."""
+    longest, common = config.data.max_length, _batching(config, model)
+    texts = None
+    if corpus.prepared is None:
+        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, cut=config.data.cut)
+        texts = texts._replace(lines=corpus.lines[texts.lines - 1])
+    if config.data.pack:
+        return PackedBatches(texts or PreparedTexts(corpus.prepared, longest), row_length=longest, **common)
+    common |= dict(
+        buckets=config.data.buckets or (1 if config.data.train is None else 4),
+        encoder_positions=model.encoder.max_position_embeddings,
+    )
+    if texts is None:
+        return PreparedBatches(corpus.prepared, max_length=longest, **common)
+    return Batches(texts, **common)
 
 
 def held_out_batches(
     config: TrainConfig, texts: list[str], tokenizers: tuple[EncoderTokenizer, DecoderTokenizer], model: DAVAEConfig
 ) -> Batches:
     """Batches of one shape, of texts that fit."""
-    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="")
-    return Batches(rows, config.batch_size, **_batching(config, model))
+    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", cut=config.data.cut)
+    return Batches(rows, encoder_positions=model.encoder.max_position_embeddings, **_batching(config, model))
 
 
 def _batching(config: TrainConfig, model: DAVAEConfig) -> dict[str, Any]:
-    positions = model.encoder.max_position_embeddings
-    return dict(pad_id=model.pad_token_id, seed=config.seed, encoder_positions=positions)
+    return dict(batch_size=config.batch_size, pad_id=model.pad_token_id, seed=config.seed)
 
 
 def prepare_tokenizers(config: TrainConfig, run_dir: Path, corpus: Corpus) -> None:

@@ -36,6 +36,17 @@ class DataConfig:
     """Shapes that batches come in, by the texts' length; each compiles a program of its own. None: 4, and 1 for the
     project's own corpus, whose texts are of about one length."""
 
+    pack: bool = False
+    """Several texts in a row, each with a latent of its own, so that hardly anything is padding. Rows are as long as
+    the longest text may be."""
+
+    segment_length: int | None = None
+    """Longer texts are learnt in segments of so many tokens, the decoder's recurrent memory between them and one latent
+    for all; the encoder then reads as much of a text's beginning as it has positions for. None: in one piece."""
+
+    segment_mask: Literal["full", "published"] = "full"
+    """What a token sees of the memory. full: all of it. published: no farther back than a segment is long."""
+
     pieces: int | None = None
     """Size of the decoder's vocabulary, where tokenizers are trained. None: 8000, and 600 for the project's own
     corpus."""
@@ -43,11 +54,21 @@ class DataConfig:
     entries: int = 8000
     """Size of the encoder's vocabulary, where tokenizers are trained."""
 
+    @property
+    def cut(self) -> bool:
+        """Whether texts longer than the encoder's positions are kept: those of several segments."""
+        return self.segment_length is not None
+
     def __post_init__(self):
         check_options(self, "data.", "max_length", lambda n: n >= 3, "be at least 3")
         check_options(self, "data.", "buckets", lambda n: n is None or n >= 1, "be at least 1")
+        check_options(self, "data.", "segment_length", lambda n: n is None or n >= 1, "be at least 1")
         check_options(self, "data.", "pieces", lambda n: n is None or n >= 10, "be at least 10")
         check_options(self, "data.", "entries", lambda n: n >= 10, "be at least 10")
+        if self.pack and self.buckets is not None:
+            raise InputError("--data.buckets: is of use only without --data.pack", exit_code=2)
+        if self.pack and self.segment_length is not None:
+            raise InputError("--data.segment-length: is of use only without --data.pack", exit_code=2)
         if self.valid is not None and self.train is None:
             raise InputError("--data.valid: is of use only with --data.train", exit_code=2)
 
@@ -137,7 +158,7 @@ class TrainConfig:
     """Updates in all."""
 
     batch_size: int = 64
-    """Texts a step."""
+    """Texts a step; with --data.pack, rows."""
 
     seed: int = 0
     """Of the initial weights, the data's order and every draw."""

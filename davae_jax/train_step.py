@@ -14,11 +14,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
+from davae_jax.decoder import Decoder
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
+from davae_jax.layers import Segments
 from davae_jax.losses import adversarial_losses, chunked_nll
 from davae_jax.model import DAVAE, Params, merge, split, weight_axes
 from davae_jax.noise import embedding_noise, token_noise
 from davae_jax.optimizers import make_optimizer
+from davae_jax.packing import PackedBatch
 from davae_jax.schedules import beta_at, learning_rate
 from davae_jax.sharding import RULES, weight_sharding
 from davae_jax.train_config import TrainConfig
@@ -87,7 +90,7 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
 
 def make_train_step(
     graphdef: nnx.GraphDef, config: TrainConfig, abstract: TrainState | None = None
-) -> Callable[[TrainState, Batch], tuple]:
+) -> Callable[[TrainState, Batch | PackedBatch], tuple]:
     """The compiled step: (state, batch) → (next state, logs). The state's buffers are reused.
 
     abstract: where the state lies on a mesh; batches are split over it, logs are on every device. To be called under
@@ -96,7 +99,7 @@ def make_train_step(
     optimizer, discriminator_optimizer = optimizers(config)
     rate = learning_rate(config.optimizer, config.steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+    def train_step(state: TrainState, batch: Batch | PackedBatch) -> tuple[TrainState, Logs]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         beta = beta_at(state.step, config.steps, config.beta)
         grads, logs = gradient(state.params, graphdef, batch, key, beta, config)
@@ -128,20 +131,25 @@ def make_train_step(
     )
 
 
-def gradient(params: Params, graphdef: nnx.GraphDef, batch: Batch, key: jax.Array, beta, config: TrainConfig):
+def gradient(
+    params: Params, graphdef: nnx.GraphDef, batch: Batch | PackedBatch, key: jax.Array, beta, config: TrainConfig
+):
     """The objective's gradient and logs, computed in `config.accumulate` parts of the batch, one after the other.
 
-    The objective is a mean over texts and the parts are equal, so the mean of their gradients is the whole batch's
-    (up to draws, of which each part has its own, and to free bits clamped on a batch's mean).
+    The objective is a mean over texts, so the mean of the parts' gradients is the whole batch's (up to draws, of which
+    each part has its own, and to free bits clamped on a batch's mean). Parts of packed rows differ in their number of
+    texts; each divides by what a part has on average.
     """
     grad = jax.grad(objective, has_aux=True)
     n = config.accumulate
     if n == 1:
         return grad(params, graphdef, batch, key, beta, config)
 
+    texts = (batch.lengths > 0).sum() / n if isinstance(batch, PackedBatch) else None
+
     def add(total, part):
         i, rows = part
-        found = grad(params, graphdef, rows, jax.random.fold_in(key, i), beta, config)
+        found = grad(params, graphdef, rows, jax.random.fold_in(key, i), beta, config, texts)
         return jax.tree.map(jnp.add, total, found), None
 
     # Part i has the rows i, i + n, …: each device gives of its own rows to every part.
@@ -153,46 +161,43 @@ def gradient(params: Params, graphdef: nnx.GraphDef, batch: Batch, key: jax.Arra
 
 
 def objective(
-    params: Params, graphdef: nnx.GraphDef, batch: Batch, key: jax.Array, beta: Float[Array, ""], config: TrainConfig
+    params: Params,
+    graphdef: nnx.GraphDef,
+    batch: Batch | PackedBatch,
+    key: jax.Array,
+    beta: Float[Array, ""],
+    config: TrainConfig,
+    texts: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
-    """Mean over the batch of rec / length + β·KL + λ·L_g, plus L_d.
+    """Mean over the batch's texts of rec / length + β·KL + λ·L_g, plus L_d.
 
     L_d reaches the discriminator alone and the rest everything but the discriminator, so that one backward pass gives
     the gradients of both optimizers. The end token is trained; padding is masked by length.
+
+    texts: what packed texts' sums are divided by; None: their number.
     """
     keys = dict(zip(("token", "embedding", "encoder", "latent", "decoder", "prior"), jax.random.split(key, 6)))
     model = merge(graphdef, params)
-    posterior = posterior_of(model, batch.encoder_ids, keys, config)
+    mean = mean_over_texts(batch, texts)
+    posterior = posterior_of(model, batch, keys, config)
     latent = posterior.sample(keys["latent"])
-
-    rec, rec_per_token = reconstruction(model, latent, batch, config, keys["decoder"])
+    rec, length = reconstruction(model, batch, latent, keys["decoder"], config)
+    rec_per_token = rec / length
 
     kl_BL = kl_per_dimension(posterior)
-    kl = counted_kl(kl_BL, config)
+    kl = counted_kl(kl_BL, config, mean)
     weighted = rec_per_token if config.length_weighted else rec
-    loss = (weighted + beta * kl).mean()
-    logs = {"rec": rec_per_token.mean(), "kl": kl.mean(), "kl_unmasked": kl_BL.sum(-1).mean()}
-    logs["kl_per_dim"] = kl_BL.mean(0)
+    loss = mean(weighted + beta * kl)
+    logs = {"rec": mean(rec_per_token), "kl": mean(kl), "kl_unmasked": mean(kl_BL.sum(-1))}
+    logs["kl_per_dim"] = mean(kl_BL)
 
     # The discriminator is trained even where λ is 0: its loss then only measures how far latents are from the prior.
     prior = jax.random.normal(keys["prior"], latent.shape)
     frozen = merge(graphdef, params | {"discriminator": jax.lax.stop_gradient(params["discriminator"])})
-    loss_d, _ = adversarial_losses(model, latent, prior)
-    _, loss_g = adversarial_losses(frozen, latent, prior)
+    loss_d, _ = adversarial_losses(model, latent, prior, mean)
+    _, loss_g = adversarial_losses(frozen, latent, prior, mean)
     loss = loss + config.adversarial.weight * loss_g
     return loss + loss_d, logs | {"loss": loss, "loss_d": loss_d, "loss_g": loss_g}
-
-
-def reconstruction(
-    model: DAVAE, latent: Float[Array, "B L"], batch: Batch, config: TrainConfig, key: jax.Array | None
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Nats of each text given its latent, in all and per token."""
-    ids = batch.decoder_ids
-    targets = ids[:, 1:]
-    mask = jnp.arange(1, ids.shape[1]) < batch.lengths[:, None]
-    output = model.decoder(ids[:, :-1], latent, key=key, remat=config.remat)
-    rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
-    return rec, rec / mask.sum(-1)
 
 
 def make_held_out_loss(
@@ -206,7 +211,8 @@ def make_held_out_loss(
         encoded = model.encoder(batch.encoder_ids)
         posterior = Posterior(encoded.mean, encoded.logvar)
         latent = posterior.sample(jax.random.key(config.seed))
-        rec, rec_per_token = reconstruction(model, latent, batch, config, None)
+        rec, length = reconstruction(model, batch, latent, None, config)
+        rec_per_token = rec / length
         kl = kl_per_dimension(posterior).sum(-1)
         loss = (rec_per_token if config.length_weighted else rec) + config.beta.max * kl
         return {"loss": loss.mean(), "rec": rec_per_token.mean(), "kl": kl.mean()}
@@ -217,28 +223,106 @@ def make_held_out_loss(
     return jax.jit(losses, in_shardings=(places, rows), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def posterior_of(model: DAVAE, ids: Int[Array, "B S"], keys: dict, config: TrainConfig) -> Posterior:
-    """The posterior of the texts with the noise of training on tokens and embeddings."""
+def mean_over_texts(batch: Batch | PackedBatch, texts: Float[Array, ""] | None = None) -> Callable[[Array], Array]:
+    """The mean of [B, …] over the texts; of packed ones, of [B, P, …] over the places that hold a text.
+
+    texts: `objective`.
+    """
+    if not isinstance(batch, PackedBatch):
+        return mean_over_rows
+    is_text = batch.lengths > 0
+    texts = is_text.sum() if texts is None else texts
+
+    def mean(x):
+        kept = is_text.reshape(*is_text.shape, *[1] * (x.ndim - 2))
+        return jnp.where(kept, x, 0).sum((0, 1)) / texts
+
+    return mean
+
+
+def mean_over_rows(x: Float[Array, "B *L"]) -> Float[Array, "*L"]:
+    return x.mean(0)
+
+
+def posterior_of(model: DAVAE, batch: Batch | PackedBatch, keys: dict, config: TrainConfig) -> Posterior:
+    """The posterior of the texts, [B, L] or packed [B, P, L], with the noise of training on tokens and embeddings."""
+    ids, segments = batch.encoder_ids, None
+    if isinstance(batch, PackedBatch):
+        segments = Segments(batch.encoder_segments, batch.encoder_starts)
     special = (ids == model.config.cls_token_id) | (ids == model.config.sep_token_id)
-    ids = token_noise(ids, special, config.noise, model.config.encoder.vocab_size, keys["token"])
+    ids = token_noise(ids, special, config.noise, model.config.encoder.vocab_size, keys["token"], segments)
     shape = (*ids.shape, model.config.encoder.hidden_size)
     noise = embedding_noise(keys["embedding"], shape, config.noise)
-    encoded = model.encoder(ids, noise, keys["encoder"], config.remat)
+    encoded = model.encoder(ids, noise, keys["encoder"], config.remat, segments)
     return Posterior(encoded.mean, encoded.logvar)
 
 
-def counted_kl(kl_BL: Float[Array, "B L"], config: TrainConfig) -> Float[Array, "B"]:
+def reconstruction(
+    model: DAVAE, batch: Batch | PackedBatch, latent: Float[Array, "B L"], key: jax.Array, config: TrainConfig
+) -> tuple[Float[Array, "B"], Int[Array, "B"]]:
+    """Of each text the sum of its targets' −log p, in nats, and their number; packed, [B, P] and at least 1."""
+    if isinstance(batch, PackedBatch):
+        ids, targets, segments = batch.decoder_ids, batch.decoder_targets, batch.decoder_segments
+        mask = segments[..., None] == jnp.arange(1, batch.lengths.shape[1] + 1)
+        length = jnp.maximum(mask.sum(1), 1)
+    else:
+        ids, targets, segments = batch.decoder_ids[:, :-1], batch.decoder_ids[:, 1:], None
+        mask = jnp.arange(1, batch.decoder_ids.shape[1]) < batch.lengths[:, None]
+        length = mask.sum(1)
+        if config.data.segment_length and ids.shape[1] > config.data.segment_length:
+            return in_segments(model.decoder, ids, targets, mask, latent, key, config), length
+    output = model.decoder(ids, latent, key=key, remat=config.remat, segments=segments)
+    return chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk), length
+
+
+def in_segments(
+    decoder: Decoder,
+    ids: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    latent: Float[Array, "B L"],
+    key: jax.Array | None,
+    config: TrainConfig,
+) -> Float[Array, "B"]:
+    """Σ −log p of the targets, read a segment after the other: all of a text with the one latent, and between them the
+    recurrent memory, through which no gradient flows (Dai et al. 2019, section 3.2)."""
+    size = config.data.segment_length
+    window = "published" if config.data.segment_mask == "published" else None
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
+        return x.reshape(x.shape[0], -1, size).swapaxes(0, 1)
+
+    def read(carry, segment):
+        memory, rec = carry
+        i, ids, targets, mask = segment
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        output = decoder(ids, latent, memory, window, own_key, config.remat)
+        rec = rec + chunked_nll(decoder, output.final, targets, mask, config.logits_chunk)
+        return (decoder.remember(memory, output.hidden, memory.capacity), rec), None
+
+    segments = cut(ids), cut(targets), cut(mask)
+    begin = decoder.empty_memory(len(ids)), jnp.zeros(len(ids), jnp.float32)
+    (_, rec), _ = jax.lax.scan(read, begin, (jnp.arange(len(segments[0])), *segments))
+    return rec
+
+
+def counted_kl(
+    kl_BL: Float[Array, "B L"], config: TrainConfig, mean: Callable[[Array], Array] = mean_over_rows
+) -> Float[Array, "B"]:
     """The KL that β weighs, of each text.
 
     hard: the published free bits, those dimensions of a text alone whose KL is above the target.
     clamp: free bits of Kingma et al. 2016 (appendix C.8): a dimension's mean over the batch counts as the target where
       it is below.
+
+    mean: `mean_over_texts`.
     """
     match config.free_bits.mode:
         case "hard":
             return free_bits_kl(kl_BL, config.free_bits.target)
         case "clamp":
-            return jnp.broadcast_to(jnp.maximum(kl_BL.mean(0), config.free_bits.target).sum(), kl_BL.shape[:1])
+            return jnp.broadcast_to(jnp.maximum(mean(kl_BL), config.free_bits.target).sum(), kl_BL.shape[:-1])
         case "off":
             return kl_BL.sum(-1)
 

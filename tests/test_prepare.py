@@ -19,7 +19,7 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax import inputs
 from davae_jax.cli import main
-from davae_jax.data import tokenize
+from davae_jax.data import ahead, tokenize
 from davae_jax.errors import InputError
 from davae_jax.inputs import LONGEST_LINE, find_files, pieces_of, read_piece
 from davae_jax.prepare import Task, _finish, _tokenizers, make_shards
@@ -425,7 +425,7 @@ def test_a_batch_depends_on_seed_and_step_alone(prepared):
 def test_processes_together_read_the_one_process_batch(processes, prepared):
     """From step 17 on, in background threads."""
     whole, own = batches_with(prepared), 8 // processes
-    coming = [batches_with(prepared).ahead([(i * own, (i + 1) * own)], 17) for i in range(processes)]
+    coming = [ahead(batches_with(prepared), [(i * own, (i + 1) * own)], 17, threads=4) for i in range(processes)]
     for step in range(17, 35):
         parts = [part for process in coming for part in next(process).values()]
         assert_equal([np.concatenate(x) for x in zip(*parts, strict=True)], whole[step])

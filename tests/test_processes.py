@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, started, text_file, tiny  # noqa: F401
 
-from davae_jax.data import Batches, placed, spans_of, tokenize
+from davae_jax.data import Batches, ahead, placed, spans_of, tokenize
 from davae_jax.distributed import DistributedConfig
 from davae_jax.errors import InputError
 
@@ -141,7 +141,7 @@ def test_each_device_gets_its_own_rows():
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     spans = spans_of(sharding, 16)
     assert spans == [(0, 4), (4, 8), (8, 12), (12, 16)]
-    for step, parts in zip(range(3, 3 + batches.per_epoch), batches.ahead(spans, 3), strict=False):
+    for step, parts in zip(range(3, 3 + batches.per_epoch), ahead(batches, spans, 3, threads=0), strict=False):
         for whole, laid_out in zip(batches[step], placed(parts, 16, sharding), strict=True):
             np.testing.assert_array_equal(whole, laid_out)
             for shard in laid_out.addressable_shards:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -274,6 +275,19 @@ def test_a_finished_run_says_so_again(run, text_file):
     options = ["--steps", 8, "--log.checkpoint", 3, "--adversarial.weight", 0.1]
     code, out, _ = tiny(text_file, folder, *options)
     assert code == 0 and "steps 8 to 8" in out and [row["step"] for row in metrics_of(folder)] == [2, 4, 6, 8]
+
+
+def test_a_packed_run(text_file, tmp_path):
+    """Several texts in a row, in parts, with layers computed anew."""
+    options = ["--data.pack", "--data.buckets", None, "--accumulate", 2, "--remat", "full", "--steps", 4]
+    code, out, err = tiny(
+        text_file, tmp_path / "packed", "--model.max-out-length", 40, "--data.max-length", 40, *options
+    )
+    assert code == 0, err
+    assert re.search(
+        r"steps 0 to 4 of 4 rows \(\d+\.\d% of the encoder's and \d+\.\d% of the decoder's are padding\)", out
+    )
+    assert [row["step"] for row in metrics_of(tmp_path / "packed")] == [2, 4]
 
 
 def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
