@@ -213,7 +213,7 @@ def test_gradients_are_all_that_data_sends():
     weights = bytes_per_device(state.params) // 4
     D, E = 128, 64
     unused_rows, frequencies = (512 - (T + 1)) * E + E, D // 2
-    keys = D * D - T * D
+    keys = D * (D + 1) - T * D
     assert {c.kind for c in collectives(text)} == {"all-reduce"}
     assert floats == weights - unused_rows - frequencies - keys + 1024 * D
     sent = traffic(CONFIG, mesh_of(8, 1, 1), H200)
@@ -231,14 +231,16 @@ def test_traffic_is_near_what_xla_sends(shape):
 
 
 def test_traffic_by_hand():
-    sent = traffic(with_(RANDENG, batch_size=64), mesh_of(1, 8, 1, batch=64), H200)["fsdp"]
-    weights = 1_249_095_457
-    # Weights in bfloat16 twice, their gradients in float32 once, and both halves' embeddings to and fro.
+    """Weights in bfloat16 twice, their gradients in float32 once, both halves' embeddings to and fro; and for each of
+    the three more chunks of logits the word table and its gradient again."""
+    weights, table = 1_249_095_457, 50048 * 1600
     embeddings = 2 * 8 * (512 * 768 + 511 * 1600) * 4
-    assert sent.bytes == pytest.approx((weights * (2 + 2 + 4) + embeddings) * 7 / 8, rel=5e-3)
-    assert traffic(with_(RANDENG, accumulate=2), mesh_of(8, 1, 1), H200)["data"].bytes == pytest.approx(
-        2 * 2 * weights * 4 * 7 / 8, rel=1e-6
-    )
+    sent = {chunk: traffic(with_(RANDENG, logits_chunk=chunk), mesh_of(1, 8, 1), H200)["fsdp"] for chunk in (128, 511)}
+    once = (weights * (2 + 2 + 4) + embeddings) * 7 / 8
+    assert sent[511].bytes == pytest.approx(once, rel=5e-3)
+    assert sent[128].bytes - sent[511].bytes == 3 * table * (2 + 4) * 7 // 8
+    data = traffic(with_(RANDENG, accumulate=2, logits_chunk=511), mesh_of(8, 1, 1), H200)["data"]
+    assert data.bytes == 2 * 2 * weights * 4 * 7 // 8
 
 
 def test_axes_beyond_a_node_go_over_the_network():
