@@ -221,13 +221,13 @@ def test_gradients_are_all_that_data_sends():
     assert sent["fsdp"].bytes == sent["tensor"].bytes == 0
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)])
 def test_traffic_is_near_what_xla_sends(shape):
     """XLA's CPU compiler reduces gradients whole and then takes a part, where others scatter them: twice the bytes."""
     text, _ = compiled(shape)
     by_xla = sum(c.sent for c in collectives(text))
     planned = sum(axis.bytes for axis in traffic(CONFIG, mesh_of(*shape), H200).values())
-    assert 0.5 < by_xla / planned < 2
+    assert 0.5 < by_xla / planned < 2, by_xla / planned
 
 
 def test_traffic_by_hand():
