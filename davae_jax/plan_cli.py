@@ -83,7 +83,7 @@ def format_plan(plan: Plan) -> str:
             for name, axis in plan.traffic.items()
         ),
         "",
-        _row(f"time per step at {plan.efficiency:.0%} of peak", "s"),
+        _row(f"time per step, {plan.efficiency:.0%} of bfloat16 peak", "s"),
         _row("  compute", f"{plan.compute_seconds:.4f}"),
         _row("  communication", f"{plan.communication_seconds:.4f}"),
         _row("  step", f"{plan.seconds[0]:.4f}") + f"  to {plan.seconds[1]:.4f}, as the one hides the other or not",
