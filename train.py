@@ -6,6 +6,7 @@ setup_run.py, the data in data.py, one step in train_step.py, what it leaves beh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 import shutil
@@ -37,11 +38,13 @@ def train(argv: list[str]) -> int | None:
 
     from davae_jax import figures, setup_run
     from davae_jax.checkpoint import CONFIG_FILE
+    from davae_jax.chips import chip_called
     from davae_jax.data import ahead, fitting, placed, spans_of
     from davae_jax.distributed import agreed, barrier, connect, gathered, is_first_process
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
+    from davae_jax.plan import model_flops
     from davae_jax.prepared import THREADS
     from davae_jax.run_checkpoints import Checkpoints
     from davae_jax.run_folder import open_run
@@ -114,11 +117,16 @@ def train(argv: list[str]) -> int | None:
     if jax.device_count() > 1:
         over = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
+    chip = chip_called(jax.devices()[0].device_kind)
+    if chip:
+        say(f"MFU is of {chip.flops / 1e12:.0f} TFLOP/s a device, the {chip.name}'s in bfloat16")
+    sized = dataclasses.replace(config, model=model_config)
 
     # ---- the loop. A step's values are looked at while the next step is computed, and before anything is saved.
-    def look(step: int, logs: dict, waited: float) -> None:
+    def look(step: int, logs: dict, lengths: tuple[int, int], waited: float) -> None:
         values = jax.device_get(logs)
-        kl_per_dim, work = values.pop("kl_per_dim"), Work(int(values.pop("tokens")), 0.0, waited)
+        work = Work(int(values.pop("tokens")), model_flops(sized, lengths), waited)
+        kl_per_dim = values.pop("kl_per_dim")
         values = {name: float(value) for name, value in values.items()}
         for name in ("loss", "loss_d", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -151,7 +159,7 @@ def train(argv: list[str]) -> int | None:
         config.log.every,
         step=begins,
         pending=pending_log,
-        peak_flops=None,
+        peak_flops=chip and chip.flops * jax.device_count(),
         last_checkpoint=lambda: checkpoints.last,
     )
     bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
@@ -169,7 +177,7 @@ def train(argv: list[str]) -> int | None:
                 state, logs = take_step(state, batch)
             if pending:
                 look(*pending)
-            pending = step, logs, waited
+            pending = step, logs, batch.read_lengths, waited
             bar.update()
             stopped = agreed(interrupt.asked, step)
             ends = stopped or step == config.steps

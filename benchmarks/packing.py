@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from davae_jax import DAVAEConfig
-from davae_jax.data import Batches, read_texts, tokenize
+from davae_jax.data import Batch, Batches, read_texts, tokenize
 from davae_jax.model import DAVAE, InitKeys, abstract_model, split
-from davae_jax.packing import PackedBatches
+from davae_jax.packing import PackedBatch, PackedBatches
 from davae_jax.text import load_tokenizers
 from davae_jax.train_config import DEMO
 from davae_jax.train_step import init_state, make_train_step
@@ -43,7 +43,7 @@ def main() -> None:
     texts = tokenize(found, *tokenizers, max_length=args.max_length, source=str(args.texts))
     pad_id = published.pad_token_id
     packed = PackedBatches(texts, 8, pad_id=pad_id, row_length=args.max_length)
-    per_step = packed[0].tokens / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts
+    per_step = trained(packed[0]) / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts
     kinds = {
         "one length": Batches(texts, round(per_step), pad_id=pad_id),
         "4 buckets": Batches(texts, round(per_step), pad_id=pad_id, buckets=4),
@@ -59,6 +59,11 @@ def main() -> None:
         print(f"| {name} | {encoder:.1%} | {decoder:.1%} | {rates[name] / rates['packed']:.2f} |")
 
 
+def trained(batch: Batch | PackedBatch) -> int:
+    """Tokens of a batch that are learnt."""
+    return int(np.maximum(batch.lengths - 1, 0).sum())
+
+
 def padding(batches: Batches | PackedBatches) -> np.ndarray:
     """Parts of an epoch's slots of encoder and decoder; the decoder does not read the last place of a plain row."""
     if isinstance(batches, PackedBatches):
@@ -66,7 +71,7 @@ def padding(batches: Batches | PackedBatches) -> np.ndarray:
     real = slots = np.zeros(2)
     for step in range(batches.per_epoch):
         rows, (S, T) = batches.rows(step)
-        real = real + [sum(len(batches.texts.encoder_ids[i]) for i in rows), batches[step].tokens]
+        real = real + [sum(len(batches.texts.encoder_ids[i]) for i in rows), trained(batches[step])]
         slots = slots + len(rows) * np.array([S, T - 1])
     return 1 - real / slots
 
@@ -87,7 +92,7 @@ def speeds(kinds: dict, take_step, state, n: int) -> dict[str, float]:
             began = clock()
             state, _ = take_step(state, batch)
             jax.block_until_ready(state)
-            tokens[name], seconds[name] = tokens[name] + batch.tokens, seconds[name] + clock() - began
+            tokens[name], seconds[name] = tokens[name] + trained(batch), seconds[name] + clock() - began
     return {name: tokens[name] / seconds[name] for name in kinds}
 
 

@@ -12,6 +12,7 @@ class Chip(NamedTuple):
     link: float  # bytes/s that one chip can send to the others of its group
     group: int  # chips joined by the fast link: a node's, or a pod's
     network: float  # bytes/s that one chip can send beyond its group
+    kinds: tuple[str, ...]  # what JAX calls it
 
 
 GB, GiB, TERA = 1e9, 2**30, 1e12
@@ -20,12 +21,21 @@ GB, GiB, TERA = 1e9, 2**30, 1e12
 # Google's Cloud TPU documentation, "System architecture" of v4, v5e, v5p and v6e (interconnect in one direction; the
 # data centre network's rate divided by the pod's chips; v4's is not given there, and v5p's stands in for it).
 CHIPS = {
-    "h200": Chip("H200", 141 * GB, 989 * TERA, 450 * GB, 8, 50 * GB),
-    "h100": Chip("H100", 80 * GB, 989 * TERA, 450 * GB, 8, 50 * GB),
-    "a100-80gb": Chip("A100 80 GB", 80 * GB, 312 * TERA, 300 * GB, 8, 25 * GB),
-    "a100-40gb": Chip("A100 40 GB", 40 * GB, 312 * TERA, 300 * GB, 8, 25 * GB),
-    "tpu-v4": Chip("TPU v4", 32 * GiB, 275 * TERA, 300 * GB, 4096, 6.25 * GB),
-    "tpu-v5e": Chip("TPU v5e", 16 * GiB, 197 * TERA, 200 * GB, 256, 3.125 * GB),
-    "tpu-v5p": Chip("TPU v5p", 95 * GiB, 459 * TERA, 600 * GB, 8960, 6.25 * GB),
-    "tpu-v6e": Chip("TPU v6e", 32 * GiB, 918 * TERA, 400 * GB, 256, 12.5 * GB),
+    "h200": Chip("H200", 141 * GB, 989 * TERA, 450 * GB, 8, 50 * GB, ("NVIDIA H200",)),
+    "h100": Chip("H100", 80 * GB, 989 * TERA, 450 * GB, 8, 50 * GB, ("NVIDIA H100 80GB HBM3",)),
+    "a100-80gb": Chip(
+        "A100 80 GB", 80 * GB, 312 * TERA, 300 * GB, 8, 25 * GB, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")
+    ),
+    "a100-40gb": Chip(
+        "A100 40 GB", 40 * GB, 312 * TERA, 300 * GB, 8, 25 * GB, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")
+    ),
+    "tpu-v4": Chip("TPU v4", 32 * GiB, 275 * TERA, 300 * GB, 4096, 6.25 * GB, ("TPU v4",)),
+    "tpu-v5e": Chip("TPU v5e", 16 * GiB, 197 * TERA, 200 * GB, 256, 3.125 * GB, ("TPU v5 lite", "TPU v5e")),
+    "tpu-v5p": Chip("TPU v5p", 95 * GiB, 459 * TERA, 600 * GB, 8960, 6.25 * GB, ("TPU v5", "TPU v5p")),
+    "tpu-v6e": Chip("TPU v6e", 32 * GiB, 918 * TERA, 400 * GB, 256, 12.5 * GB, ("TPU v6 lite", "TPU v6e")),
 }
+
+
+def chip_called(kind: str) -> Chip | None:
+    """By JAX's name of a device; None of one that is not in the table."""
+    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

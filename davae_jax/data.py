@@ -26,6 +26,11 @@ class Batch(NamedTuple):
     decoder_ids: np.ndarray  # [B, T], bos first, the end token last
     lengths: np.ndarray  # [B], of decoder_ids, bos and end counted
 
+    @property
+    def read_lengths(self) -> tuple[int, int]:
+        """(S, T): what encoder and decoder read of a row; the decoder does not read a text's last token."""
+        return self.encoder_ids.shape[1], self.decoder_ids.shape[1] - 1
+
 
 class Texts(NamedTuple):
     """Tokenized texts. Row i is line `lines[i]` of `source`, counted from 1."""

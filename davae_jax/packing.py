@@ -36,6 +36,11 @@ class PackedBatch(NamedTuple):
     decoder_segments: np.ndarray  # [B, T]
     lengths: np.ndarray  # [B, P], of each text's decoder ids, bos and end counted; 0 of an empty place
 
+    @property
+    def read_lengths(self) -> tuple[int, int]:
+        """(S, T): what encoder and decoder read of a row."""
+        return self.encoder_ids.shape[1], self.decoder_ids.shape[1]
+
 
 class PackedBatches:
     """The packed batch of every step, without end: each text once an epoch, but those of rows that fill no batch.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from davae_jax.train_step import TrainState, abstract_state, objective
 FLOAT32 = 4  # bytes
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and what lies between arrays
 MOST_CHIPS = 1024  # that a search for the smallest number goes to
+ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 class Product(NamedTuple):
@@ -233,19 +235,32 @@ def _bytes_of_row(x: jax.ShapeDtypeStruct, config: TrainConfig, tensor: int) -> 
 # ---- work
 
 
-def forward_products(config: TrainConfig, mesh: dict[str, int]) -> list[Product]:
-    """Every matrix product of a step's forward pass.
+def model_flops(config: TrainConfig, lengths: tuple[int, int]) -> int:
+    """Of one step on a batch of S encoder and T decoder tokens a row, padding counted, nothing computed again: what
+    MFU counts (model FLOPs utilization, Chowdhery et al. 2022, appendix B)."""
+    return sum((1 + p.backward) * p.flops for p in forward_products(config, ONE_DEVICE, lengths))
+
+
+def forward_products(
+    config: TrainConfig, mesh: Mapping[str, int], lengths: tuple[int, int] | None = None
+) -> list[Product]:
+    """Every matrix product of a step's forward pass; of rows of these lengths S and T, or of the longest.
 
     A product y = W·x costs 2 FLOPs a weight and token, and its backward pass twice that (the gradients of W and of x):
     6·weights·tokens in all. Attention adds, in each layer and for each text, two products of S²·D in the encoder and
     three of T²·D in the decoder (content, position, context), computed whole although half of them is masked; the tied
     embedding adds 6·B·T·D·V as logits and nothing as a table. What remat and the logits' chunks compute again is
     counted apart (`again`): dots repeats attention, full repeats whole layers but for the decoder's last product, which
-    its gradient does not need. Norms, softmax, dropout and the optimizer are not counted.
+    its gradient does not need. Texts in segments see K = segment + memory positions instead of T. Norms, softmax,
+    dropout and the optimizer are not counted.
     """
     model = config.model
     encoder, decoder = model.encoder, model.decoder
-    B, (S, T), L = config.batch_size, _lengths(config), model.latent_size
+    B, (S, T), L = config.batch_size, lengths or _lengths(config), model.latent_size
+    segments, K = 1, T
+    if (segment := config.data.segment_length) and segment < T:
+        segments, K = math.ceil(T / segment), segment + decoder.max_memory_length
+        T = segments * segment
     parts, fsdp, tensor = mesh["data"] * mesh["fsdp"], mesh["fsdp"], mesh["tensor"]
 
     def over(width: int, batch: int = parts) -> int:
@@ -265,8 +280,8 @@ def forward_products(config: TrainConfig, mesh: dict[str, int]) -> list[Product]
         Product("decoder", 2 * B * T * 4 * D * D, over(4 * D), again=layer),
         Product("decoder", 2 * B * T * 4 * D * D, over(4 * D)),
         # The positions' keys belong to no text: every part of the batch makes them, the fsdp axis together.
-        Product("decoder", 2 * T * D * D, over(D, _share(D, fsdp)), backward=1, again=layer),
-        Product("attention", 2 * B * T * T * 3 * D, over(N), again=attention),
+        Product("decoder", 2 * segments * K * D * D, over(D, _share(D, fsdp)), backward=1, again=layer),
+        Product("attention", 2 * B * T * K * 3 * D, over(N), again=attention),
     ] * decoder.num_layers
     products += [
         Product(

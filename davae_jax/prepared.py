@@ -214,6 +214,11 @@ class PreparedBatches:
         self.per_epoch = n // batch_size
         self._order = _Column(prepared.folder / "order.npy", len(prepared))
 
+    @property
+    def size(self) -> str:
+        """Of a batch, in words."""
+        return f"{self.batch_size} texts"
+
     def rows(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Which records make the batch of a step, over all processes, and its shape (S, T)."""
         epoch, place = divmod(step, self.per_epoch)

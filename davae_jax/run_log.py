@@ -24,7 +24,7 @@ class Work(NamedTuple):
     """What a step cost."""
 
     tokens: int  # trained
-    flops: float  # of the model, by `plan.step_flops`
+    flops: float  # by `plan.model_flops`
     waited: float  # seconds for its data
 
 

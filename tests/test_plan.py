@@ -22,6 +22,7 @@ from davae_jax.plan import (
     forward_products,
     make_plan,
     memory,
+    model_flops,
     traffic,
 )
 from davae_jax.sharding import MeshConfig, make_abstract_mesh, make_mesh
@@ -156,6 +157,19 @@ def test_work_is_what_xla_counts(remat, chunk):
     products = forward_products(config, ONE)
     expected = sum((1 + p.backward + p.again) * p.flops for p in products)
     assert 1 <= counted / expected < 1.05
+
+
+def test_model_flops_of_a_batch():
+    """At the longest lengths the plan's; in segments with memory, attention's products by hand."""
+    config = with_(data=DataConfig(max_length=128))
+    assert model_flops(config, (128, 127)) == sum(make_plan(config, H200, 8, 0.4).flops.values())
+    attention = lambda S, TK: 6 * B * (2 * S * S * 64 + 3 * TK * 128)  # noqa: E731
+    segments = with_(config, data=DataConfig(max_length=128, segment_length=32))
+    K = 32 + MODEL.decoder.max_memory_length
+    positions = lambda rows: 4 * rows * 128 * 128  # noqa: E731
+    plain = model_flops(config, (64, 128)) - attention(64, 128 * 128) - positions(128)
+    assert model_flops(segments, (64, 127)) == plain + attention(64, 128 * K) + positions(4 * K)
+    assert model_flops(segments, (64, 32)) == model_flops(config, (64, 32))  # one segment has no memory
 
 
 def test_the_logits_chunks_are_made_twice():
