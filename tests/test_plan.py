@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -329,3 +331,12 @@ def test_bad_plans(argv, said, capsys):
 def test_an_unknown_preset(capsys):
     assert main(["plan", "randeng"]) == 2
     assert "no preset 'randeng'; known: demo, randeng-1b" in capsys.readouterr().err
+
+
+def test_the_guide_shows_what_plan_prints(capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```bash\ndavae (plan [^\n]*)\n```\n\n```\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(shown) == 2 and "--chips 8" in shown[0][0] and "tpu-v5e --chips 256" in shown[1][0]
+    for command, output in shown:
+        assert main(command.split()) == 0
+        assert capsys.readouterr().out == output
