@@ -19,6 +19,16 @@ GOLDEN = Path(__file__).parent / "golden"
 LONGEST = ["test_train", "test_parity", "test_convert", "test_model", "test_train_step", "test_generation"]
 
 
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def pytest_configure(config):
+    """Most of a test's time is the compiler's; here and in the processes that tests start it is to do less. Not at the
+    published size, where the program runs longer than it compiles."""
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left with one when the others have finished."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -48,7 +48,7 @@ def model():
 def value(model, config, beta=0.3, batch=BATCH, key=KEY):
     graphdef, params = split(model)
     loss, logs = jax.jit(objective, static_argnums=(1, 5))(params, graphdef, batch, key, jnp.float32(beta), config)
-    return float(loss), {name: float(v) for name, v in logs.items()}
+    return float(loss), {name: np.asarray(v, np.float64) for name, v in logs.items()}
 
 
 def test_the_objective_is_its_formula(model):
