@@ -141,6 +141,7 @@ def train(argv: list[str]) -> int | None:
             )
 
     def not_finite(step: int, what: str) -> InputError:
+        checkpoints.wait()  # what is being saved was found finite
         return InputError(
             f"step {step}: {what}; its batch is {batches.where(step - 1)}; "
             f"the last good checkpoint is {checkpoints.last}"
@@ -164,7 +165,7 @@ def train(argv: list[str]) -> int | None:
     )
     bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
     pending, stopped, tracing = None, False, False
-    with Interrupt() as interrupt, log, bar:
+    with Interrupt() as interrupt, checkpoints, log, bar:
         coming = ahead(batches, spans, begins, threads=THREADS if corpus.prepared else 0)
         for step in range(begins + 1, config.steps + 1):
             asked = time.perf_counter()
@@ -201,8 +202,6 @@ def train(argv: list[str]) -> int | None:
                 bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
             if pending is None:
                 log.restart_clock()
-        checkpoints.wait()
-    checkpoints.close()
     if stopped and step < config.steps:
         say(f"interrupted after step {step}; to go on: {again}", file=sys.stderr)
         return INTERRUPTED

@@ -44,8 +44,11 @@ class PlanCommand(Command):
         argv = list(argv)
         if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
             raise InputError(f"no preset {argv[0]!r}; known: {', '.join(PRESETS)}", exit_code=2)
-        preset = argv.pop(0) if argv and argv[0] in PRESETS else "randeng-1b"
-        return parse(cls, argv, f"{prog} {preset}", default=cls(config=PRESETS[preset][1]))
+        preset = "randeng-1b"
+        if argv and argv[0] in PRESETS:
+            preset = argv.pop(0)
+            prog = f"{prog} {preset}"
+        return parse(cls, argv, prog, default=cls(config=PRESETS[preset][1]))
 
     def run(self) -> None:
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")

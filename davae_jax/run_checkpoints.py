@@ -6,6 +6,7 @@ in its metadata, a sum over the bits of every array, by which damage is noticed 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import sys
@@ -92,8 +93,16 @@ class Checkpoints:
         said = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
         raise InputError(f"{said}; no other checkpoint is left")
 
-    def close(self) -> None:
-        """Ends what Orbax keeps running. What was being saved is completed, unless that failed already."""
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Completes what is being saved, unless it is to end at once, and ends what Orbax keeps running."""
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):
+            with contextlib.suppress(InputError):  # the first error is the one to tell
+                self.wait()
         if self._checkpointer is not None and self._saving is None:
             with quiet():
                 self._checkpointer.close()

@@ -52,7 +52,8 @@ def test_the_losses_of_one_process(n, devices, mesh, alone, text_file, tmp_path)
     ended = processes(n, devices, text_file, folder, *OPTIONS, *mesh, "--log.figures", 2, "--log.samples", 4)
     assert [code for code, *_ in ended] == [0] * n, ended
     assert f"{n * devices} devices of {n} processes: " in ended[0][1]
-    assert all(out == "" for _, out, _ in ended[1:])  # one speaks for all
+    said = [line for _, out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
+    assert not said  # one speaks for all; what connects them on CPUs says so itself
     a, b = metrics_of(alone), metrics_of(folder)
     assert [row["step"] for row in b] == [2, 4, 6, 8]
     for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g", "grad_norm"):
