@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class Checkpoints:
         step = int(state.step)
         said = {"sums": jax.device_get(_sums(_leaves(state))), "remembered": copy.deepcopy(remembered)}
         said["sums"] = {name: int(value) for name, value in said["sums"].items()}
-        metrics = None if held_out_loss is None else {"held_out_loss": held_out_loss}
+        comparable = held_out_loss is not None and math.isfinite(held_out_loss)
+        metrics = {"held_out_loss": held_out_loss} if comparable else None
         self._saving = step
         with self._reporting(), quiet():
             self._response = self._opened().save_checkpointables_async(
