@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiler
 import jax
 import numpy as np
 import pytest
@@ -16,17 +17,16 @@ import davae_jax
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever names no device runs on the first
 
 GOLDEN = Path(__file__).parent / "golden"
-LONGEST = ["test_train", "test_parity", "test_convert", "test_model", "test_train_step", "test_generation"]
-
-
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+LONGEST = [
+    *["test_train", "test_train_step", "test_sharding", "test_processes", "test_packing", "test_plan", "test_parity"],
+    *["test_convert", "test_model", "test_generation", "test_lowering", "test_prepare"],
+]
 
 
 def pytest_configure(config):
-    """Most of a test's time is the compiler's; here and in the processes that tests start it is to do less. Not at the
-    published size, where the program runs longer than it compiles."""
+    """Not at the published size, where a program runs longer than it compiles."""
     if config.option.markexpr != "slow":
-        os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+        os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 
 
 def pytest_collection_modifyitems(items):

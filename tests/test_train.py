@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import compiler
 import jax
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def environment(devices=1):
     """Of processes that train: what one has compiled, the next ones take."""
     cache = Path(tempfile.gettempdir()) / f"davae-jax-tests-{os.getppid()}"
     said = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return os.environ | said
+    return {"XLA_FLAGS": compiler.QUICK} | os.environ | said
 
 
 def started(*argv, devices=1, **kwargs):
