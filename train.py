@@ -46,6 +46,7 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.model import abstract_model, merge, split
     from davae_jax.plan import model_flops
     from davae_jax.prepared import THREADS
+    from davae_jax.regularizers import RegularizerError, active
     from davae_jax.run_checkpoints import Checkpoints
     from davae_jax.run_folder import open_run
     from davae_jax.run_log import RunLog, Work
@@ -87,8 +88,8 @@ def train(argv: list[str]) -> int | None:
         state, pending_log = checkpoints.restore(abstract)
     else:
         state, pending_log = setup_run.first_state(abstract, model_config, config, run_dir), []
-    begins = checkpoints.step
-    take_step = make_train_step(graphdef, config, abstract)
+    begins, regularizers = checkpoints.step, active(config.regularizers)
+    take_step = make_train_step(graphdef, config, abstract, batches.count)
     held_out_loss = make_held_out_loss(graphdef, config, abstract)
     over_batch = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
     spans = spans_of(over_batch, config.batch_size)
@@ -128,6 +129,10 @@ def train(argv: list[str]) -> int | None:
         work = Work(int(values.pop("tokens")), model_flops(sized, lengths), waited)
         kl_per_dim = values.pop("kl_per_dim")
         values = {name: float(value) for name, value in values.items()}
+        if math.isfinite(values["rec"]):  # else it is not the regularizers' doing
+            for name, value in values.items():
+                if name.partition("/")[0] in regularizers and not math.isfinite(value):
+                    raise not_finite(step, f"regularizer {name} is {value}")
         for name in ("loss", "loss_d", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise not_finite(step, f"{name} is {values[name]}")
@@ -147,7 +152,7 @@ def train(argv: list[str]) -> int | None:
         )
 
     def save(step: int) -> None:
-        if not all_finite(state.params):
+        if not all_finite((state.params, state.regularizers)):
             raise not_finite(step, "its update made weights that are not finite")
         losses = mean_of([held_out_loss(state.params, batch) for batch in held_out])
         checkpoints.save(state, held_out_loss=losses and losses["loss"], remembered=log.pending)
@@ -174,7 +179,10 @@ def train(argv: list[str]) -> int | None:
                 jax.profiler.start_trace(str(run_dir / "profile"))
                 tracing = True
             with jax.set_mesh(mesh):
-                state, logs = take_step(state, batch)
+                try:
+                    state, logs = take_step(state, batch)
+                except RegularizerError as e:
+                    raise InputError(f"step {step}: {e}") from e
             if pending:
                 look(*pending)
             pending = step, logs, batch.read_lengths, waited
