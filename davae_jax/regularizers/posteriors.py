@@ -59,7 +59,7 @@ def batch_normalized(posterior: Posterior, gamma: float, mean) -> tuple[Posterio
     mean: over the texts (`train_step.mean_over_texts`).
     """
     variance = mean(jnp.square(posterior.mean - mean(posterior.mean)))
-    deviation = jnp.sqrt(variance + 1e-10)
+    deviation = jnp.sqrt(variance + 1e-12)
     return posterior._replace(mean=posterior.mean * (gamma / deviation)), deviation
 
 

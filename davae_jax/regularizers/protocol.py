@@ -116,6 +116,6 @@ def weight_at(regularizer: Regularizer, step: Int[Array, ""], steps: int) -> Flo
     if end == 0:
         return jnp.float32(regularizer.weight)
     if begin == end:
-        return regularizer.weight * (step >= begin * steps).astype(jnp.float32)
+        return regularizer.weight * jnp.float32(step >= begin * steps)
     risen = (step - begin * steps) / ((end - begin) * steps)
-    return regularizer.weight * jnp.clip(risen, 0.0, 1.0).astype(jnp.float32)
+    return regularizer.weight * jnp.float32(jnp.clip(risen, 0.0, 1.0))
