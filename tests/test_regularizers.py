@@ -1,6 +1,5 @@
 """Regularizers: each against a closed form or NumPy alone, its gradient by differences, masks, meshes, the program."""
 
-import dataclasses
 import itertools
 import math
 from functools import partial
@@ -197,7 +196,7 @@ def test_sliced_wasserstein_of_gaussians():
 
 def test_wgan_learns_the_distance():
     """The 1-Wasserstein distance of N(m, 1) and N(0, 1) is |m|; the penalty lets the critic overshoot a little."""
-    n, wgan = 256, WGAN(weight=1.0, hidden=16, gradient_penalty=10.0)
+    n, wgan = 64, WGAN(weight=1.0, hidden=8, gradient_penalty=10.0)
     one = batch_of(np.zeros((n, 1)))
 
     def step(carry, i):
@@ -207,12 +206,12 @@ def test_wgan_learns_the_distance():
         grad = jax.grad(lambda p: wgan.adversary(batch, p))(params)
         mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grad)
         square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, square, grad)
-        params = jax.tree.map(lambda p, m, v: p - 3e-3 * m / (jnp.sqrt(v) + 1e-8), params, mean, square)
+        params = jax.tree.map(lambda p, m, v: p - 1e-2 * m / (jnp.sqrt(v) + 1e-8), params, mean, square)
         return (params, mean, square), wgan(batch, params)[0]
 
     params = wgan.init(KEY, Sizes(1, V))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    _, found = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(600)))((params, zeros, zeros))
+    _, found = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(500)))((params, zeros, zeros))
     assert abs(float(found[-100:].mean())) == pytest.approx(2.0, rel=0.15)
 
 
@@ -401,19 +400,15 @@ def test_gradients_by_differences(name):
                 m, v, params = x
                 return call(batch._replace(mean=m, logvar=v, z=m + eps * jnp.exp(v / 2)), params)
 
-            def slopes(x, along, value=value):
+            def slopes(x, along, value=value, h=1e-6):
                 loss, grad = jax.value_and_grad(value)(x)
-                h = 1e-6
-                up, down = (value(jax.tree.map(lambda x, d: x + s * h * d, x, along)) for s in (1, -1))
-                return (
-                    loss,
-                    jax.tree.reduce(jnp.add, jax.tree.map(lambda g, d: (g * d).sum(), grad, along)),
-                    (up - down) / (2 * h),
-                )
+                slope = jax.tree.reduce(jnp.add, jax.tree.map(lambda g, d: (g * d).sum(), grad, along))
+                up, down = (jax.tree.map(lambda x, d, s=s: x + s * h * d, x, along) for s in (1, -1))
+                return loss, slope, (value(up) - value(down)) / (2 * h)
 
             at = (jnp.asarray(mean), jnp.asarray(logvar), params)
-            rng = np.random.default_rng(3)
-            loss, slope, expected = jax.jit(slopes)(at, jax.tree.map(lambda x: rng.normal(size=x.shape), at))
+            along = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape), at)
+            loss, slope, expected = jax.jit(slopes)(at, along)
             assert loss.dtype == jnp.float64 and abs(float(slope)) > 1e-6
             assert float(slope) == pytest.approx(float(expected), rel=1e-5)
 
@@ -432,10 +427,9 @@ def test_places_without_a_text_count_nowhere(name):
     )
     regularizer = BUILT_IN[name]
     params = own_of(regularizer)
-    both = compiled(
-        lambda whole, alone, p: [regularizer(b, p)[0] for b in (whole, alone._replace(corpus_size=50, steps=10))], whole
-    )
-    found, expected = map(float, both(whole, alone._replace(steps=None, corpus_size=None), params))
+    numbers = dict(steps=10, corpus_size=50)
+    both = jax.jit(lambda p, *batches: [regularizer(b._replace(**numbers), p)[0] for b in batches])
+    found, expected = map(float, both(params, *(b._replace(steps=None, corpus_size=None) for b in (whole, alone))))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -461,17 +455,12 @@ def test_an_adversary_and_the_latents_learn_from_their_own_losses():
         total, adversaries, _ = penalty({"wgan": wgan}, batch._replace(z=z), {"wgan": params})
         return total + adversaries
 
-    of_z, of_params = jax.grad(both, (0, 1))(batch.z, params)
-    np.testing.assert_allclose(of_z, jax.grad(lambda z: 0.5 * wgan(batch._replace(z=z), params)[0])(batch.z), rtol=1e-5)
-    key = penalty_key("wgan")
-    expected = jax.grad(lambda p: wgan.adversary(batch._replace(key=key), p))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_params, expected)
-
-
-def penalty_key(name):
-    from davae_jax.regularizers.registry import _key_of
-
-    return _key_of(KEY, name)
+    drawn = batch._replace(key=_key_of(KEY, "wgan"))
+    found = jax.jit(jax.grad(both, (0, 1)))(batch.z, params)
+    of_z = jax.grad(lambda z: 0.5 * wgan(drawn._replace(z=z), params)[0])
+    of_params = jax.grad(lambda p: wgan.adversary(drawn, p))
+    expected = jax.jit(lambda z, p: (of_z(z), of_params(p)))(batch.z, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_ramps():
