@@ -1,20 +1,37 @@
 """Regularizers: each against a closed form or NumPy alone, its gradient by differences, masks, meshes, the program."""
 
+import contextlib
+import dataclasses
+import importlib.util
 import itertools
+import json
 import math
+import re
+import shlex
+import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from scipy.integrate import quad
 from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import norm
+from small_model import new_model
+from test_packing import MODEL, texts_of
+from test_train import ROOT, TEXTS, TINY, metrics_of
 
+import davae_jax
+from davae_jax.checkpoint import params_of
 from davae_jax.errors import InputError
 from davae_jax.latent import Posterior
+from davae_jax.model import abstract_model, split
+from davae_jax.noise import NoiseConfig
+from davae_jax.packing import PackedBatch, PackedBatches
 from davae_jax.regularizers import (
     MMD,
     REGISTRY,
@@ -25,23 +42,49 @@ from davae_jax.regularizers import (
     LatentBatch,
     Learned,
     LogVariance,
+    RegularizerError,
     SIGReg,
     Sizes,
     SlicedWasserstein,
     batch_normalized,
+    digest_of,
+    options,
     penalty,
+    register,
     scaled_head,
     weight_at,
 )
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import directions, epps_pulley
 from davae_jax.regularizers.registry import _key_of
+from davae_jax.run_checkpoints import _leaves
+from davae_jax.schedules import OptimizerConfig
+from davae_jax.sharding import MeshConfig, make_mesh
+from davae_jax.train_cli import parse_train
+from davae_jax.train_config import (
+    FreeBitsConfig,
+    LaggingConfig,
+    PosteriorConfig,
+    TrainConfig,
+    differences,
+    to_dict,
+)
+from davae_jax.train_step import abstract_state, decoder_waits, init_state, latent_batch, make_train_step
 
 KEY = jax.random.key(5)
 L, V = 3, 11
 BUILT_IN = {
     name: cls(weight=1.0) for name, cls in REGISTRY.items() if cls.__module__.startswith("davae_jax.regularizers.")
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """What is computed here is small; most of the time would go into making it fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def batch_of(z, mean=None, logvar=None, prior=None, kept=None, **others):
@@ -470,3 +513,344 @@ def test_ramps():
     assert weights((0.5, 0.5)) == [0] * 4 + [4] * 4
     with pytest.raises(InputError, match=r"--regularizers.sigreg.ramp must be two parts in \[0, 1\]"):
         SIGReg(ramp=(0.5, 0.2))
+
+
+# ---- in a training step
+
+
+B, P = 8, 3
+CONFIG = TrainConfig(
+    steps=8,
+    batch_size=B,
+    noise=NoiseConfig(embedding=0.1),
+    free_bits=FreeBitsConfig(mode="total"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0),
+    posterior=PosteriorConfig(mean_scale=0.5),
+    lagging=LaggingConfig(encoder_steps=1, until=0.5),
+    regularizers=options(wgan=WGAN(weight=0.5, hidden=4), bag_of_words=BagOfWords(weight=0.1), mmd=MMD(weight=1.0)),
+)
+
+
+def test_every_mesh_gives_the_same_values():
+    """All that are built in, value and gradient, on packed rows over eight devices and on one."""
+    rng = np.random.default_rng(0)
+    mean, logvar, z, prior = (jnp.asarray(x) for x in rng.normal(size=(4, B, P, L)).astype(np.float32))
+    lengths = rng.integers(0, 2, (B, P)).astype(np.int32)
+    targets, segments = rng.integers(0, V, (B, 4)), rng.integers(0, P + 1, (B, 4))
+    batch = PackedBatch(None, None, None, None, targets, segments * (lengths[:, :1] > 0), lengths)
+    own = {name: own_of(one) for name, one in BUILT_IN.items() if isinstance(one, Learned)}
+
+    def loss(arrays, batch, own):
+        mean, logvar, z, prior = arrays
+        latents = latent_batch(batch, Posterior(mean, logvar), z, prior)
+        latents = latents._replace(step=3, steps=10, key=KEY, corpus_size=50)
+        total, adversaries, logs = penalty(BUILT_IN, latents, own)
+        return total + adversaries, logs
+
+    grad = jax.grad(loss, has_aux=True)
+    given = (mean, logvar, z, prior), batch, own
+    expected = jax.jit(grad)(*given)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (jax.NamedSharding(mesh, jax.P(axes)) for axes in ("data", None))
+    with jax.set_mesh(mesh):
+        found = jax.jit(grad, in_shardings=(rows, rows, whole))(*given)
+    assert found[1].keys() >= BUILT_IN.keys()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_in_an_empty_place_reaches_a_gradient():
+    lengths = np.array([[3, 0], [4, 5]], np.int32)
+    batch = PackedBatch(None, None, None, None, np.ones((2, 3), int), np.array([[1, 1, 0], [1, 2, 2]]), lengths)
+    bad = jnp.where(jnp.asarray(lengths)[..., None] > 0, 0.3, jnp.nan) * jnp.ones(L)
+
+    def loss(x):
+        latents = latent_batch(batch, Posterior(x, x), x, jnp.ones_like(x))
+        return penalty({"tcvae": TCVAE(weight=1.0)}, latents._replace(step=0, steps=1, key=KEY, corpus_size=9), {})[0]
+
+    value, grad = jax.jit(jax.value_and_grad(loss))(bad)
+    assert np.isfinite(value) and np.isfinite(grad).all() and not np.asarray(grad)[0, 1].any()
+    of_target = latent_batch(batch, Posterior(bad, bad), bad, bad).text_of_target
+    assert of_target.tolist() == [[0, 0, -1], [2, 3, 3]]
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return PackedBatches(texts_of(0, 60, longest=6), B, pad_id=MODEL.pad_token_id, row_length=16)
+
+
+def taken(steps, batches, mesh_config=None):
+    """States before and after each step, and the logs, without a mesh or on one of eight devices."""
+    small = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=1))
+    abstract = None
+    if mesh_config is None:
+        graphdef, params = split(new_model(small))
+        state = init_state(params, CONFIG)
+        mesh = contextlib.nullcontext()
+    else:
+        mesh = make_mesh(mesh_config, B)
+        model = abstract_model(small)
+        graphdef, abstract = split(model)[0], abstract_state(model, CONFIG, mesh)
+        state = init_state(split(new_model(small))[1], CONFIG)
+        state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
+        mesh = jax.set_mesh(mesh)
+    step, states, logs = make_train_step(graphdef, CONFIG, abstract, batches.count), [], []
+    with mesh:
+        for i in range(steps):
+            states.append(jax.device_get(state))
+            state, found = step(state, batches[i])
+            logs.append({name: float(x) for name, x in found.items() if not x.ndim})
+    return [*states, jax.device_get(state)], logs
+
+
+@pytest.fixture(scope="module")
+def one_device(batches):
+    return taken(3, batches)
+
+
+def changed(before, after):
+    return any(bool((a != b).any()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+def test_a_step_with_regularizers(one_device):
+    states, logs = one_device
+    names = {"wgan", "wgan/adversary", "bag_of_words", "mmd"}
+    assert logs[0].keys() >= names and "mean_std" not in logs[0]
+    for before, after in itertools.pairwise(states):
+        assert changed(before.regularizers["wgan"], after.regularizers["wgan"])
+        assert changed(before.regularizers["bag_of_words"], after.regularizers["bag_of_words"])
+        assert after.params.keys() == {"encoder", "decoder", "discriminator"}
+        assert changed(before.params["encoder"], after.params["encoder"])
+    assert states[0].regularizers.keys() == states[0].regularizer_optimizers.keys() == {"wgan", "bag_of_words"}
+
+
+def test_the_decoder_waits(one_device):
+    """Of every two steps the first is the encoder's alone, of 8 until the fourth; nor do the decoder's moments move."""
+    states, _ = one_device
+    moments = lambda state: [  # noqa: E731
+        x for path, x in jax.tree.leaves_with_path(state.optimizer) if "'decoder'" in jax.tree_util.keystr(path)
+    ]
+    moved = [changed(a.params["decoder"], b.params["decoder"]) for a, b in itertools.pairwise(states)]
+    assert moved == [False, True, False] and len(moments(states[0])) > 10
+    assert [changed(moments(a), moments(b)) for a, b in itertools.pairwise(states)] == moved
+    waits = [bool(decoder_waits(jnp.int32(i), 8, LaggingConfig(encoder_steps=2, until=0.5))) for i in range(8)]
+    assert waits == [True, True, False, True, False, False, False, False]
+
+
+def test_own_parameters_are_whole_on_every_device():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), B)
+    state = abstract_state(abstract_model(MODEL), CONFIG, mesh)
+    own = jax.tree.leaves((state.regularizers, state.regularizer_optimizers))
+    assert len(own) > 20 and all(x.sharding.is_fully_replicated for x in own)
+
+
+@pytest.mark.slow
+def test_a_step_on_eight_devices(one_device, batches):
+    states, logs = taken(2, batches, MeshConfig(data=2, fsdp=4))
+    for found, expected in zip(logs, one_device[1]):
+        assert found.keys() == expected.keys()
+        for name in found:
+            assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-5), name
+    own, expected = (s[2].regularizers for s in (states, one_device[0]))
+    for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_parts_of_a_batch(batches):
+    """With --accumulate the shapes and names are the same."""
+    config = dataclasses.replace(CONFIG, accumulate=2)
+    graphdef, params = split(abstract_model(MODEL))
+    state = jax.eval_shape(partial(init_state, config=config), params)
+    after, logs = jax.eval_shape(make_train_step(graphdef, config, None, 60), state, batches[0])
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert logs.keys() >= {"wgan", "wgan/adversary", "bag_of_words", "mmd", "rec"}
+
+
+def test_what_is_off_is_not_traced(batches):
+    """Nor does it change a draw, a name of a checkpoint's arrays, or train.json."""
+    graphdef, params = split(abstract_model(MODEL))
+    off = TrainConfig(steps=8, batch_size=B)
+
+    def program(config):
+        state = jax.eval_shape(partial(init_state, config=config), params)
+        return str(jax.make_jaxpr(make_train_step(graphdef, config))(state, batches[0])), state
+
+    plain, state = program(off)
+    assert program(dataclasses.replace(off, regularizers=options(mmd=MMD(scales=(3.0,)))))[0] == plain
+    assert not any("regularizer" in name for name in _leaves(state))
+    assert to_dict(off)["regularizers"] == {}
+
+
+# ---- the program
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda batch: (batch.z.sum(-1), {}), "its value must be a real scalar, not float32 of shape (6,)"),
+        (lambda batch: (1j * batch.z.sum(), {}), "its value must be a real scalar, not complex64 of shape ()"),
+        (lambda batch: ("0", {}), "its value must be a real scalar, not str"),
+        (lambda batch: batch.z.sum(), "must return (value, dict of what to log), not float32 of shape ()"),
+        (lambda batch: (1.0, {"a": batch.z}), "'a', which it logs, must be a real scalar, not float32 of shape (6, 3)"),
+        (lambda batch: batch.zz, "AttributeError: 'LatentBatch' object has no attribute 'zz'"),
+    ],
+)
+def test_what_a_regularizer_must_return(given, said):
+    class Bad(SIGReg):
+        def __call__(self, batch, params):
+            return given(batch)
+
+    with pytest.raises(RegularizerError) as e:
+        penalty({"bad": Bad(weight=1.0)}, batch_of(random_z()), {})
+    assert str(e.value) == f"regularizer bad: {said}"
+
+
+def test_what_can_be_registered():
+    def said(name, cls):
+        with pytest.raises(InputError) as e:
+            register(name)(cls)
+        assert name not in REGISTRY or REGISTRY[name] is not cls
+        return str(e.value)
+
+    class NotFrozen(SIGReg):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Fine(SIGReg):
+        pass
+
+    assert "not a frozen dataclass" in said("thing", NotFrozen)
+    assert "this name is registered already, by davae_jax.regularizers.divergences" in said("mmd", Fine)
+    assert "not a name that it can have" in said("loss", Fine) and "not a name" in said("a-b", Fine)
+    assert "not a subclass of Regularizer" in said("thing", dict)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--regularizers.foo.weight", "1"], "--regularizers.foo.weight: no regularizer 'foo'; known: bag_of_words, "),
+        (["--regularizers.mmd.kernel", "cubic"], "--regularizers.mmd.kernel"),
+        (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight must be 0 or more and finite, not -1.0"),
+        (["--regularizers.mmd.wieght", "1"], "--regularizers.mmd.wieght"),
+        (["--regularizers.bag-of-words.hidden", "-1"], "--regularizers.bag-of-words.hidden must be at least 0, not -1"),
+        (["--plugin", "missing.py"], "--plugin missing.py: no such file"),
+        (["--plugin"], "--plugin: give a Python file"),
+        (["--posterior.mean-scale", "-1"], "--posterior.mean-scale must be 0 or more"),
+    ],
+)
+def test_bad_options(argv, said):
+    with pytest.raises(InputError) as e:
+        parse_train(argv)
+    assert said in str(e.value) and e.value.exit_code == 2 and "\n" not in str(e.value)
+    with pytest.raises(InputError, match=r"no regularizer 'foo'; known: .*, wgan; others by --plugin"):
+        options(foo=MMD())
+
+
+def test_a_plugin_that_cannot_be_imported(tmp_path):
+    (tmp_path / "bad.py").write_text("import nowhere_at_all\n")
+    with pytest.raises(InputError, match=r"bad.py: cannot be imported \(ModuleNotFoundError: No module named"):
+        parse_train(["--plugin", str(tmp_path / "bad.py")])
+
+
+def test_a_run_is_that_of_the_same_regularizers():
+    """Runs of before there were any can be gone on with."""
+    parsed = lambda *argv: to_dict(parse_train(argv)[1])  # noqa: E731
+    plain, with_mmd = parsed(), parsed("--regularizers.mmd.weight", "1")
+    old = {name: x for name, x in plain.items() if name not in ("regularizers", "plugin", "posterior", "lagging")}
+    old["beta"] = {name: x for name, x in old["beta"].items() if name != "shape"}
+    assert differences(old, plain) == differences(plain, old) == []
+    assert differences(plain, parsed("--regularizers.mmd.scales", "1", "2")) == []  # it is off
+    assert [d.split()[0] for d in differences(old, with_mmd)] == ["regularizers.mmd"]
+    (said,) = differences(with_mmd, parsed("--regularizers.mmd.weight", "2"))
+    assert said == "regularizers.mmd.weight (1.0, now 2.0)"
+    assert differences(old, parsed("--posterior.mean-scale", "0.5")) == ["posterior.mean_scale (0.0, now 0.5)"]
+
+
+# Not finite from the fifth step on, or of the wrong shape.
+BAD = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from davae_jax.regularizers import Regularizer, register
+
+@register("bad")
+@dataclass(frozen=True)
+class Bad(Regularizer):
+    shaped: bool = False
+
+    def __call__(self, batch, params):
+        norm = jnp.square(batch.mean).sum(-1)
+        return norm if self.shaped else jnp.where(batch.step >= 4, jnp.nan, batch.average(norm)), {}
+"""
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, tmp_path):
+    """Runs train.py in this process, as on a machine of one device: (folder, options) → exit code, output, errors."""
+    spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    (tmp_path / "bad.py").write_text(BAD)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+
+    def run(folder, *options):
+        argv = ["--data.train", texts, "--run-dir", folder, *TINY, "--log.held-out", 0, *options]
+        capsys.readouterr()
+        return program.main(list(map(str, argv))), *capsys.readouterr()
+
+    return run
+
+
+def test_the_documents_example(train, tmp_path, monkeypatch):
+    """The file and the command that docs/regularizers.md begins with, as they stand there."""
+    text = (ROOT / "docs" / "regularizers.md").read_text(encoding="utf-8")
+    (file, *_), (command, *_) = (re.findall(rf"```{kind}\n(.*?)```", text, re.S) for kind in ("python", "bash"))
+    monkeypatch.chdir(tmp_path)
+    Path("variance.py").write_text(file, encoding="utf-8")
+    assert len(file.splitlines()) <= 22
+    options = shlex.split(command)[2:]
+    code, _, err = train(tmp_path / "run", "--steps", 2, *options)
+    assert code == 0, err
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["variance"] == pytest.approx((row["variance/variance"] - 0.3) ** 2, rel=0.05)  # means of two steps
+    stored = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))
+    assert stored["regularizers"] == {"variance": {"weight": 2.0, "ramp": [0.0, 0.0], "target": 0.3}}
+    assert stored["plugin"] == ["variance.py"] and stored["digest_of_plugins"] == [digest_of(Path("variance.py"))]
+    assert params_of(davae_jax.from_pretrained(tmp_path / "run"))  # the weights, without what is beside them
+    Path("variance.py").write_text(file + "\n", encoding="utf-8")
+    code, _, err = train(tmp_path / "run", "--steps", 2, *options)
+    assert code == 2 and "was made with another config: digest_of_plugins (" in err
+
+
+def test_a_run_with_parameters_of_its_own_and_one_that_fails(train, tmp_path):
+    """A critic, and a plugin whose value is not finite in the fifth step: named, with its step, and never saved. Begun
+    again from the second step, the fourth is the same bit for bit, the critic and its optimizer too."""
+    options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 0.1, "--regularizers.wgan.weight", 1]
+    options += ["--regularizers.wgan.hidden", 4, "--steps", 6, "--log.checkpoint", 2, "--log.every", 1]
+    folder, states = tmp_path / "run", []
+    for _ in range(2):
+        code, out, err = train(folder, *options)
+        (line,) = [line for line in err.splitlines() if "error" in line]
+        assert code == 1 and line.startswith("train.py: error: step 5: regularizer bad is nan; its batch is lines ")
+        assert line.endswith(f"the last good checkpoint is {folder / 'checkpoints' / '4'}")
+        states.append(ocp.load_checkpointables(folder / "checkpoints" / "4"))
+        shutil.rmtree(folder / "checkpoints" / "4")
+    assert "steps 2 to 6" in out
+    assert not any("regularizer" in name for name in states[0]["params"])
+    of_critic = [name for name in states[0]["state"] if name.startswith(("regularizers.", "regularizer_optimizers."))]
+    assert len(of_critic) > 18
+    a, b = (jax.tree.leaves(state) for state in states)
+    assert len(a) > 100 and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(np.isfinite(row["wgan/adversary"]) for row in rows)
+
+
+def test_a_value_of_the_wrong_shape_ends_the_run(train, tmp_path):
+    options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 1, "--regularizers.bad.shaped"]
+    code, _, err = train(tmp_path / "run", "--steps", 2, *options)
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    said = "regularizer bad: its value must be a real scalar, not float32 of shape (4,)"
+    assert code == 1 and line == f"train.py: error: step 1: {said}"
