@@ -7,7 +7,6 @@ setup_run.py, the data in data.py, one step in train_step.py, what it leaves beh
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import shutil
 import signal
@@ -52,7 +51,7 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.run_log import RunLog, Work
     from davae_jax.sharding import RULES, make_mesh
     from davae_jax.text import TextVAE, load_tokenizers
-    from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step
+    from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step, not_finite_in
 
     # ---- devices of all processes; texts, tokenizers, model. What can be wrong with the texts is found out before
     # anything is written.
@@ -129,13 +128,8 @@ def train(argv: list[str]) -> int | None:
         work = Work(int(values.pop("tokens")), model_flops(sized, lengths), waited)
         kl_per_dim = values.pop("kl_per_dim")
         values = {name: float(value) for name, value in values.items()}
-        if math.isfinite(values["rec"]):  # else it is not the regularizers' doing
-            for name, value in values.items():
-                if name.partition("/")[0] in regularizers and not math.isfinite(value):
-                    raise not_finite(step, f"regularizer {name} is {value}")
-        for name in ("loss", "loss_d", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise not_finite(step, f"{name} is {values[name]}")
+        if bad := not_finite_in(values, regularizers):
+            raise not_finite(step, bad)
         if values.get("skipped"):
             bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
         if means := log.step(step, values, work, last=step == config.steps):

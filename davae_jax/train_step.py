@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Container
 from functools import partial
 from typing import NamedTuple
 
@@ -78,6 +79,15 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
 @jax.jit
 def all_finite(params: Params) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda w: jnp.isfinite(w).all(), params))
+
+
+def not_finite_in(values: dict[str, float], regularizers: Container[str]) -> str | None:
+    """What a step has to be stopped for, in words: a regularizer by its name, where it and not the model is at fault."""
+    own = [name for name in values if name.partition("/")[0] in regularizers] if math.isfinite(values["rec"]) else []
+    for name in (*own, "loss", "loss_d", "grad_norm"):
+        if not math.isfinite(values[name]):
+            return f"{'regularizer ' if name in own else ''}{name} is {values[name]}"
+    return None
 
 
 def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh) -> TrainState:

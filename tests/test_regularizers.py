@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from test_packing import MODEL, texts_of
 from test_train import ROOT, TEXTS, TINY, metrics_of
 
 import davae_jax
-from davae_jax.checkpoint import params_of
+import davae_jax.distributed
 from davae_jax.errors import InputError
 from davae_jax.latent import Posterior
 from davae_jax.model import abstract_model, split
@@ -57,7 +56,7 @@ from davae_jax.regularizers import (
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import directions, epps_pulley
 from davae_jax.regularizers.registry import _key_of
-from davae_jax.run_checkpoints import _leaves
+from davae_jax.run_checkpoints import Checkpoints, _leaves
 from davae_jax.schedules import OptimizerConfig
 from davae_jax.sharding import MeshConfig, make_mesh
 from davae_jax.train_cli import parse_train
@@ -69,7 +68,7 @@ from davae_jax.train_config import (
     differences,
     to_dict,
 )
-from davae_jax.train_step import abstract_state, decoder_waits, init_state, latent_batch, make_train_step
+from davae_jax.train_step import abstract_state, decoder_waits, init_state, latent_batch, make_train_step, not_finite_in
 
 KEY = jax.random.key(5)
 L, V = 3, 11
@@ -579,33 +578,28 @@ def batches():
     return PackedBatches(texts_of(0, 60, longest=6), B, pad_id=MODEL.pad_token_id, row_length=16)
 
 
-def taken(steps, batches, mesh_config=None):
-    """States before and after each step, and the logs, without a mesh or on one of eight devices."""
+def taken(batches, mesh_config=None):
+    """The compiled step, states before and after each of three, and their logs; without a mesh or on eight devices."""
     small = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=1))
-    abstract = None
-    if mesh_config is None:
-        graphdef, params = split(new_model(small))
-        state = init_state(params, CONFIG)
-        mesh = contextlib.nullcontext()
-    else:
+    graphdef, params = split(new_model(small))
+    state, abstract, mesh = init_state(params, CONFIG), None, contextlib.nullcontext()
+    if mesh_config is not None:
         mesh = make_mesh(mesh_config, B)
-        model = abstract_model(small)
-        graphdef, abstract = split(model)[0], abstract_state(model, CONFIG, mesh)
-        state = init_state(split(new_model(small))[1], CONFIG)
+        abstract = abstract_state(abstract_model(small), CONFIG, mesh)
         state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
         mesh = jax.set_mesh(mesh)
     step, states, logs = make_train_step(graphdef, CONFIG, abstract, batches.count), [], []
     with mesh:
-        for i in range(steps):
+        for i in range(3):
             states.append(jax.device_get(state))
             state, found = step(state, batches[i])
             logs.append({name: float(x) for name, x in found.items() if not x.ndim})
-    return [*states, jax.device_get(state)], logs
+    return step, [*states, jax.device_get(state)], logs
 
 
 @pytest.fixture(scope="module")
 def one_device(batches):
-    return taken(3, batches)
+    return taken(batches)
 
 
 def changed(before, after):
@@ -613,7 +607,7 @@ def changed(before, after):
 
 
 def test_a_step_with_regularizers(one_device):
-    states, logs = one_device
+    _, states, logs = one_device
     names = {"wgan", "wgan/adversary", "bag_of_words", "mmd"}
     assert logs[0].keys() >= names and "mean_std" not in logs[0]
     for before, after in itertools.pairwise(states):
@@ -626,7 +620,7 @@ def test_a_step_with_regularizers(one_device):
 
 def test_the_decoder_waits(one_device):
     """Of every two steps the first is the encoder's alone, of 8 until the fourth; nor do the decoder's moments move."""
-    states, _ = one_device
+    _, states, _ = one_device
     moments = lambda state: [  # noqa: E731
         x for path, x in jax.tree.leaves_with_path(state.optimizer) if "'decoder'" in jax.tree_util.keystr(path)
     ]
@@ -635,6 +629,25 @@ def test_the_decoder_waits(one_device):
     assert [changed(moments(a), moments(b)) for a, b in itertools.pairwise(states)] == moved
     waits = [bool(decoder_waits(jnp.int32(i), 8, LaggingConfig(encoder_steps=2, until=0.5))) for i in range(8)]
     assert waits == [True, True, False, True, False, False, False, False]
+
+
+def test_what_is_saved_is_gone_on_with(one_device, batches, tmp_path):
+    """Saved after the first step and read again: two steps later all is the same bit for bit, and what regularizers
+    have of their own is no part of the weights that every command reads."""
+    step, states, _ = one_device
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(jax.device_put(states[1]))
+    checkpoints.wait()
+    checkpoints.close()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states[0])
+    state = jax.device_get(Checkpoints(tmp_path, keep=1).restore(like)[0])
+    for i in (1, 2):
+        state, _ = step(state, batches[i])
+    assert not changed(state, states[3])
+    stored = ocp.load_checkpointables(tmp_path / "checkpoints" / "1")
+    assert stored["params"].keys() == {"encoder", "decoder", "discriminator"}
+    assert sum(name.startswith(("regularizers.", "regularizer_optimizers.")) for name in stored["state"]) > 20
 
 
 def test_own_parameters_are_whole_on_every_device():
@@ -646,12 +659,12 @@ def test_own_parameters_are_whole_on_every_device():
 
 @pytest.mark.slow
 def test_a_step_on_eight_devices(one_device, batches):
-    states, logs = taken(2, batches, MeshConfig(data=2, fsdp=4))
-    for found, expected in zip(logs, one_device[1]):
+    _, states, logs = taken(batches, MeshConfig(data=2, fsdp=4))
+    for found, expected in zip(logs, one_device[2], strict=True):
         assert found.keys() == expected.keys()
         for name in found:
             assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-5), name
-    own, expected = (s[2].regularizers for s in (states, one_device[0]))
+    own, expected = (s[3].regularizers for s in (states, one_device[1]))
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
 
@@ -766,7 +779,7 @@ def test_a_run_is_that_of_the_same_regularizers():
     assert differences(old, parsed("--posterior.mean-scale", "0.5")) == ["posterior.mean_scale (0.0, now 0.5)"]
 
 
-# Not finite from the fifth step on, or of the wrong shape.
+# Not finite from the third step on, or of the wrong shape.
 BAD = """
 from dataclasses import dataclass
 import jax.numpy as jnp
@@ -779,7 +792,7 @@ class Bad(Regularizer):
 
     def __call__(self, batch, params):
         norm = jnp.square(batch.mean).sum(-1)
-        return norm if self.shaped else jnp.where(batch.step >= 4, jnp.nan, batch.average(norm)), {}
+        return norm if self.shaped else jnp.where(batch.step >= 2, jnp.nan, batch.average(norm)), {}
 """
 
 
@@ -789,6 +802,7 @@ def train(monkeypatch, capsys, tmp_path):
     spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
+    monkeypatch.setattr(davae_jax.distributed, "connect", lambda _: None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
@@ -801,7 +815,10 @@ def train(monkeypatch, capsys, tmp_path):
         capsys.readouterr()
         return program.main(list(map(str, argv))), *capsys.readouterr()
 
-    return run
+    registered = dict(REGISTRY)
+    yield run
+    REGISTRY.clear()
+    REGISTRY.update(registered)
 
 
 def test_the_documents_example(train, tmp_path, monkeypatch):
@@ -812,40 +829,40 @@ def test_the_documents_example(train, tmp_path, monkeypatch):
     Path("variance.py").write_text(file, encoding="utf-8")
     assert len(file.splitlines()) <= 22
     options = shlex.split(command)[2:]
+    options += ["--regularizers.wgan.weight", "0.5", "--regularizers.wgan.hidden", "4"]  # a second one beside it
     code, _, err = train(tmp_path / "run", "--steps", 2, *options)
     assert code == 0, err
     (row,) = metrics_of(tmp_path / "run")
     assert row["variance"] == pytest.approx((row["variance/variance"] - 0.3) ** 2, rel=0.05)  # means of two steps
     stored = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))
-    assert stored["regularizers"] == {"variance": {"weight": 2.0, "ramp": [0.0, 0.0], "target": 0.3}}
+    assert stored["regularizers"].keys() == {"variance", "wgan"} and np.isfinite(row["wgan/adversary"])
+    assert stored["regularizers"]["variance"] == {"weight": 2.0, "ramp": [0.0, 0.0], "target": 0.3}
     assert stored["plugin"] == ["variance.py"] and stored["digest_of_plugins"] == [digest_of(Path("variance.py"))]
-    assert params_of(davae_jax.from_pretrained(tmp_path / "run"))  # the weights, without what is beside them
     Path("variance.py").write_text(file + "\n", encoding="utf-8")
     code, _, err = train(tmp_path / "run", "--steps", 2, *options)
     assert code == 2 and "was made with another config: digest_of_plugins (" in err
 
 
-def test_a_run_with_parameters_of_its_own_and_one_that_fails(train, tmp_path):
-    """A critic, and a plugin whose value is not finite in the fifth step: named, with its step, and never saved. Begun
-    again from the second step, the fourth is the same bit for bit, the critic and its optimizer too."""
-    options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 0.1, "--regularizers.wgan.weight", 1]
-    options += ["--regularizers.wgan.hidden", 4, "--steps", 6, "--log.checkpoint", 2, "--log.every", 1]
-    folder, states = tmp_path / "run", []
-    for _ in range(2):
-        code, out, err = train(folder, *options)
-        (line,) = [line for line in err.splitlines() if "error" in line]
-        assert code == 1 and line.startswith("train.py: error: step 5: regularizer bad is nan; its batch is lines ")
-        assert line.endswith(f"the last good checkpoint is {folder / 'checkpoints' / '4'}")
-        states.append(ocp.load_checkpointables(folder / "checkpoints" / "4"))
-        shutil.rmtree(folder / "checkpoints" / "4")
-    assert "steps 2 to 6" in out
-    assert not any("regularizer" in name for name in states[0]["params"])
-    of_critic = [name for name in states[0]["state"] if name.startswith(("regularizers.", "regularizer_optimizers."))]
-    assert len(of_critic) > 18
-    a, b = (jax.tree.leaves(state) for state in states)
-    assert len(a) > 100 and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-    rows = metrics_of(folder)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(np.isfinite(row["wgan/adversary"]) for row in rows)
+def test_what_is_not_finite_is_named():
+    fine = {"rec": 1.0, "loss": 2.0, "loss_d": 1.0, "grad_norm": 3.0, "mmd": 0.1, "wgan": 0.1, "wgan/adversary": 2.0}
+    said = lambda **bad: not_finite_in(fine | bad, {"mmd", "wgan"})  # noqa: E731
+    nan, inf = math.nan, math.inf
+    assert said() is None
+    assert said(mmd=nan, loss=nan, grad_norm=nan) == "regularizer mmd is nan"
+    assert said(**{"wgan/adversary": inf}) == "regularizer wgan/adversary is inf"
+    assert said(rec=nan, mmd=nan, loss=nan) == "loss is nan"  # the model is at fault
+    assert said(grad_norm=inf) == "grad_norm is inf"
+
+
+@pytest.mark.slow
+def test_a_value_that_is_not_finite_ends_the_run(train, tmp_path):
+    """In the third step: the regularizer is named, not the loss that it made."""
+    options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 0.1, "--steps", 4, "--log.every", 1]
+    code, _, err = train(tmp_path / "run", *options)
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert code == 1 and line.startswith("train.py: error: step 3: regularizer bad is nan; its batch is lines ")
+    assert line.endswith("the last good checkpoint is none yet")
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]
 
 
 def test_a_value_of_the_wrong_shape_ends_the_run(train, tmp_path):
