@@ -82,7 +82,7 @@ def all_finite(params: Params) -> Bool[Array, ""]:
 
 
 def not_finite_in(values: dict[str, float], regularizers: Container[str]) -> str | None:
-    """What a step has to be stopped for, in words: a regularizer by its name, where it and not the model is at fault."""
+    """What a run has to stop for, in words: a regularizer by its name, where it and not the model is at fault."""
     own = [name for name in values if name.partition("/")[0] in regularizers] if math.isfinite(values["rec"]) else []
     for name in (*own, "loss", "loss_d", "grad_norm"):
         if not math.isfinite(values[name]):
@@ -221,8 +221,8 @@ def gradient(
 
     # Part i has the rows i, i + n, …: each device gives of its own rows to every part.
     parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda: grad(params, graphdef, first, key, beta, config, None, step, corpus_size))
+    one = lambda: jax.tree.map(lambda x: x[0], parts)  # noqa: E731
+    shapes = jax.eval_shape(lambda: grad(params, graphdef, one(), key, beta, config, None, step, corpus_size))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
     return jax.tree.map(lambda x: x / n, total)
