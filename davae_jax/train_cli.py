@@ -27,20 +27,25 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
     argv = list(argv)
     preset = argv.pop(0) if argv and argv[0] in PRESETS else "demo"
     description, default = PRESETS[preset]
+    command, default = with_plugins(argv, default)
+    config = parse(command, argv, f"train.py {preset}", default=default, description=describe(preset, description))
+    return None if config is None else (preset, TrainConfig(**fields_of(config)))
+
+
+def with_plugins(argv: Sequence[str], default: TrainConfig) -> tuple[type, TrainConfig]:
+    """Imports the plugins of a command line. Returns `TrainConfig` as tyro is to read it, with the options of all that is
+    registered by now, and the default as one of this type."""
     for plugin in plugins_in(argv):
         load_plugin(plugin)
     for arg in argv:
         if named := re.match(r"--regularizers\.([^.=]+)", arg):
             check_known(named[1].replace("-", "_"), option=arg.partition("=")[0])
     cls = config_type()
-    command = Annotated[cls, tyro.conf.arg(name="", prefix_name=False)]
-    shown = cls(**fields_of(default) | {"regularizers": options_type()()})
-    config = parse(command, argv, f"train.py {preset}", default=shown, description=describe(preset, description))
-    return None if config is None else (preset, TrainConfig(**fields_of(config)))
+    default = cls(**fields_of(default) | {"regularizers": options_type()()})
+    return Annotated[cls, tyro.conf.arg(name="", prefix_name=False)], default
 
 
 def config_type() -> type[TrainConfig]:
-    """`TrainConfig` with the options of everything that is registered by now."""
     plugins = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
     fields = [
         ("regularizers", options_type(), dataclasses.field(default_factory=options_type())),

@@ -17,6 +17,8 @@ from davae_jax.regularizers import active, options_type
 from davae_jax.schedules import BetaConfig, OptimizerConfig
 from davae_jax.sharding import MeshConfig
 
+BUILT_IN = options_type()  # the command line's has those of plugins as well
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -213,7 +215,7 @@ class TrainConfig:
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     lagging: LaggingConfig = field(default_factory=LaggingConfig)
-    regularizers: options_type() = field(default_factory=options_type())
+    regularizers: BUILT_IN = field(default_factory=BUILT_IN)
 
     plugin: tuple[Path, ...] = ()
     """Python file that registers regularizers of its own (docs/regularizers.md). May be given several times."""
