@@ -33,8 +33,8 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
 
 
 def with_plugins(argv: Sequence[str], default: TrainConfig) -> tuple[type, TrainConfig]:
-    """Imports the plugins of a command line. Returns `TrainConfig` as tyro is to read it, with the options of all that is
-    registered by now, and the default as one of this type."""
+    """Imports the plugins of a command line. Returns `TrainConfig` as tyro is to read it, with the options of all that
+    is registered by now, and the default as one of this type."""
     for plugin in plugins_in(argv):
         load_plugin(plugin)
     for arg in argv:
