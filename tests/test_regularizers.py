@@ -865,6 +865,7 @@ def test_a_value_that_is_not_finite_ends_the_run(train, tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_value_of_the_wrong_shape_ends_the_run(train, tmp_path):
     options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 1, "--regularizers.bad.shaped"]
     code, _, err = train(tmp_path / "run", "--steps", 2, *options)
