@@ -31,6 +31,7 @@ from davae_jax.latent import Posterior
 from davae_jax.model import abstract_model, split
 from davae_jax.noise import NoiseConfig
 from davae_jax.packing import PackedBatch, PackedBatches
+from davae_jax.plan_cli import PlanCommand
 from davae_jax.regularizers import (
     MMD,
     REGISTRY,
@@ -45,6 +46,7 @@ from davae_jax.regularizers import (
     SIGReg,
     Sizes,
     SlicedWasserstein,
+    active,
     batch_normalized,
     digest_of,
     options,
@@ -765,6 +767,14 @@ def test_a_plugin_that_cannot_be_imported(tmp_path):
         parse_train(["--plugin", str(tmp_path / "bad.py")])
 
 
+def test_a_plan_takes_the_options_of_a_plugin(tmp_path, registry):
+    (tmp_path / "bad.py").write_text(BAD)
+    command = PlanCommand.parse(["--plugin", str(tmp_path / "bad.py"), "--regularizers.bad.weight", "2"], "davae plan")
+    assert active(command.config.regularizers)["bad"].weight == 2
+    with pytest.raises(InputError, match="no regularizer 'foo'"):
+        PlanCommand.parse(["--regularizers.foo.weight", "2"], "davae plan")
+
+
 def test_a_run_is_that_of_the_same_regularizers():
     """Runs of before there were any can be gone on with."""
     parsed = lambda *argv: to_dict(parse_train(argv)[1])  # noqa: E731
@@ -797,7 +807,16 @@ class Bad(Regularizer):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, tmp_path):
+def registry():
+    """What plugins register is forgotten after the test."""
+    registered = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(registered)
+
+
+@pytest.fixture
+def train(registry, monkeypatch, capsys, tmp_path):
     """Runs train.py in this process, as on a machine of one device: (folder, options) → exit code, output, errors."""
     spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
     program = importlib.util.module_from_spec(spec)
@@ -815,10 +834,7 @@ def train(monkeypatch, capsys, tmp_path):
         capsys.readouterr()
         return program.main(list(map(str, argv))), *capsys.readouterr()
 
-    registered = dict(REGISTRY)
-    yield run
-    REGISTRY.clear()
-    REGISTRY.update(registered)
+    return run
 
 
 def test_the_documents_example(train, tmp_path, monkeypatch):
