@@ -7,7 +7,6 @@ setup_run.py, the data in data.py, one step in train_step.py, what it leaves beh
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import shutil
 import signal
@@ -46,12 +45,13 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.model import abstract_model, merge, split
     from davae_jax.plan import model_flops
     from davae_jax.prepared import THREADS
+    from davae_jax.regularizers import RegularizerError, active
     from davae_jax.run_checkpoints import Checkpoints
     from davae_jax.run_folder import open_run
     from davae_jax.run_log import RunLog, Work
     from davae_jax.sharding import RULES, make_mesh
     from davae_jax.text import TextVAE, load_tokenizers
-    from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step
+    from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step, not_finite_in
 
     # ---- devices of all processes; texts, tokenizers, model. What can be wrong with the texts is found out before
     # anything is written.
@@ -87,8 +87,8 @@ def train(argv: list[str]) -> int | None:
         state, pending_log = checkpoints.restore(abstract)
     else:
         state, pending_log = setup_run.first_state(abstract, model_config, config, run_dir), []
-    begins = checkpoints.step
-    take_step = make_train_step(graphdef, config, abstract)
+    begins, regularizers = checkpoints.step, active(config.regularizers)
+    take_step = make_train_step(graphdef, config, abstract, batches.count)
     held_out_loss = make_held_out_loss(graphdef, config, abstract)
     over_batch = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
     spans = spans_of(over_batch, config.batch_size)
@@ -128,9 +128,8 @@ def train(argv: list[str]) -> int | None:
         work = Work(int(values.pop("tokens")), model_flops(sized, lengths), waited)
         kl_per_dim = values.pop("kl_per_dim")
         values = {name: float(value) for name, value in values.items()}
-        for name in ("loss", "loss_d", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise not_finite(step, f"{name} is {values[name]}")
+        if bad := not_finite_in(values, regularizers):
+            raise not_finite(step, bad)
         if values.get("skipped"):
             bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
         if means := log.step(step, values, work, last=step == config.steps):
@@ -148,7 +147,7 @@ def train(argv: list[str]) -> int | None:
         )
 
     def save(step: int) -> None:
-        if not all_finite(state.params):
+        if not all_finite((state.params, state.regularizers)):
             raise not_finite(step, "its update made weights that are not finite")
         losses = mean_of([held_out_loss(state.params, batch) for batch in held_out])
         checkpoints.save(state, held_out_loss=losses and losses["loss"], remembered=log.pending)
@@ -175,7 +174,10 @@ def train(argv: list[str]) -> int | None:
                 jax.profiler.start_trace(str(run_dir / "profile"))
                 tracing = True
             with jax.set_mesh(mesh):
-                state, logs = take_step(state, batch)
+                try:
+                    state, logs = take_step(state, batch)
+                except RegularizerError as e:
+                    raise InputError(f"step {step}: {e}") from e
             if pending:
                 look(*pending)
             pending = step, logs, batch.read_lengths, waited

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from davae_jax.chips import CHIPS
 from davae_jax.cli import Command, parse
 from davae_jax.errors import InputError, check_options
 from davae_jax.files import write_json
 from davae_jax.plan import MOST_CHIPS, Plan, make_plan, planned
+from davae_jax.train_cli import with_plugins
 from davae_jax.train_config import PRESETS, TrainConfig
-
-Preset = Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)]
 
 
 @dataclass(kw_only=True)
@@ -37,7 +34,7 @@ class PlanCommand(Command):
     json: Path | None = None
     """File for the same numbers, unrounded."""
 
-    config: Preset
+    config: TrainConfig
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> PlanCommand | None:
@@ -48,7 +45,9 @@ class PlanCommand(Command):
         if argv and argv[0] in PRESETS:
             preset = argv.pop(0)
             prog = f"{prog} {preset}"
-        return parse(cls, argv, prog, default=cls(config=PRESETS[preset][1]))
+        config, default = with_plugins(argv, PRESETS[preset][1])
+        command = make_dataclass(cls.__name__, [("config", config)], bases=(cls,), kw_only=True, namespace=DOC)
+        return parse(command, argv, prog, default=command(config=default))
 
     def run(self) -> None:
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
@@ -57,6 +56,9 @@ class PlanCommand(Command):
         print(format_plan(plan))
         if self.json:
             write_json(self.json, to_dict(plan))
+
+
+DOC = {"__doc__": PlanCommand.__doc__}
 
 
 def format_plan(plan: Plan) -> str:

@@ -1,6 +1,6 @@
 """A run's folder.
 
-train.json       everything the run was told, and a digest of its texts
+train.json       everything the run was told, and digests of its texts and plugins
 config.json      the model; with vocab.txt and spiece.model beside it, every `davae` command reads the folder
 checkpoints/     one folder a step (`run_checkpoints.py`)
 metrics.jsonl    a line every few steps; the same values go to TensorBoard's event files in `events/` (`run_log.py`)
@@ -18,6 +18,7 @@ from pathlib import Path
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, checkpoints_of
 from davae_jax.errors import InputError
 from davae_jax.files import write_json
+from davae_jax.regularizers import digest_of
 from davae_jax.train_config import TrainConfig, differences, to_dict
 
 
@@ -31,8 +32,9 @@ def open_run(path: Path, config: TrainConfig, texts: str) -> None:
       InputError: it was not (exit code 2, the fields named), or it cannot be written.
     """
     stored = path / "train.json"
-    values = to_dict(config) | {"digest_of_texts": texts}
     try:
+        values = to_dict(config) | {"digest_of_texts": texts}
+        values |= {"digest_of_plugins": [digest_of(plugin) for plugin in config.plugin]} if config.plugin else {}
         path.mkdir(parents=True, exist_ok=True)
         if stored.exists():
             changed = differences(json.loads(stored.read_text(encoding="utf-8")), values)

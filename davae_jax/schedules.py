@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -34,6 +35,10 @@ class BetaConfig:
     cycles: int = 1
     """Periods in the whole training; 1 is the plain trapezoid."""
 
+    shape: Literal["linear", "sigmoid"] = "linear"
+    """How β rises. sigmoid: as the logistic function from −5 to 5 (Bowman et al. 2016), scaled to begin and end exactly
+    at `start` and `max`."""
+
     def __post_init__(self):
         check_options(self, "beta.", "start max", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
         check_options(self, "beta.", "cycles", lambda n: n >= 1, "be at least 1")
@@ -53,6 +58,9 @@ def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, "
         risen = jnp.clip((place - config.ratio_zero) / config.ratio_increase, 0.0, 1.0)
     else:
         risen = jnp.float32(place >= config.ratio_zero)
+    if config.shape == "sigmoid":
+        low, high = jax.nn.sigmoid(-5.0), jax.nn.sigmoid(5.0)
+        risen = (jax.nn.sigmoid(10 * risen - 5) - low) / (high - low)
     return config.start + (config.max - config.start) * risen
 
 

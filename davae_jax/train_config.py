@@ -13,8 +13,11 @@ from davae_jax.distributed import DistributedConfig
 from davae_jax.errors import InputError, check_options
 from davae_jax.layers import Remat
 from davae_jax.noise import NoiseConfig
+from davae_jax.regularizers import active, options_type
 from davae_jax.schedules import BetaConfig, OptimizerConfig
 from davae_jax.sharding import MeshConfig
+
+BUILT_IN = options_type()  # the command line's has those of plugins as well
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,43 @@ class DataConfig:
 class FreeBitsConfig:
     """What of the KL counts (one of the model card's five measures)."""
 
-    mode: Literal["hard", "clamp", "off"] = "hard"
-    """hard: of each text, the dimensions above the target, as published. clamp: Kingma et al. 2016. off: all of it."""
+    mode: Literal["hard", "clamp", "total", "off"] = "hard"
+    """hard: of each text, the dimensions above the target, as published. clamp: Kingma et al. 2016, each dimension's
+    mean over the batch. total: the same of the whole KL, as one group. off: all of it."""
 
     target: float = 1.0
-    """Nats a dimension may carry for nothing."""
+    """Nats a dimension may carry for nothing; with total, all of them together."""
 
     def __post_init__(self):
         check_options(self, "free-bits.", "target", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
+
+
+@dataclass(frozen=True)
+class PosteriorConfig:
+    """What is done to the posterior before it is used."""
+
+    mean_scale: float = 0.0
+    """γ of BN-VAE (Zhu et al. 2020): the means' deviation over a batch, in each dimension; the mean KL is then at least
+    L·γ²/2. 0: as the encoder gives them."""
+
+    def __post_init__(self):
+        check_options(self, "posterior.", "mean_scale", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
+
+
+@dataclass(frozen=True)
+class LaggingConfig:
+    """More steps for the encoder than for the decoder at first (He et al. 2019). The paper ends this when the mutual
+    information no longer grows; here the part of the training is said."""
+
+    encoder_steps: int = 0
+    """Steps of the encoder alone before each one of both; 0 is off."""
+
+    until: float = 0.1
+    """Part of the training after which every step is one of both."""
+
+    def __post_init__(self):
+        check_options(self, "lagging.", "encoder_steps", lambda n: n >= 0, "be at least 0")
+        check_options(self, "lagging.", "until", lambda x: 0 <= x <= 1, "lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -102,9 +134,13 @@ class AdversarialConfig:
         check_options(self, "adversarial.", both, lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
 
     def optimizer(self, main: OptimizerConfig) -> OptimizerConfig:
-        """As the main one, with a constant rate of its own and no decay."""
-        rate = dict(learning_rate=self.learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0, spike=0.0)
-        return dataclasses.replace(main, **rate)
+        return with_own_rate(main, self.learning_rate)
+
+
+def with_own_rate(main: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
+    """As the main one, with a constant rate of its own and no decay."""
+    rate = dict(learning_rate=learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0, spike=0.0)
+    return dataclasses.replace(main, **rate)
 
 
 @dataclass(frozen=True)
@@ -176,7 +212,14 @@ class TrainConfig:
     beta: BetaConfig = field(default_factory=BetaConfig)
     free_bits: FreeBitsConfig = field(default_factory=FreeBitsConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    lagging: LaggingConfig = field(default_factory=LaggingConfig)
+    regularizers: BUILT_IN = field(default_factory=BUILT_IN)
+
+    plugin: tuple[Path, ...] = ()
+    """Python file that registers regularizers of its own (docs/regularizers.md). May be given several times."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init: InitConfig = field(default_factory=InitConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -252,19 +295,29 @@ PRESETS = {
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain values only, as the run's train.json has them."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """Plain values only, as the run's train.json has them; of the regularizers, those that are on."""
+    values = dataclasses.asdict(config)
+    values["regularizers"] = {name: dataclasses.asdict(one) for name, one in active(config.regularizers).items()}
+    return json.loads(json.dumps(values, default=str))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two configs differ, as "beta.max (0.1, now 0.2)"; what changes no result aside."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", defaults: dict[str, Any] | None = None
+) -> list[str]:
+    """The fields in which two configs differ, as "beta.max (0.1, now 0.2)"; what changes no result aside.
+
+    A field that one of them does not have (another version wrote it) counts as at its default.
+    """
+    defaults = to_dict(TrainConfig()) if defaults is None else defaults
     found = []
     for name in old.keys() | new.keys():
-        if prefix + name in ("run_dir", "log", "mesh", "distributed"):
+        # Of plugins it is the text that matters (`run_folder.open_run`), not the place.
+        if prefix + name in ("run_dir", "log", "mesh", "distributed", "plugin"):
             continue
-        a, b = old.get(name), new.get(name)
+        default = defaults.get(name)
+        a, b = old.get(name, default), new.get(name, default)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
+            found += differences(a, b, f"{prefix}{name}.", default if isinstance(default, dict) else {})
         elif a != b:
             found.append(f"{prefix}{name} ({a}, now {b})")
     return sorted(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Container
 from functools import partial
 from typing import NamedTuple
 
@@ -22,9 +23,19 @@ from davae_jax.model import DAVAE, Params, merge, split, weight_axes
 from davae_jax.noise import embedding_noise, token_noise
 from davae_jax.optimizers import make_optimizer
 from davae_jax.packing import PackedBatch
+from davae_jax.regularizers import (
+    LatentBatch,
+    Learned,
+    Sizes,
+    active,
+    batch_normalized,
+    init_own,
+    penalty,
+    scaled_head,
+)
 from davae_jax.schedules import beta_at, learning_rate
 from davae_jax.sharding import RULES, weight_sharding
-from davae_jax.train_config import TrainConfig
+from davae_jax.train_config import LaggingConfig, TrainConfig, with_own_rate
 
 Logs = dict[str, Array]  # scalars, and kl_per_dim [L]
 
@@ -36,6 +47,8 @@ class TrainState(NamedTuple):
     params: Params
     optimizer: optax.OptState  # of encoder and decoder
     discriminator_optimizer: optax.OptState
+    regularizers: dict[str, Params]  # parameters of the regularizers' own, by name; no part of the model
+    regularizer_optimizers: dict[str, optax.OptState]
 
 
 def optimizers(config: TrainConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
@@ -44,10 +57,23 @@ def optimizers(config: TrainConfig) -> tuple[optax.GradientTransformation, optax
     return tuple(make_optimizer(one, config.steps) for one in both)
 
 
+def regularizer_optimizers(config: TrainConfig) -> dict[str, optax.GradientTransformation]:
+    """Of those regularizers that have parameters of their own."""
+    return {
+        name: make_optimizer(with_own_rate(config.optimizer, one.learning_rate), config.steps)
+        for name, one in active(config.regularizers).items()
+        if isinstance(one, Learned)
+    }
+
+
 def init_state(params: Params, config: TrainConfig) -> TrainState:
     main, discriminator = _halves(params)
     optimizer, discriminator_optimizer = optimizers(config)
-    return TrainState(jnp.int32(0), params, optimizer.init(main), discriminator_optimizer.init(discriminator))
+    sizes = Sizes(len(params["encoder"]["posterior"]["weight"]) // 2, len(params["decoder"]["embedding"]["weight"]))
+    own = init_own(active(config.regularizers), config.seed, sizes)
+    of_own = {name: one.init(own[name]) for name, one in regularizer_optimizers(config).items()}
+    opt_states = optimizer.init(main), discriminator_optimizer.init(discriminator)
+    return TrainState(jnp.int32(0), params, *opt_states, own, of_own)
 
 
 @jax.jit
@@ -55,9 +81,18 @@ def all_finite(params: Params) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda w: jnp.isfinite(w).all(), params))
 
 
+def not_finite_in(values: dict[str, float], regularizers: Container[str]) -> str | None:
+    """What a run has to stop for, in words: a regularizer by its name, where it and not the model is at fault."""
+    own = [name for name in values if name.partition("/")[0] in regularizers] if math.isfinite(values["rec"]) else []
+    for name in (*own, "loss", "loss_d", "grad_norm"):
+        if not math.isfinite(values[name]):
+            return f"{'regularizer ' if name in own else ''}{name} is {values[name]}"
+    return None
+
+
 def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shape, dtype and sharding of everything in the state of an abstract model. What an optimizer keeps of a weight
-    lies where the weight lies."""
+    lies where the weight lies; what regularizers have of their own is small, and whole everywhere."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def placed(x, place):
@@ -85,38 +120,63 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
         )
 
     pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(params), strict=True)
-    return TrainState(placed(state.step, replicated), params, *(of_optimizer(*pair) for pair in pairs))
+    opt_states = (of_optimizer(*pair) for pair in pairs)
+    of_own = state.regularizers, state.regularizer_optimizers
+    own = jax.tree.map(lambda x: placed(x, replicated), of_own)
+    return TrainState(placed(state.step, replicated), params, *opt_states, *own)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, config: TrainConfig, abstract: TrainState | None = None
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    abstract: TrainState | None = None,
+    corpus_size: int | None = None,
 ) -> Callable[[TrainState, Batch | PackedBatch], tuple]:
     """The compiled step: (state, batch) → (next state, logs). The state's buffers are reused.
 
     abstract: where the state lies on a mesh; batches are split over it, logs are on every device. To be called under
       `jax.set_mesh`. None: all on the first device.
+    corpus_size: texts that are trained on; some regularizers need it.
     """
     optimizer, discriminator_optimizer = optimizers(config)
+    own_optimizers = regularizer_optimizers(config)
     rate = learning_rate(config.optimizer, config.steps)
 
     def train_step(state: TrainState, batch: Batch | PackedBatch) -> tuple[TrainState, Logs]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         beta = beta_at(state.step, config.steps, config.beta)
-        grads, logs = gradient(state.params, graphdef, batch, key, beta, config)
+        trained = state.params | ({"regularizers": state.regularizers} if own_optimizers else {})
+        grads, logs = gradient(trained, graphdef, batch, key, beta, config, state.step, corpus_size)
+        own_grads = grads.pop("regularizers", {})
         # The position frequencies are stored with the weights, but not trained.
         grads["decoder"]["inv_freq"] = jnp.zeros_like(grads["decoder"]["inv_freq"])
+        if config.lagging.encoder_steps:
+            waits = decoder_waits(state.step, config.steps, config.lagging)
+            grads["decoder"] = jax.tree.map(lambda g: jnp.where(waits, 0, g), grads["decoder"])
         main_grads, discriminator_grads = _halves(grads)
         main, discriminator = _halves(state.params)
         updates, opt_state = optimizer.update(main_grads, state.optimizer, main)
+        if config.lagging.encoder_steps:
+            updates, opt_state = held(waits, updates, (state.optimizer, opt_state))
         d_updates, d_opt_state = discriminator_optimizer.update(
             discriminator_grads, state.discriminator_optimizer, discriminator
         )
         params = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, d_updates)
+        if config.posterior.mean_scale:
+            head = params["encoder"]["posterior"]
+            head["weight"] = scaled_head(head["weight"], config.posterior.mean_scale, logs.pop("mean_std"))
+        own, own_opt_states = {}, {}
+        for name, own_optimizer in own_optimizers.items():
+            before = state.regularizers[name]
+            moved, own_opt_states[name] = own_optimizer.update(
+                own_grads[name], state.regularizer_optimizers[name], before
+            )
+            own[name] = optax.apply_updates(before, moved)
         logs |= {"beta": beta, "lr": rate(state.step), "grad_norm": optax.tree.norm(main_grads)}
         logs["tokens"] = jnp.maximum(batch.lengths - 1, 0).sum()
         if config.optimizer.spike:
             logs["skipped"] = jnp.float32(opt_state.skipped - state.optimizer.skipped)
-        return TrainState(state.step + 1, params, opt_state, d_opt_state), logs
+        return TrainState(state.step + 1, params, opt_state, d_opt_state, own, own_opt_states), logs
 
     if abstract is None:
         return jax.jit(train_step, donate_argnums=0)
@@ -132,29 +192,37 @@ def make_train_step(
 
 
 def gradient(
-    params: Params, graphdef: nnx.GraphDef, batch: Batch | PackedBatch, key: jax.Array, beta, config: TrainConfig
+    params: Params,
+    graphdef: nnx.GraphDef,
+    batch: Batch | PackedBatch,
+    key: jax.Array,
+    beta,
+    config: TrainConfig,
+    step: Int[Array, ""] | int = 0,
+    corpus_size: int | None = None,
 ):
     """The objective's gradient and logs, computed in `config.accumulate` parts of the batch, one after the other.
 
     The objective is a mean over texts, so the mean of the parts' gradients is the whole batch's (up to draws, of which
-    each part has its own, and to free bits clamped on a batch's mean). Parts of packed rows differ in their number of
-    texts; each divides by what a part has on average.
+    each part has its own, to free bits clamped on a batch's mean, and to regularizers, whose statistics are a part's).
+    Parts of packed rows differ in their number of texts; each divides by what a part has on average.
     """
     grad = jax.grad(objective, has_aux=True)
     n = config.accumulate
     if n == 1:
-        return grad(params, graphdef, batch, key, beta, config)
+        return grad(params, graphdef, batch, key, beta, config, None, step, corpus_size)
 
     texts = (batch.lengths > 0).sum() / n if isinstance(batch, PackedBatch) else None
 
     def add(total, part):
         i, rows = part
-        found = grad(params, graphdef, rows, jax.random.fold_in(key, i), beta, config, texts)
+        found = grad(params, graphdef, rows, jax.random.fold_in(key, i), beta, config, texts, step, corpus_size)
         return jax.tree.map(jnp.add, total, found), None
 
     # Part i has the rows i, i + n, …: each device gives of its own rows to every part.
     parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], parts), key, beta, config))
+    one = lambda: jax.tree.map(lambda x: x[0], parts)  # noqa: E731
+    shapes = jax.eval_shape(lambda: grad(params, graphdef, one(), key, beta, config, None, step, corpus_size))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
     return jax.tree.map(lambda x: x / n, total)
@@ -168,18 +236,27 @@ def objective(
     beta: Float[Array, ""],
     config: TrainConfig,
     texts: Float[Array, ""] | None = None,
+    step: Int[Array, ""] | int = 0,
+    corpus_size: int | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
-    """Mean over the batch's texts of rec / length + β·KL + λ·L_g, plus L_d.
+    """Mean over the batch's texts of rec / length + β·KL + λ·L_g, plus L_d and the regularizers that are on.
 
     L_d reaches the discriminator alone and the rest everything but the discriminator, so that one backward pass gives
     the gradients of both optimizers. The end token is trained; padding is masked by length.
 
+    params: the model's, and under "regularizers" the parameters of these, where they have some.
     texts: what packed texts' sums are divided by; None: their number.
+    step, corpus_size: for the regularizers.
     """
+    own = params.get("regularizers", {})
+    params = {name: part for name, part in params.items() if name != "regularizers"}
     keys = dict(zip(("token", "embedding", "encoder", "latent", "decoder", "prior"), jax.random.split(key, 6)))
     model = merge(graphdef, params)
     mean = mean_over_texts(batch, texts)
     posterior = posterior_of(model, batch, keys, config)
+    if config.posterior.mean_scale:
+        # Over this part's own texts: `texts` is what parts have on average.
+        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, mean_over_texts(batch))
     latent = posterior.sample(keys["latent"])
     rec, length = reconstruction(model, batch, latent, keys["decoder"], config)
     rec_per_token = rec / length
@@ -197,7 +274,45 @@ def objective(
     loss_d, _ = adversarial_losses(model, latent, prior, mean)
     _, loss_g = adversarial_losses(frozen, latent, prior, mean)
     loss = loss + config.adversarial.weight * loss_g
-    return loss + loss_d, logs | {"loss": loss, "loss_d": loss_d, "loss_g": loss_g}
+    if config.posterior.mean_scale:
+        logs["mean_std"] = mean_std
+    against = loss_d
+    if regularizers := active(config.regularizers):
+        latents = latent_batch(batch, posterior, latent, prior)._replace(
+            step=jnp.asarray(step), steps=config.steps, key=key, corpus_size=corpus_size
+        )
+        added, adversaries, values = penalty(regularizers, latents, own)
+        loss, against, logs = loss + added, against + adversaries, logs | values
+    return loss + against, logs | {"loss": loss, "loss_d": loss_d, "loss_g": loss_g}
+
+
+def latent_batch(
+    batch: Batch | PackedBatch, posterior: Posterior, latent: Float[Array, "B L"], prior: Float[Array, "B L"]
+) -> LatentBatch:
+    """What regularizers get of a batch; of packed rows, [B, P, L], the places one behind the other."""
+    B = len(batch.lengths)
+    if isinstance(batch, PackedBatch):
+        targets, segments, P = batch.decoder_targets, batch.decoder_segments, batch.lengths.shape[1]
+        of_target = jnp.where(segments > 0, jnp.arange(B)[:, None] * P + segments - 1, -1)
+    else:
+        targets = batch.decoder_ids[:, 1:]
+        real = jnp.arange(1, targets.shape[1] + 1) < batch.lengths[:, None]
+        of_target = jnp.where(real, jnp.arange(B)[:, None], -1)
+    is_text = (batch.lengths > 0).reshape(-1)
+
+    def of_texts(x):  # 0 where there is none, so that nothing there can reach a value or a gradient
+        return jnp.where(is_text[:, None], x.reshape(-1, x.shape[-1]), 0)
+
+    return LatentBatch(
+        mean=of_texts(posterior.mean),
+        logvar=of_texts(posterior.logvar),
+        z=of_texts(latent),
+        prior=prior.reshape(-1, prior.shape[-1]),
+        is_text=is_text,
+        targets=targets,
+        text_of_target=of_target,
+        **dict(step=None, steps=None, key=None, corpus_size=None),
+    )
 
 
 def make_held_out_loss(
@@ -315,6 +430,7 @@ def counted_kl(
     hard: the published free bits, those dimensions of a text alone whose KL is above the target.
     clamp: free bits of Kingma et al. 2016 (appendix C.8): a dimension's mean over the batch counts as the target where
       it is below.
+    total: the same of the whole KL, as one group of dimensions.
 
     mean: `mean_over_texts`.
     """
@@ -323,8 +439,27 @@ def counted_kl(
             return free_bits_kl(kl_BL, config.free_bits.target)
         case "clamp":
             return jnp.broadcast_to(jnp.maximum(mean(kl_BL), config.free_bits.target).sum(), kl_BL.shape[:-1])
+        case "total":
+            return jnp.broadcast_to(jnp.maximum(mean(kl_BL.sum(-1)), config.free_bits.target), kl_BL.shape[:-1])
         case "off":
             return kl_BL.sum(-1)
+
+
+def decoder_waits(step: Int[Array, ""], steps: int, config: LaggingConfig) -> Bool[Array, ""]:
+    """Whether a step, counted from 0, is one of the encoder alone."""
+    in_turn = step % (config.encoder_steps + 1) != config.encoder_steps
+    return in_turn & (step < config.until * steps)
+
+
+def held(waits: Bool[Array, ""], updates: Params, states: tuple[optax.OptState, optax.OptState]):
+    """Updates and the optimizer's next state, the decoder's part of both as if the step had not been."""
+
+    def kept(path, before, after):
+        of_decoder = any(getattr(part, "key", None) == "decoder" for part in path)
+        return jnp.where(waits, before, after) if of_decoder else after
+
+    still = jax.tree.map(lambda u: jnp.where(waits, 0, u).astype(u.dtype), updates["decoder"])
+    return updates | {"decoder": still}, jax.tree.map_with_path(kept, *states)
 
 
 def _halves(params: Params) -> tuple[Params, Params]:

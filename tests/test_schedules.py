@@ -17,6 +17,18 @@ def test_trapezoid():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_sigmoid():
+    """Begins and ends where the trapezoid does, is half way in the middle, and steepest there."""
+    config = BetaConfig(start=0.1, max=1.1, ratio_zero=0.2, ratio_increase=0.5, shape="sigmoid")
+    found = [float(beta_at(step, 100, config)) for step in range(100)]
+    x = 10 * np.arange(50) / 50 - 5
+    sigmoid = 1 / (1 + np.exp(-x))
+    low, high = 1 / (1 + np.exp(5)), 1 / (1 + np.exp(-5))
+    expected = [0.1] * 20 + list(0.1 + (sigmoid - low) / (high - low)) + [1.1] * 30
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found[45] == pytest.approx(0.6)
+
+
 def test_cycles_repeat_the_trapezoid():
     config = BetaConfig(start=0.0, max=1.0, ratio_zero=0.25, ratio_increase=0.5, cycles=3)
     found = [float(beta_at(step, 120, config)) for step in range(120)]

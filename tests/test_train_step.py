@@ -96,6 +96,8 @@ def test_free_bits():
     np.testing.assert_allclose(count("off", 0.5), [3.8, 1.2], rtol=1e-6)
     np.testing.assert_allclose(count("hard", 0.5), [3.6, 0.8], rtol=1e-6)  # each text by itself
     np.testing.assert_allclose(count("clamp", 0.5), [0.5 + 0.7 + 1.5] * 2, rtol=1e-6)  # the batch's means
+    np.testing.assert_allclose(count("total", 2.0), [2.5] * 2, rtol=1e-6)  # of 3.8 and 1.2, above the target
+    np.testing.assert_allclose(count("total", 2.7), [2.7] * 2, rtol=1e-6)
 
 
 def test_embedding_noise_and_token_noise_reach_the_encoder(model):
