@@ -98,7 +98,7 @@ class _TextCommand(Command):
         for number, text in enumerate(self.texts, 1):
             _require_utf8(text, f"text {number}")
         if self.output:
-            _check_output(self.output)
+            check_output(self.output)
 
     def sampling(self) -> dict:
         names = ("max_length", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -152,12 +152,12 @@ def write_whole(path: Path, text: str) -> None:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from e
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path, option: str = "--output") -> None:
     """Raises InputError where a file will not go, so that this is not found out after hours of work."""
     folder = path.resolve().parent
     is_special = path.exists() and not path.is_file()
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; --output needs a file")
+        raise InputError(f"{path}: is a folder; {option} needs a file")
     if not folder.is_dir():
         raise InputError(f"{path}: cannot be written (no folder {folder})")
     if not os.access(path if is_special else folder, os.W_OK):

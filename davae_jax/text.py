@@ -196,7 +196,7 @@ class TextVAE:
     def interpolate(
         self, a: str, b: str, steps: int, *, spherical: bool = False, seed: int = 0, **sampling
     ) -> list[str]:
-        """`steps` texts along the straight line from a's posterior mean to b's, or the great arc; both ends included."""
+        """`steps` texts along the straight line, or the great arc, from a's posterior mean to b's, both included."""
         check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
         line = (great_arc if spherical else interpolate)(mean_a, mean_b, steps)

@@ -12,7 +12,7 @@ import numpy as np
 
 # Chinese and Japanese characters with their full-width signs stand alone; all else is parted by white space.
 _CJK = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
+_PIECE = re.compile(rf"\s+|[{_CJK}]|[^\s{_CJK}]+")
 BLEU_ORDER = 4
 
 
@@ -21,7 +21,12 @@ def words(text: str) -> list[str]:
 
     Of text without Chinese these are `text.split()`, as perplexities of Penn Treebank count them.
     """
-    return [word for word in _WORD.findall(text) if not word.isspace()]
+    return [piece for piece in pieces(text) if not piece.isspace()]
+
+
+def pieces(text: str) -> list[str]:
+    """The words and the white space between them: together they are the text."""
+    return _PIECE.findall(text)
 
 
 def ngrams(text: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
