@@ -23,7 +23,7 @@ def pca(means: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, "n 2"], floa
 def discriminant(
     means: Float[np.ndarray, "n L"], classes: Sequence[str], shown: Float[np.ndarray, "m L"]
 ) -> Float[np.ndarray, "m 2"]:
-    """`shown` in the plane in which the classes of `means` lie furthest apart, in units of their own spread (Fisher 1936).
+    """`shown` in the plane where the classes of `means` lie furthest apart, in units of their spread (Fisher 1936).
 
     Of many dimensions and few texts some plane parts any classes, so what is shown should be other texts.
     """
