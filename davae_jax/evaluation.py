@@ -39,6 +39,7 @@ class PerText(NamedTuple):
 
     mean: Float[np.ndarray, "n L"]
     logvar: Float[np.ndarray, "n L"]
+    kl: Float[np.ndarray, "n L"]  # of each dimension, nats; nothing is masked, whatever free bits training had
     tokens: Int[np.ndarray, " n"]  # that the decoder has to tell: the end token counts, bos does not
     hits: Int[np.ndarray, " n"]  # of them, those that it holds most likely, told the true ones before them
     mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
@@ -167,6 +168,7 @@ def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -
     log_weights = log_p + log_ratio
     return PerText(
         *posterior,
+        kl=kl_per_dimension(posterior),
         tokens=mask.sum(1),
         hits=(mask & (logits.argmax(-1) == targets)).sum(1),
         mean_nll=reconstruction_nll(logits, targets, mask),
@@ -185,23 +187,22 @@ def of_latent(each: PerText, seed: int) -> Found:
     """KL, active units, mutual information, and how far all posteriors together are from the prior."""
     n = len(each.mean)
     counts = bootstrap.counts_of(n, seed)
-    kl = np.asarray(kl_per_dimension(Posterior(each.mean, each.logvar)))  # no free bits: nothing is masked
-    noise = jax.random.fold_in(jax.random.key(seed % 2**32), n)
-    densities = metrics.log_densities(each.mean, each.logvar, noise)
-    z = np.asarray(Posterior(each.mean, each.logvar).sample(noise))
-    information, from_prior = np.asarray(densities.information), np.asarray(densities.from_prior)
+    densities = metrics.LogDensities(
+        *map(np.asarray, metrics.log_densities(each.mean, each.logvar, jax.random.key(seed % 2**32)))
+    )
+    information, from_prior = densities.information, densities.from_prior
     found = {
-        "kl": float(kl.sum(1).mean()),
-        "kl_per_dim": kl.mean(0).tolist(),
+        "kl": float(each.kl.sum(1).mean()),
+        "kl_per_dim": each.kl.mean(0).tolist(),
         "active_units": metrics.active_units(each.mean, ACTIVE),
         "variance_per_dim": np.var(each.mean, axis=0).tolist(),
         "mutual_information": float(information.mean()),
         "mutual_information_ceiling": metrics.mutual_information_ceiling(n),
         "aggregate_kl": float(from_prior.mean()),
-        "aggregate_mmd": metrics.mmd_to_prior(z),
+        "aggregate_mmd": metrics.mmd_to_prior(densities.z),
     }
     return found, {
-        "kl": bootstrap.of_ratio(counts, kl.sum(1)),
+        "kl": bootstrap.of_ratio(counts, each.kl.sum(1)),
         "active_units": bootstrap.of_active_units(counts, each.mean, ACTIVE),
         "mutual_information": bootstrap.of_ratio(counts, information),
         "aggregate_kl": bootstrap.of_ratio(counts, from_prior),
@@ -214,8 +215,7 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
     words: of each text, its end counted.
     """
     counts, words = bootstrap.counts_of(len(words), seed), np.asarray(words)
-    kl = np.asarray(kl_per_dimension(Posterior(each.mean, each.logvar))).sum(1)
-    elbo = -each.rec_nll - kl
+    elbo = -each.rec_nll - each.kl.sum(1)
     by_token, by_word = (bootstrap.of_ratio(counts, each.iw_nll, below) for below in (each.tokens, words))
     found = {
         "token_accuracy": float(each.hits.sum() / each.tokens.sum()),

@@ -75,7 +75,7 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
                     name,
                     f"{factor['probe_accuracy']:.1%}",
                     _interval(m["intervals"][f"probe_{name}"], "{:.1%}"),
-                    f"read by a linear probe; the most frequent of {factor['classes']}: {factor['majority']:.1%}",
+                    f"by a linear probe; the most frequent of {factor['classes']}: {factor['majority']:.1%}",
                 )
                 for name, factor in m["factors"].items()
             ),

@@ -53,11 +53,12 @@ def aggregate_kl(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: 
 
 
 class LogDensities(NamedTuple):
-    """Of one z of each text, in nats, [n] each."""
+    """Of one z of each text, in nats."""
 
     own: Float[Array, " n"]  # log q(z|x), of the text it was drawn for
     aggregate: Float[Array, " n"]  # log q(z), of the mean of all n posteriors
     prior: Float[Array, " n"]  # log p(z)
+    z: Float[Array, "n L"]  # the draws
 
     @property
     def information(self) -> Float[Array, " n"]:
@@ -84,7 +85,7 @@ def _log_densities(means, logvars, key):
         return log_q[own], logsumexp(log_q) - math.log(n), log_normal(z_L, 0.0, jnp.zeros(()))
 
     at_once = max(1, min(64, 2**24 // (n * L)))  # 64 MiB of differences
-    return lax.map(of_one, (z_nL, jnp.arange(n)), batch_size=at_once)
+    return *lax.map(of_one, (z_nL, jnp.arange(n)), batch_size=at_once), z_nL
 
 
 def log_normal(z, mean, logvar):

@@ -135,7 +135,8 @@ def _maps(found: Evaluation) -> str:
             said = "every second text, in the plane that parts the others' classes most"
             points = projection.discriminant(means[::2], classes[::2], means[1::2])
             drawn.append(_figure(charts.scatter(points, classes[1::2], colours, title=f"{name}, {said}"), said))
-        parts.append(f'<h3>{escape(name)}</h3>{_legend(colours)}<div class="figures">{"".join(drawn)}</div>')
+        shown = f'<div class="figures">{"".join(drawn)}</div>'
+        parts.append(f'<div class="map"><h3>{escape(name)}</h3>{_legend(colours)}{shown}</div>')
     return "\n".join(parts)
 
 
@@ -270,7 +271,9 @@ def _neighbours(found: Evaluation) -> str:
         near, far = nearest(means, i)
         if len(near):
             items = (f'<li>{escape(found.texts[j])} <span class="far">{d:.2f}</span></li>' for j, d in zip(near, far))
-            cards.append(f'<div class="card"><p><b>{escape(found.texts[i])}</b></p><ol>{"".join(items)}</ol></div>')
+            cards.append(
+                f'<div class="card"><p><b>{escape(found.texts[i])}</b></p><ol class="near">{"".join(items)}</ol></div>'
+            )
     about = "<p>Of the texts measured, those with the nearest posterior means, and how far these are.</p>"
     return f'{about}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
