@@ -288,8 +288,8 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert "factors" not in measures
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
-        *["self_bleu", "self_bleu_texts", "forward_ppl", "reverse_ppl", "real_ppl", "aggregate_mmd"],
-        *["interpolation_length", "interpolation_largest_step"],
+        *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
+        *["aggregate_mmd", "interpolation_length", "interpolation_largest_step"],
     }
     Page(files[1].read_text(encoding="utf-8"))
 
