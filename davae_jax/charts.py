@@ -1,6 +1,6 @@
 """Charts as inline SVG: bars, points, lines. Strings in, strings out.
 
-A chart is 320 units wide with text of 16, so that on a phone, where it fills the screen, its text is no smaller than
+A chart is 320 units wide with text of 17, so that on a phone, where it fills the screen, its text is no smaller than
 the page's. Colours of axes and bars come from the page's style, by class names.
 """
 

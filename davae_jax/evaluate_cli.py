@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Container, Sequence
@@ -20,6 +21,7 @@ from davae_jax.errors import InputError, check_options
 from davae_jax.evaluation import evaluate
 from davae_jax.evaluation_table import as_json, format_table
 from davae_jax.report import report
+from davae_jax.sharding import MeshConfig, make_mesh
 from davae_jax.text import TextVAE
 
 
@@ -71,6 +73,9 @@ class Evaluate(Command):
     seed: int = 0
     """Seed of every draw."""
 
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
+    """How the model lies over all devices; with 1 everywhere, on the first alone."""
+
     def run(self) -> None:
         check_options(self, "", "n samples batch_size", lambda n: n >= 1, "be at least 1")
         for path, option in ((self.json, "--json"), (self.html, "--html")):
@@ -79,7 +84,8 @@ class Evaluate(Command):
         if self.json and self.html and self.json.resolve() == self.html.resolve():
             raise InputError("--json and --html name the same file", exit_code=2)
         data = read_data(self.data, self.field, self.label) if self.data else demo_texts(Path(self.model), self.label)
-        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=jnp.dtype(self.dtype))
+        mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
+        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=jnp.dtype(self.dtype), mesh=mesh)
         vae.batch_size, vae.progress = self.batch_size, sys.stderr.isatty()
         found = evaluate(
             vae,

@@ -300,6 +300,11 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (["--n", "0"], 2, "--n must be at least 1, not 0"),
         (["--samples", "0"], 2, "--samples must be at least 1, not 0"),
         (["--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
+        (
+            ["--data", "{tmp}/t.txt", "--mesh.tensor", "3"],
+            2,
+            "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 3: does not fit 8 devices",
+        ),
         (["--json", "{tmp}"], 1, "{tmp}: is a folder; --json needs a file"),
         (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written (no folder {tmp}/no)"),
         (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
