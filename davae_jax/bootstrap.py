@@ -1,17 +1,24 @@
-"""95 % intervals of figures over texts, by drawing the texts anew with replacement (Efron 1979)."""
+"""95 % intervals of figures over texts, by drawing the texts anew with replacement (Efron 1979).
+
+All figures are made of sums over texts, so a draw of texts is how often each of them counts.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 DRAWS = 1000
 Interval = tuple[float, float]
 
 
-def counts_of(n: int, seed: int = 0) -> Int[np.ndarray, "R n"]:
-    """How often each of n texts stands in each of the 1000 draws of n texts."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS)
+def sums(values: Float[np.ndarray, "n m"], seed: int = 0) -> Float[np.ndarray, "R m"]:
+    """Σ over the texts of each column, in each of 1000 draws of n texts. One seed, one set of draws."""
+    values, rng = np.asarray(values, float), np.random.default_rng(seed)
+    n = len(values)
+    at_once = max(1, 2**24 // n)  # draws: 128 MiB of counts
+    sizes = [min(at_once, DRAWS - start) for start in range(0, DRAWS, at_once)]
+    return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size) @ values for size in sizes])
 
 
 def interval(values: Float[np.ndarray, " R"]) -> Interval:
@@ -20,15 +27,16 @@ def interval(values: Float[np.ndarray, " R"]) -> Interval:
     return float(low), float(high)
 
 
-def of_ratio(counts: Int[np.ndarray, "R n"], top: Float[np.ndarray, " n"], bottom=None) -> Interval:
+def of_ratio(top: Float[np.ndarray, " n"], bottom: Float[np.ndarray, " n"] | None = None, *, seed: int = 0) -> Interval:
     """Of Σ top / Σ bottom; with no bottom, of the mean."""
-    bottom = np.ones(counts.shape[1]) if bottom is None else bottom
-    return interval(counts @ np.asarray(top, float) / (counts @ np.asarray(bottom, float)))
+    bottom = np.ones(len(top)) if bottom is None else bottom
+    above, below = sums(np.stack([top, bottom], axis=1), seed).T
+    return interval(above / below)
 
 
-def of_active_units(counts: Int[np.ndarray, "R n"], means: Float[np.ndarray, "n L"], threshold: float) -> Interval:
+def of_active_units(means: Float[np.ndarray, "n L"], threshold: float, *, seed: int = 0) -> Interval:
     """Of the number of dimensions whose mean varies by more than the threshold."""
-    means = np.asarray(means, float) - np.mean(means, axis=0)
-    share = counts / counts.shape[1]
-    variance = share @ means**2 - (share @ means) ** 2  # [R, L]
-    return interval((variance > threshold).sum(1))
+    n, L = means.shape
+    centred = np.asarray(means, float) - np.mean(means, axis=0)
+    first, second = np.split(sums(np.concatenate([centred, centred**2], axis=1), seed) / n, [L], axis=1)
+    return interval((second - first**2 > threshold).sum(1))

@@ -186,7 +186,6 @@ Found = tuple[dict[str, Any], dict[str, bootstrap.Interval]]
 def of_latent(each: PerText, seed: int) -> Found:
     """KL, active units, mutual information, and how far all posteriors together are from the prior."""
     n = len(each.mean)
-    counts = bootstrap.counts_of(n, seed)
     densities = metrics.LogDensities(
         *map(np.asarray, metrics.log_densities(each.mean, each.logvar, jax.random.key(seed % 2**32)))
     )
@@ -202,10 +201,10 @@ def of_latent(each: PerText, seed: int) -> Found:
         "aggregate_mmd": metrics.mmd_to_prior(densities.z),
     }
     return found, {
-        "kl": bootstrap.of_ratio(counts, each.kl.sum(1)),
-        "active_units": bootstrap.of_active_units(counts, each.mean, ACTIVE),
-        "mutual_information": bootstrap.of_ratio(counts, information),
-        "aggregate_kl": bootstrap.of_ratio(counts, from_prior),
+        "kl": bootstrap.of_ratio(each.kl.sum(1), seed=seed),
+        "active_units": bootstrap.of_active_units(each.mean, ACTIVE, seed=seed),
+        "mutual_information": bootstrap.of_ratio(information, seed=seed),
+        "aggregate_kl": bootstrap.of_ratio(from_prior, seed=seed),
     }
 
 
@@ -214,9 +213,9 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
 
     words: of each text, its end counted.
     """
-    counts, words = bootstrap.counts_of(len(words), seed), np.asarray(words)
+    words = np.asarray(words)
     elbo = -each.rec_nll - each.kl.sum(1)
-    by_token, by_word = (bootstrap.of_ratio(counts, each.iw_nll, below) for below in (each.tokens, words))
+    by_token, by_word = (bootstrap.of_ratio(each.iw_nll, below, seed=seed) for below in (each.tokens, words))
     found = {
         "token_accuracy": float(each.hits.sum() / each.tokens.sum()),
         "rec_nll": float(each.rec_nll.mean()),
@@ -236,10 +235,10 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
         },
     }
     return found, {
-        "token_accuracy": bootstrap.of_ratio(counts, each.hits, each.tokens),
-        "rec_nll": bootstrap.of_ratio(counts, each.rec_nll),
-        "elbo": bootstrap.of_ratio(counts, elbo),
-        "iw_nll": bootstrap.of_ratio(counts, each.iw_nll),
+        "token_accuracy": bootstrap.of_ratio(each.hits, each.tokens, seed=seed),
+        "rec_nll": bootstrap.of_ratio(each.rec_nll, seed=seed),
+        "elbo": bootstrap.of_ratio(elbo, seed=seed),
+        "iw_nll": bootstrap.of_ratio(each.iw_nll, seed=seed),
         "ppl_per_token": tuple(map(_exp, by_token)),
         "ppl_per_word": tuple(map(_exp, by_word)),
     }
@@ -248,12 +247,11 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
 def of_reconstructions(found: Sequence[str], texts: Sequence[str], seed: int) -> Found:
     """BLEU over characters of the greedy reconstructions, and the part that is the text itself."""
     exact = np.array([a == b for a, b in zip(found, texts, strict=True)])
-    counts = bootstrap.counts_of(len(exact), seed)
     values = {"bleu": bleu(found, texts), "exact_match": float(exact.mean())}
-    return values, {"bleu": bleu_interval(found, texts, counts), "exact_match": bootstrap.of_ratio(counts, exact)}
+    return values, {"bleu": bleu_interval(found, texts, seed), "exact_match": bootstrap.of_ratio(exact, seed=seed)}
 
 
-def bleu_interval(found: Sequence[str], texts: Sequence[str], counts: Int[np.ndarray, "R n"]) -> bootstrap.Interval:
+def bleu_interval(found: Sequence[str], texts: Sequence[str], seed: int) -> bootstrap.Interval:
     """Of corpus BLEU: its n-gram counts are sums over texts, so that each draw's BLEU follows from theirs."""
     from sacrebleu.metrics import BLEU
 
@@ -261,7 +259,7 @@ def bleu_interval(found: Sequence[str], texts: Sequence[str], counts: Int[np.nda
     each = [scorer.corpus_score([a], [[b]]) for a, b in zip(found, texts, strict=True)]
     table = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in each])
     scores = []
-    for row in (counts @ table).tolist():
+    for row in bootstrap.sums(table, seed).round().astype(int).tolist():
         hits, totals, (sys_len, ref_len) = row[:4], row[4:8], row[8:]
         scores.append(BLEU.compute_bleu(hits, totals, sys_len, ref_len, smooth_method="exp").score)
     return bootstrap.interval(np.array(scores))
@@ -299,7 +297,6 @@ def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str
         return {}, {}
     fitted = {name: probes.linear_probe(means, classes, seed) for name, classes in labels.items()}
     importance = probes.importances(list(fitted.values()))
-    counts = bootstrap.counts_of(len(means), seed)
     factors = {
         name: {
             "classes": len(set(labels[name])),
@@ -317,7 +314,7 @@ def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str
         "dci_completeness": float(np.mean([factor["completeness"] for factor in factors.values()])),
         "dci_informativeness": float(np.mean([factor["probe_accuracy"] for factor in factors.values()])),
     }
-    return found, {f"probe_{name}": bootstrap.of_ratio(counts, probe.hits) for name, probe in fitted.items()}
+    return found, {f"probe_{name}": bootstrap.of_ratio(probe.hits, seed=seed) for name, probe in fitted.items()}
 
 
 def _lines(means: Float[np.ndarray, "n L"], greedy) -> list[list[str]]:

@@ -84,12 +84,14 @@ def _log_brevity(length: int, others: np.ndarray) -> float:
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     """Insertions, deletions and substitutions that turn a into b (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
-    return row[-1]
+    number = {word: i for i, word in enumerate({*a, *b})}
+    codes, place = np.array([number[word] for word in b], int), np.arange(len(b) + 1)
+    row = place
+    for i, word in enumerate(a, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (codes != number[word]))
+        # An insertion costs 1 more than the place before it: a running minimum of what is left without the places.
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - place) + place
+    return int(row[-1])
 
 
 def way(texts: Sequence[Sequence[str]]) -> tuple[float, float]:

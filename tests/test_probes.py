@@ -102,7 +102,7 @@ def test_dimensions_that_are_factors_have_dci_near_one(rng):
 
 def test_the_interval_of_a_mean(rng):
     values = 3 + 2 * rng.standard_normal(400)
-    low, high = bootstrap.of_ratio(bootstrap.counts_of(400), values)
+    low, high = bootstrap.of_ratio(values)
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.12 * half)
 
@@ -111,14 +111,22 @@ def test_the_interval_of_a_ratio_covers_as_often_as_it_says(rng):
     covered = 0
     for _ in range(200):
         below = rng.integers(5, 20, 80)
-        low, high = bootstrap.of_ratio(bootstrap.counts_of(80), 1.5 * below + rng.standard_normal(80) * 4, below)
+        low, high = bootstrap.of_ratio(1.5 * below + rng.standard_normal(80) * 4, below)
         covered += low <= 1.5 <= high
     assert 0.88 <= covered / 200 <= 0.99  # of 95 %, with four standard errors
 
 
+def test_draws_are_of_as_many_texts():
+    found = bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3)
+    assert found.shape == (1000, 2)
+    np.testing.assert_allclose(found[:, 0], 50)
+    assert len(set(found[:, 1])) > 100
+    np.testing.assert_array_equal(found, bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3))
+
+
 def test_the_interval_of_active_units(rng):
     means = rng.standard_normal((500, 3)) * [1.0, 0.1, 0.0]  # the second has just the threshold's variance
-    low, high = bootstrap.of_active_units(bootstrap.counts_of(500), means, 0.01)
+    low, high = bootstrap.of_active_units(means, 0.01)
     assert (low, high) == (1, 2)
 
 
