@@ -14,6 +14,11 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
     said = []
     if left := measures["left_out"]:
         said.append(f"n: {left} texts were left out, blank or too long for the encoder")
+    if unknown := measures["unknown_tokens"]:
+        said.append(
+            f"iw_nll, ppl: {unknown} tokens stand for characters that the tokenizer does not know; the likelihood does "
+            "not pay for saying which"
+        )
     if n < 100:
         said.append(f"all: over {n} texts; below 100 the intervals themselves are too narrow")
     ceiling, information = measures["mutual_information_ceiling"], measures["mutual_information"]

@@ -27,6 +27,7 @@ from davae_jax.losses import reconstruction_nll
 from davae_jax.model import DAVAE, merge, split
 from davae_jax.sharding import over_batch
 from davae_jax.text import TextVAE
+from davae_jax.tokenizers import UNK
 
 ACTIVE = 0.01  # variance of a dimension's means above which it is active (Burda et al. 2016)
 PRIOR_SAMPLES = 1000  # at most
@@ -84,6 +85,7 @@ def evaluate(
     given = list(texts)
     kept = tokenize(given, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
     rows = kept.lines - 1
+    originals = [given[i] for i in rows]
     labels = {name: [str(values[i]) for i in rows] for name, values in (labels or {}).items()}
     n = len(rows)
     each = per_text(vae.model, kept, samples=samples, seed=seed, batch_size=vae.batch_size, progress=vae.progress)
@@ -97,7 +99,7 @@ def evaluate(
 
     found, intervals = of_latent(each, seed)
     for part in (
-        of_likelihood(each, [len(measures_of.words(text)) + 1 for text in texts], seed),
+        of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
         of_reconstructions(reconstructions, texts, seed),
         of_probes(each.mean, labels, seed),
     ):
@@ -110,6 +112,7 @@ def evaluate(
     measures = {
         "n": n,
         "left_out": len(given) - n,
+        "unknown_tokens": unknown_tokens(originals, kept.decoder_ids, vae.decoder_tokenizer.unk_id),
         "iw_samples": samples,
         "seed": seed,
         "sampling": {name: getattr(vae.config, name) for name in SAMPLING},
@@ -121,6 +124,12 @@ def evaluate(
     return Evaluation(
         measures, texts, labels, Posterior(each.mean, each.logvar), reconstructions, prior, accepted, lines
     )
+
+
+def unknown_tokens(texts: Sequence[str], decoder_ids: Sequence[np.ndarray], unk_id: int) -> int:
+    """Tokens that stand for characters which the decoder's tokenizer does not know, not for `<unk>` in the text."""
+    found = sum(int((row == unk_id).sum()) for row in decoder_ids)
+    return max(0, found - sum(text.count(UNK) for text in texts))
 
 
 # The model's part.

@@ -45,4 +45,4 @@ def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:
         return None
     import umap
 
-    return np.asarray(umap.UMAP(random_state=0).fit_transform(means), np.float64)
+    return np.asarray(umap.UMAP(random_state=0, n_jobs=1).fit_transform(means), np.float64)

@@ -119,7 +119,7 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     assert m["elbo"] < -m["iw_nll"]
     parts = m["denominators"]
     assert parts["tokens"] == each.tokens.sum()
-    assert parts["words"] == sum(len(words(text)) + 1 for text in found.texts)
+    assert parts["words"] == sum(len(words(text)) + 1 for text in TEXTS)
     assert m["ppl_per_token"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["tokens"]), rel=1e-4)
     assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["words"]), rel=1e-4)
     assert m["active_units"] == metrics.active_units(each.mean)
@@ -158,6 +158,7 @@ def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
 ENOUGH = {
     "n": 2000,
     "left_out": 0,
+    "unknown_tokens": 0,
     "latent_size": 32,
     "mutual_information": 5.0,
     "mutual_information_ceiling": math.log(2000),
@@ -175,6 +176,7 @@ ENOUGH = {
         ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
         ({"n": 300}, ["active_units", "mig"]),
         ({"left_out": 3}, ["n"]),
+        ({"unknown_tokens": 1}, ["iw_nll, ppl"]),
         ({"mutual_information": 7.0}, ["mutual_information, aggregate_kl"]),
         ({"iw_samples": 9}, ["iw_nll, ppl"]),
         ({"effective_sample_size": 4.9}, ["iw_nll, ppl"]),
@@ -279,11 +281,12 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
     file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
-    file.write_text(f"\n{TEXTS[0]}\n", encoding="utf-8")
+    file.write_text("\n春眠 <unk> 今天Ѫ\n", encoding="utf-8")
     code, out, err = davae("--data", file, "--samples", 1, "--json", files[0], "--html", files[1])
     assert (code, err) == (0, "")
     measures = json.loads(files[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert (measures["n"], measures["left_out"]) == (1, 1)
+    assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 1, 1)
+    assert measures["denominators"]["words"] == 7  # of the text as it was given, and its end
     assert "n: 1 texts were left out, blank or too long for the encoder" in out
     assert "all: over 1 texts" in out
     assert "factors" not in measures
