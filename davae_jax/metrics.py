@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from davae_jax.latent import Posterior
 from davae_jax.losses import reconstruction_nll
@@ -149,7 +149,7 @@ def text_log_likelihood(model: DAVAE, decoder_ids: Int[Array, "B T"], z: Float[A
 def importance_samples(
     posterior: Posterior,
     log_likelihood: Callable[[Float[Array, "B L"]], Float[Array, "B"]],
-    keys: Float[Array, "B"],
+    keys: Key[Array, "B"],
     samples: int,
 ) -> tuple[Float[Array, "K B"], Float[Array, "K B"]]:
     """(log p(x|z), log p(z) − log q(z|x)) at K draws of z from the posterior; their sum is the weights' logarithm.

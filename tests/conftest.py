@@ -16,7 +16,10 @@ import davae_jax
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever names no device runs on the first
 
 GOLDEN = Path(__file__).parent / "golden"
-LONGEST = ["test_train", "test_parity", "test_convert", "test_model", "test_train_step", "test_generation"]
+LONGEST = [
+    *["test_train", "test_parity", "test_convert", "test_model", "test_train_step", "test_generation"],
+    *["test_evaluate", "test_metrics"],
+]
 
 
 def pytest_collection_modifyitems(items):
