@@ -7,10 +7,13 @@ from typing import Any
 
 from davae_jax.probes import BINS
 
+SETTLED = 0.1  # nats a text that twice the samples may lower the bound by
+
 
 def warnings_of(measures: Mapping[str, Any]) -> list[str]:
     """What these figures cannot be trusted for, each line beginning with the measures that it is about."""
     n, k, effective = measures["n"], measures["iw_samples"], measures["effective_sample_size"]
+    fell = measures["iw_nll_of_half"] - measures["iw_nll"]
     said = []
     if left := measures["left_out"]:
         said.append(f"n: {left} texts were left out, blank or too long for the encoder")
@@ -33,10 +36,10 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
         )
     if k < 10:
         said.append(f"iw_nll, ppl: K = {k} samples are hardly more than the ELBO; take --samples 50 or more")
-    elif effective < 5:
+    elif effective < 5 or fell > SETTLED:
         said.append(
-            f"iw_nll, ppl: of {k} samples only {effective:.1f} count, so the likelihood is a loose lower bound and the "
-            "perplexity an upper one; take more --samples"
+            f"iw_nll, ppl: of {k} samples only {effective:.1f} count, and the second half of them lowered −log p(x) by "
+            f"{fell:.2f} nats a text; it is an upper bound, and not settled: take more --samples"
         )
     if measures["prior_samples"] < 100:
         said.append(f"self_bleu, distinct, forward_ppl, reverse_ppl: of {measures['prior_samples']} samples only")

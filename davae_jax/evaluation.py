@@ -46,6 +46,7 @@ class PerText(NamedTuple):
     mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
     rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, over the K samples
     iw_nll: Float[np.ndarray, " n"]  # −log p(x), nats, importance weighted
+    half_nll: Float[np.ndarray, " n"]  # the same from the first half of the samples
     effective: Float[np.ndarray, " n"]  # effective sample size, 1 to K
 
 
@@ -183,6 +184,7 @@ def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -
         mean_nll=reconstruction_nll(logits, targets, mask),
         rec_nll=-log_p.mean(0),
         iw_nll=-metrics.log_mean_weight(log_weights),
+        half_nll=-metrics.log_mean_weight(log_weights[: max(samples // 2, 1)]),
         effective=metrics.effective_sample_size(log_weights),
     )
 
@@ -231,6 +233,7 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
         "rec_nll_from_mean": float(each.mean_nll.mean()),
         "elbo": float(elbo.mean()),
         "iw_nll": float(each.iw_nll.mean()),
+        "iw_nll_of_half": float(each.half_nll.mean()),
         "effective_sample_size": float(np.median(each.effective)),
         "ppl_per_token": _exp(each.iw_nll.sum() / each.tokens.sum()),
         "ppl_per_word": _exp(each.iw_nll.sum() / words.sum()),

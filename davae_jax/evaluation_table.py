@@ -34,6 +34,7 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
             row("reconstruction", "rec_nll", "{:.2f}", "nats a text, −E log p(x|z)"),
             row("ELBO", "elbo", "{:.2f}", "nats a text"),
             row("−log p(x)", "iw_nll", "{:.2f}", f"nats a text, importance weighted, K = {m['iw_samples']}"),
+            row("  of half the samples", "iw_nll_of_half", "{:.2f}", "the same; near it where K is enough"),
             row("effective samples", "effective_sample_size", "{:.1f}", f"median, of {m['iw_samples']}"),
             row("perplexity per token", "ppl_per_token", "{:.2f}", f"{parts['tokens']:,} tokens, ends counted"),
             row("perplexity per word", "ppl_per_word", "{:.2f}", f"{parts['words']:,} words, ends counted"),

@@ -96,6 +96,7 @@ def test_the_likelihood_of_each_text(vae, kept, each):
     weights = np.exp(np.float64(log_p + log_prior - log_q))
     assert each.rec_nll[i] == pytest.approx(-log_p.mean(), rel=1e-4)
     assert each.iw_nll[i] == pytest.approx(-np.log(weights.mean()), rel=1e-4)
+    assert each.half_nll[i] == pytest.approx(-np.log(weights[: K // 2].mean()), rel=1e-4)
     assert each.effective[i] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-2)
     assert 1 <= each.effective.min() <= each.effective.max() <= K
 
@@ -164,6 +165,8 @@ ENOUGH = {
     "mutual_information_ceiling": math.log(2000),
     "iw_samples": 50,
     "effective_sample_size": 20.0,
+    "iw_nll": 50.0,
+    "iw_nll_of_half": 50.05,
     "prior_samples": 1000,
     "factors": {"topic": {"classes": 10}},
 }
@@ -180,6 +183,7 @@ ENOUGH = {
         ({"mutual_information": 7.0}, ["mutual_information, aggregate_kl"]),
         ({"iw_samples": 9}, ["iw_nll, ppl"]),
         ({"effective_sample_size": 4.9}, ["iw_nll, ppl"]),
+        ({"iw_nll_of_half": 50.15}, ["iw_nll, ppl"]),
         ({"prior_samples": 99}, ["self_bleu, distinct, forward_ppl, reverse_ppl"]),
     ],
     ids=str,
