@@ -34,11 +34,11 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
             row("reconstruction", "rec_nll", "{:.2f}", "nats a text, −E log p(x|z)"),
             row("ELBO", "elbo", "{:.2f}", "nats a text"),
             row("−log p(x)", "iw_nll", "{:.2f}", f"nats a text, importance weighted, K = {m['iw_samples']}"),
-            row("  of half the samples", "iw_nll_of_half", "{:.2f}", "the same; near it where K is enough"),
+            row("−log p(x), half of K", "iw_nll_of_half", "{:.2f}", "near the line above where K is enough"),
             row("effective samples", "effective_sample_size", "{:.1f}", f"median, of {m['iw_samples']}"),
             row("perplexity per token", "ppl_per_token", "{:.2f}", f"{parts['tokens']:,} tokens, ends counted"),
             row("perplexity per word", "ppl_per_word", "{:.2f}", f"{parts['words']:,} words, ends counted"),
-            row("  by the ELBO", "elbo_ppl_per_word", "{:.2f}", "the same words"),
+            row("perplexity per word, ELBO", "elbo_ppl_per_word", "{:.2f}", "the same words"),
         ],
         "Latent": [
             row("KL", "kl", "{:.2f}", "nats a text, nothing masked"),

@@ -92,7 +92,7 @@ def _figures(m: dict[str, Any]) -> str:
     parts = []
     for title, rows in sections(m).items():
         body = "".join(
-            f'<tr><td>{escape(row.name.strip())}</td><td class="value">{row.value}</td>'
+            f'<tr><td>{escape(row.name)}</td><td class="value">{row.value}</td>'
             f'<td class="interval">{row.interval}</td><td class="note">{escape(row.note)}</td></tr>'
             for row in rows
         )
