@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import io
 import itertools
@@ -39,25 +40,11 @@ class Command:
         raise NotImplementedError
 
 
-def _text_command(name: str) -> Callable[[], type[Command]]:
+def _command(module: str, name: str) -> Callable[[], type[Command]]:
     def load():
-        from davae_jax import commands
-
-        return getattr(commands, name)
+        return getattr(importlib.import_module(f"davae_jax.{module}"), name)
 
     return load
-
-
-def _plan_command() -> type[Command]:
-    from davae_jax.plan_cli import PlanCommand
-
-    return PlanCommand
-
-
-def _prepare() -> type[Command]:
-    from davae_jax.prepare import Prepare
-
-    return Prepare
 
 
 def _converter_command(module: str) -> Callable[[], type[Command]]:
@@ -71,13 +58,20 @@ def _converter_command(module: str) -> Callable[[], type[Command]]:
 
 # Loaded when used: `davae --help` should not wait for JAX.
 COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
-    "generate": ("variations of texts: encode, draw a latent, generate", _text_command("Generate")),
-    "reconstruct": ("texts through their posterior mean and back", _text_command("Reconstruct")),
-    "sample": ("texts from the prior", _text_command("Sample")),
-    "interpolate": ("texts on the way from one text to another", _text_command("Interpolate")),
-    "analogy": ("what is to C as B is to A", _text_command("Analogy")),
-    "plan": ("memory, work and traffic of a training run on machines that are not here", _plan_command),
-    "prepare": ("texts → tokenised shards to train on", _prepare),
+    "generate": ("variations of texts: encode, draw a latent, generate", _command("commands", "Generate")),
+    "reconstruct": ("texts through their posterior mean and back", _command("commands", "Reconstruct")),
+    "sample": ("texts from the prior", _command("commands", "Sample")),
+    "interpolate": ("texts on the way from one text to another", _command("commands", "Interpolate")),
+    "analogy": ("what is to C as B is to A", _command("commands", "Analogy")),
+    "attribute": ("texts with more or less of what examples show", _command("latent_commands", "Attribute")),
+    "neighbours": ("texts around a text", _command("latent_commands", "Neighbours")),
+    "combine": ("sums and differences of texts", _command("latent_commands", "Combine")),
+    "evaluate": ("what a model is worth: measures, and a report to look at", _command("evaluate_cli", "Evaluate")),
+    "plan": (
+        "memory, work and traffic of a training run on machines that are not here",
+        _command("plan_cli", "PlanCommand"),
+    ),
+    "prepare": ("texts → tokenised shards to train on", _command("prepare", "Prepare")),
     "convert": ("published PyTorch checkpoint → davae-jax", _converter_command("from_torch")),
     "export": ("davae-jax checkpoint → published PyTorch layout", _converter_command("to_torch")),
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _converter_command("parity")),

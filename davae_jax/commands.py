@@ -23,7 +23,7 @@ from davae_jax.data import read_lines
 from davae_jax.errors import InputError
 from davae_jax.files import write_text
 from davae_jax.generation import check_max_length, sampling_settings
-from davae_jax.latent import analogy, interpolate
+from davae_jax.latent import analogy, interpolate, spherical
 from davae_jax.text import TextVAE, check_std_scale, check_steps, greedy_unless_told
 
 
@@ -98,7 +98,7 @@ class _TextCommand(Command):
         for number, text in enumerate(self.texts, 1):
             _require_utf8(text, f"text {number}")
         if self.output:
-            _check_output(self.output)
+            check_output(self.output)
 
     def sampling(self) -> dict:
         names = ("max_length", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -152,12 +152,12 @@ def write_whole(path: Path, text: str) -> None:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from e
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path, option: str = "--output") -> None:
     """Raises InputError where a file will not go, so that this is not found out after hours of work."""
     folder = path.resolve().parent
     is_special = path.exists() and not path.is_file()
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; --output needs a file")
+        raise InputError(f"{path}: is a folder; {option} needs a file")
     if not folder.is_dir():
         raise InputError(f"{path}: cannot be written (no folder {folder})")
     if not os.access(path if is_special else folder, os.W_OK):
@@ -235,7 +235,9 @@ class Sample(_TextCommand):
 
 
 @dataclass(kw_only=True)
-class _GreedyCommand(_TextCommand):
+class GreedyCommand(_TextCommand):
+    """A text command that is greedy unless an option says how to draw."""
+
     temperature: Annotated[float | None, _GREEDY_FLOAT] = None
     top_k: Annotated[int | None, _GREEDY_INT] = None
     top_p: Annotated[float | None, _GREEDY_FLOAT] = None
@@ -246,7 +248,7 @@ class _GreedyCommand(_TextCommand):
 
 
 @dataclass(kw_only=True)
-class Reconstruct(_GreedyCommand):
+class Reconstruct(GreedyCommand):
     """Each text through its posterior mean and back; greedy unless an option says how to draw.
 
     Writes {"text", "reconstruction"} a line.
@@ -259,8 +261,8 @@ class Reconstruct(_GreedyCommand):
 
 
 @dataclass(kw_only=True)
-class Interpolate(_GreedyCommand):
-    """Texts on the straight line between the posterior means of two texts; greedy unless an option says how to draw.
+class Interpolate(GreedyCommand):
+    """Texts on the line between the posterior means of two texts; greedy unless an option says how to draw.
 
     Takes two texts, or a file whose lines hold two texts with a tab between them. Writes {"from", "to", "weight",
     "text"} a line.
@@ -268,6 +270,9 @@ class Interpolate(_GreedyCommand):
 
     steps: int = 7
     """Texts on the line, both ends included."""
+
+    spherical: bool = False
+    """Go along the great arc around the origin, which keeps the latents' length, not along the straight line."""
 
     def check(self) -> None:
         super().check()
@@ -277,7 +282,8 @@ class Interpolate(_GreedyCommand):
         pairs, label = self.columns(2)
         vae = self.load(label)
         means = means_of(vae, pairs)
-        latents = interpolate(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
+        along = spherical if self.spherical else interpolate
+        latents = along(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
         texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **self.sampling())
         return [
             {"from": a, "to": b, "weight": i / (self.steps - 1), "text": texts[row * self.steps + i]}
@@ -287,7 +293,7 @@ class Interpolate(_GreedyCommand):
 
 
 @dataclass(kw_only=True)
-class Analogy(_GreedyCommand):
+class Analogy(GreedyCommand):
     """What is to C as B is to A: the text of mean(B) − mean(A) + mean(C); greedy unless an option says how to draw.
 
     Takes three texts, or a file whose lines hold three texts with tabs between them. Writes {"a", "b", "c", "text"} a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +45,40 @@ def interpolate(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) 
     """`steps` latents on the straight line from a to b, both ends included."""
     weight = jnp.linspace(0, 1, steps).reshape(-1, *[1] * jnp.ndim(a))
     return (1 - weight) * a + weight * b
+
+
+def spherical(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
+    """`steps` latents on the great arc from a to b, both ends included (Shoemake 1985; for latents White 2016).
+
+    Where a and b are of one length, so are all between them, while the straight line passes nearer to the origin, where
+    a Gaussian of many dimensions has hardly any mass. Latents that point the same way, or opposite ways and so have no
+    arc of their own, and the origin itself, are joined by the straight line.
+    """
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    weight = jnp.linspace(0, 1, steps).reshape(-1, *[1] * a.ndim)
+    lengths = jnp.linalg.norm(a, axis=-1, keepdims=True) * jnp.linalg.norm(b, axis=-1, keepdims=True)
+    cosine = (a * b).sum(-1, keepdims=True) / jnp.where(lengths > 0, lengths, 1)
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    straight = (lengths == 0) | (jnp.sin(angle) < 1e-3)  # float32's arccos is no better near 0 and π
+    sine = jnp.where(straight, 1, jnp.sin(angle))
+    arc = (jnp.sin((1 - weight) * angle) * a + jnp.sin(weight * angle) * b) / sine
+    return jnp.where(straight, interpolate(a, b, steps), arc)
+
+
+def combine(latents: Float[Array, "k ... L"], weights: Sequence[float]) -> Float[Array, "... L"]:
+    """Σ weight · latent: sums, differences and means of latents."""
+    return jnp.tensordot(jnp.asarray(weights, jnp.float32), jnp.asarray(latents), axes=1)
+
+
+def attribute_vector(having: Float[Array, "n L"], lacking: Float[Array, "m L"]) -> Float[Array, "L"]:
+    """What latents that have an attribute have on average more than latents that lack it (Larsen et al. 2016)."""
+    return jnp.mean(jnp.asarray(having), axis=0) - jnp.mean(jnp.asarray(lacking), axis=0)
+
+
+def neighbours(z: Float[Array, "L"], n: int, radius: float, key: jax.Array) -> Float[Array, "n L"]:
+    """n latents at the distance `radius` from z, in directions drawn evenly from all."""
+    direction = jax.random.normal(key, (n, z.shape[-1]))
+    return z + radius * direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
 
 
 def analogy(a: Float[Array, "... L"], b: Float[Array, "... L"], c: Float[Array, "... L"]) -> Float[Array, "... L"]:

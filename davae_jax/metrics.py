@@ -1,16 +1,21 @@
-"""How much of the latent is used: active units, mutual information, importance-weighted likelihood."""
+"""How much of the latent is used, how well its posteriors fill the prior, and how likely the texts are.
+
+Formulas, sources and limits of each are in docs/evaluate.md. Randomness comes in as a key.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from davae_jax.latent import Posterior
 from davae_jax.losses import reconstruction_nll
@@ -30,7 +35,7 @@ def mutual_information(means: Float[Array, "n L"], logvars: Float[Array, "n L"],
     q(z) is the mean of the n posteriors, and the same z stands in both terms, so that an estimate never passes its
     ceiling, `mutual_information_ceiling(n)`.
     """
-    return float(_mutual_information(jnp.asarray(means), jnp.asarray(logvars), key))
+    return float(log_densities(means, logvars, key).information.mean())
 
 
 def mutual_information_ceiling(n: int) -> float:
@@ -38,22 +43,74 @@ def mutual_information_ceiling(n: int) -> float:
     return math.log(n)
 
 
+def aggregate_kl(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> float:
+    """KL(q(z) ‖ p(z)) in nats, q(z) being the mean of the n posteriors: E[log q(z) − log p(z)] over one z of each text.
+
+    The mean KL of the posteriors is this and the mutual information together (Hoffman & Johnson 2016), so what the
+    ceiling keeps from the information is counted here: a large value may only mean that n is small.
+    """
+    return float(log_densities(means, logvars, key).from_prior.mean())
+
+
+class LogDensities(NamedTuple):
+    """Of one z of each text, in nats."""
+
+    own: Float[Array, " n"]  # log q(z|x), of the text it was drawn for
+    aggregate: Float[Array, " n"]  # log q(z), of the mean of all n posteriors
+    prior: Float[Array, " n"]  # log p(z)
+    z: Float[Array, "n L"]  # the draws
+
+    @property
+    def information(self) -> Float[Array, " n"]:
+        return self.own - self.aggregate
+
+    @property
+    def from_prior(self) -> Float[Array, " n"]:
+        return self.aggregate - self.prior
+
+
+def log_densities(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> LogDensities:
+    """Draws a z of each text and gives its log density under its own posterior, all of them together, and the prior."""
+    return LogDensities(*_log_densities(jnp.asarray(means), jnp.asarray(logvars), key))
+
+
 @jax.jit
-def _mutual_information(means, logvars, key):
-    n = len(means)
+def _log_densities(means, logvars, key):
+    n, L = means.shape
     z_nL = Posterior(means, logvars).sample(key)
 
-    def log_ratio(z_and_own):
+    def of_one(z_and_own):
         z_L, own = z_and_own
-        log_q = _log_normal(z_L, means, logvars)  # of this z under every text's posterior
-        return log_q[own] - (logsumexp(log_q) - math.log(n))
+        log_q = log_normal(z_L, means, logvars)  # of this z under every text's posterior
+        return log_q[own], logsumexp(log_q) - math.log(n), log_normal(z_L, 0.0, jnp.zeros(()))
 
-    return lax.map(log_ratio, (z_nL, jnp.arange(n)), batch_size=64).mean()
+    at_once = max(1, min(64, 2**24 // (n * L)))  # 64 MiB of differences
+    return *lax.map(of_one, (z_nL, jnp.arange(n)), batch_size=at_once), z_nL
 
 
-def _log_normal(z, mean, logvar):
+def log_normal(z, mean, logvar):
     """log N(z; mean, exp(logvar)), summed over the last axis."""
     return -0.5 * (jnp.square(z - mean) * jnp.exp(-logvar) + logvar + LOG_2PI).sum(-1)
+
+
+def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
+    """Squared maximum mean discrepancy between draws of q(z) and the prior N(0, I), without bias (Gretton et al. 2012).
+
+    The kernel is exp(−|x − y|² / 2h²) with h² = L, half the mean squared distance of two draws of the prior. All
+    expectations over the prior are known (Rustamov 2021), so that only z is random. 0 where q(z) is the prior, and
+    by chance a little below; at most about 1.
+    """
+    z = np.asarray(z, np.float64)
+    n, L = z.shape
+    h2 = float(L)
+    squares = (z**2).sum(1)
+    within = sum(
+        np.exp(-np.maximum(squares[i : i + 256, None] + squares - 2 * z[i : i + 256] @ z.T, 0) / (2 * h2)).sum()
+        for i in range(0, n, 256)
+    )
+    within = (within - n) / (n * (n - 1)) if n > 1 else math.nan  # a z and itself are no pair
+    across = (h2 / (h2 + 1)) ** (L / 2) * np.exp(-squares / (2 * (h2 + 1))).mean()
+    return float(within - 2 * across + (h2 / (h2 + 2)) ** (L / 2))
 
 
 def iw_log_likelihood(
@@ -73,19 +130,50 @@ def iw_log_likelihood(
 @partial(jax.jit, static_argnums=(0, 5))
 def _iw_log_likelihood(graphdef, params, encoder_ids, decoder_ids, key, samples):
     model = merge(graphdef, params)
-    posterior = model.encode(encoder_ids)
-    targets = decoder_ids[:, 1:]
-    mask = text_mask(targets, model.config.end_token_id)
+    keys = jax.random.split(key, len(encoder_ids))
+    log_p, log_ratio = importance_samples(
+        model.encode(encoder_ids), partial(text_log_likelihood, model, decoder_ids), keys, samples
+    )
+    return log_mean_weight(log_p + log_ratio)
 
-    def log_weight(key):
-        z = posterior.sample(key)
-        output = model.decoder(decoder_ids[:, :-1], z)
-        log_p = -reconstruction_nll(model.decoder.logits(output.final), targets, mask)
-        return log_p + _log_normal(z, 0.0, jnp.zeros(())) - _log_normal(z, *posterior)
+
+def text_log_likelihood(model: DAVAE, decoder_ids: Int[Array, "B T"], z: Float[Array, "B L"]) -> Float[Array, "B"]:
+    """log p(text | z) in nats; `decoder_ids` as for `iw_log_likelihood`."""
+    targets = decoder_ids[:, 1:]
+    output = model.decoder(decoder_ids[:, :-1], z)
+    return -reconstruction_nll(
+        model.decoder.logits(output.final), targets, text_mask(targets, model.config.end_token_id)
+    )
+
+
+def importance_samples(
+    posterior: Posterior,
+    log_likelihood: Callable[[Float[Array, "B L"]], Float[Array, "B"]],
+    keys: Key[Array, "B"],
+    samples: int,
+) -> tuple[Float[Array, "K B"], Float[Array, "K B"]]:
+    """(log p(x|z), log p(z) − log q(z|x)) at K draws of z from the posterior; their sum is the weights' logarithm.
+
+    keys: one a text, so that what a text's draws are does not depend on the texts beside it.
+    """
+
+    def one(k):
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), posterior.mean.shape[1:]))(keys)
+        z = posterior.at(noise)
+        return log_likelihood(z), log_normal(z, 0.0, jnp.zeros(())) - log_normal(z, *posterior)
 
     # One sample after another: memory does not grow with their number.
-    log_weights = lax.map(log_weight, jax.random.split(key, samples))
-    return logsumexp(log_weights, axis=0) - math.log(samples)
+    return lax.map(one, jnp.arange(samples))
+
+
+def log_mean_weight(log_weights: Float[Array, "K *B"]) -> Float[Array, "*B"]:
+    """Logarithm of the mean of K weights."""
+    return logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
+
+
+def effective_sample_size(log_weights: Float[Array, "K *B"]) -> Float[Array, "*B"]:
+    """(Σ w)² / Σ w² of K weights (Kong 1992): K where all weigh alike, 1 where one of them is all."""
+    return jnp.exp(2 * logsumexp(log_weights, axis=0) - logsumexp(2 * log_weights, axis=0))
 
 
 def text_mask(targets: Int[Array, "B T"], end_id: int) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -102,6 +103,19 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     # Whatever axis types the caller's mesh was made with: the model's own operations name no shardings.
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
+
+
+def over_batch(arrays: Any, params: Any) -> Any:
+    """Lays arrays [B, …] over the mesh that the weights lie on. Of weights on one device, gives them as they are."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return arrays
+    mesh = sharding.mesh
+
+    def place(x):
+        return jax.device_put(x, NamedSharding(mesh, partition_spec(("batch",), x.shape[:1], mesh.shape)))
+
+    return jax.tree.map(place, arrays)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

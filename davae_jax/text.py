@@ -20,7 +20,8 @@ from davae_jax.config import DAVAEConfig
 from davae_jax.decoder import power_of_two
 from davae_jax.errors import InputError
 from davae_jax.generation import check_prompts, generate, sampling_settings
-from davae_jax.latent import Posterior, analogy, interpolate
+from davae_jax.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours
+from davae_jax.latent import spherical as great_arc
 from davae_jax.model import DAVAE
 from davae_jax.tokenizers import END, DecoderTokenizer, EncoderTokenizer
 
@@ -32,8 +33,8 @@ class TextVAE:
     depends on the seed and the text's place in the list, never on the batches.
 
     `**sampling` is any of max_length (tokens, `<bos>` and prompt included), temperature, top_k, top_p and
-    repetition_penalty; what is left out comes from the checkpoint's config. `reconstruct`, `interpolate` and `analogy`
-    are greedy unless one of the last four is given.
+    repetition_penalty; what is left out comes from the checkpoint's config. All but `generate`,
+    `simulate_batch` and `sample` are greedy unless one of the last four is given.
     """
 
     def __init__(self, model: DAVAE, encoder_tokenizer: EncoderTokenizer, decoder_tokenizer: DecoderTokenizer):
@@ -192,16 +193,62 @@ class TextVAE:
             raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
         return self.generate(self._normal(n, seed), seed=seed, **sampling)
 
-    def interpolate(self, a: str, b: str, steps: int, *, seed: int = 0, **sampling) -> list[str]:
-        """`steps` texts along the straight line from a's posterior mean to b's, both ends included."""
+    def interpolate(
+        self, a: str, b: str, steps: int, *, spherical: bool = False, seed: int = 0, **sampling
+    ) -> list[str]:
+        """`steps` texts along the straight line, or the great arc, from a's posterior mean to b's, both included."""
         check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
-        return self.generate(interpolate(mean_a, mean_b, steps), seed=seed, **greedy_unless_told(sampling))
+        line = (great_arc if spherical else interpolate)(mean_a, mean_b, steps)
+        return self.generate(line, seed=seed, **greedy_unless_told(sampling))
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
         """What is to c as b is to a: the text of mean(b) − mean(a) + mean(c)."""
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
         return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **greedy_unless_told(sampling))[0]
+
+    def combine(self, texts: Sequence[str], weights: Sequence[float], *, seed: int = 0, **sampling) -> str:
+        """The text of Σ weight · mean(text): with weights ½, ½ what lies between two, with −1, 1, 1 their analogy."""
+        texts = _as_list(texts)
+        if len(texts) != len(weights) or not texts:
+            raise InputError(f"{len(weights)} weights for {len(texts)} texts", exit_code=2)
+        latent = combine(self.encode(texts, std_scale=0.0), weights)
+        return self.generate(latent[None], seed=seed, **greedy_unless_told(sampling))[0]
+
+    def attribute_vector(self, having: Sequence[str], lacking: Sequence[str]) -> Float[np.ndarray, "L"]:
+        """What texts that have an attribute have on average more than texts that lack it: a direction of the latent."""
+        having, lacking = _as_list(having), _as_list(lacking)
+        if not having or not lacking:
+            raise InputError("an attribute needs a text that has it and one that lacks it", exit_code=2)
+        return np.asarray(attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking))))
+
+    def shift(
+        self,
+        texts: Sequence[str],
+        direction: Float[np.ndarray, "L"],
+        strength: float = 1.0,
+        *,
+        seed: int = 0,
+        **sampling,
+    ) -> list[str]:
+        """Each text with `strength` times a direction added to its posterior mean, an attribute vector's say."""
+        latent = self.encode(texts, std_scale=0.0) + strength * np.asarray(direction, np.float32)
+        return self.generate(latent, seed=seed, **greedy_unless_told(sampling))
+
+    def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:
+        """n texts at the distance `radius` from a text's posterior mean, in directions that the seed draws."""
+        if n < 0:
+            raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
+        check_radius(radius)
+        around = self.around(self.encode([text], std_scale=0.0), n, radius, seed=seed)
+        return self.generate(around, seed=seed, **greedy_unless_told(sampling))
+
+    def around(
+        self, latent: Float[np.ndarray, "k L"], n: int, radius: float, *, seed: int = 0
+    ) -> Float[np.ndarray, "k*n L"]:
+        """n latents at the distance `radius` from each, side by side; in each place the same directions."""
+        key = _stream(seed, "latent")
+        return np.concatenate([self._no_latents(), *(np.asarray(neighbours(z, n, radius, key)) for z in latent)])
 
     def _normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
         """Standard normal noise; row i is the same however many rows there are."""
@@ -266,6 +313,13 @@ def check_std_scale(std_scale: float) -> float:
     if not 0 <= std_scale < float("inf"):
         raise InputError(f"std_scale must be a number of 0 or more, not {std_scale}", exit_code=2)
     return std_scale
+
+
+def check_radius(radius: float, *, name: str = "radius") -> float:
+    """`radius` itself. Raises InputError (exit code 2) where it is no distance."""
+    if not 0 <= radius < float("inf"):
+        raise InputError(f"{name} must be a number of 0 or more, not {radius}", exit_code=2)
+    return radius
 
 
 @jax.jit

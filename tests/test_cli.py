@@ -21,6 +21,7 @@ from davae_jax.cli import COMMANDS, main
 from davae_jax.data import read_lines
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
+LATENT_COMMANDS = ["attribute", "neighbours", "combine"]  # what they write is in test_latent_tools.py
 TEXTS = sentences(3)
 A, B, C = TEXTS
 MODULE = [sys.executable, "-m", "davae_jax.cli"]
@@ -238,10 +239,10 @@ def test_help(davae, name):
         assert result.out.startswith(f"usage: davae {name} [-h] ")
         said = " ".join(result.out.replace("│", " ").split())
         assert "(default: False)" in said  # --debug
-        if name in TEXT_COMMANDS:
+        if name in TEXT_COMMANDS + LATENT_COMMANDS:
             for default in ("float32", "16", "0", "the checkpoint's", "the model's folder", "standard output"):
                 assert f"(default: {default})" in said
-            assert ("(default: greedy; " in said) == (name in ("reconstruct", "interpolate", "analogy"))
+            assert ("(default: greedy; " in said) == (name not in ("generate", "sample"))
             assert ("(default: standard input)" in said) == ("[TEXT ...]" in said) == (name != "sample")
 
 

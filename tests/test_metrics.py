@@ -1,14 +1,18 @@
 """The measures, against cases whose answer is known in closed form or by enumeration."""
 
+import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 from small_model import CONFIG, new_model
 
 from davae_jax import metrics
+from davae_jax.latent import Posterior
 
 KEY = jax.random.key(0)
 
@@ -43,37 +47,162 @@ def test_mutual_information_of_a_mixture():
     assert found == pytest.approx(expected, abs=5 * 0.5 / math.sqrt(n))
 
 
+def normal_density(z, mean, variance=1.0):
+    return np.exp(-0.5 * (z - mean) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
+
+
+def test_distance_of_a_mixture_from_the_prior():
+    """The same two kinds: KL(½N(m, s²) + ½N(−m, s²) ‖ N(0, 1)) by quadrature."""
+    n, m, variance = 4000, 1.3, 0.3
+    means = np.where(np.arange(n) % 2, m, -m)[:, None]
+    z = np.linspace(-12, 12, 200_001)
+    q = 0.5 * (normal_density(z, m, variance) + normal_density(z, -m, variance))
+    log_ratio = np.log(q + 1e-300) - np.log(normal_density(z, 0))
+    expected = np.trapezoid(q * log_ratio, z)
+    spread = np.sqrt(np.trapezoid(q * (log_ratio - expected) ** 2, z))
+    logvars = np.full((n, 1), np.log(variance))
+    assert expected > 0.4
+    assert metrics.aggregate_kl(means, logvars, KEY) == pytest.approx(expected, abs=5 * spread / math.sqrt(n))
+    # The mean KL of the posteriors is this and the information together.
+    densities = metrics.log_densities(means, logvars, KEY)
+    own = np.asarray(densities.own - densities.prior).mean()
+    kl = 0.5 * (m**2 + variance - np.log(variance) - 1)
+    assert own == pytest.approx(kl, abs=0.1)
+    found = metrics.aggregate_kl(means, logvars, KEY) + metrics.mutual_information(means, logvars, KEY)
+    assert found == pytest.approx(own, abs=1e-4)
+
+
+def test_a_posterior_that_is_the_prior_is_at_no_distance_from_it():
+    assert metrics.aggregate_kl(np.zeros((300, 5)), np.zeros((300, 5)), KEY) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.6), (0.0, 0.1), (0.0, 2.0)])
+def test_mmd_of_a_gaussian_to_the_prior(mean, std):
+    """Of z ~ N(m, s² I) the kernel's expectations are Gaussian integrals: (h²/(h² + v))^(L/2) exp(−d²/2(h² + v))."""
+    L, n, draws = 6, 300, 60
+    rng = np.random.default_rng(0)
+    between = lambda variance, square: (L / (L + variance)) ** (L / 2) * np.exp(-square / (2 * (L + variance)))  # noqa: E731
+    expected = between(2 * std**2, 0) - 2 * between(1 + std**2, L * mean**2) + between(2, 0)
+    found = [metrics.mmd_to_prior(mean + std * rng.standard_normal((n, L))) for _ in range(draws)]
+    assert np.mean(found) == pytest.approx(expected, abs=4 * np.std(found) / math.sqrt(draws))
+    assert (expected < 1e-12) == ((mean, std) == (0.0, 1.0))
+
+
+# The likelihood of a model where it is known: x = Wz + b + σ·noise.
+
+
+def linear_gaussian(L, seed=0, noise=0.7):
+    """(log p(x|z) for rows of x, log p(x) of each, the posterior's mean and covariance)."""
+    rng = np.random.default_rng(seed)
+    W, b, x = rng.standard_normal((5, L)), rng.standard_normal(5), rng.standard_normal((3, 5))
+    log_p_x = multivariate_normal.logpdf(x, b, W @ W.T + noise**2 * np.eye(5))
+    covariance = np.linalg.inv(np.eye(L) + W.T @ W / noise**2)
+    mean = (x - b) @ W @ covariance / noise**2
+
+    def log_likelihood(z):
+        return metrics.log_normal(jnp.asarray(x), z @ W.T + b, jnp.full(5, 2 * math.log(noise)))
+
+    return log_likelihood, log_p_x, mean, covariance
+
+
+def test_the_exact_posterior_gives_the_exact_likelihood_with_one_sample():
+    log_likelihood, log_p_x, mean, covariance = linear_gaussian(L=1)
+    posterior = Posterior(jnp.asarray(mean), jnp.full((3, 1), math.log(covariance[0, 0])))
+    log_p, log_ratio = metrics.importance_samples(posterior, log_likelihood, jax.random.split(KEY, 3), 4)
+    np.testing.assert_allclose(log_p + log_ratio, np.tile(log_p_x, (4, 1)), atol=1e-4)
+    np.testing.assert_allclose(metrics.log_mean_weight((log_p + log_ratio)[:1]), log_p_x, atol=1e-4)
+    np.testing.assert_allclose(metrics.effective_sample_size(log_p + log_ratio), 4, atol=1e-3)
+
+
+def test_the_likelihood_of_a_linear_gaussian_model():
+    """With a posterior that is shifted, too wide and has no correlations."""
+    log_likelihood, log_p_x, mean, covariance = linear_gaussian(L=3)
+    variance = 2 * np.diag(covariance)
+    posterior = Posterior(jnp.asarray(mean + 0.3 * np.sqrt(variance)), jnp.tile(jnp.log(variance), (3, 1)))
+    log_p, log_ratio = metrics.importance_samples(posterior, log_likelihood, jax.random.split(KEY, 3), 20_000)
+    log_weights = log_p + log_ratio
+    effective = np.asarray(metrics.effective_sample_size(log_weights))
+    assert (effective < 15_000).all() and (effective > 500).all()
+    found = metrics.log_mean_weight(log_weights)
+    assert (np.abs(found - log_p_x) < 5 / np.sqrt(effective)).all()
+    # One sample's mean is the ELBO: the likelihood less KL(q ‖ true posterior).
+    q_mean, precision = np.asarray(posterior.mean) - mean, np.linalg.inv(covariance)
+    quadratic = np.einsum("bi,ij,bj->b", q_mean, precision, q_mean)
+    log_volumes = np.linalg.slogdet(covariance)[1] - np.log(variance).sum()
+    gap = 0.5 * (np.trace(precision @ np.diag(variance)) + quadratic - 3 + log_volumes)
+    spread = np.std(log_weights, axis=0) / math.sqrt(len(log_weights))
+    assert (np.abs(log_weights.mean(0) - (log_p_x - gap)) < 5 * spread).all()
+
+
+def test_effective_sample_size():
+    weights = np.array([[1.0, 5.0, 1.0], [1.0, 0.0, 2.0], [1.0, 0.0, 3.0]])
+    found = metrics.effective_sample_size(jnp.log(weights + 1e-30))
+    np.testing.assert_allclose(found, [3, 1, 36 / 14], rtol=1e-5)
+
+
+# The likelihood of a small real model, whose latent of two dimensions can be integrated over.
+
+SMALL = dataclasses.replace(
+    CONFIG,
+    decoder=dataclasses.replace(CONFIG.decoder, vocab_size=6),
+    latent_size=2,
+    end_token_id=3,
+    pad_token_id=4,
+    bos_token_id=5,
+)
+
+
 @pytest.fixture(scope="module")
 def model():
-    return new_model(scale=4.0)
+    return new_model(SMALL, scale=4.0)
 
 
-def test_iw_log_likelihood_sums_to_one_over_all_texts(model):
-    """p(text) summed over every text of at most two tokens, and of all longer ones together."""
-    V, end, bos = CONFIG.decoder.vocab_size, CONFIG.end_token_id, CONFIG.bos_token_id
-    one = [[bos, a, end, end] for a in range(V) if a != end]
-    rows = np.array([[bos, end, end, end], *one])
+def test_iw_log_likelihood_of_all_short_texts(model):
+    """Every text of up to two tokens: against quadrature over the latent, and all together no more than 1."""
+    end, bos = SMALL.end_token_id, SMALL.bos_token_id
+    letters = [i for i in range(6) if i != end]
+    texts = [text for length in range(3) for text in itertools.product(letters, repeat=length)]
+    rows = np.array([[bos, *text, *[end] * (3 - len(text))] for text in texts])
+    assert len(rows) == 1 + 5 + 25
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(24)
+    z = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2).astype(np.float32)
+    weights = np.outer(weights, weights).ravel() / (2 * math.pi)
+    longest = rows[-25:, :3]  # whatever is shorter begins one of these
+    logits, _ = model.decode(np.tile(longest, (len(z), 1)), np.repeat(z, 25, axis=0))
+    log_p = np.asarray(jax.nn.log_softmax(logits)).reshape(len(z), 25, 3, 6)
+    place = {tuple(row[1:]): i for i, row in enumerate(longest.tolist())}
+    expected = []
+    for text in texts:
+        i = place[text + (letters[0],) * (2 - len(text))]
+        log_p_text = sum(log_p[:, i, t, token] for t, token in enumerate((*text, end)))
+        expected.append(weights @ np.exp(log_p_text))
+    expected = np.array(expected)
+    whole = expected.sum()
+    assert 0.3 < whole < 1  # a good part of all mass, and longer texts have the rest
+    assert expected.max() > 20 * np.median(expected)
+
     encoder_ids = np.tile(np.array([[2, 7, 3]]), (len(rows), 1))
-    found = np.exp(metrics.iw_log_likelihood(model, encoder_ids, rows, samples=400, key=KEY))
-    z = jax.random.normal(jax.random.key(5), (4000, CONFIG.latent_size))
-    first = jax.nn.softmax(model.decode(np.full((4000, 1), bos), z)[0][:, 0])
-    assert found[0] == pytest.approx(float(first[:, end].mean()), rel=0.1)
-    # p(a, end) = E[p(a|z) p(end|a, z)], another estimate of it, from the prior.
-    for a in (1, 30):
-        ids = np.full((4000, 2), bos)
-        ids[:, 1] = a
-        second = jax.nn.softmax(model.decode(ids, z)[0][:, 1])[:, end]
-        assert found[1 + a] == pytest.approx(float((first[:, a] * second).mean()), rel=0.15)
+    runs = [
+        np.exp(metrics.iw_log_likelihood(model, encoder_ids, rows, samples=150, key=key))
+        for key in jax.random.split(KEY, 10)
+    ]
+    found, error = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1) / math.sqrt(10)
+    assert np.median(error / found) < 0.1
+    # Five standard errors, which ten runs give within a third; the rarest texts hardly count.
+    assert (np.abs(found - expected) < 7 * error + 1e-6).all()
+    assert found.sum() == pytest.approx(whole, abs=5 * float(np.sqrt((error**2).sum())))
+    assert found.sum() < 1
 
 
 def test_iw_log_likelihood_rises_with_samples_and_ignores_padding(model):
-    bos, end = CONFIG.bos_token_id, CONFIG.end_token_id
+    bos, end, pad = SMALL.bos_token_id, SMALL.end_token_id, SMALL.pad_token_id
     encoder_ids = np.array([[2, 9, 3], [2, 4, 3]])
-    short, long = np.array([[bos, 5, 6, end]] * 2), np.array([[bos, 5, 6, end, 61, 61]] * 2)
-    a = metrics.iw_log_likelihood(model, encoder_ids, short, samples=3, key=KEY)
-    b = metrics.iw_log_likelihood(model, encoder_ids, long, samples=3, key=KEY)
+    short, long = np.array([[bos, 1, 2, end]] * 2), np.array([[bos, 1, 2, end, pad, 0]] * 2)
+    a = metrics.iw_log_likelihood(model, encoder_ids, short, samples=30, key=KEY)
+    b = metrics.iw_log_likelihood(model, encoder_ids, long, samples=30, key=KEY)
     np.testing.assert_allclose(a, b, rtol=1e-5)
-    keys = [jax.random.key(seed) for seed in range(40)]
+    keys = [jax.random.key(seed) for seed in range(20)]
     one, many = (
         np.mean([metrics.iw_log_likelihood(model, encoder_ids, short, samples=k, key=key) for key in keys])
         for k in (1, 30)

@@ -77,7 +77,9 @@ def small(line):
         if "--init" in line:  # the halves bring their sizes
             options = ["--batch-size", "4", "--log.figures", "0", "--log.samples", "0", "--steps", "2"]
         line = re.sub(r" --steps \d+", "", line) + " " + shlex.join(options)
-    return line + (" --max-length 12" if re.match(r"davae (generate|recon|inter|analogy|sample)", line) else "")
+    return line + (
+        " --max-length 12" if re.match(r"davae (generate|recon|inter|analogy|sample|attr|neigh|combine)", line) else ""
+    )
 
 
 @pytest.mark.slow
@@ -94,7 +96,7 @@ def test_the_readme_runs(place):
             done = subprocess.run(small(line), shell=True, cwd=folder, env=env, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             ran += 1
-            if re.match(r"davae (generate|reconstruct|interpolate|analogy|sample)", line):
+            if re.match(r"davae (generate|reconstruct|interpolate|analogy|sample|attribute|neighbours|combine)", line):
                 assert all(json.loads(row) for row in done.stdout.splitlines())
     assert ran >= 12
     # All examples in Python, one after the other as a reader would type them.

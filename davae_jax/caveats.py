@@ -1,0 +1,52 @@
+"""What the figures of an evaluation cannot be trusted for: too few texts or samples for an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from davae_jax.probes import BINS
+
+SETTLED = 0.1  # nats a text that twice the samples may lower the bound by
+
+
+def warnings_of(measures: Mapping[str, Any]) -> list[str]:
+    """What these figures cannot be trusted for, each line beginning with the measures that it is about."""
+    n, k, effective = measures["n"], measures["iw_samples"], measures["effective_sample_size"]
+    fell = measures["iw_nll_of_half"] - measures["iw_nll"]
+    said = []
+    if left := measures["left_out"]:
+        said.append(f"n: {left} texts were left out, blank or too long for the encoder")
+    if unknown := measures["unknown_tokens"]:
+        said.append(
+            f"iw_nll, ppl: {unknown} tokens stand for characters that the tokenizer does not know; the likelihood does "
+            "not pay for saying which"
+        )
+    if n < 100:
+        said.append(f"all: over {n} texts; below 100 the intervals themselves are too narrow")
+    ceiling, information = measures["mutual_information_ceiling"], measures["mutual_information"]
+    if information > 0.9 * ceiling:
+        said.append(
+            f"mutual_information, aggregate_kl: {information:.2f} is near the ceiling log n = {ceiling:.2f}, so the "
+            "true information may be larger, and the distance from the prior smaller by as much; take a larger --n"
+        )
+    if n < 10 * measures["latent_size"]:
+        said.append(
+            f"active_units: a variance from {n} texts; take ten for each of the {measures['latent_size']} dimensions"
+        )
+    if k < 10:
+        said.append(f"iw_nll, ppl: K = {k} samples are hardly more than the ELBO; take --samples 50 or more")
+    elif effective < 5 or fell > SETTLED:
+        said.append(
+            f"iw_nll, ppl: of {k} samples only {effective:.1f} count, and the second half of them lowered −log p(x) by "
+            f"{fell:.2f} nats a text; it is an upper bound, and not settled: take more --samples"
+        )
+    if measures["prior_samples"] < 100:
+        said.append(f"self_bleu, distinct, forward_ppl, reverse_ppl: of {measures['prior_samples']} samples only")
+    if "factors" in measures:
+        most = max(factor["classes"] for factor in measures["factors"].values())
+        if n < 5 * BINS * most:
+            said.append(f"mig: histograms of {BINS} × {most} cells from {n} texts come out too high")
+        if n < 5 * measures["latent_size"]:
+            said.append(f"probe_accuracy, dci: probes of {measures['latent_size']} dimensions learnt from {n} texts")
+    return said

@@ -1,0 +1,130 @@
+"""Charts as inline SVG: bars, points, lines. Strings in, strings out.
+
+A chart is 320 units wide with text of 17, so that on a phone, where it fills the screen, its text is no smaller than
+the page's. Colours of axes and bars come from the page's style, by class names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Float
+
+WIDTH, HEIGHT = 320, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 8, 12, 28  # margins, which hold the axes' numbers
+# Ten colours that differ in hue and in lightness (Tableau 10), and one for all classes after them.
+COLOURS = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#17807e"]
+OTHER = "#a0a0a0"
+
+
+def bars(values: Sequence[float], strong: Sequence[bool], *, title: str, unit: str) -> str:
+    """One bar a value; those that are not strong are pale."""
+    y = _scale(0, max([*values, 1e-9]), HEIGHT - BOTTOM, TOP)
+    step = (WIDTH - LEFT - RIGHT) / max(len(values), 1)
+    gap = step * 0.15 if step > 4 else 0
+    drawn = "".join(
+        f'<rect class="{"bar" if is_strong else "bar pale"}" x="{LEFT + i * step:.1f}" y="{y(value):.1f}"'
+        f' width="{step - gap:.2f}" height="{max(HEIGHT - BOTTOM - y(value), 0.5):.1f}"/>'
+        for i, (value, is_strong) in enumerate(zip(values, strong, strict=True))
+    )
+    ends = f"{_text(LEFT, HEIGHT - 6, '1', 'start')}{_text(WIDTH - RIGHT, HEIGHT - 6, str(len(values)), 'end')}"
+    return _svg(f"{title}, {unit}", _y_axis(y, ticks(0, max([*values, 1e-9]))) + drawn + ends)
+
+
+def scatter(
+    points: Float[np.ndarray, "n 2"],
+    classes: Sequence[str] | None,
+    colours: Mapping[str, str] = MappingProxyType({}),
+    *,
+    title: str,
+) -> str:
+    """A dot a text, in its class's colour."""
+    x, y = (_scale(*_range(points[:, axis]), *ends) for axis, ends in ((0, (8, WIDTH - 8)), (1, (WIDTH - 8, 8))))
+    places = [f"M{x(a):.1f} {y(b):.1f}h0" for a, b in points.tolist()]
+    named = classes or [""] * len(places)
+    by_colour: dict[str, list[str]] = {}
+    for place, name in zip(places, named, strict=True):
+        by_colour.setdefault(colours.get(name, COLOURS[0]), []).append(place)
+    dots = "".join(f'<path class="dots" stroke="{c}" d="{"".join(d)}"/>' for c, d in by_colour.items())
+    frame = f'<rect class="frame" x="1" y="1" width="{WIDTH - 2}" height="{WIDTH - 2}"/>'
+    return _svg(title, frame + dots, height=WIDTH)
+
+
+def colours_of(classes: Sequence[str]) -> dict[str, str]:
+    """A colour for each class, the most frequent first; past ten they share one."""
+    names, counts = np.unique(np.asarray(classes), return_counts=True)
+    if len(names) <= len(COLOURS):
+        return dict(zip(names.tolist(), COLOURS, strict=False))
+    order = np.argsort(-counts, kind="stable")
+    return {name: COLOURS[i] if i < len(COLOURS) else OTHER for i, name in enumerate(names[order].tolist())}
+
+
+def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str) -> str:
+    """(x, y) of each named series, in the colours' order; a point is drawn as a dot. What is not finite is left out."""
+    series = {name: _finite(*xy) for name, xy in series.items()}
+    all_x, all_y = (np.concatenate([xy[axis] for xy in series.values()]) for axis in (0, 1))
+    if not len(all_x):
+        return ""
+    low, high = _range(all_y)
+    x, y = _scale(*_range(all_x), LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    drawn = ""
+    for colour, (xs, ys) in zip(COLOURS, series.values(), strict=False):
+        places = [f"{x(a):.1f} {y(b):.1f}" for a, b in zip(xs.tolist(), ys.tolist(), strict=True)]
+        if len(places) > 1:
+            drawn += f'<polyline class="line" stroke="{colour}" points="{", ".join(places)}"/>'
+        if len(places) < 30:
+            drawn += f'<path class="dots big" stroke="{colour}" d="{"".join(f"M{place}h0" for place in places)}"/>'
+    ends = _text(LEFT, HEIGHT - 6, _number(all_x.min()), "start")
+    ends += _text(WIDTH - RIGHT, HEIGHT - 6, _number(all_x.max()), "end")
+    return _svg(title, _y_axis(y, ticks(low, high)) + drawn + ends)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from low to high, `most` at most: multiples of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    size = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(s * size for s in (1, 2, 5, 10, 20, 50) if (high - low) / (s * size) < most)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _y_axis(y, at: Sequence[float]) -> str:
+    return "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        + _text(LEFT - 5, y(v) + 5, _number(v), "end")
+        for v in at
+    )
+
+
+def _svg(title: str, inside: str, height: int = HEIGHT) -> str:
+    said = escape(title)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{said}"><title>{said}</title>{inside}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:.4g}k"
+
+
+def _scale(low: float, high: float, start: float, stop: float):
+    """The map from low…high to start…stop."""
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (stop - start)
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
+
+
+def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    kept = np.isfinite(x) & np.isfinite(y)
+    return x[kept], y[kept]

@@ -1,0 +1,341 @@
+"""What a model makes of texts it has not seen: every measure of docs/evaluate.md, and the texts behind them.
+
+The model reads a batch at a time; of a batch, numbers a text are kept and nothing larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from davae_jax import bootstrap, metrics, ngram, probes
+from davae_jax import text_measures as measures_of
+from davae_jax.caveats import warnings_of
+from davae_jax.data import Texts, padded, tokenize
+from davae_jax.decoder import power_of_two
+from davae_jax.figures import bleu
+from davae_jax.generation import LONGEST
+from davae_jax.latent import Posterior, interpolate, kl_per_dimension
+from davae_jax.losses import reconstruction_nll
+from davae_jax.model import DAVAE, merge, split
+from davae_jax.sharding import over_batch
+from davae_jax.text import TextVAE
+from davae_jax.tokenizers import UNK
+
+ACTIVE = 0.01  # variance of a dimension's means above which it is active (Burda et al. 2016)
+PRIOR_SAMPLES = 1000  # at most
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # of the prior's samples, the checkpoint's own
+LINES, STEPS = 32, 9  # interpolations between texts, and texts on each
+
+
+class PerText(NamedTuple):
+    """Numbers of each text, in the texts' order."""
+
+    mean: Float[np.ndarray, "n L"]
+    logvar: Float[np.ndarray, "n L"]
+    kl: Float[np.ndarray, "n L"]  # of each dimension, nats; nothing is masked, whatever free bits training had
+    tokens: Int[np.ndarray, " n"]  # that the decoder has to tell: the end token counts, bos does not
+    hits: Int[np.ndarray, " n"]  # of them, those that it holds most likely, told the true ones before them
+    mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
+    rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, over the K samples
+    iw_nll: Float[np.ndarray, " n"]  # −log p(x), nats, importance weighted
+    half_nll: Float[np.ndarray, " n"]  # the same from the first half of the samples
+    effective: Float[np.ndarray, " n"]  # effective sample size, 1 to K
+
+
+class Evaluation(NamedTuple):
+    measures: dict[str, Any]  # what `davae evaluate --json` writes
+    texts: list[str]  # as the tokenizer gives them back
+    labels: dict[str, list[str]]
+    posterior: Posterior  # NumPy [n, L]
+    reconstructions: list[str]  # greedy, from the posterior means
+    samples: list[str]  # from the prior
+    accepted: list[bool] | None  # which samples the grammar accepts, where there is one
+    lines: list[list[str]]  # greedy texts between the means of two texts, ends included
+
+
+def evaluate(
+    vae: TextVAE,
+    texts: Sequence[str],
+    *,
+    samples: int = 50,
+    seed: int = 0,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    language: Container[str] | None = None,
+    source: str = "the texts",
+) -> Evaluation:
+    """All measures of a model over texts.
+
+    Args:
+      texts: blank ones and those too long for the encoder are left out, and counted.
+      samples: K of the importance-weighted likelihood.
+      labels: of each text, its class in each of several factors; each is probed for.
+      language: the texts that are valid, where that is known.
+      source: names the texts in messages.
+
+    Raises:
+      InputError: no text is left.
+    """
+    given = list(texts)
+    kept = tokenize(given, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
+    rows = kept.lines - 1
+    originals = [given[i] for i in rows]
+    labels = {name: [str(values[i]) for i in rows] for name, values in (labels or {}).items()}
+    n = len(rows)
+    each = per_text(vae.model, kept, samples=samples, seed=seed, batch_size=vae.batch_size, progress=vae.progress)
+
+    texts = vae.decode_ids([row[1:-1].tolist() for row in kept.decoder_ids], clean=True)
+    longest = max(vae.config.max_out_length, *(len(row) for row in kept.decoder_ids))
+    greedy = partial(vae.generate, top_k=1, max_length=longest)
+    reconstructions = greedy(each.mean)
+    prior = vae.sample(min(n, PRIOR_SAMPLES), seed=seed, max_length=longest)
+    lines = _lines(each.mean, greedy)
+
+    found, intervals = of_latent(each, seed)
+    for part in (
+        of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
+        of_reconstructions(reconstructions, texts, seed),
+        of_probes(each.mean, labels, seed),
+    ):
+        found |= part[0]
+        intervals |= part[1]
+    found |= of_samples(prior, texts) | of_lines(lines)
+    accepted = None if language is None else [text in language for text in prior]
+    if accepted:
+        found["prior_valid"] = float(np.mean(accepted))
+    measures = {
+        "n": n,
+        "left_out": len(given) - n,
+        "unknown_tokens": unknown_tokens(originals, kept.decoder_ids, vae.decoder_tokenizer.unk_id),
+        "iw_samples": samples,
+        "seed": seed,
+        "sampling": {name: getattr(vae.config, name) for name in SAMPLING},
+        "latent_size": vae.config.latent_size,
+        **found,
+        "intervals": {name: list(ends) for name, ends in intervals.items()},
+    }
+    measures["warnings"] = warnings_of(measures)
+    return Evaluation(
+        measures, texts, labels, Posterior(each.mean, each.logvar), reconstructions, prior, accepted, lines
+    )
+
+
+def unknown_tokens(texts: Sequence[str], decoder_ids: Sequence[np.ndarray], unk_id: int) -> int:
+    """Tokens that stand for characters which the decoder's tokenizer does not know, not for `<unk>` in the text."""
+    found = sum(int((row == unk_id).sum()) for row in decoder_ids)
+    return max(0, found - sum(text.count(UNK) for text in texts))
+
+
+# The model's part.
+
+
+def per_text(
+    model: DAVAE, texts: Texts, *, samples: int, seed: int, batch_size: int, progress: bool = False
+) -> PerText:
+    """The model's numbers of each text. They do not depend on the batches, but for rounding."""
+    graphdef, params = split(model)
+    n = len(texts.lines)
+    order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
+    positions, key = model.config.encoder.max_position_embeddings, jax.random.key(seed % 2**32)
+    parts = []
+    with tqdm(total=n, desc="measure", unit="text", disable=not progress) as bar:
+        for start in range(0, n, batch_size):
+            part = order[start : start + batch_size]
+            rows = [texts.ids(i) for i in part]
+            # Rounded up, so that a few programs serve texts of all lengths; what fills a batch is dropped again.
+            S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
+            shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1
+            fill = power_of_two(len(part), least=1) - len(part) if n < batch_size else batch_size - len(part)
+            batch = padded(rows + rows[:1] * fill, shape, model.config.pad_token_id)
+            index = np.concatenate([part, np.zeros(fill, part.dtype)]).astype(np.int32)
+            inputs = over_batch((batch.encoder_ids, batch.decoder_ids, index), params)
+            values = jax.device_get(_of_batch(graphdef, params, *inputs, key, samples))
+            parts.append([value[: len(part)] for value in values])
+            bar.update(len(part))
+    place = np.argsort(order)
+    return PerText(*(np.concatenate(column)[place] for column in zip(*parts, strict=True)))
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -> PerText:
+    model = merge(graphdef, params)
+    encoded = model.encoder(encoder_ids)
+    posterior = Posterior(encoded.mean, encoded.logvar)
+    targets = decoder_ids[:, 1:]
+    mask = metrics.text_mask(targets, model.config.end_token_id)
+    logits = model.decoder.logits(model.decoder(decoder_ids[:, :-1], posterior.mean).final)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
+    log_p, log_ratio = metrics.importance_samples(
+        posterior, partial(metrics.text_log_likelihood, model, decoder_ids), keys, samples
+    )
+    log_weights = log_p + log_ratio
+    return PerText(
+        *posterior,
+        kl=kl_per_dimension(posterior),
+        tokens=mask.sum(1),
+        hits=(mask & (logits.argmax(-1) == targets)).sum(1),
+        mean_nll=reconstruction_nll(logits, targets, mask),
+        rec_nll=-log_p.mean(0),
+        iw_nll=-metrics.log_mean_weight(log_weights),
+        half_nll=-metrics.log_mean_weight(log_weights[: max(samples // 2, 1)]),
+        effective=metrics.effective_sample_size(log_weights),
+    )
+
+
+# The measures, each group with its intervals.
+
+Found = tuple[dict[str, Any], dict[str, bootstrap.Interval]]
+
+
+def of_latent(each: PerText, seed: int) -> Found:
+    """KL, active units, mutual information, and how far all posteriors together are from the prior."""
+    n = len(each.mean)
+    densities = metrics.LogDensities(
+        *map(np.asarray, metrics.log_densities(each.mean, each.logvar, jax.random.key(seed % 2**32)))
+    )
+    information, from_prior = densities.information, densities.from_prior
+    found = {
+        "kl": float(each.kl.sum(1).mean()),
+        "kl_per_dim": each.kl.mean(0).tolist(),
+        "active_units": metrics.active_units(each.mean, ACTIVE),
+        "variance_per_dim": np.var(each.mean, axis=0).tolist(),
+        "mutual_information": float(information.mean()),
+        "mutual_information_ceiling": metrics.mutual_information_ceiling(n),
+        "aggregate_kl": float(from_prior.mean()),
+        "aggregate_mmd": metrics.mmd_to_prior(densities.z),
+    }
+    return found, {
+        "kl": bootstrap.of_ratio(each.kl.sum(1), seed=seed),
+        "active_units": bootstrap.of_active_units(each.mean, ACTIVE, seed=seed),
+        "mutual_information": bootstrap.of_ratio(information, seed=seed),
+        "aggregate_kl": bootstrap.of_ratio(from_prior, seed=seed),
+    }
+
+
+def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
+    """Bounds on the likelihood, and perplexities with what they are divided by.
+
+    words: of each text, its end counted.
+    """
+    words = np.asarray(words)
+    elbo = -each.rec_nll - each.kl.sum(1)
+    by_token, by_word = (bootstrap.of_ratio(each.iw_nll, below, seed=seed) for below in (each.tokens, words))
+    found = {
+        "token_accuracy": float(each.hits.sum() / each.tokens.sum()),
+        "rec_nll": float(each.rec_nll.mean()),
+        "rec_nll_from_mean": float(each.mean_nll.mean()),
+        "elbo": float(elbo.mean()),
+        "iw_nll": float(each.iw_nll.mean()),
+        "iw_nll_of_half": float(each.half_nll.mean()),
+        "effective_sample_size": float(np.median(each.effective)),
+        "ppl_per_token": _exp(each.iw_nll.sum() / each.tokens.sum()),
+        "ppl_per_word": _exp(each.iw_nll.sum() / words.sum()),
+        "elbo_ppl_per_word": _exp(-elbo.sum() / words.sum()),
+        "denominators": {
+            "tokens": int(each.tokens.sum()),
+            "words": int(words.sum()),
+            "tokens_are": "the decoder's tokens, each text's end token counted, <bos> not",
+            "words_are": "what white space parts, each Chinese character or full-width sign one by itself, "
+            "and each text's end",
+        },
+    }
+    return found, {
+        "token_accuracy": bootstrap.of_ratio(each.hits, each.tokens, seed=seed),
+        "rec_nll": bootstrap.of_ratio(each.rec_nll, seed=seed),
+        "elbo": bootstrap.of_ratio(elbo, seed=seed),
+        "iw_nll": bootstrap.of_ratio(each.iw_nll, seed=seed),
+        "ppl_per_token": tuple(map(_exp, by_token)),
+        "ppl_per_word": tuple(map(_exp, by_word)),
+    }
+
+
+def of_reconstructions(found: Sequence[str], texts: Sequence[str], seed: int) -> Found:
+    """BLEU over characters of the greedy reconstructions, and the part that is the text itself."""
+    exact = np.array([a == b for a, b in zip(found, texts, strict=True)])
+    values = {"bleu": bleu(found, texts), "exact_match": float(exact.mean())}
+    return values, {"bleu": bleu_interval(found, texts, seed), "exact_match": bootstrap.of_ratio(exact, seed=seed)}
+
+
+def bleu_interval(found: Sequence[str], texts: Sequence[str], seed: int) -> bootstrap.Interval:
+    """Of corpus BLEU: its n-gram counts are sums over texts, so that each draw's BLEU follows from theirs."""
+    from sacrebleu.metrics import BLEU
+
+    scorer = BLEU(tokenize="zh")
+    each = [scorer.corpus_score([a], [[b]]) for a, b in zip(found, texts, strict=True)]
+    table = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in each])
+    scores = []
+    for row in bootstrap.sums(table, seed).round().astype(int).tolist():
+        hits, totals, (sys_len, ref_len) = row[:4], row[4:8], row[8:]
+        scores.append(BLEU.compute_bleu(hits, totals, sys_len, ref_len, smooth_method="exp").score)
+    return bootstrap.interval(np.array(scores))
+
+
+def of_samples(samples: Sequence[str], texts: Sequence[str]) -> dict[str, float | int]:
+    """How samples of the prior differ from each other and from the texts; of the texts, the same figures beside."""
+    drawn, real = ([measures_of.words(text) for text in some] for some in (samples, texts[: len(samples)]))
+    values: dict[str, float | int] = {
+        "prior_samples": len(samples),
+        "prior_distinct": len(set(samples)) / len(samples),
+        "self_bleu": measures_of.self_bleu(drawn),
+        "self_bleu_texts": measures_of.self_bleu(real),
+    }
+    for n in (1, 2, 3):
+        values |= {
+            f"distinct_{n}": measures_of.distinct(drawn, n),
+            f"distinct_{n}_texts": measures_of.distinct(real, n),
+        }
+    return values | ngram.forward_and_reverse([measures_of.words(text) for text in texts], drawn)
+
+
+def of_lines(lines: Sequence[Sequence[str]]) -> dict[str, float | int]:
+    """Means over the interpolations of the way's length and largest step, as multiples of the ends' distance."""
+    ways = np.array([measures_of.way([measures_of.words(text) for text in line]) for line in lines]).reshape(-1, 2)
+    ways = ways[~np.isnan(ways).any(1)]
+    length, largest = ways.mean(0).tolist() if len(ways) else (math.nan, math.nan)
+    return {"interpolation_length": length, "interpolation_largest_step": largest, "interpolations": len(ways)}
+
+
+def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str]], seed: int) -> Found:
+    """Linear probes, MIG and DCI of each factor that has two classes or more."""
+    labels = {name: classes for name, classes in labels.items() if len(set(classes)) > 1}
+    if not labels:
+        return {}, {}
+    fitted = {name: probes.linear_probe(means, classes, seed) for name, classes in labels.items()}
+    importance = probes.importances(list(fitted.values()))
+    factors = {
+        name: {
+            "classes": len(set(labels[name])),
+            "probe_accuracy": float(probe.hits.mean()),
+            "majority": float(probe.majority),
+            "mig": probes.mutual_information_gap(means, labels[name]),
+            "completeness": float(complete),
+        }
+        for (name, probe), complete in zip(fitted.items(), probes.completeness(importance), strict=True)
+    }
+    found = {
+        "factors": factors,
+        "mig": float(np.mean([factor["mig"] for factor in factors.values()])),
+        "dci_disentanglement": probes.disentanglement(importance),
+        "dci_completeness": float(np.mean([factor["completeness"] for factor in factors.values()])),
+        "dci_informativeness": float(np.mean([factor["probe_accuracy"] for factor in factors.values()])),
+    }
+    return found, {f"probe_{name}": bootstrap.of_ratio(probe.hits, seed=seed) for name, probe in fitted.items()}
+
+
+def _lines(means: Float[np.ndarray, "n L"], greedy) -> list[list[str]]:
+    """Greedy texts on the straight lines between the texts 0 and 1, 2 and 3, and so on."""
+    pairs = min(LINES, len(means) // 2)
+    latents = np.asarray(interpolate(means[0 : 2 * pairs : 2], means[1 : 2 * pairs : 2], STEPS)).swapaxes(0, 1)
+    texts = greedy(latents.reshape(-1, means.shape[1]))
+    return [texts[i : i + STEPS] for i in range(0, len(texts), STEPS)]
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

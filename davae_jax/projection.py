@@ -1,0 +1,48 @@
+"""Latents in two dimensions, to look at."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+
+def pca(means: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, "n 2"], float]:
+    """(the two directions of largest variance, their part of all variance). The larger side points up and right."""
+    centred = np.asarray(means, np.float64) - np.mean(means, axis=0)
+    _, scales, directions = np.linalg.svd(centred, full_matrices=False)
+    flat = centred @ directions[:2].T
+    flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))  # of a latent of one dimension, or one text
+    total = (scales**2).sum()
+    up = np.where(np.abs(flat.max(0)) < np.abs(flat.min(0)), -1, 1)
+    return flat * up, float((scales[:2] ** 2).sum() / total) if total else 0.0
+
+
+def discriminant(
+    means: Float[np.ndarray, "n L"], classes: Sequence[str], shown: Float[np.ndarray, "m L"]
+) -> Float[np.ndarray, "m 2"]:
+    """`shown` in the plane where the classes of `means` lie furthest apart, in units of their spread (Fisher 1936).
+
+    Of many dimensions and few texts some plane parts any classes, so what is shown should be other texts.
+    """
+    means = np.asarray(means, np.float64)
+    y = np.unique(np.asarray(classes), return_inverse=True)[1]
+    centres = np.stack([means[y == c].mean(0) for c in range(y.max() + 1)])
+    within = means - centres[y]
+    spread = within.T @ within / len(means)
+    spread += 1e-3 * max(np.trace(spread) / len(spread), 1e-9) * np.eye(len(spread))
+    whiten = np.linalg.inv(np.linalg.cholesky(spread)).T
+    directions = np.linalg.svd((centres[y] - means.mean(0)) @ whiten, full_matrices=False)[2][:2]
+    flat = (shown - means.mean(0)) @ whiten @ directions.T
+    return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+
+
+def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:
+    """By UMAP (McInnes et al. 2018), where the package umap-learn is installed and the texts are enough for it."""
+    if importlib.util.find_spec("umap") is None or len(means) < 20:
+        return None
+    import umap
+
+    return np.asarray(umap.UMAP(random_state=0, n_jobs=1).fit_transform(means), np.float64)

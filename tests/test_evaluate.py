@@ -1,0 +1,385 @@
+"""`davae evaluate` and what it stands on: numbers against independent computations, the files, and what is refused."""
+
+import html.parser
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sacrebleu
+from tokenizer_fixtures import sentences
+
+from davae_jax import TextVAE, bootstrap, caveats, evaluation, metrics
+from davae_jax.charts import COLOURS, OTHER, colours_of, ticks
+from davae_jax.cli import main
+from davae_jax.data import tokenize
+from davae_jax.evaluation import PerText, evaluate, per_text
+from davae_jax.generation import generate
+from davae_jax.report import difference, nearest, read_log
+from davae_jax.sharding import MeshConfig, make_mesh
+from davae_jax.text_measures import words
+
+# Of lengths that share one compiled program.
+TEXTS = [text for text in sentences(200) if 15 <= len(text) <= 20][:40]
+LABELS = {"long": [str(len(text) > 17) for text in TEXTS], "same": ["x"] * 40}
+K = 6
+KEYS = [
+    *["n", "bleu", "token_accuracy", "exact_match", "kl", "kl_per_dim", "active_units"],
+    *["mutual_information", "mutual_information_ceiling", "iw_nll", "iw_samples", "effective_sample_size"],
+    *["ppl_per_token", "ppl_per_word"],
+]
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_checkpoint):
+    vae = TextVAE.from_pretrained(tiny_checkpoint)
+    vae.batch_size = 64
+    return vae
+
+
+@pytest.fixture(scope="module")
+def kept(vae):
+    return tokenize(TEXTS, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
+
+
+@pytest.fixture(scope="module")
+def each(vae, kept):
+    return per_text(vae.model, kept, samples=K, seed=0, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def found(vae):
+    return evaluate(vae, TEXTS, samples=K, labels=LABELS)
+
+
+# The numbers.
+
+
+def test_the_numbers_of_each_text(vae, kept, each):
+    """Text by text, without padding or batches, and from the logits."""
+    assert each.mean.shape == (40, 4)
+    for i in (5, 7):
+        ids = kept.decoder_ids[i]
+        posterior = vae.model.encode(kept.encoder_ids[i][None])
+        np.testing.assert_allclose(each.mean[i], posterior.mean[0], atol=1e-5)
+        np.testing.assert_allclose(each.logvar[i], posterior.logvar[0], atol=1e-5)
+        logits, _ = vae.model.decode(ids[None, :-1], posterior.mean)
+        log_p = np.asarray(jax.nn.log_softmax(logits[0]))
+        assert each.tokens[i] == len(ids) - 1
+        assert each.hits[i] == (log_p.argmax(-1) == ids[1:]).sum()
+        assert each.mean_nll[i] == pytest.approx(-log_p[np.arange(len(ids) - 1), ids[1:]].sum(), rel=1e-4)
+
+
+def test_a_text_that_is_the_decoders_own_is_all_hits(vae, kept, each):
+    """Greedy texts from the means, cut where the decoder would have gone on: all but that end are hits."""
+    own = generate(vae.model, each.mean, top_k=1, max_length=11)
+    rows = [np.array([*ids, vae.config.end_token_id], np.int32) for ids in own]
+    found = per_text(vae.model, kept._replace(decoder_ids=rows), samples=K, seed=0, batch_size=64)
+    assert (found.hits >= found.tokens - 1).all()
+    assert found.tokens.tolist() == [len(ids) for ids in own]
+
+
+def test_the_likelihood_of_each_text(vae, kept, each):
+    """The draws of a text are those of its own key; its weights are p(x|z) p(z) / q(z|x)."""
+    i = 5
+    ids, posterior = kept.decoder_ids[i], vae.model.encode(kept.encoder_ids[i][None])
+    key = jax.random.fold_in(jax.random.key(0), i)
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, k), (4,)) for k in range(K)])
+    z = np.asarray(posterior.mean + noise * jnp.exp(posterior.logvar / 2))
+    log_p = jax.nn.log_softmax(vae.model.decode(np.tile(ids[:-1], (K, 1)), z)[0])
+    log_p = np.asarray(log_p)[:, np.arange(len(ids) - 1), ids[1:]].sum(1)
+    log_prior = -0.5 * (z**2 + np.log(2 * np.pi)).sum(1)
+    log_q = -0.5 * (np.asarray(noise) ** 2 + np.log(2 * np.pi) + np.asarray(posterior.logvar)).sum(1)
+    weights = np.exp(np.float64(log_p + log_prior - log_q))
+    assert each.rec_nll[i] == pytest.approx(-log_p.mean(), rel=1e-4)
+    assert each.iw_nll[i] == pytest.approx(-np.log(weights.mean()), rel=1e-4)
+    assert each.half_nll[i] == pytest.approx(-np.log(weights[: K // 2].mean()), rel=1e-4)
+    assert each.effective[i] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-2)
+    assert 1 <= each.effective.min() <= each.effective.max() <= K
+
+
+def test_batches_and_meshes_change_nothing(tiny_checkpoint, kept, each):
+    """In three batches, on eight devices that share batch and weights, against one batch on one device."""
+    vae = TextVAE.from_pretrained(tiny_checkpoint, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 16))
+    found = per_text(vae.model, kept, samples=K, seed=0, batch_size=16)
+    for name, one, other in zip(each._fields, found, each, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_measures_follow_from_the_texts(vae, each, found):
+    m = found.measures
+    assert m["n"] == 40 and m["iw_samples"] == K and m["latent_size"] == 4
+    assert m["token_accuracy"] == pytest.approx(each.hits.sum() / each.tokens.sum())
+    mean, logvar = found.posterior
+    np.testing.assert_allclose(m["kl_per_dim"], 0.5 * (mean**2 + np.exp(logvar) - logvar - 1).mean(0), rtol=1e-4)
+    assert m["kl"] == pytest.approx(sum(m["kl_per_dim"]), rel=1e-5)
+    assert m["elbo"] == pytest.approx(-m["rec_nll"] - m["kl"], rel=1e-5)
+    assert m["elbo"] < -m["iw_nll"]
+    parts = m["denominators"]
+    assert parts["tokens"] == each.tokens.sum()
+    assert parts["words"] == sum(len(words(text)) + 1 for text in TEXTS)
+    assert m["ppl_per_token"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["tokens"]), rel=1e-4)
+    assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["words"]), rel=1e-4)
+    assert m["active_units"] == metrics.active_units(each.mean)
+    assert -0.5 < m["mutual_information"] <= m["mutual_information_ceiling"] == math.log(40)
+    assert found.reconstructions == vae.reconstruct(TEXTS)
+    assert m["bleu"] == pytest.approx(sacrebleu.corpus_bleu(found.reconstructions, [found.texts], tokenize="zh").score)
+    assert m["exact_match"] == np.mean([a == b for a, b in zip(found.reconstructions, found.texts, strict=True)])
+    assert found.samples == vae.sample(40)
+    assert len(found.lines) == 20
+    for i, line in enumerate(found.lines):
+        assert len(line) == evaluation.STEPS
+        assert [line[0], line[-1]] == found.reconstructions[2 * i : 2 * i + 2]
+    for name, (low, high) in m["intervals"].items():
+        value = m["factors"]["long"]["probe_accuracy"] if name == "probe_long" else m[name]
+        assert low <= value <= high or name == "active_units", name
+    assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
+
+
+def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
+    """Of draws made by hand, sacrebleu's own score of the texts drawn."""
+    found, texts = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
+    counts = np.array([[2, 0, 1, 1, 1, 1], [0, 0, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1]])
+    scores = []
+    for row in counts:
+        drawn = [i for i, c in enumerate(row) for _ in range(c)]
+        pair = [found[i] for i in drawn], [[texts[i] for i in drawn]]
+        scores.append(sacrebleu.corpus_bleu(*pair, tokenize="zh").score)
+    monkeypatch.setattr(bootstrap, "sums", lambda values, _: counts @ values)
+    low, high = evaluation.bleu_interval(found, texts, 0)
+    assert (low, high) == pytest.approx(tuple(np.percentile(scores, [2.5, 97.5])))
+    assert low < high
+
+
+# The warnings.
+
+ENOUGH = {
+    "n": 2000,
+    "left_out": 0,
+    "unknown_tokens": 0,
+    "latent_size": 32,
+    "mutual_information": 5.0,
+    "mutual_information_ceiling": math.log(2000),
+    "iw_samples": 50,
+    "effective_sample_size": 20.0,
+    "iw_nll": 50.0,
+    "iw_nll_of_half": 50.05,
+    "prior_samples": 1000,
+    "factors": {"topic": {"classes": 10}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "about"),
+    [
+        ({}, []),
+        ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
+        ({"n": 300}, ["active_units", "mig"]),
+        ({"left_out": 3}, ["n"]),
+        ({"unknown_tokens": 1}, ["iw_nll, ppl"]),
+        ({"mutual_information": 7.0}, ["mutual_information, aggregate_kl"]),
+        ({"iw_samples": 9}, ["iw_nll, ppl"]),
+        ({"effective_sample_size": 4.9}, ["iw_nll, ppl"]),
+        ({"iw_nll_of_half": 50.15}, ["iw_nll, ppl"]),
+        ({"prior_samples": 99}, ["self_bleu, distinct, forward_ppl, reverse_ppl"]),
+    ],
+    ids=str,
+)
+def test_what_is_warned_of(changed, about):
+    assert [line.split(":")[0] for line in caveats.warnings_of(ENOUGH | changed)] == about
+
+
+# The command.
+
+
+@pytest.fixture
+def davae(capsys, tiny_checkpoint):
+    def call(*argv, model=tiny_checkpoint):
+        code = main(["evaluate", "--model", str(model), *map(str, argv)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    rows = [{"t": text, "long": len(text) > 17, "kind": i % 3} for i, text in enumerate([*TEXTS, "x"])]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, those that load something, and its text. Fails where tags do not close."""
+
+    VOID = ("meta", "br", "rect", "line", "path", "polyline")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.loads, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
+    run = tmp_path / "run <b>"  # a run's folder with its logs, and a name that is not to be taken for HTML
+    shutil.copytree(tiny_checkpoint, run)
+    lines = [
+        {"step": s, "rec": 3 / s, "kl_unmasked": 1.0 * s, "loss": 3 / s, "beta": 0.1, "mfu": None} for s in (1, 2, 3)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (run / "held_out.jsonl").write_text('{"step": 3, "loss": 2.0}\n{"step": 4', encoding="utf-8")
+    files = tmp_path / "out.json", tmp_path / "out.html"
+    options = ("--data", data, "--field", "t", "--label", "long", "kind", "--n", 40, "--samples", K)
+    code, out, err = davae(*options, "--json", files[0], "--html", files[1], model=run)
+    assert (code, err) == (0, "")
+    measures = json.loads(files[0].read_text(encoding="utf-8"))
+    assert set(KEYS) <= measures.keys()
+    assert (measures["n"], measures["of"], measures["data"]) == (40, 41, str(data))
+    assert list(measures["factors"]) == ["long", "kind"]
+    for name in KEYS:
+        assert measures[name] == pytest.approx(found.measures[name], rel=1e-4), name
+    # The table has the figures, what they are of, and the warnings.
+    assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
+    assert f"{measures['denominators']['words']} words, ends counted" in out
+    assert "nats, of log n = 3.69 at most" in out
+    assert all(warning in out for warning in measures["warnings"])
+    assert any("K = 6 samples" in warning for warning in measures["warnings"])
+    # The report is one page by itself.
+    text = files[1].read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.loads == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
+    assert text.count("<b>") == text.count("</b>") and "run &lt;b&gt;" in text
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "@media print" in text
+    assert all(warning in page.text for warning in measures["warnings"])
+    for title in ("KL of each dimension", "The latent in two dimensions", "Training", "Reconstructions"):
+        assert f"<h2>{title}</h2>" in text
+    # A chart for the KL and its variance, four curves, PCA and a plane for each of two labels.
+    assert page.tags.count("svg") == 2 + 4 + 4
+    assert page.tags.count("rect") == 2 * 4 + 4  # of four dimensions, and the maps' frames
+    assert sorted(tmp_path.iterdir()) == sorted([*files, run])
+
+
+def test_one_text(davae, each, tmp_path, monkeypatch):
+    """Of a plain file, with a blank line, which is left out and said to be. What cannot be estimated is null in the
+    JSON, not a made-up number, and a report comes out all the same. (The model's numbers are those of a larger batch.)
+    """
+    monkeypatch.setattr(evaluation, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
+    monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
+    file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
+    file.write_text("\n春眠 <unk> 今天Ѫ\n", encoding="utf-8")
+    code, out, err = davae("--data", file, "--samples", 1, "--json", files[0], "--html", files[1])
+    assert (code, err) == (0, "")
+    measures = json.loads(files[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 1, 1)
+    assert measures["denominators"]["words"] == 7  # of the text as it was given, and its end
+    assert "n: 1 texts were left out, blank or too long for the encoder" in out
+    assert "all: over 1 texts" in out
+    assert "factors" not in measures
+    unknown = {name for name, value in measures.items() if value is None}
+    assert unknown == {
+        *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
+        *["aggregate_mmd", "interpolation_length", "interpolation_largest_step"],
+    }
+    Page(files[1].read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--n", "0"], 2, "--n must be at least 1, not 0"),
+        (["--samples", "0"], 2, "--samples must be at least 1, not 0"),
+        (["--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
+        (
+            ["--data", "{tmp}/t.txt", "--mesh.tensor", "3"],
+            2,
+            "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 3: does not fit 8 devices",
+        ),
+        (["--json", "{tmp}"], 1, "{tmp}: is a folder; --json needs a file"),
+        (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written (no folder {tmp}/no)"),
+        (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
+        (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
+        (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
+        (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1 has no field 'text'"),
+        (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2 has no field 'y'"),
+        (
+            ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
+            1,
+            "{tmp}/t.jsonl: line 1: the field 'z' is no class, but a text, a whole number, true or false can be one",
+        ),
+        ([], 2, "--data: give a file of texts; /nowhere is no run of the demo, which has texts of its own"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_is_refused(davae, tmp_path, options, code, said):
+    """Before the model is looked for."""
+    (tmp_path / "t.txt").write_text("今天\n", encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text('{"t": "a", "y": 1, "z": 0.5}\n{"t": "b"}\n', encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    said = said.format(tmp=tmp_path)
+    found = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
+    assert found == (code, "", f"davae evaluate: error: {said}\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_of_the_demo_brings_its_texts(davae, tmp_path):
+    (tmp_path / "train.json").write_text('{"data": {"train": null}}', encoding="utf-8")
+    problem = f"davae evaluate: error: {tmp_path / 'config.json'}: no such file; a model folder needs its config.json\n"
+    assert davae(model=tmp_path) == (1, "", problem)  # no texts were asked for
+    said = "--label mood: the demo's factors are topic, aspect, good, degree, time, person, style"
+    assert davae("--label", "mood", model=tmp_path) == (2, "", f"davae evaluate: error: {said}\n")
+    (tmp_path / "train.json").write_text('{"data": {"train": "x.txt"}}', encoding="utf-8")
+    assert davae(model=tmp_path)[0] == 2
+
+
+# Parts of the report.
+
+
+def test_difference():
+    assert difference("今天很好", "今天不好") == "今天<del>很</del><ins>不</ins>好"
+    assert difference("a <b> c", "a <b>") == "a &lt;b&gt;<del> c</del>"
+    assert difference("", "x") == "<ins>x</ins>"
+
+
+def test_nearest():
+    means = np.array([[0.0, 0], [0, 3], [4, 0], [0, 1]])
+    rows, far = nearest(means, 0)
+    assert (rows.tolist(), far.tolist()) == ([3, 1, 2], [1, 3, 4])
+
+
+def test_ticks():
+    assert ticks(0, 1) == pytest.approx([0, 0.5, 1])
+    assert ticks(0, 0.8) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert ticks(-3, 17) == pytest.approx([0, 5, 10, 15])
+    assert ticks(2, 2) == [2]
+
+
+def test_colours():
+    assert colours_of(["b", "a", "b"]) == {"a": COLOURS[0], "b": COLOURS[1]}
+    many = colours_of([str(i % 13) for i in range(100)] + ["12"] * 9)
+    assert many["12"] == COLOURS[0] and list(many.values()).count(OTHER) == 3
+
+
+def test_a_log_that_is_being_written(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    assert read_log(file) == [{"step": 1}, {"step": 2}]
+    assert read_log(tmp_path / "no") == []

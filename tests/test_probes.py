@@ -1,0 +1,162 @@
+"""Probes, the mutual information gap and DCI on latents whose factors are known; bootstrap intervals; projections."""
+
+import math
+
+import numpy as np
+import pytest
+
+from davae_jax import bootstrap, probes, projection
+
+N = 600
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_a_linear_probe_reads_what_is_there(rng):
+    kinds = rng.integers(0, 4, N)
+    means = rng.standard_normal((N, 6))
+    corners = np.array([[4, 4], [4, -4], [-4, 4], [-4, -4]])
+    means[:, :2] += corners[kinds]
+    probe = probes.linear_probe(means, [f"kind {k}" for k in kinds])
+    # A text is misread where one of two coordinates is on the wrong side, four deviations from its centre.
+    assert probe.hits.mean() > 0.995
+    assert probe.majority == np.bincount(kinds).max() / N
+    norms = np.linalg.norm(probe.weights, axis=1)
+    assert norms[:2].min() > 5 * norms[2:].max()
+
+
+def test_a_linear_probe_reads_nothing_from_noise(rng):
+    """More dimensions than a probe could resist if it were scored on what it learnt from."""
+    kinds = rng.integers(0, 2, 200).astype(str)
+    probe = probes.linear_probe(rng.standard_normal((200, 100)), kinds)
+    assert abs(probe.hits.mean() - 0.5) < 4 * 0.5 / math.sqrt(200)
+
+
+def test_the_fit_is_where_the_gradient_is_zero(rng):
+    x, y = rng.standard_normal((50, 3)), rng.integers(0, 3, 50)
+    weights, bias = probes.fit_logistic(x, y, 3)
+    p = np.exp(x @ weights + bias)
+    p /= p.sum(1, keepdims=True)
+    error = (p - np.eye(3)[y]) / 50
+    np.testing.assert_allclose(x.T @ error + probes.PENALTY * weights, 0, atol=1e-4)
+    np.testing.assert_allclose(error.sum(0), 0, atol=1e-4)
+
+
+def test_information_with_a_dimension():
+    """A dimension of two values that is right for three quarters of each of two classes."""
+    classes = np.repeat(["a", "b"], 400)
+    right = np.tile([True, True, True, False], 200)
+    means = np.where(right == (classes == "a"), 1.0, -1.0)[:, None]
+    expected = math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
+    assert probes.information_with_dimensions(means, classes)[0] == pytest.approx(expected)
+
+
+def test_mutual_information_gap():
+    classes = np.tile(["a", "b", "c"], 200)
+    value = np.tile([-1.0, 0.0, 1.0], 200)
+    steady = np.zeros(600)
+    assert probes.mutual_information_gap(np.stack([value, steady], 1), classes) == pytest.approx(1)
+    assert probes.mutual_information_gap(np.stack([value, -value], 1), classes) == pytest.approx(0, abs=1e-9)
+    # The second dimension tells one class of three from the others.
+    some = np.stack([value, np.where(value > 0, 1.0, 0.0)], 1)
+    told = math.log(3) - 2 / 3 * math.log(2)
+    assert probes.mutual_information_gap(some, classes) == pytest.approx(1 - told / math.log(3))
+    assert math.isnan(probes.mutual_information_gap(some, np.repeat("a", 600)))
+
+
+def test_dci_at_its_ends():
+    assert probes.disentanglement(np.eye(3)) == pytest.approx(1)
+    np.testing.assert_allclose(probes.completeness(np.eye(3)), 1)
+    assert probes.disentanglement(np.ones((4, 3))) == pytest.approx(0)
+    np.testing.assert_allclose(probes.completeness(np.ones((4, 3))), 0, atol=1e-12)
+    assert math.isnan(probes.disentanglement(np.ones((4, 1))))
+
+
+def test_dci_by_hand():
+    """Two dimensions: one serves the first factor alone and is half of all importance, one serves both alike."""
+    importance = np.array([[2.0, 0.0], [1.0, 1.0]])
+    assert probes.disentanglement(importance) == pytest.approx(0.5 * 1 + 0.5 * 0)
+    first = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
+    np.testing.assert_allclose(probes.completeness(importance), [1 - first, 1])
+
+
+def test_dimensions_that_are_factors_have_dci_near_one(rng):
+    kinds = rng.integers(0, 2, (N, 3))
+    means = 6.0 * kinds + rng.standard_normal((N, 3))
+    found = [probes.linear_probe(means, kinds[:, j].astype(str)) for j in range(3)]
+    importance = probes.importances(found)
+    turned = [
+        probes.linear_probe(means @ np.linalg.qr(rng.standard_normal((3, 3)))[0], kinds[:, j].astype(str))
+        for j in range(3)
+    ]
+    assert probes.disentanglement(importance) > 0.6 > probes.disentanglement(probes.importances(turned)) + 0.2
+    # What can be read off does not change when the latent is turned.
+    assert all(probe.hits.mean() > 0.99 for probe in [*found, *turned])
+
+
+# Bootstrap intervals.
+
+
+def test_the_interval_of_a_mean(rng):
+    values = 3 + 2 * rng.standard_normal(400)
+    low, high = bootstrap.of_ratio(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.12 * half)
+
+
+def test_the_interval_of_a_ratio_covers_as_often_as_it_says(rng):
+    covered = 0
+    for _ in range(200):
+        below = rng.integers(5, 20, 80)
+        low, high = bootstrap.of_ratio(1.5 * below + rng.standard_normal(80) * 4, below)
+        covered += low <= 1.5 <= high
+    assert 0.88 <= covered / 200 <= 0.99  # of 95 %, with four standard errors
+
+
+def test_draws_are_of_as_many_texts():
+    found = bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3)
+    assert found.shape == (1000, 2)
+    np.testing.assert_allclose(found[:, 0], 50)
+    assert len(set(found[:, 1])) > 100
+    np.testing.assert_array_equal(found, bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3))
+
+
+def test_the_interval_of_active_units(rng):
+    means = rng.standard_normal((500, 3)) * [1.0, 0.1, 0.0]  # the second has just the threshold's variance
+    low, high = bootstrap.of_active_units(means, 0.01)
+    assert (low, high) == (1, 2)
+
+
+# Projections.
+
+
+def test_pca(rng):
+    turn = np.linalg.qr(rng.standard_normal((5, 5)))[0]
+    means = (rng.standard_normal((4000, 5)) * [3, 2, 1, 1, 1]) @ turn + 7
+    flat, part = projection.pca(means)
+    np.testing.assert_allclose(flat.std(0), [3, 2], rtol=0.05)
+    assert part == pytest.approx(13 / 16, abs=0.02)
+    np.testing.assert_allclose(
+        np.abs(flat.T @ (means - means.mean(0)) @ turn.T / 4000)[[0, 1], [0, 1]], [9, 4], rtol=0.1
+    )
+    # A latent of one dimension, and one text alone.
+    assert projection.pca(np.ones((3, 1)))[0].tolist() == [[0, 0]] * 3
+    assert projection.pca(np.ones((1, 4)))[0].tolist() == [[0, 0]]
+
+
+def test_the_plane_that_parts_classes(rng):
+    """Two classes two deviations apart along a direction of little variance: apart by two in the plane, too."""
+    classes = np.tile(["a", "b"], 1000)
+    means = rng.standard_normal((2000, 4)) * [5, 5, 5, 0.5]
+    means[classes == "a", 3] += 1.0
+    flat = projection.discriminant(means[::3], classes[::3], means[1::3])
+    gap = flat[classes[1::3] == "a", 0].mean() - flat[classes[1::3] == "b", 0].mean()
+    assert abs(gap) == pytest.approx(2, abs=0.3)
+    # Of noise, no plane parts other texts than those it was found with.
+    noise, kinds = rng.standard_normal((200, 90)), np.tile(["a", "b"], 100)
+    flat = projection.discriminant(noise[:100], kinds[:100], noise[100:])
+    gap = flat[kinds[100:] == "a", 0].mean() - flat[kinds[100:] == "b", 0].mean()
+    assert abs(gap) < 4 * flat[:, 0].std() * math.sqrt(2 / 50)

@@ -1,0 +1,137 @@
+"""Words, distinct n-grams, self-BLEU, edit distances and the n-gram model, against sacrebleu and counts by hand."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import BLEU
+
+from davae_jax import ngram
+from davae_jax.ngram import BEGIN, END, NGram
+from davae_jax.text_measures import distinct, edit_distance, pieces, self_bleu, way, words
+
+
+def test_words():
+    ptb = "the company said <unk> n't rise N % on mr. smith 's u.s. plan"
+    assert words(ptb) == ptb.split()
+    assert words("今天，天气 very good！") == ["今", "天", "，", "天", "气", "very", "good", "！"]
+    assert words("用GPT-2写的\u3000　诗") == ["用", "GPT-2", "写", "的", "诗"]
+    assert words(" \n") == words("") == []
+
+
+@pytest.mark.parametrize("text", ["a  b今天 \u3000x", "", " ", "\n今\r\n天", "𠀀b"])
+def test_pieces_are_the_text(text):
+    assert "".join(pieces(text)) == text
+
+
+def test_distinct():
+    texts = [list("aba"), list("ab")]
+    assert distinct(texts, 1) == 2 / 5
+    assert distinct(texts, 2) == 2 / 3  # a b twice, b a
+    assert distinct(texts, 3) == 1
+    assert math.isnan(distinct(texts, 4))
+
+
+def random_texts(n, seed=0):
+    rng = random.Random(seed)
+    return [rng.choices("abc", k=rng.randrange(4, 12)) for _ in range(n)]
+
+
+def test_self_bleu_is_sacrebleus():
+    texts = random_texts(12)
+    scorer = BLEU(tokenize="none", smooth_method="none", effective_order=False)
+    expected = []
+    for i, text in enumerate(texts):
+        others = [[" ".join(other)] for j, other in enumerate(texts) if j != i]
+        expected.append(scorer.corpus_score([" ".join(text)], others).score)
+    assert 20 < np.mean(expected) < 95 and len(set(expected)) > 6
+    assert self_bleu(texts) == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_self_bleu_at_its_ends():
+    assert self_bleu([list("abcde")] * 2 + [list("fghi")] * 2) == pytest.approx(100)
+    assert self_bleu([list("abcde"), list("fghi")]) == 0
+    assert math.isnan(self_bleu([list("abcd")]))
+    assert self_bleu([[], ["a"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("abcd", "badc", 3), ("a", "b", 1)],
+)
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+def test_edit_distance_is_a_metric():
+    texts = random_texts(8)
+    for a, b, c in itertools.product(texts, repeat=3):
+        assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c)
+
+
+def test_way():
+    assert way(["aaaa", "aaab", "aabb", "abbb", "bbbb"]) == (1, 1 / 4)  # even steps
+    assert way(["aaaa", "aaaa", "bbbb", "bbbb"]) == (1, 1)  # at once
+    assert way(["aaaa", "cccc", "bbbb"]) == (2, 1)  # by way of what neither knows
+    assert all(map(math.isnan, way(["aa", "ab", "aa"])))
+
+
+# The n-gram model.
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_probabilities_sum_to_one(order):
+    texts = random_texts(20)
+    model = NGram(texts, "abcde", order=order)  # d and e are words that training never shows
+    for context in [(BEGIN,) * 3, ("a", "b", "c"), (BEGIN, "a", "a"), ("d", "a", "b"), ("d", "e", "d")]:
+        context = context[len(context) - order + 1 :]
+        # Of the words outside there is one.
+        assert sum(model.probability(word, context) for word in [*"abcde", END, "?"]) == pytest.approx(1)
+        assert model.probability("d", context) == model.probability("e", context) > 0
+
+
+def test_a_bigram_model_by_hand():
+    """Of "a b", "a b", "a c": Kneser–Ney with the discounts n₁ / (n₁ + 2n₂) of each order."""
+    model = NGram([["a", "b"], ["a", "b"], ["a", "c"]], "abc", order=2)
+    # Bigrams: ·a 3, ab 2, b. 2, ac 1, c. 1; so n₁ = 2, n₂ = 2. Before a word: a 1, b 1, c 1, end 2; n₁ = 3, n₂ = 1.
+    bigram, unigram = 2 / 6, 3 / 5
+    uniform = 1 / 5  # a, b, c, the end, and what is outside
+    p_b = (1 - unigram) / 5 + unigram * 4 / 5 * uniform
+    assert model.probability("b", ("a",)) == pytest.approx((2 - bigram) / 3 + bigram * 2 / 3 * p_b)
+    p_end = (2 - unigram) / 5 + unigram * 4 / 5 * uniform
+    assert model.probability(END, ("b",)) == pytest.approx((2 - bigram) / 2 + bigram * 1 / 2 * p_end)
+    assert model.probability("b", ("c",)) == pytest.approx(bigram * p_b)
+    assert model.probability("b", ("?",)) == pytest.approx(p_b)
+    # Of a text: a after the beginning, its end after a; two places.
+    p_a = (1 - unigram) / 5 + unigram * 4 / 5 * uniform
+    first = (3 - bigram) / 3 + bigram / 3 * p_a
+    then = bigram * 2 / 3 * p_end
+    assert model.log_likelihood(["a"]) == pytest.approx(math.log(first * then))
+    assert model.perplexity([["a"], ["a"]]) == pytest.approx(1 / math.sqrt(first * then))
+
+
+def test_perplexity_of_a_fair_coin():
+    """2 a toss, and something for the end, which no trigram model sees coming."""
+    rng = random.Random(0)
+    texts = [rng.choices("01", k=30) for _ in range(400)]
+    assert NGram(texts[:200], "01").perplexity(texts[200:]) == pytest.approx(2.2, abs=0.15)
+
+
+def test_forward_and_reverse():
+    rng = random.Random(0)
+    draw = lambda letters, n: [rng.choices(letters, k=10) for _ in range(n)]  # noqa: E731
+    real = draw("abcdefgh", 400)
+    same = ngram.forward_and_reverse(real, draw("abcdefgh", 400))
+    assert same["forward_ppl"] == pytest.approx(same["real_ppl"], rel=0.05)
+    assert same["reverse_ppl"] == pytest.approx(same["real_ppl"], rel=0.05)
+    # A sampler that says good things, but only some of them: forward does not see it, reverse does.
+    narrow = ngram.forward_and_reverse(real, draw("abcd", 400))
+    assert narrow["forward_ppl"] == pytest.approx(narrow["real_ppl"], rel=0.15)
+    assert narrow["reverse_ppl"] > 3 * narrow["real_ppl"]
+    # One that says other things besides: both see it.
+    wild = ngram.forward_and_reverse(real, draw("abcdefghijklmnop", 400))
+    assert wild["forward_ppl"] > 2 * wild["real_ppl"]
+    assert wild["reverse_ppl"] > 1.2 * wild["real_ppl"]
+    assert all(map(math.isnan, ngram.forward_and_reverse(real[:1], real).values()))
