@@ -83,6 +83,52 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
     return _svg(title, _y_axis(y, ticks(low, high)) + drawn + ends)
 
 
+def plane(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colours: Mapping[str, str], *, title: str
+) -> str:
+    """Dots at (x, y) of each named group, in its colour, with both axes. What is not finite is left out."""
+    points = {name: _finite(*xy) for name, xy in points.items()}
+    (left, right), (low, high) = (
+        _wider(*_range(np.concatenate([[0.0] if axis == 0 else [], *(xy[axis] for xy in points.values())])))
+        for axis in (0, 1)
+    )
+    x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, WIDTH - BOTTOM, TOP)
+    drawn = ""
+    for name, (xs, ys) in points.items():
+        if len(xs):
+            places = "".join(f"M{x(a):.1f} {y(b):.1f}h0" for a, b in zip(xs.tolist(), ys.tolist(), strict=True))
+            drawn += f'<path class="dots big" stroke="{colours[name]}" d="{places}"/>'
+    across = "".join(_text(x(v), WIDTH - 6, _number(v), "middle") for v in ticks(left, right))
+    return _svg(title, _y_axis(y, ticks(low, high)) + across + drawn, height=WIDTH)
+
+
+def strips(groups: Mapping[str, Sequence[float]], colours: Mapping[str, str], *, title: str) -> str:
+    """A row for each named group: its name, and a dot for every value. What is not finite is left out."""
+    groups = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
+    everything = np.array([v for values in groups.values() for v in values])
+    if not len(everything):
+        return ""
+    low, high = _wider(*_range(everything))
+    x, row = _scale(low, high, 8, WIDTH - 8), 40
+    height = row * len(groups) + BOTTOM
+    drawn = ""
+    for i, (name, values) in enumerate(groups.items()):
+        y = row * i + 28
+        drawn += _text(8, y - 11, name if len(name) <= 36 else name[:35] + "…", "start")
+        drawn += f'<line class="grid" x1="8" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>'
+        drawn += (
+            f'<path class="dots big" stroke="{colours[name]}" d="{"".join(f"M{x(v):.1f} {y}h0" for v in values)}"/>'
+        )
+    ends = _text(8, height - 6, _number(low), "start") + _text(WIDTH - 8, height - 6, _number(high), "end")
+    return _svg(title, drawn + ends, height=height)
+
+
+def _wider(low: float, high: float) -> tuple[float, float]:
+    """With a little room at both ends."""
+    room = 0.05 * (high - low) or 0.5
+    return low - room, high + room
+
+
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from low to high, `most` at most: multiples of 1, 2 or 5 times a power of ten."""
     if not high > low:

@@ -1,0 +1,192 @@
+"""Measures of several settings side by side, each over its seeds: a table, plots, and which differences are more than
+chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from davae_jax import charts
+
+Results = dict[str, dict[int, dict[str, Any]]]  # setting → seed → what `davae evaluate --json` writes
+LEVEL = 0.05  # of significance
+
+
+class Measure(NamedTuple):
+    key: str  # in an evaluation
+    name: str
+    form: str
+    better: int  # 1: more is better, −1: less, 0: neither
+
+
+MEASURES = [
+    Measure("kl", "rate: KL, nats", "{:.2f}", 0),
+    Measure("rec_nll", "distortion, nats", "{:.2f}", -1),
+    Measure("iw_nll", "−log p(x), nats", "{:.2f}", -1),
+    Measure("ppl_per_word", "perplexity per word", "{:.2f}", -1),
+    Measure("active_units", "active units", "{:.1f}", 1),
+    Measure("mutual_information", "mutual information, nats", "{:.2f}", 1),
+    Measure("bleu", "BLEU", "{:.1f}", 1),
+    Measure("exact_match", "exact", "{:.1%}", 1),
+    Measure("prior_distinct", "prior: different", "{:.1%}", 1),
+    Measure("prior_valid", "prior: valid", "{:.1%}", 1),
+    Measure("reverse_ppl", "reverse perplexity", "{:.2f}", -1),
+]
+
+
+class Cell(NamedTuple):
+    values: list[float]  # of each seed
+    p: float | None  # that it is as the first setting; None for that one, and with fewer than two seeds of either
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values)) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Of the seeds, by n − 1."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
+
+
+def compared(found: Results) -> dict[Measure, dict[str, Cell]]:
+    """Of each measure that any run has, every setting's values, and the probability that they differ from the first
+    setting's by chance alone: Welch's t-test, corrected for the number of settings (Holm 1979)."""
+    table = {}
+    for measure in MEASURES:
+        values = {
+            name: [float(m[measure.key]) for _, m in sorted(runs.items()) if m.get(measure.key) is not None]
+            for name, runs in found.items()
+        }
+        if not any(values.values()):
+            continue
+        first, *others = values
+        p = holm([welch(values[first], values[name]) for name in others])
+        table[measure] = {name: Cell(values[name], q) for name, q in zip(values, [None, *p], strict=True)}
+    return table
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """The two-sided p of Welch's t-test (1947); None with fewer than two values on a side."""
+    from scipy.stats import ttest_ind
+
+    if min(len(a), len(b)) < 2:
+        return None
+    if np.var(a) == np.var(b) == 0:  # by the formula 0 / 0 where they are equal
+        return 1.0 if np.mean(a) == np.mean(b) else 0.0
+    return float(ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """p-values of as many tests, so corrected that the chance of any false finding stays at the level (Holm 1979)."""
+    known = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    corrected: list[float | None] = [None] * len(p)
+    highest = 0.0
+    for rank, (value, i) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * value))
+        corrected[i] = highest
+    return corrected
+
+
+def caveats(found: Results) -> list[str]:
+    """What is too little to mean anything, and what the evaluations themselves warn of."""
+    n = min(map(len, found.values()))
+    said = []
+    if n < 3:
+        said.append(
+            f"{n} seed{'s' * (n != 1)} of some settings: what differs by chance is hard to tell; give 3 or more"
+        )
+    every = [w for runs in found.values() for m in runs.values() for w in m.get("warnings", [])]
+    runs = sum(map(len, found.values()))
+    return said + [f"{every.count(w)} of {runs} runs: {w}" for w in dict.fromkeys(every)]
+
+
+def format_table(found: Results) -> str:
+    """As Markdown, a row a setting: mean ± deviation over the seeds; * where it differs from the first setting's."""
+    table = compared(found)
+    settings = list(found)
+    lines = [
+        "| setting | seeds | " + " | ".join(measure.name for measure in table) + " |",
+        "|---" * (len(table) + 2) + "|",
+    ]
+    for name in settings:
+        cells = [_cell(measure, cells[name]) for measure, cells in table.items()]
+        lines.append(f"| {name} | {len(found[name])} | {' | '.join(cells)} |")
+    first = settings[0]
+    lines += [
+        "",
+        f"mean ± deviation over the seeds; * differs from “{first}”: p < {LEVEL} by Welch's t-test, corrected",
+    ]
+    lines[-1] += " for the number of settings by Holm's method, each measure by itself"
+    return "\n".join([*lines, *(f"warning: {line}" for line in caveats(found))])
+
+
+def _cell(measure: Measure, cell: Cell) -> str:
+    if not cell.values:
+        return "–"
+    spread = "" if math.isnan(cell.deviation) else f" ± {measure.form.format(cell.deviation)}"
+    return f"{measure.form.format(cell.mean)}{spread}{'*' * (cell.p is not None and cell.p < LEVEL)}"
+
+
+def page(title: str, found: Results, settings: Mapping[str, Sequence[str]]) -> str:
+    """One HTML page that needs no other file: rate against distortion, each measure by setting, the table."""
+    table = compared(found)
+    colours = {name: charts.COLOURS[i] if i < len(charts.COLOURS) else charts.OTHER for i, name in enumerate(found)}
+    by_key = {measure.key: cells for measure, cells in table.items()}
+    plane = charts.plane(
+        {name: (by_key["kl"][name].values, by_key["rec_nll"][name].values) for name in found},
+        colours,
+        title="rate across, distortion up; nats",
+    )
+    legend = "".join(f'<li><i style="background:{colours[name]}"></i>{escape(name)}</li>' for name in found)
+    dots = [
+        _figure(
+            charts.strips({name: cell.values for name, cell in cells.items()}, colours, title=measure.name),
+            measure.name + {1: "; more is better", -1: "; less is better", 0: ""}[measure.better],
+        )
+        for measure, cells in table.items()
+    ]
+    heads = "".join(f"<th>{escape(measure.name)}</th>" for measure in table)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{len(found[name])}</td>"
+        + "".join(f'<td class="value">{_cell(measure, cells[name])}</td>' for measure, cells in table.items())
+        + "</tr>"
+        for name in found
+    )
+    options = "".join(
+        f"<tr><td>{escape(name)}</td><td><code>{escape(' '.join(words))}</code></td></tr>"
+        for name, words in settings.items()
+    )
+    said = "".join(f"<li>{escape(line)}</li>" for line in caveats(found))
+    about = format_table(found).partition("\n\n")[2].splitlines()[0]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<div class="warnings"><b>Warnings</b><ul>{said}</ul></div>' if said else "",
+        "<h2>Rate and distortion</h2>",
+        f'<ul class="legend">{legend}</ul>',
+        f'<div class="figures">{_figure(plane, "KL across, reconstruction up, nats a text; a dot a seed")}</div>',
+        "<h2>Each measure</h2>",
+        f'<div class="figures">{"".join(dots)}</div>',
+        "<h2>Table</h2>",
+        f'<p class="soft">{escape(about)}</p>',
+        '<div class="wide"><table><thead><tr><th>setting</th><th>seeds</th>'
+        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>",
+        "<h2>Options of train.py</h2>",
+        f'<div class="wide"><table><tbody>{options}</tbody></table></div>',
+    ]
+    style = resources.files("davae_jax").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}: comparison</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _figure(chart: str, caption: str) -> str:
+    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
