@@ -67,6 +67,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "neighbours": ("texts around a text", _command("latent_commands", "Neighbours")),
     "combine": ("sums and differences of texts", _command("latent_commands", "Combine")),
     "evaluate": ("what a model is worth: measures, and a report to look at", _command("evaluate_cli", "Evaluate")),
+    "compare": ("settings trained side by side, over several seeds", _command("compare", "Compare")),
     "plan": (
         "memory, work and traffic of a training run on machines that are not here",
         _command("plan_cli", "PlanCommand"),

@@ -1,0 +1,171 @@
+"""`davae compare`: the statistics by hand, studies that cannot be, and two settings trained and gone on with."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from test_train import TEXTS, TINY, environment
+
+from davae_jax import charts
+from davae_jax.cli import main
+from davae_jax.compare import folder_of, read_study
+from davae_jax.comparison import caveats, compared, format_table, holm, page, welch
+from davae_jax.errors import InputError
+
+RESULTS = {
+    "plain": {seed: {"kl": kl, "rec_nll": 20.0 - kl, "bleu": 50.0} for seed, kl in enumerate((1.0, 1.1, 0.9))},
+    "better": {seed: {"kl": kl, "rec_nll": 20.0 - kl, "bleu": 50.0} for seed, kl in enumerate((5.0, 5.2, 4.9))},
+    "alike": {seed: {"kl": kl, "rec_nll": 20.0 - kl, "bleu": 50.0} for seed, kl in enumerate((1.2, 0.9, 1.1))},
+}
+
+
+def test_welch_by_hand():
+    """t = Δ/√(s²/n + s²/m) with the degrees of freedom of Welch; the tail by integrating the density of Student's t."""
+    a, b = [1.0, 1.1, 0.9], [1.2, 0.9, 1.4, 1.3]
+    va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 4
+    t = abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
+    x = np.linspace(t, t + 2000, 4_000_001)
+    density = (
+        math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2)) * (1 + x**2 / df) ** (-(df + 1) / 2)
+    )
+    assert welch(a, b) == pytest.approx(2 * np.trapezoid(density, x), rel=1e-3)
+    assert welch([1.0], b) is None
+    assert welch([2.0, 2.0], [2.0, 2.0]) == 1 and welch([2.0, 2.0], [3.0, 3.0]) == 0
+
+
+def test_holm_by_hand():
+    """The smallest times 3, the next times 2, never below the one before it, never above 1."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, None, 0.6]) == [1.0, None, 1.0]
+    assert holm([]) == []
+
+
+def test_a_table_of_means_and_deviations():
+    table = {measure.key: cells for measure, cells in compared(RESULTS).items()}
+    assert table.keys() == {"kl", "rec_nll", "bleu"}  # what no run has is left out
+    assert table["kl"]["plain"].mean == pytest.approx(1.0) and table["kl"]["plain"].deviation == pytest.approx(0.1)
+    assert table["kl"]["plain"].p is None and table["kl"]["better"].p < 0.01 and table["kl"]["alike"].p > 0.3
+    text = format_table(RESULTS)
+    assert "| better | 3 | 5.03 ± 0.15* | 14.97 ± 0.15* | 50.0 ± 0.0 |" in text
+    assert "| plain | 3 | 1.00 ± 0.10 | 19.00 ± 0.10 | 50.0 ± 0.0 |" in text
+    assert "differs from “plain”" in text and "warning" not in text
+
+
+def test_too_little_is_said():
+    few = {"a": {0: {"kl": 1.0, "warnings": ["K is small"]}}, "b": {0: {"kl": 2.0}, 1: {"kl": 3.0}}}
+    said = caveats(few)
+    assert said[0].startswith("1 seed of some settings") and said[1] == "1 of 3 runs: K is small"
+    assert f"warning: {said[0]}" in format_table(few)
+    assert "| a | 1 | 1.00 |" in format_table(few)
+
+
+class Checked(HTMLParser):
+    """Tags that are opened are closed, in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "rect", "path", "line", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("rect", "path", "line", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_a_page_that_needs_no_other_file():
+    text = page("a <study>", RESULTS, {name: ["--steps", "3"] for name in RESULTS})
+    seen = Checked(text).seen
+    assert "a &lt;study&gt;" in text and not any({"src", "href"} & attrs.keys() for _, attrs in seen)
+    assert sum(tag == "svg" for tag, _ in seen) == 1 + 3  # the plane, and a chart for each measure
+    dots = [attrs["d"] for tag, attrs in seen if tag == "path"]
+    assert sum(d.count("M") for d in dots) == 9 * 4
+
+
+def test_dots_lie_where_their_values_are():
+    """The largest is rightmost, equal ones at one place; what is not finite is left out."""
+    drawn = charts.strips({"a": [1.0, 3.0], "b": [3.0, math.nan]}, {"a": "#111111", "b": "#222222"}, title="t")
+    a, b = (part.split('"')[0].split("h0")[:-1] for part in drawn.split(' d="')[1:])
+    xs = [float(place[1:].split()[0]) for place in a + b]
+    assert len(xs) == 3 and xs[0] < xs[1] == xs[2]
+
+
+def write(path, **values):
+    """A study, in TOML."""
+    quoted = lambda v: json.dumps(v, ensure_ascii=False)  # noqa: E731
+    lines = [f"{name} = {quoted(value)}" for name, value in values.items() if name != "settings"]
+    lines += ["[settings]", *(f"{quoted(n)} = {quoted(o)}" for n, o in values.get("settings", {}).items())]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (dict(), "[settings] has none"),
+        (dict(trian="--steps 3"), "'trian' is not known; known: train, evaluate, seeds, settings"),
+        (dict(seeds=[1, 1], settings={"a": ""}), "seeds must be different whole numbers"),
+        (dict(seeds=[], settings={"a": ""}), "seeds must be different whole numbers"),
+        (dict(settings={"a": 3}), "settings.a must be a text of options"),
+        (dict(settings={"a": "--steps 0"}), "--steps must be at least 1, not 0"),
+        (dict(settings={"a": "--nonsense 3"}), "settings.a: "),
+        (dict(settings={"a": "--seed 3"}), "settings.a: --seed and --run-dir are given by the comparison"),
+        (dict(settings={"a b": "", "a-b": ""}), "settings 'a b' and 'a-b' would have the same folder"),
+        (dict(train="'", settings={"a": ""}), "No closing quotation"),
+    ],
+)
+def test_studies_that_cannot_be(values, said, tmp_path, capsys):
+    path = write(tmp_path / "study.toml", **values)
+    assert main(["compare", str(path), "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"davae compare: error: {path}: ") and said in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_study(tmp_path):
+    with pytest.raises(InputError, match=r"none\.toml: cannot be read \(No such file"):
+        read_study(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = = b")
+    with pytest.raises(InputError, match=r"bad\.toml: is not TOML"):
+        read_study(tmp_path / "bad.toml")
+
+
+def test_names_become_folders():
+    assert folder_of("β 0.1, no KL/free") == "β-0.1-no-KL-free" and folder_of("///") == "setting"
+
+
+@pytest.mark.slow
+def test_two_settings(tmp_path, monkeypatch, capsys):
+    """Trained and measured; done again it only reads; a setting that fails is named and the others compared."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    common = f"--data.train {tmp_path / 'texts.txt'} --steps 4 {' '.join(map(str, TINY))}"
+    told = dict(train=common, evaluate=f"--data {tmp_path / 'texts.txt'} --n 20 --samples 2", seeds=[0, 1])
+    settings = {"plain": "--beta.max 0.1", "capacity": "--regularizers.capacity.weight 1"}
+    path, out = write(tmp_path / "study.toml", **told, settings=settings), tmp_path / "out"
+    assert main(["compare", str(path), "--output", str(out)]) == 0
+    first = capsys.readouterr().out
+    assert "| plain | 2 | " in first and "| capacity | 2 | " in first
+    stored = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert stored["seeds"] == [0, 1] and stored["found"]["plain"]["0"]["n"] == 20
+    Checked((out / "comparison.html").read_text(encoding="utf-8"))
+    assert (out / "comparison.md").read_text(encoding="utf-8").startswith("| setting | seeds | rate: KL, nats | ")
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
+    assert main(["compare", str(path), "--output", str(out)]) == 0
+    assert capsys.readouterr().out == first
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
+
+    write(path, **told, settings={"plain": "--beta.max 0.2", "capacity": settings["capacity"]})
+    assert main(["compare", str(path), "--output", str(out)]) == 1
+    said = capsys.readouterr()
+    assert f"{out / 'plain' / 'seed-0'}: was made with other options" in said.err and "| capacity | 2 | " in said.out
