@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +255,13 @@ PRESETS = {
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values only, as the run's train.json has them."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def digest_of(config: TrainConfig) -> str:
+    """Of all that processes of one run must have in common."""
+    values = to_dict(config)
+    del values["distributed"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
