@@ -222,9 +222,9 @@ class PreparedBatches:
         places = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         of_bucket = np.searchsorted(self._bounds, places, side="right") - 1
         for bucket in np.unique(of_bucket):
-            start, end = self._bounds[bucket : bucket + 2]
+            low, high = self._bounds[bucket : bucket + 2]
             here = of_bucket == bucket
-            places[here] = start + permuted(places[here] - start, end - start, (self.seed, epoch, bucket + 1))
+            places[here] = low + permuted(places[here] - low, high - low, (self.seed, epoch, bucket + 1))
         return self._order[places[start:stop] % self.count], self._shapes[of_bucket[-1]]
 
     def where(self, step: int) -> str:
