@@ -39,7 +39,7 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.checkpoint import CONFIG_FILE
     from davae_jax.chips import chip_called
     from davae_jax.data import ahead, fitting, placed, spans_of
-    from davae_jax.distributed import agreed, barrier, connect, gathered, is_first_process
+    from davae_jax.distributed import PATIENCE, agreed, barrier, connect, gathered, is_first_process, same_on_all
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
@@ -51,25 +51,28 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.run_log import RunLog, Work
     from davae_jax.sharding import RULES, make_mesh
     from davae_jax.text import TextVAE, load_tokenizers
+    from davae_jax.train_config import digest_of
     from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step, not_finite_in
 
     # ---- devices of all processes; texts, tokenizers, model. What can be wrong with the texts is found out before
     # anything is written.
     connect(config.distributed)
-    first, wait = is_first_process(), config.distributed.timeout
-    mesh = make_mesh(config.mesh, config.batch_size)
+    first = is_first_process()
+    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
     corpus = setup_run.read_corpus(config)
+    same_on_all("the options", digest_of(config))
+    same_on_all("the texts", corpus.digest)
     run_dir = config.run_dir or Path("runs") / preset
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
     if first:
         open_run(run_dir, config, corpus.digest)
         setup_run.prepare_tokenizers(config, run_dir, corpus)
-    barrier("process 0 has prepared the run's folder", wait)
+    barrier("process 0 has prepared the run's folder", PATIENCE)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
         if first:
             setup_run.warm_start(config, model_config, run_dir)
-        barrier("process 0 has imported the pretrained halves", wait)
+        barrier("process 0 has imported the pretrained halves", PATIENCE)
         model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
@@ -95,8 +98,9 @@ def train(argv: list[str]) -> int | None:
     held_out = []
     if measured := corpus.held_out[: config.log.held_out]:
         parts = setup_run.held_out_batches(config, measured, tokenizers, model_config)
-        coming = ahead(parts, spans, 0, threads=0)
-        held_out = [placed(next(coming), config.batch_size, over_batch) for _ in range(parts.per_epoch)]
+        size = parts.batch_size
+        coming = ahead(parts, spans_of(over_batch, size), 0, threads=0)
+        held_out = [placed(next(coming), size, over_batch) for _ in range(parts.per_epoch)]
 
     def trained() -> TextVAE | None:
         """The model as it stands, for one process: the first."""
@@ -130,7 +134,7 @@ def train(argv: list[str]) -> int | None:
         values = {name: float(value) for name, value in values.items()}
         if bad := not_finite_in(values, regularizers):
             raise not_finite(step, bad)
-        if values.get("skipped"):
+        if values.get("skipped") and first:
             bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
         if means := log.step(step, values, work, last=step == config.steps):
             log.histogram(step, "kl_per_dim", kl_per_dim)
@@ -146,13 +150,14 @@ def train(argv: list[str]) -> int | None:
             f"the last good checkpoint is {checkpoints.last}"
         )
 
-    def save(step: int) -> None:
+    def measure(step: int) -> float | None:
+        """Writes the losses of held-out texts; gives the one that checkpoints are compared by."""
         if not all_finite((state.params, state.regularizers)):
             raise not_finite(step, "its update made weights that are not finite")
         losses = mean_of([held_out_loss(state.params, batch) for batch in held_out])
-        checkpoints.save(state, held_out_loss=losses and losses["loss"], remembered=log.pending)
         if losses:
             log.held_out(step, losses)
+        return losses and losses["loss"]
 
     log = RunLog(
         run_dir,
@@ -170,7 +175,7 @@ def train(argv: list[str]) -> int | None:
             asked = time.perf_counter()
             batch = placed(next(coming), config.batch_size, over_batch)
             waited = time.perf_counter() - asked
-            if config.log.profile and step - begins == config.log.profile[0]:
+            if first and config.log.profile and step - begins == config.log.profile[0]:
                 jax.profiler.start_trace(str(run_dir / "profile"))
                 tracing = True
             with jax.set_mesh(mesh):
@@ -193,18 +198,23 @@ def train(argv: list[str]) -> int | None:
             if saves or samples:
                 look(*pending)
                 pending = None
+            # The checkpoint comes last: what a killed run wrote behind its checkpoint is written anew.
             if saves:
                 with jax.set_mesh(mesh):
-                    save(step)
-            if ends:
-                break
+                    loss = measure(step)
             if samples and (vae := trained()):
                 found = figures.examples(vae, corpus.held_out, corpus.analogy)
                 log.samples(step, found)
                 bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
+            if saves:
+                with jax.set_mesh(mesh):
+                    checkpoints.save(state, held_out_loss=loss, remembered=log.pending)
+            if ends:
+                break
             if pending is None:
                 log.restart_clock()
     if stopped and step < config.steps:
+        barrier("all processes have saved", config.distributed.timeout)  # process 0 ends what connects them
         say(f"interrupted after step {step}; to go on: {again}", file=sys.stderr)
         return INTERRUPTED
 
@@ -218,7 +228,7 @@ def train(argv: list[str]) -> int | None:
     except KeyboardInterrupt:
         print(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
         return INTERRUPTED
-    barrier("process 0 has measured the figures", 24 * 3600)
+    barrier("process 0 has measured the figures", PATIENCE)
     say(f"{checkpoints.last}: complete, after {time.perf_counter() - began:.0f} s")
     davae = called("davae", str(Path(sys.executable).with_name("davae")))
     say(f"next: {shlex.join([davae, 'generate', '--model', str(run_dir), corpus.example])}")
@@ -235,10 +245,11 @@ def called(name: str, path: str) -> str:
 
 
 class Interrupt:
-    """Ctrl-C and the signal that ends a job: the first asks for a stop after the step, a second ends at once."""
+    """Ctrl-C and the signal that ends a job: the first asks for a stop after the step, a later one ends at once. What
+    comes within a second of the first is the same: schedulers signal a job and its processes."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self._when = False, 0.0
 
     def __enter__(self):
         self._before = {s: signal.signal(s, self._heed) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -249,9 +260,10 @@ class Interrupt:
             signal.signal(s, handler)
 
     def _heed(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self._when + 1:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._when = True, time.monotonic()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import socket
 import time
@@ -15,6 +16,9 @@ import numpy as np
 from davae_jax.errors import InputError, check_options
 
 Params = dict[str, Any]
+
+
+PATIENCE = 24 * 3600  # seconds for work that one process does for all
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,28 @@ def agreed(asked: bool, step: int) -> bool:
     """Whether any process was asked to stop. Several look at it together, every ten steps."""
     if jax.process_count() == 1:
         return asked
+    return step % 10 == 0 and bool(_of_all(asked).any())
+
+
+def on_all(good: bool) -> bool:
+    """Whether it is so on every process; to be called by all."""
+    return good if jax.process_count() == 1 else bool(_of_all(good).all())
+
+
+def same_on_all(what: str, digest: str) -> None:
+    """Raises InputError, on every process, where one has another digest than process 0."""
+    if jax.process_count() == 1:
+        return
+    found = _of_all(np.frombuffer(hashlib.sha256(digest.encode()).digest()[:4], np.uint32))
+    if others := {int(i) for i in np.flatnonzero((found != found[0]).any(1))}:
+        raise InputError(f"{what}: {_processes(others)} and process 0 have different ones")
+
+
+def _of_all(value) -> np.ndarray:
+    """[processes, …]"""
     from jax.experimental import multihost_utils
 
-    return step % 10 == 0 and bool(multihost_utils.process_allgather(np.array(asked)).any())
+    return np.asarray(multihost_utils.process_allgather(np.array(value)))
 
 
 def gathered(params: Params) -> Params:

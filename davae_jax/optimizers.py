@@ -28,7 +28,8 @@ class SpikeState(NamedTuple):
 
 
 def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """Leaves weights and optimizer as they are where the gradient's norm is over `factor` times its running mean.
+    """Leaves the weights it is for (encoder and decoder) and their optimizer as they are where the gradient's norm is
+    over `factor` times its running mean.
 
     The mean is over about the last 100 steps, and nothing is skipped in the first 100. Every step that is skipped
     raises it by a tenth, so that a norm that stays high is taken for the usual one after a while.

@@ -84,7 +84,7 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
     Raises:
       InputError: the chips or the batch cannot be divided so (exit code 2).
     """
-    mesh = make_abstract_mesh(config.mesh, config.batch_size, chips)
+    mesh = make_abstract_mesh(config.mesh, config.batch_size, chips, config.accumulate)
     products = forward_products(config, mesh.shape)
     flops: dict[str, int] = {}
     for product in products:
@@ -170,7 +170,7 @@ def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] 
     while chips <= MOST_CHIPS:
         parts = chips // tensor
         fsdp = math.gcd(parts, config.model.decoder.hidden_size)
-        if config.batch_size % parts:
+        if config.batch_size % (parts * config.accumulate):
             return None
         mesh = make_abstract_mesh(MeshConfig(parts // fsdp, fsdp, tensor), config.batch_size, chips)
         if fits(memory(config, mesh), chip):

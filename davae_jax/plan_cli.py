@@ -69,6 +69,7 @@ def format_plan(plan: Plan) -> str:
         f"{config.batch_size} texts of {longest} tokens a step"
         + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
+        *(["rows are taken as one text each: packed ones may be longer for the encoder"] if config.data.pack else []),
         f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
         "",
         _row("memory per device", "GB"),

@@ -195,11 +195,7 @@ class PreparedBatches:
         """Raises InputError where no text is short enough, or one is too long for the encoder."""
         self.prepared, self.batch_size, self.pad_id, self.seed = prepared, batch_size, pad_id, seed
         lengths, counts, longest = prepared.lengths(max_length)
-        if encoder_positions is not None and longest[-1] > encoder_positions:
-            raise InputError(
-                f"{prepared.folder}: has texts of {longest[-1]} encoder ids, and the model's encoder "
-                f"{encoder_positions} positions; prepare with --encoder-positions {encoder_positions}"
-            )
+        _check_positions(prepared, int(longest[-1]), encoder_positions)
         self.count = int(counts.sum())
         self.too_long = len(prepared) - self.count + prepared.manifest["counts"]["too_long"]
         # Fewer texts than a batch: some stand in it more than once, and all are of one bucket.
@@ -219,17 +215,17 @@ class PreparedBatches:
         """Of a batch, in words."""
         return f"{self.batch_size} texts"
 
-    def rows(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Which records make the batch of a step, over all processes, and its shape (S, T)."""
+    def rows(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+        """Which records make the batch of a step, or its rows start to stop alone, and its shape (S, T)."""
         epoch, place = divmod(step, self.per_epoch)
         k = permuted(np.array([place]), self.per_epoch, (self.seed, epoch))[0]
         places = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         of_bucket = np.searchsorted(self._bounds, places, side="right") - 1
         for bucket in np.unique(of_bucket):
-            start, end = self._bounds[bucket : bucket + 2]
+            low, high = self._bounds[bucket : bucket + 2]
             here = of_bucket == bucket
-            places[here] = start + permuted(places[here] - start, end - start, (self.seed, epoch, bucket + 1))
-        return self._order[places % self.count], self._shapes[of_bucket[-1]]
+            places[here] = low + permuted(places[here] - low, high - low, (self.seed, epoch, bucket + 1))
+        return self._order[places[start:stop] % self.count], self._shapes[of_bucket[-1]]
 
     def where(self, step: int) -> str:
         """The lines that make the batch of a step, for messages."""
@@ -240,21 +236,30 @@ class PreparedBatches:
 
     def read(self, step: int, start: int, stop: int) -> Batch:
         """Rows start to stop of a step's batch."""
-        rows, shape = self.rows(step)
-        return padded([self.prepared[i] for i in rows[start:stop].tolist()], shape, self.pad_id)
+        rows, shape = self.rows(step, start, stop)
+        return padded([self.prepared[i] for i in rows.tolist()], shape, self.pad_id)
+
+
+def _check_positions(prepared: Prepared, longest: int, encoder_positions: int | None) -> None:
+    if encoder_positions is not None and longest > encoder_positions:
+        raise InputError(
+            f"{prepared.folder}: has texts of {longest} encoder ids, and the model's encoder "
+            f"{encoder_positions} positions; prepare with --encoder-positions {encoder_positions}"
+        )
 
 
 class PreparedTexts:
     """Prepared texts of at most so many decoder ids, with the interface of `data.Texts`, for packing."""
 
-    def __init__(self, prepared: Prepared, max_length: int):
-        """Raises InputError where none is short enough."""
+    def __init__(self, prepared: Prepared, max_length: int, encoder_positions: int | None = None):
+        """Raises InputError where none is short enough, or one is too long for the encoder."""
         paths = [prepared.folder / f"{shard['name']}.npy" for shard in prepared.shards]
         sizes = np.concatenate([np.load(path)[:, 1:] for path in paths]).astype(np.int64)
         self._records = np.flatnonzero(sizes[:, 1] <= max_length)
         if not len(self._records):
             raise InputError(f"{prepared.folder}: holds no text of at most {max_length} tokens")
         self.prepared, self.sizes = prepared, sizes[self._records]
+        _check_positions(prepared, int(self.sizes[:, 0].max()), encoder_positions)
         self.too_long = len(prepared) - len(self._records) + prepared.manifest["counts"]["too_long"]
 
     def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 import sys
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from davae_jax.checkpoint import CHECKPOINTS_FOLDER, PARAMS_FOLDER, checkpoints_of, flatten, nest, quiet
-from davae_jax.distributed import barrier, is_first_process
+from davae_jax.distributed import barrier, is_first_process, on_all
 from davae_jax.errors import InputError, first_line, system_reason
 from davae_jax.train_step import TrainState
 
@@ -79,15 +80,18 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(map(_step, checkpoints_of(self.run)), reverse=True):
+            reason = None
             try:
                 state, remembered = self._load(step, like)
             except _Damaged as e:
-                damaged[step] = str(e)
+                reason = str(e)
+            if not on_all(reason is None):
+                damaged[step] = reason or "cannot be read by another process"
                 continue
             for bad, reason in damaged.items():
                 if is_first_process():
                     print(f"{self.path(bad)}: {reason}; set aside, going on from {self.path(step)}", file=sys.stderr)
-                    self.path(bad).rename(self.path(bad).with_suffix(".damaged"))
+                    self.path(bad).rename(_free(self.path(bad).with_suffix(".damaged")))
             self.step = step
             if damaged:
                 barrier("damaged checkpoints are set aside")
@@ -168,6 +172,12 @@ class _Reporting:
             f"{self._of.run / CHECKPOINTS_FOLDER}: step {self._of._saving} cannot be saved ({reason}); "
             f"the last complete checkpoint is {self._of.last}"
         ) from error
+
+
+def _free(path: Path) -> Path:
+    """The path, or with the first number behind it that is not taken."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 class _Damaged(Exception):

@@ -101,7 +101,9 @@ def batches_of(
         texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, cut=config.data.cut)
         texts = texts._replace(lines=corpus.lines[texts.lines - 1])
     if config.data.pack:
-        return PackedBatches(texts or PreparedTexts(corpus.prepared, longest), row_length=longest, **common)
+        positions = model.encoder.max_position_embeddings
+        texts = texts or PreparedTexts(corpus.prepared, longest, positions)
+        return PackedBatches(texts, row_length=longest, **common)
     common |= dict(
         buckets=config.data.buckets or (1 if config.data.train is None else 4),
         encoder_positions=model.encoder.max_position_embeddings,
@@ -114,9 +116,10 @@ def batches_of(
 def held_out_batches(
     config: TrainConfig, texts: list[str], tokenizers: tuple[EncoderTokenizer, DecoderTokenizer], model: DAVAEConfig
 ) -> Batches:
-    """Batches of one shape, of texts that fit."""
+    """Batches of one shape, of texts that fit, each as large as a part of a training batch."""
     rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", cut=config.data.cut)
-    return Batches(rows, encoder_positions=model.encoder.max_position_embeddings, **_batching(config, model))
+    common = _batching(config, model) | dict(batch_size=config.batch_size // config.accumulate)
+    return Batches(rows, encoder_positions=model.encoder.max_position_embeddings, **common)
 
 
 def _batching(config: TrainConfig, model: DAVAEConfig) -> dict[str, Any]:

@@ -60,26 +60,29 @@ class MeshConfig:
         return filled
 
 
-def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
     """All devices, of all processes. The compiler propagates shardings through the model (AxisType.Auto).
+
+    accumulate: parts of the batch that are computed one after the other; each is divided over the devices.
 
     Raises:
       InputError: the devices or the batch cannot be divided so (exit code 2).
     """
-    return jax.make_mesh(*_axes_of_mesh(config, batch_size, jax.device_count()))
+    return jax.make_mesh(*_axes_of_mesh(config, batch_size, accumulate, jax.device_count()))
 
 
-def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int) -> AbstractMesh:
+def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int, accumulate: int = 1) -> AbstractMesh:
     """The mesh of a machine that is not there, of so many devices. Raises as `make_mesh`."""
-    return AbstractMesh(*_axes_of_mesh(config, batch_size, devices))
+    return AbstractMesh(*_axes_of_mesh(config, batch_size, accumulate, devices))
 
 
-def _axes_of_mesh(config: MeshConfig, batch_size: int, devices: int) -> tuple:
+def _axes_of_mesh(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
     """Sizes, names and types of the axes."""
     shape = config.shape(devices)
     parts = math.prod(shape[axis] for axis in RULES["batch"])
-    if batch_size % parts:
-        raise InputError(f"--batch-size {batch_size}: does not divide into the mesh's {parts} parts", exit_code=2)
+    if batch_size % (parts * accumulate):
+        said = f"--batch-size {batch_size}: does not divide into the mesh's {parts} parts"
+        raise InputError(said + (f" times --accumulate {accumulate}" if accumulate > 1 else ""), exit_code=2)
     return tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
 
 

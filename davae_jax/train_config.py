@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,6 +300,13 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values["regularizers"] = {name: dataclasses.asdict(one) for name, one in active(config.regularizers).items()}
     return json.loads(json.dumps(values, default=str))
+
+
+def digest_of(config: TrainConfig) -> str:
+    """Of all that processes of one run must have in common."""
+    values = to_dict(config)
+    del values["distributed"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(

@@ -84,7 +84,8 @@ def all_finite(params: Params) -> Bool[Array, ""]:
 def not_finite_in(values: dict[str, float], regularizers: Container[str]) -> str | None:
     """What a run has to stop for, in words: a regularizer by its name, where it and not the model is at fault."""
     own = [name for name in values if name.partition("/")[0] in regularizers] if math.isfinite(values["rec"]) else []
-    for name in (*own, "loss", "loss_d", "grad_norm"):
+    skipped = {"grad_norm"} if values.get("skipped") else set()  # the spike guard has seen to it
+    for name in (*own, "loss", "loss_d", *({"grad_norm"} - skipped)):
         if not math.isfinite(values[name]):
             return f"{'regularizer ' if name in own else ''}{name} is {values[name]}"
     return None

@@ -23,7 +23,7 @@ from davae_jax.data import ahead, tokenize
 from davae_jax.errors import InputError
 from davae_jax.inputs import LONGEST_LINE, find_files, pieces_of, read_piece
 from davae_jax.prepare import Task, _finish, _tokenizers, make_shards
-from davae_jax.prepared import Prepared, PreparedBatches, id_dtype, ids_of, permuted, record_of
+from davae_jax.prepared import Prepared, PreparedBatches, PreparedTexts, id_dtype, ids_of, permuted, record_of
 from davae_jax.setup_run import batches_of, model_config, prepare_tokenizers, read_corpus
 from davae_jax.text import load_tokenizers
 from davae_jax.train_config import DEMO, DataConfig, TrainConfig
@@ -443,6 +443,8 @@ def test_shorter_texts_only(prepared):
         batches_with(prepared, max_length=3)
     with pytest.raises(InputError, match="and the model's encoder 12 positions; prepare with --encoder-positions 12"):
         batches_with(prepared, encoder_positions=12)
+    with pytest.raises(InputError, match="and the model's encoder 12 positions; prepare with --encoder-positions 12"):
+        PreparedTexts(prepared, 100, encoder_positions=12)
 
 
 def test_fewer_texts_than_a_batch(prepared):

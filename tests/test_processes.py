@@ -1,12 +1,14 @@
 """Several processes on this machine that train one model, found on the loopback address."""
 
+import json
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from test_train import ROOT, TEXTS, TINY, environment, metrics_of, started, text_file, tiny  # noqa: F401
+from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
 from davae_jax.data import Batches, ahead, placed, spans_of, tokenize
 from davae_jax.distributed import DistributedConfig
@@ -23,12 +25,19 @@ def free_port():
 
 def processes(n, devices, text_file, folder, *argv):  # noqa: F811
     """Runs them to their end. Returns [(exit code, stdout, stderr)]."""
+    return ended(begun(n, devices, text_file, folder, *argv))
+
+
+def begun(n, devices, text_file, folder, *argv):  # noqa: F811
     where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", n]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     command = ["--data.train", text_file, "--run-dir", folder, *TINY, *argv, *where, "--distributed.process-id"]
-    running = [started(*command, i, devices=devices, **pipes) for i in range(n)]
-    ended = [process.communicate(timeout=600) for process in running]
-    return [(process.returncode, *said) for process, said in zip(running, ended, strict=True)]
+    return [started(*command, i, devices=devices, **pipes) for i in range(n)]
+
+
+def ended(running):
+    said = [process.communicate(timeout=600) for process in running]
+    return [(process.returncode, *out) for process, out in zip(running, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +58,10 @@ def alone(text_file, tmp_path_factory):  # noqa: F811
 )
 def test_the_losses_of_one_process(n, devices, mesh, alone, text_file, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
-    ended = processes(n, devices, text_file, folder, *OPTIONS, *mesh, "--log.figures", 2, "--log.samples", 4)
-    assert [code for code, *_ in ended] == [0] * n, ended
-    assert f"{n * devices} devices of {n} processes: " in ended[0][1]
-    said = [line for _, out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
+    found = processes(n, devices, text_file, folder, *OPTIONS, *mesh, "--log.figures", 2, "--log.samples", 4)
+    assert [code for code, *_ in found] == [0] * n, found
+    assert f"{n * devices} devices of {n} processes: " in found[0][1]
+    said = [line for _, out, _ in found[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
     assert not said  # one speaks for all; what connects them on CPUs says so itself
     a, b = metrics_of(alone), metrics_of(folder)
     assert [row["step"] for row in b] == [2, 4, 6, 8]
@@ -64,15 +73,71 @@ def test_the_losses_of_one_process(n, devices, mesh, alone, text_file, tmp_path)
     assert code == 0 and "steps 8 to 8" in out, err
 
 
+@pytest.mark.slow
+def test_stopped_killed_and_gone_on_with(text_file, tmp_path):  # noqa: F811
+    """Of two processes one is told to stop, and later one is killed: both times they go on as if nothing had been."""
+    options = ["--steps", 60, "--batch-size", 8, "--log.checkpoint", 8, "--mesh.fsdp", 2, "--mesh.data", 1]
+    whole, folder = tmp_path / "whole", tmp_path / "cut"
+    assert [code for code, *_ in processes(2, 1, text_file, whole, *options)] == [0, 0]
+
+    def until(step):
+        running = begun(2, 1, text_file, folder, *options)
+        while all(process.poll() is None for process in running) and steps_of(folder) < step:
+            time.sleep(0.02)
+        return running
+
+    running = until(4)
+    running[1].terminate()
+    found = ended(running)
+    assert [code for code, *_ in found] == [130, 130], found
+    assert "interrupted after step " in found[0][2] and "interrupted" not in found[1][2]
+    stopped = newest_of(folder)
+    assert 10 <= stopped < 60 and stopped % 10 == 0
+
+    running = until(stopped + 10)
+    running[1].kill()
+    running[0].kill()  # alone it would wait for its heartbeats to be missed
+    assert [code for code, *_ in ended(running)] == [-9, -9]
+    assert stopped < newest_of(folder) < 60
+
+    found = processes(2, 1, text_file, folder, *options)
+    assert [code for code, *_ in found] == [0, 0], found
+    names = set(metrics_of(whole)[0]) - {"tokens_per_s", "data_wait", "compile_s"}
+    a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, folder))
+    assert a == b
+
+
+def steps_of(folder):
+    """Steps that are logged so far."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_processes_with_other_options(text_file, tmp_path):  # noqa: F811
+    """Both say so, and nothing is written."""
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
+    command = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *where]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = [
+        started(*command, "--mesh.fsdp", 2, "--beta.max", beta, "--distributed.process-id", i, **pipes)
+        for i, beta in enumerate((0.1, 0.2))
+    ]
+    found = ended(running)
+    said = "train.py: error: the options: process 1 and process 0 have different ones"
+    assert [code for code, *_ in found] == [1, 1] and all(said in err for *_, err in found), found
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811
     """Of three, process 1 is missing; and process 0, for one that is there alone."""
     where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 3]
     argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *where, "--distributed.timeout"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     running = [started(*argv, 20, "--distributed.process-id", i, **pipes) for i in (0, 2)]
-    ended = [process.communicate(timeout=120) for process in running]
+    said = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [1, 1] and not (tmp_path / "run").exists()
-    assert f"{where[1]}: waited 20 s for process 1\n" in ended[0][1]
+    assert f"{where[1]}: waited 20 s for process 1\n" in said[0][1]
     alone = started(*argv, 1, "--distributed.process-id", 2, **pipes)
     _, err = alone.communicate(timeout=120)
     assert alone.returncode == 1 and f"train.py: error: {where[1]}: waited 1 s for process 0" in err

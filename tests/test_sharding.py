@@ -119,3 +119,5 @@ def test_minus_one_takes_what_is_left():
     assert MeshConfig(1, -1, 1).shape(8) == {"data": 1, "fsdp": 8, "tensor": 1}
     with pytest.raises(InputError, match="--batch-size 12: does not divide into the mesh's 8 parts"):
         make_mesh(MeshConfig(), 12)
+    with pytest.raises(InputError, match="does not divide into the mesh's 8 parts times --accumulate 4"):
+        make_mesh(MeshConfig(), 16, 4)

@@ -73,8 +73,12 @@ def tiny(text_file, run_dir, *argv, devices=1):
     return train("--data.train", text_file, "--run-dir", run_dir, *TINY, *argv, devices=devices)
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def metrics_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return rows_of(run_dir / "metrics.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -230,6 +234,11 @@ def test_killed_at_any_moment(run, text_file, tmp_path):
     names = set(metrics_of(whole)[0]) - {"tokens_per_s", "data_wait", "compile_s"}
     a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, folder))
     assert a == b
+    # The whole run saved at fewer steps; texts were shown at the same one.
+    losses = rows_of(folder / "held_out.jsonl")
+    assert [row["step"] for row in losses] == list(range(1, 9))
+    assert [losses[step - 1] for step in (3, 6, 8)] == rows_of(whole / "held_out.jsonl")
+    assert rows_of(folder / "samples.jsonl") == rows_of(whole / "samples.jsonl")
     a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
