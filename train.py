@@ -7,6 +7,7 @@ setup_run.py, the data in data.py, one step in train_step.py, what it leaves beh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import shutil
 import signal
@@ -124,12 +125,13 @@ def train(argv: list[str]) -> int | None:
     chip = chip_called(jax.devices()[0].device_kind)
     if chip:
         say(f"MFU is of {chip.flops / 1e12:.0f} TFLOP/s a device, the {chip.name}'s in bfloat16")
-    sized = dataclasses.replace(config, model=model_config)
+    # Batches come in a few shapes: counted once for each, not at every step.
+    flops_of = functools.cache(functools.partial(model_flops, dataclasses.replace(config, model=model_config)))
 
     # ---- the loop. A step's values are looked at while the next step is computed, and before anything is saved.
     def look(step: int, logs: dict, lengths: tuple[int, int], waited: float) -> None:
         values = jax.device_get(logs)
-        work = Work(int(values.pop("tokens")), model_flops(sized, lengths), waited)
+        work = Work(int(values.pop("tokens")), flops_of(lengths), waited)
         kl_per_dim = values.pop("kl_per_dim")
         values = {name: float(value) for name, value in values.items()}
         if bad := not_finite_in(values, regularizers):
