@@ -177,7 +177,7 @@ def train(argv: list[str]) -> int | None:
             asked = time.perf_counter()
             batch = placed(next(coming), config.batch_size, over_batch)
             waited = time.perf_counter() - asked
-            if first and config.log.profile and step - begins == config.log.profile[0]:
+            if first and config.log.profile_steps and step - begins == config.log.profile_steps[0]:
                 jax.profiler.start_trace(str(run_dir / "profile"))
                 tracing = True
             with jax.set_mesh(mesh):
@@ -191,7 +191,7 @@ def train(argv: list[str]) -> int | None:
             bar.update()
             stopped = agreed(interrupt.asked, step)
             ends = stopped or step == config.steps
-            if tracing and (ends or step - begins == config.log.profile[1]):
+            if tracing and (ends or step - begins == config.log.profile_steps[1]):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 tracing = False

@@ -17,6 +17,7 @@ evaluate`. What is complete is not done again, and a run that was cut off goes o
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -178,8 +179,10 @@ def _has(options: list[str], name: str) -> bool:
 
 def _called(argv: list[Any], log: Path) -> None:
     """Runs Python on these words; what it writes goes to a log."""
+    # Seeds of a setting run the same programs: what one has compiled, the others take.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / "compiled")} | os.environ
     with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=file, stderr=subprocess.STDOUT, env=env)
         try:
             code = process.wait()
         except KeyboardInterrupt:  # the same Ctrl-C has reached the run: it saves

@@ -7,7 +7,9 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.distributed import DistributedConfig
@@ -177,13 +179,13 @@ class LogConfig:
     figures: int = 1000
     """Texts to measure on at the end; 0 is no figures."""
 
-    profile: tuple[int, int] | None = None
+    profile_steps: Annotated[tuple[int, int] | None, tyro.conf.arg(prefix_name=False)] = None
     """First and last step of a trace for TensorBoard or Perfetto, counted from the start: 10 12."""
 
     def __post_init__(self):
         check_options(self, "log.", "every checkpoint keep", lambda n: n >= 1, "be at least 1")
-        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
-            raise InputError("--log.profile: give the first and the last step, such as 10 12", exit_code=2)
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise InputError("--profile-steps: give the first and the last step, such as 10 12", exit_code=2)
         check_options(self, "log.", "samples held_out figures", lambda n: n >= 0, "be at least 0")
 
 

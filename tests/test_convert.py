@@ -632,8 +632,9 @@ def test_the_wheel_holds_two_packages_and_converts(tmp_path, tiny, converted):
     roots = {entry.split("/")[0] for entry in entries}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"davae_jax", "davae_jax_convert"}
     for folder, package in (("davae_jax", "davae_jax"), ("convert", "davae_jax_convert")):
-        modules = {f"{package}/{file.name}" for file in (ROOT / folder).glob("*.py")}
-        assert modules == {entry for entry in entries if entry.startswith(f"{package}/")}
+        files = {file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*.*")}
+        files = {f"{package}/{file.as_posix()}" for file in files if file.suffix in (".py", ".css")}
+        assert files == {entry for entry in entries if entry.startswith(f"{package}/")}
 
     # Away from the checkout, as after `pip install`: what the `davae` script runs.
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")

@@ -170,6 +170,28 @@ def test_a_barrier_names_who_is_missing():
     assert out == "waited 1 s until the other one is here too: no word from process 1\n", err
 
 
+def test_schedulers_say_who_is_there():
+    """Under Slurm and Open MPI nothing has to be given: their variables, as 2 tasks of one node have them."""
+    program = """
+import jax
+from davae_jax.distributed import DistributedConfig, barrier, connect
+connect(DistributedConfig(timeout=60))
+barrier("both are here", 60)
+print(jax.process_index(), jax.process_count(), flush=True)
+"""
+    job = free_port() % 4096  # JAX takes the port by it, 61440 and more
+    slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+    mpi = {"OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": 2}
+    for job_wide, ranks in (
+        (slurm, ("SLURM_PROCID", "SLURM_LOCALID")),
+        (mpi, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")),
+    ):
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        said = [{name: str(value) for name, value in (job_wide | dict.fromkeys(ranks, i)).items()} for i in range(2)]
+        running = [subprocess.Popen([sys.executable, "-c", program], env=environment() | s, **pipes) for s in said]
+        assert [process.communicate(timeout=120)[0] for process in running] == ["0 2\n", "1 2\n"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

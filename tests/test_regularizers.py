@@ -637,10 +637,8 @@ def test_what_is_saved_is_gone_on_with(one_device, batches, tmp_path):
     """Saved after the first step and read again: two steps later all is the same bit for bit, and what regularizers
     have of their own is no part of the weights that every command reads."""
     step, states, _ = one_device
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(jax.device_put(states[1]))
-    checkpoints.wait()
-    checkpoints.close()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(jax.device_put(states[1]))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states[0])
     state = jax.device_get(Checkpoints(tmp_path, keep=1).restore(like)[0])

@@ -249,7 +249,7 @@ def newest_of(folder):
 
 def test_a_trace_is_written(text_file, tmp_path):
     folder = tmp_path / "run"
-    code, _, err = tiny(text_file, folder, "--steps", 3, "--log.profile", 2, 3)
+    code, _, err = tiny(text_file, folder, "--steps", 3, "--profile-steps", 2, 3)
     assert code == 0, err
     assert list((folder / "profile").rglob("*.xplane.pb"))
 

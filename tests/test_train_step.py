@@ -270,6 +270,24 @@ def test_training_lowers_the_loss(model):
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
+def test_bfloat16(model):
+    """Products in bfloat16, weights and moments in float32: the float32 run to bfloat16's 8 bits, and not to more."""
+    config = with_(optimizer=dataclasses.replace(CLEAN.optimizer, warmup=0.0, learning_rate=1e-3))
+    _, params = split(model)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        graphdef, _ = split(abstract_model(MODEL, dtype=dtype))
+        step = make_train_step(graphdef, with_(config, dtype=dtype))
+        state = init_state(jax.tree.map(jnp.array, params), config)
+        for _ in range(5):
+            state, logs = step(state, BATCH)
+        kept = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+        assert kept == {np.dtype("float32")}
+        found[dtype] = [float(logs[name]) for name in ("loss", "rec", "kl_unmasked", "loss_d", "grad_norm")]
+    np.testing.assert_allclose(found["bfloat16"], found["float32"], rtol=0.1)
+    assert np.abs(np.divide(found["bfloat16"], found["float32"]) - 1).max() > 1e-5
+
+
 def test_fresh_noise_every_step(model):
     """The draws follow from seed and step: two steps differ, the same step does not."""
     config = with_(optimizer=dataclasses.replace(CLEAN.optimizer, learning_rate=0.0, weight_decay=0.0))
