@@ -86,20 +86,92 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
 def plane(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colours: Mapping[str, str], *, title: str
 ) -> str:
-    """Dots at (x, y) of each named group, in its colour, with both axes. What is not finite is left out."""
+    """Dots at (x, y) of each named group, in its colour, with both axes; beside them the group's number, from 1 on.
+    What is not finite is left out."""
+    return _svg(title, _plane(points, colours), height=WIDTH)
+
+
+def _plane(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colours: Mapping[str, str]) -> str:
     points = {name: _finite(*xy) for name, xy in points.items()}
     (left, right), (low, high) = (
         _wider(*_range(np.concatenate([[0.0] if axis == 0 else [], *(xy[axis] for xy in points.values())])))
         for axis in (0, 1)
     )
     x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, WIDTH - BOTTOM, TOP)
-    drawn = ""
-    for name, (xs, ys) in points.items():
+    drawn, means = "", []
+    for i, (name, (xs, ys)) in enumerate(points.items()):
         if len(xs):
             places = "".join(f"M{x(a):.1f} {y(b):.1f}h0" for a, b in zip(xs.tolist(), ys.tolist(), strict=True))
             drawn += f'<path class="dots big" stroke="{colours[name]}" d="{places}"/>'
+            means.append((x(xs.mean()), y(ys.mean()), str(i + 1)))
     across = "".join(_text(x(v), WIDTH - 6, _number(v), "middle") for v in ticks(left, right))
-    return _svg(title, _y_axis(y, ticks(low, high)) + across + drawn, height=WIDTH)
+    return _y_axis(y, ticks(low, high)) + across + drawn + _labels(means)
+
+
+def _labels(places: Sequence[tuple[float, float, str]]) -> str:
+    """Small texts to the right of their places, or to the left or farther off where another one is already."""
+    width, height = 14.0, 11.0
+    put: list[tuple[float, float]] = []
+    drawn = ""
+    for x, y, text in sorted(places, key=lambda place: place[1]):
+        ways = [(x + side * way, y + 4 + up) for way in (11, 25, 39) for up in (0, -11, 11) for side in (1, -1)]
+        free = [
+            (a, b)
+            for a, b in ways
+            if LEFT + 6 < a < WIDTH - 4 and all(abs(a - c) >= width or abs(b - d) >= height for c, d in put)
+        ]
+        a, b = (free or ways)[0]
+        put.append((a, b))
+        drawn += _small(a, b, text, "middle")
+    return drawn
+
+
+def board(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    columns: Mapping[str, Mapping[str, Sequence[float]]],
+    colours: Mapping[str, str],
+    *,
+    title: str,
+) -> str:
+    """An SVG file of its own: the plane of `points`, then a row for each group with its number, name and dots in each
+    column. A column has its own scale, whose ends stand below it."""
+    names, column, step = 205, 150, 9
+    row = max(17.0, (WIDTH - TOP - BOTTOM) / len(points))
+    bottom = TOP + 10 + row * len(points)
+    width, height = WIDTH + 20 + names + (column + step) * len(columns), max(WIDTH, bottom + BOTTOM) + 20
+    drawn = f'<rect x="0" y="0" width="{width}" height="{height:.0f}" fill="#fff"/>'
+    drawn += f'<g transform="translate(0 20)">{_plane(points, colours)}</g>' + _small(LEFT, 14, title, "start")
+    start = WIDTH + 20
+    rows = {name: 20 + TOP + row * (i + 0.5) for i, name in enumerate(points)}
+    for i, (name, y) in enumerate(rows.items()):
+        drawn += f'<path class="dots big" stroke="{colours[name]}" d="M{start + 6} {y - 4:.1f}h0"/>'
+        drawn += _small(start + 32, y, str(i + 1), "end") + _small(start + 40, y, name, "start")
+    for i, (what, values) in enumerate(columns.items()):
+        left = start + names + (column + step) * i
+        everything = np.array([v for some in values.values() for v in some if math.isfinite(v)])
+        drawn += _small(left + column / 2, 14, what, "middle")
+        if not len(everything):
+            continue
+        low, high = _wider(*_range(everything))
+        x = _scale(low, high, left, left + column)
+        for name, y in rows.items():
+            drawn += f'<line class="grid" x1="{left}" x2="{left + column}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'
+            dots = "".join(f"M{x(v):.1f} {y - 4:.1f}h0" for v in values[name] if math.isfinite(v))
+            drawn += f'<path class="dots big" stroke="{colours[name]}" d="{dots}"/>' if dots else ""
+        y = 20 + bottom
+        drawn += _small(left, y, _number(low), "start") + _small(left + column, y, _number(high), "end")
+    style = (
+        "text { font: 17px system-ui, sans-serif; fill: #5b6670; } .small { font-size: 12px; fill: #1d2329; }"
+        " .grid { stroke: #d9dee3; } .dots { fill: none; stroke-linecap: round; stroke-opacity: .75; stroke-width: 6; }"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}"'
+        f' height="{height:.0f}" role="img"><title>{escape(title)}</title><style>{style}</style>{drawn}</svg>\n'
+    )
+
+
+def _small(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="small" x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def strips(groups: Mapping[str, Sequence[float]], colours: Mapping[str, str], *, title: str) -> str:

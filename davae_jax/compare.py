@@ -31,7 +31,7 @@ import tyro
 from tqdm import tqdm
 
 from davae_jax.cli import INTERRUPTED, Command
-from davae_jax.comparison import Results, format_table, page
+from davae_jax.comparison import Results, figure, format_table, page
 from davae_jax.errors import InputError
 from davae_jax.files import write_json, write_text
 from davae_jax.train_cli import parse_train
@@ -59,7 +59,7 @@ class Compare(Command):
     """The TOML file."""
 
     output: Path
-    """Folder for the runs, comparison.json, comparison.md and comparison.html."""
+    """Folder for the runs, and comparison.md, .json, .html and .svg."""
 
     def run(self) -> int:
         study = read_study(self.study)
@@ -91,6 +91,7 @@ class Compare(Command):
         write_json(self.output / "comparison.json", {"settings": study.settings, "seeds": study.seeds, "found": found})
         write_text(self.output / "comparison.md", format_table(found) + "\n")
         write_text(self.output / "comparison.html", page(title, found, study.settings))
+        write_text(self.output / "comparison.svg", figure(title, found))
 
 
 def read_study(path: Path) -> Study:

@@ -132,17 +132,38 @@ def _cell(measure: Measure, cell: Cell) -> str:
     return f"{measure.form.format(cell.mean)}{spread}{'*' * (cell.p is not None and cell.p < LEVEL)}"
 
 
+def _colours(found: Results) -> dict[str, str]:
+    """The numbers beside the dots tell apart what has the same colour."""
+    return {name: charts.COLOURS[i % len(charts.COLOURS)] for i, name in enumerate(found)}
+
+
+def _plane(found: Results) -> dict[str, tuple[list[float], list[float]]]:
+    """Rate and distortion of each setting's runs."""
+    return {
+        name: ([m["kl"] for m in runs.values()], [m["rec_nll"] for m in runs.values()]) for name, runs in found.items()
+    }
+
+
+def figure(title: str, found: Results) -> str:
+    """What matters most as one SVG file, for a paper: rate against distortion, and three measures by setting."""
+    by_key = {measure.key: cells for measure, cells in compared(found).items()}
+    columns = {
+        name: {setting: cell.values for setting, cell in by_key[key].items()}
+        for key, name in (("mutual_information", "MI, nats"), ("active_units", "active units"), ("iw_nll", "−log p(x)"))
+        if key in by_key
+    }
+    title = f"{title}: rate across, distortion up, nats"
+    return charts.board(_plane(found), columns, _colours(found), title=title)
+
+
 def page(title: str, found: Results, settings: Mapping[str, Sequence[str]]) -> str:
     """One HTML page that needs no other file: rate against distortion, each measure by setting, the table."""
     table = compared(found)
-    colours = {name: charts.COLOURS[i] if i < len(charts.COLOURS) else charts.OTHER for i, name in enumerate(found)}
-    by_key = {measure.key: cells for measure, cells in table.items()}
-    plane = charts.plane(
-        {name: (by_key["kl"][name].values, by_key["rec_nll"][name].values) for name in found},
-        colours,
-        title="rate across, distortion up; nats",
+    colours = _colours(found)
+    plane = charts.plane(_plane(found), colours, title="rate across, distortion up; nats")
+    legend = "".join(
+        f'<li><i style="background:{colours[name]}"></i>{i + 1} {escape(name)}</li>' for i, name in enumerate(found)
     )
-    legend = "".join(f'<li><i style="background:{colours[name]}"></i>{escape(name)}</li>' for name in found)
     dots = [
         _figure(
             charts.strips({name: cell.values for name, cell in cells.items()}, colours, title=measure.name),

@@ -3,6 +3,8 @@
 import json
 import math
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from test_train import TEXTS, TINY, environment
 from davae_jax import charts
 from davae_jax.cli import main
 from davae_jax.compare import folder_of, read_study
-from davae_jax.comparison import caveats, compared, format_table, holm, page, welch
+from davae_jax.comparison import caveats, compared, figure, format_table, holm, page, welch
 from davae_jax.errors import InputError
 
+STUDIES = Path(__file__).parent.parent / "studies"
 RESULTS = {
     "plain": {seed: {"kl": kl, "rec_nll": 20.0 - kl, "bleu": 50.0} for seed, kl in enumerate((1.0, 1.1, 0.9))},
     "better": {seed: {"kl": kl, "rec_nll": 20.0 - kl, "bleu": 50.0} for seed, kl in enumerate((5.0, 5.2, 4.9))},
@@ -52,6 +55,22 @@ def test_a_table_of_means_and_deviations():
     assert "| better | 3 | 5.03 ± 0.15* | 14.97 ± 0.15* | 50.0 ± 0.0 |" in text
     assert "| plain | 3 | 1.00 ± 0.10 | 19.00 ± 0.10 | 50.0 ± 0.0 |" in text
     assert "differs from “plain”" in text and "warning" not in text
+
+
+def test_the_projects_own_studies_can_be_read():
+    """Every option of theirs is one of train.py's; demo.toml has all that the others have, with the same options."""
+    studies = {path.stem: read_study(path) for path in STUDIES.glob("*.toml")}
+    assert studies.keys() == {"demo", "dialogue", "ptb"}
+    of_demo = _own_options(studies["demo"])
+    for name in ("dialogue", "ptb"):
+        assert len(studies[name].seeds) >= 3
+        assert _own_options(studies[name]).items() <= of_demo.items()
+
+
+def _own_options(study):
+    """What each setting has beyond the first one, which has no options of its own."""
+    common = next(iter(study.settings.values()))
+    return {name: options[len(common) :] for name, options in study.settings.items()}
 
 
 def test_too_little_is_said():
@@ -96,6 +115,28 @@ def test_dots_lie_where_their_values_are():
     a, b = (part.split('"')[0].split("h0")[:-1] for part in drawn.split(' d="')[1:])
     xs = [float(place[1:].split()[0]) for place in a + b]
     assert len(xs) == 3 and xs[0] < xs[1] == xs[2]
+
+
+def test_a_figure_for_a_paper():
+    """A file of its own: every setting's number in the plane and with its name; a dot a value, a scale a column."""
+    text = figure("a <study>", RESULTS)
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and "href" not in text
+    texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    said, small = [node.text for node in texts], [node.text for node in texts if node.get("class") == "small"]
+    assert all(small.count(number) == 2 for number in "123") and all(said.count(name) == 1 for name in RESULTS)
+    dots = [d for node in root.iter("{http://www.w3.org/2000/svg}path") for d in node.get("d").split("M")[1:]]
+    assert len(dots) == 9 + 3  # the plane; the legend; the columns' measures are not among these runs'
+    one = {"a": {0: {"kl": 1.0, "rec_nll": 2.0, "iw_nll": 3.0, "mutual_information": math.nan}}}
+    assert "−log p(x)" in figure("t", one)
+
+
+def test_numbers_do_not_hide_each_other():
+    """Twelve settings at one place: every label has a place of its own."""
+    same = {str(i): ([1.0], [1.0]) for i in range(12)} | {"far": ([2.0], [2.0])}
+    drawn = charts.plane(same, dict.fromkeys(same, "#111111"), title="t")
+    places = {part.split(' text-anchor="middle"')[0] for part in drawn.split('<text class="small"')[1:]}
+    assert len(places) == 13
 
 
 def write(path, **values):
@@ -158,6 +199,7 @@ def test_two_settings(tmp_path, monkeypatch, capsys):
     stored = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert stored["seeds"] == [0, 1] and stored["found"]["plain"]["0"]["n"] == 20
     Checked((out / "comparison.html").read_text(encoding="utf-8"))
+    ElementTree.parse(out / "comparison.svg")
     assert (out / "comparison.md").read_text(encoding="utf-8").startswith("| setting | seeds | rate: KL, nats | ")
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
