@@ -93,10 +93,10 @@ def plane(
 
 def _plane(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colours: Mapping[str, str]) -> str:
     points = {name: _finite(*xy) for name, xy in points.items()}
-    (left, right), (low, high) = (
-        _wider(*_range(np.concatenate([[0.0] if axis == 0 else [], *(xy[axis] for xy in points.values())])))
-        for axis in (0, 1)
-    )
+    xs, ys = (np.concatenate([xy[axis] for xy in points.values()]) for axis in (0, 1))
+    if not len(xs):
+        return ""
+    (left, right), (low, high) = _wider(*_range(np.append(xs, 0.0))), _wider(*_range(ys))
     x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, WIDTH - BOTTOM, TOP)
     drawn, means = "", []
     for i, (name, (xs, ys)) in enumerate(points.items()):
@@ -174,8 +174,14 @@ def _small(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="small" x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def strips(groups: Mapping[str, Sequence[float]], colours: Mapping[str, str], *, title: str) -> str:
-    """A row for each named group: its name, and a dot for every value. What is not finite is left out."""
+def strips(
+    groups: Mapping[str, Sequence[float]],
+    colours: Mapping[str, str],
+    marks: Mapping[str, str] = MappingProxyType({}),
+    *,
+    title: str,
+) -> str:
+    """A row for each named group: its name with its mark, and a dot for every value. What is not finite is left out."""
     groups = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
     everything = np.array([v for values in groups.values() for v in values])
     if not len(everything):
@@ -186,7 +192,7 @@ def strips(groups: Mapping[str, Sequence[float]], colours: Mapping[str, str], *,
     drawn = ""
     for i, (name, values) in enumerate(groups.items()):
         y = row * i + 28
-        drawn += _text(8, y - 11, name if len(name) <= 36 else name[:35] + "…", "start")
+        drawn += _text(8, y - 11, (name if len(name) <= 36 else name[:35] + "…") + marks.get(name, ""), "start")
         drawn += f'<line class="grid" x1="8" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>'
         drawn += (
             f'<path class="dots big" stroke="{colours[name]}" d="{"".join(f"M{x(v):.1f} {y}h0" for v in values)}"/>'

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -31,19 +32,24 @@ import tyro
 from tqdm import tqdm
 
 from davae_jax.cli import INTERRUPTED, Command
-from davae_jax.comparison import Results, figure, format_table, page
+from davae_jax.comparison import Results, figure, format_table, page, statistics
 from davae_jax.errors import InputError
+from davae_jax.evaluate_cli import Evaluate
 from davae_jax.files import write_json, write_text
+from davae_jax.regularizers import REGISTRY
 from davae_jax.train_cli import parse_train
+from davae_jax.train_config import TrainConfig
 
 PROGRAM = Path(__file__).parent.parent / "train.py"
 MEASURES = "evaluation.json"  # in a run's folder, when all is done
+COMPILED = "compiled"  # in the output: what JAX has compiled
 
 
 class Study(NamedTuple):
     settings: dict[str, list[str]]  # options of train.py, those of all runs included
     evaluate: list[str]
     seeds: list[int]
+    notes: list[str]  # on what settings differ in that a comparison should have alike
 
 
 @dataclass(kw_only=True)
@@ -65,6 +71,7 @@ class Compare(Command):
         study = read_study(self.study)
         if not PROGRAM.is_file():
             raise InputError(f"{PROGRAM}: no such file; `davae compare` trains by it and works in a checkout only")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run under way saves
         found: Results = {name: {} for name in study.settings}
         failed = []
         # A seed after the other, so that all settings can be compared when the first seed is through.
@@ -82,15 +89,16 @@ class Compare(Command):
                     self.write(found, study)
         if not any(found.values()):
             return 1
-        print(format_table(found))
+        print(format_table(found, study.notes))
         print(f"\n{self.output / 'comparison.html'}")
         return 1 if failed else 0
 
     def write(self, found: Results, study: Study) -> None:
         title = self.study.stem
-        write_json(self.output / "comparison.json", {"settings": study.settings, "seeds": study.seeds, "found": found})
-        write_text(self.output / "comparison.md", format_table(found) + "\n")
-        write_text(self.output / "comparison.html", page(title, found, study.settings))
+        compared = {"settings": study.settings, "seeds": study.seeds, "found": found, "compared": statistics(found)}
+        write_json(self.output / "comparison.json", compared)
+        write_text(self.output / "comparison.md", format_table(found, study.notes) + "\n")
+        write_text(self.output / "comparison.html", page(title, found, study.settings, study.notes))
         write_text(self.output / "comparison.svg", figure(title, found))
 
 
@@ -113,30 +121,59 @@ def read_study(path: Path) -> Study:
         if not isinstance(values.get(name, kind()), kind):
             raise bad(f"{name} must be a {({str: 'text', list: 'list', dict: 'table'})[kind]}")
     seeds, settings = values.get("seeds", [0, 1, 2]), values.get("settings", {})
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
-        raise bad("seeds must be different whole numbers, at least one")
+    whole = all(type(s) is int and 0 <= s < 2**32 for s in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise bad("seeds must be different whole numbers, at least one, from 0 and below 2³²")
     if not settings:
         raise bad("[settings] has none")
     folders: dict[str, str] = {}
     for name, options in settings.items():
         if not isinstance(options, str):
             raise bad(f"settings.{name} must be a text of options")
+        if (folder := folder_of(name)) == COMPILED or folder.startswith("comparison."):
+            raise bad(f"setting {name!r} would have the folder {folder}, which is taken")
         if (other := folders.setdefault(folder_of(name), name)) != name:
             raise bad(f"settings {other!r} and {name!r} would have the same folder")
     common = _words(values.get("train", ""), path)
-    study = Study(
-        {name: common + _words(options, path) for name, options in settings.items()},
-        _words(values.get("evaluate", ""), path),
-        seeds,
-    )
-    for name, options in study.settings.items():
-        if {"--seed", "--run-dir"} & set(options):
+    words = {name: common + _words(options, path) for name, options in settings.items()}
+    evaluate = _words(values.get("evaluate", ""), path)
+    configs = {}
+    for name, options in words.items():
+        if {"--seed", "--run-dir"} & _names(options):
             raise bad(f"settings.{name}: --seed and --run-dir are given by the comparison")
+        registered = dict(REGISTRY)
         try:
-            parse_train(options)
+            parsed = parse_train(options)
         except InputError as e:
             raise bad(f"settings.{name}: {e}") from None
-    return study
+        finally:  # a setting's plugins are its own
+            REGISTRY.clear()
+            REGISTRY.update(registered)
+        if parsed is None:
+            raise bad(f"settings.{name}: asks for the help text")
+        configs[name] = parsed[1]
+    if {"--model", "--json"} & _names(evaluate):
+        raise bad("evaluate: --model and --json are given by the comparison")
+    try:
+        if Evaluate.parse(["--model", "run", *evaluate], "davae evaluate") is None:
+            raise bad("evaluate: asks for the help text")
+    except InputError as e:
+        raise bad(f"evaluate: {e}") from None
+    return Study(words, evaluate, seeds, _unlike(configs))
+
+
+def _names(options: list[str]) -> set[str]:
+    return {option.partition("=")[0].replace("_", "-") for option in options if option.startswith("--")}
+
+
+def _unlike(configs: dict[str, TrainConfig]) -> list[str]:
+    """What should be alike in a comparison, and is not."""
+    asked = [{"--steps": c.steps, "--batch-size": c.batch_size, "--data.train": c.data.train} for c in configs.values()]
+    return [
+        f"settings differ in {option}: their budget or data are not the same"
+        for option, first in asked[0].items()
+        if any(other[option] != first for other in asked)
+    ]
 
 
 def _words(options: str, path: Path) -> list[str]:
@@ -148,7 +185,7 @@ def _words(options: str, path: Path) -> list[str]:
 
 def folder_of(name: str) -> str:
     """A setting's name as a folder's."""
-    return re.sub(r"[^\w.=-]+", "-", name).strip("-") or "setting"
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-.") or "setting"
 
 
 def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -157,37 +194,53 @@ def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     Raises:
       InputError: it failed, with the last line that it wrote; or its folder was made with other options.
     """
-    told = {"train": study.settings[name], "evaluate": study.evaluate}
+    options = study.settings[name]
+    told = {"train": options, "evaluate": study.evaluate}
     stored, measured = folder.parent / f"{folder.name}.json", folder / MEASURES
-    if stored.exists() and json.loads(stored.read_text(encoding="utf-8")) != told:
-        raise InputError(f"{folder}: was made with other options; give another --output, or remove it")
-    if measured.exists():
-        return json.loads(measured.read_text(encoding="utf-8"))
+    before = _read(stored) if folder.exists() else None
+    if before and before.get("train") != options:
+        raise InputError(f"{folder}: was made with other options; give another --output, or remove this folder")
+    if before == told and (found := _read(measured)):
+        return found
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(stored, told)
+    measured.unlink(missing_ok=True)  # of other options of `davae evaluate`, or damaged
     log = folder.parent / f"{folder.name}.log"
-    train = [PROGRAM, *study.settings[name], "--seed", seed, "--run-dir", folder]
-    if not _has(study.settings[name], "--log.figures"):
+    train = [PROGRAM, *options, "--seed", seed, "--run-dir", folder]
+    if "--log.figures" not in _names(options):
         train += ["--log.figures", 0]  # `davae evaluate` measures more
     _called(train, log)
     _called(["-m", "davae_jax.cli", "evaluate", "--model", folder, *study.evaluate, "--json", measured], log)
-    return json.loads(measured.read_text(encoding="utf-8"))
+    if (found := _read(measured)) is None:
+        raise InputError(f"{measured}: cannot be read")
+    return found
 
 
-def _has(options: list[str], name: str) -> bool:
-    return any(option == name or option.startswith(f"{name}=") for option in options)
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file of ours holds; None where there is none, or it is damaged and has to be made again."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and values else None
 
 
 def _called(argv: list[Any], log: Path) -> None:
     """Runs Python on these words; what it writes goes to a log."""
     # Seeds of a setting run the same programs: what one has compiled, the others take.
-    env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / "compiled")} | os.environ
+    env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED)} | os.environ
+    words = [sys.executable, *map(str, argv)]
     with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=file, stderr=subprocess.STDOUT, env=env)
+        # In a session of its own, so that every interruption reaches it once, and by us.
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # the same Ctrl-C has reached the run: it saves
-            process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # it saves
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.kill()
             raise
     if code == INTERRUPTED:
         raise KeyboardInterrupt

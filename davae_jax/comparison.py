@@ -4,6 +4,7 @@ chance."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -15,6 +16,7 @@ from davae_jax import charts
 
 Results = dict[str, dict[int, dict[str, Any]]]  # setting → seed → what `davae evaluate --json` writes
 LEVEL = 0.05  # of significance
+PLANE = "kl", "rec_nll"  # rate and distortion
 
 
 class Measure(NamedTuple):
@@ -40,8 +42,9 @@ MEASURES = [
 
 
 class Cell(NamedTuple):
-    values: list[float]  # of each seed
-    p: float | None  # that it is as the first setting; None for that one, and with fewer than two seeds of either
+    values: list[float]  # of each seed that has the measure
+    p: float | None  # that it is as the first setting; None for that one, and where it cannot be told
+    runs: int  # all of the setting's; more than values where some have no such measure
 
     @property
     def mean(self) -> float:
@@ -59,26 +62,44 @@ def compared(found: Results) -> dict[Measure, dict[str, Cell]]:
     table = {}
     for measure in MEASURES:
         values = {
-            name: [float(m[measure.key]) for _, m in sorted(runs.items()) if m.get(measure.key) is not None]
+            name: [float(m[measure.key]) for _, m in sorted(runs.items()) if _is_number(m.get(measure.key))]
             for name, runs in found.items()
         }
         if not any(values.values()):
             continue
         first, *others = values
-        p = holm([welch(values[first], values[name]) for name in others])
-        table[measure] = {name: Cell(values[name], q) for name, q in zip(values, [None, *p], strict=True)}
+        lacking = {name for name, runs in found.items() if len(values[name]) < len(runs)}
+        # A setting of which some runs have no such value is not held against others by those that are left.
+        p = holm([None if {first, name} & lacking else welch(values[first], values[name]) for name in others])
+        cells = zip(values, [None, *p], strict=True)
+        table[measure] = {name: Cell(values[name], q, len(found[name])) for name, q in cells}
     return table
 
 
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
+def statistics(found: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """`compared` as numbers to be written: of each measure and setting the mean, the deviation and the corrected p."""
+    return {
+        measure.key: {
+            name: {"mean": cell.mean, "deviation": cell.deviation, "p": cell.p, "values": len(cell.values)}
+            for name, cell in cells.items()
+        }
+        for measure, cells in compared(found).items()
+    }
+
+
 def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """The two-sided p of Welch's t-test (1947); None with fewer than two values on a side."""
+    """The two-sided p of Welch's t-test (1947); None with fewer than two values on a side, and where neither side
+    varies: two or three equal values do not tell how much it would."""
     from scipy.stats import ttest_ind
 
-    if min(len(a), len(b)) < 2:
+    if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return None
-    if np.var(a) == np.var(b) == 0:  # by the formula 0 / 0 where they are equal
-        return 1.0 if np.mean(a) == np.mean(b) else 0.0
-    return float(ttest_ind(a, b, equal_var=False).pvalue)
+    p = float(ttest_ind(a, b, equal_var=False).pvalue)
+    return p if math.isfinite(p) else None
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
@@ -92,20 +113,35 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def caveats(found: Results) -> list[str]:
-    """What is too little to mean anything, and what the evaluations themselves warn of."""
+def caveats(found: Results, notes: Sequence[str] = ()) -> list[str]:
+    """What is too little to mean anything, and what the evaluations themselves warn of: each kind once, with the
+    number of runs and the first one's figures.
+
+    notes: what else is to be said.
+    """
     n = min(map(len, found.values()))
-    said = []
+    said = list(notes)
     if n < 3:
         said.append(
             f"{n} seed{'s' * (n != 1)} of some settings: what differs by chance is hard to tell; give 3 or more"
         )
-    every = [w for runs in found.values() for m in runs.values() for w in m.get("warnings", [])]
+    for measure, cells in compared(found).items():
+        said += [
+            f"{measure.name}: {cell.runs - len(cell.values)} of {cell.runs} runs of “{name}” have no finite value"
+            for name, cell in cells.items()
+            if len(cell.values) < cell.runs
+        ]
     runs = sum(map(len, found.values()))
-    return said + [f"{every.count(w)} of {runs} runs: {w}" for w in dict.fromkeys(every)]
+    kinds: dict[str, list[str]] = {}
+    for warning in (w for of_setting in found.values() for m in of_setting.values() for w in m.get("warnings", [])):
+        kinds.setdefault(re.sub(r"\d[\d.,]*", "0", warning), []).append(warning)
+    return said + [
+        f"{len(alike)} of {runs} runs: {alike[0]}" + " (figures of the first)" * (len(set(alike)) > 1)
+        for alike in kinds.values()
+    ]
 
 
-def format_table(found: Results) -> str:
+def format_table(found: Results, notes: Sequence[str] = ()) -> str:
     """As Markdown, a row a setting: mean ± deviation over the seeds; * where it differs from the first setting's."""
     table = compared(found)
     settings = list(found)
@@ -115,21 +151,26 @@ def format_table(found: Results) -> str:
     ]
     for name in settings:
         cells = [_cell(measure, cells[name]) for measure, cells in table.items()]
-        lines.append(f"| {name} | {len(found[name])} | {' | '.join(cells)} |")
+        lines.append(" | ".join(["| " + name.replace("|", "\\|"), str(len(found[name])), *cells]) + " |")
     first = settings[0]
     lines += [
         "",
         f"mean ± deviation over the seeds; * differs from “{first}”: p < {LEVEL} by Welch's t-test, corrected",
     ]
     lines[-1] += " for the number of settings by Holm's method, each measure by itself"
-    return "\n".join([*lines, *(f"warning: {line}" for line in caveats(found))])
+    return "\n".join([*lines, *(f"warning: {line}" for line in caveats(found, notes))])
 
 
 def _cell(measure: Measure, cell: Cell) -> str:
     if not cell.values:
         return "–"
     spread = "" if math.isnan(cell.deviation) else f" ± {measure.form.format(cell.deviation)}"
-    return f"{measure.form.format(cell.mean)}{spread}{'*' * (cell.p is not None and cell.p < LEVEL)}"
+    some = f" ({len(cell.values)} of {cell.runs})" if len(cell.values) < cell.runs else ""
+    return f"{measure.form.format(cell.mean)}{spread}{_star(cell)}{some}"
+
+
+def _star(cell: Cell) -> str:
+    return "*" * (cell.p is not None and cell.p < LEVEL)
 
 
 def _colours(found: Results) -> dict[str, str]:
@@ -140,7 +181,8 @@ def _colours(found: Results) -> dict[str, str]:
 def _plane(found: Results) -> dict[str, tuple[list[float], list[float]]]:
     """Rate and distortion of each setting's runs."""
     return {
-        name: ([m["kl"] for m in runs.values()], [m["rec_nll"] for m in runs.values()]) for name, runs in found.items()
+        name: tuple([m[key] if _is_number(m.get(key)) else math.nan for m in runs.values()] for key in PLANE)
+        for name, runs in found.items()
     }
 
 
@@ -156,7 +198,7 @@ def figure(title: str, found: Results) -> str:
     return charts.board(_plane(found), columns, _colours(found), title=title)
 
 
-def page(title: str, found: Results, settings: Mapping[str, Sequence[str]]) -> str:
+def page(title: str, found: Results, settings: Mapping[str, Sequence[str]], notes: Sequence[str] = ()) -> str:
     """One HTML page that needs no other file: rate against distortion, each measure by setting, the table."""
     table = compared(found)
     colours = _colours(found)
@@ -166,7 +208,12 @@ def page(title: str, found: Results, settings: Mapping[str, Sequence[str]]) -> s
     )
     dots = [
         _figure(
-            charts.strips({name: cell.values for name, cell in cells.items()}, colours, title=measure.name),
+            charts.strips(
+                {name: cell.values for name, cell in cells.items()},
+                colours,
+                {name: _star(cell) for name, cell in cells.items()},
+                title=measure.name,
+            ),
             measure.name + {1: "; more is better", -1: "; less is better", 0: ""}[measure.better],
         )
         for measure, cells in table.items()
@@ -182,7 +229,7 @@ def page(title: str, found: Results, settings: Mapping[str, Sequence[str]]) -> s
         f"<tr><td>{escape(name)}</td><td><code>{escape(' '.join(words))}</code></td></tr>"
         for name, words in settings.items()
     )
-    said = "".join(f"<li>{escape(line)}</li>" for line in caveats(found))
+    said = "".join(f"<li>{escape(line)}</li>" for line in caveats(found, notes))
     about = format_table(found).partition("\n\n")[2].splitlines()[0]
     parts = [
         f"<h1>{escape(title)}</h1>",

@@ -13,10 +13,13 @@ from davae_jax.model import Params
 from davae_jax.schedules import OptimizerConfig, learning_rate
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the update. Matrices decay, biases and LayerNorms never."""
+def make_optimizer(config: OptimizerConfig, steps: int, halves: bool = False) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the update. Matrices decay, biases and LayerNorms never.
+
+    halves: the decoder's moments, and the number of steps that they are of, are kept apart from the encoder's.
+    """
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    optimizer = optax.chain(clip, _update(config, steps))
+    optimizer = optax.chain(clip, _update(config, steps, halves))
     return skip_spikes(optimizer, config.spike) if config.spike else optimizer
 
 
@@ -52,25 +55,26 @@ def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax
     return optax.GradientTransformation(init, update)
 
 
-def _update(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    rate = learning_rate(config, steps)
+def _update(config: OptimizerConfig, steps: int, halves: bool) -> optax.GradientTransformation:
     match config.name:
         case "adamw":
-            return optax.adamw(
-                rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_is_matrix
-            )
+            direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
         case "adafactor":
             update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None)
+            direction = optax.chain(update, optax.scale(-1.0))
         case "muon":
             # consistent_rms: AdamW's usual size of an update, so that one learning rate serves both.
             adam = dict(adam_b1=config.b1, adam_b2=config.b2, eps=config.eps)
             update = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2, **adam)
-    # Without a rate and a decay of its own: the decay comes after, and is multiplied by the rate too.
+            direction = optax.chain(update, optax.scale(-1.0))
+    if halves:
+        of_half = lambda params: {name: "decoder" if name == "decoder" else "others" for name in params}  # noqa: E731
+        direction = optax.partition({"decoder": direction, "others": direction}, of_half)
+    # Rate and decay are as in AdamW, whichever the direction: the decay is multiplied by the rate too.
     return optax.chain(
-        update,
-        optax.scale(-1.0),
+        direction,
         optax.add_decayed_weights(config.weight_decay, _is_matrix),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
 

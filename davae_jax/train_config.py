@@ -250,6 +250,8 @@ class TrainConfig:
                 f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}", exit_code=2
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be a whole number from 0 to 2³² − 1")
+        if self.posterior.mean_scale and not self.data.pack and self.batch_size == self.accumulate:
+            raise InputError("--posterior.mean-scale: one text has no deviation; give a larger batch", exit_code=2)
 
 
 DEMO = TrainConfig(

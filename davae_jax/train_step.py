@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.data import Batch
 from davae_jax.decoder import Decoder
+from davae_jax.encoder import EncoderOutput
 from davae_jax.latent import Posterior, free_bits_kl, kl_per_dimension
 from davae_jax.layers import Segments
 from davae_jax.losses import adversarial_losses, chunked_nll
@@ -30,8 +31,8 @@ from davae_jax.regularizers import (
     active,
     batch_normalized,
     init_own,
+    normalized_head,
     penalty,
-    scaled_head,
 )
 from davae_jax.schedules import beta_at, learning_rate
 from davae_jax.sharding import RULES, weight_sharding
@@ -53,8 +54,8 @@ class TrainState(NamedTuple):
 
 def optimizers(config: TrainConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """For encoder and decoder, and another of its own rate for the discriminator."""
-    both = config.optimizer, config.adversarial.optimizer(config.optimizer)
-    return tuple(make_optimizer(one, config.steps) for one in both)
+    main = make_optimizer(config.optimizer, config.steps, halves=config.lagging.encoder_steps > 0)
+    return main, make_optimizer(config.adversarial.optimizer(config.optimizer), config.steps)
 
 
 def regularizer_optimizers(config: TrainConfig) -> dict[str, optax.GradientTransformation]:
@@ -165,7 +166,8 @@ def make_train_step(
         params = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, d_updates)
         if config.posterior.mean_scale:
             head = params["encoder"]["posterior"]
-            head["weight"] = scaled_head(head["weight"], config.posterior.mean_scale, logs.pop("mean_std"))
+            found = logs.pop("mean_std"), logs.pop("pooled")
+            head["weight"] = normalized_head(head["weight"], config.posterior.mean_scale, *found)
         own, own_opt_states = {}, {}
         for name, own_optimizer in own_optimizers.items():
             before = state.regularizers[name]
@@ -254,16 +256,18 @@ def objective(
     keys = dict(zip(("token", "embedding", "encoder", "latent", "decoder", "prior"), jax.random.split(key, 6)))
     model = merge(graphdef, params)
     mean = mean_over_texts(batch, texts)
-    posterior = posterior_of(model, batch, keys, config)
+    encoded = encode(model, batch, keys, config)
+    posterior = Posterior(encoded.mean, encoded.logvar)
     if config.posterior.mean_scale:
         # Over this part's own texts: `texts` is what parts have on average.
-        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, mean_over_texts(batch))
+        over_part = mean_over_texts(batch)
+        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, over_part)
     latent = posterior.sample(keys["latent"])
     rec, length = reconstruction(model, batch, latent, keys["decoder"], config)
     rec_per_token = rec / length
 
     kl_BL = kl_per_dimension(posterior)
-    kl = counted_kl(kl_BL, config, mean)
+    kl = counted_kl(kl_BL, config, mean_over_texts(batch))
     weighted = rec_per_token if config.length_weighted else rec
     loss = mean(weighted + beta * kl)
     logs = {"rec": mean(rec_per_token), "kl": mean(kl), "kl_unmasked": mean(kl_BL.sum(-1))}
@@ -276,7 +280,7 @@ def objective(
     _, loss_g = adversarial_losses(frozen, latent, prior, mean)
     loss = loss + config.adversarial.weight * loss_g
     if config.posterior.mean_scale:
-        logs["mean_std"] = mean_std
+        logs |= {"mean_std": mean_std, "pooled": over_part(encoded.pooled.astype(jnp.float32))}
     against = loss_d
     if regularizers := active(config.regularizers):
         latents = latent_batch(batch, posterior, latent, prior)._replace(
@@ -360,8 +364,8 @@ def mean_over_rows(x: Float[Array, "B *L"]) -> Float[Array, "*L"]:
     return x.mean(0)
 
 
-def posterior_of(model: DAVAE, batch: Batch | PackedBatch, keys: dict, config: TrainConfig) -> Posterior:
-    """The posterior of the texts, [B, L] or packed [B, P, L], with the noise of training on tokens and embeddings."""
+def encode(model: DAVAE, batch: Batch | PackedBatch, keys: dict, config: TrainConfig) -> EncoderOutput:
+    """What the encoder makes of the texts, with the noise of training on tokens and embeddings."""
     ids, segments = batch.encoder_ids, None
     if isinstance(batch, PackedBatch):
         segments = Segments(batch.encoder_segments, batch.encoder_starts)
@@ -369,8 +373,7 @@ def posterior_of(model: DAVAE, batch: Batch | PackedBatch, keys: dict, config: T
     ids = token_noise(ids, special, config.noise, model.config.encoder.vocab_size, keys["token"], segments)
     shape = (*ids.shape, model.config.encoder.hidden_size)
     noise = embedding_noise(keys["embedding"], shape, config.noise)
-    encoded = model.encoder(ids, noise, keys["encoder"], config.remat, segments)
-    return Posterior(encoded.mean, encoded.logvar)
+    return model.encoder(ids, noise, keys["encoder"], config.remat, segments)
 
 
 def reconstruction(
@@ -453,7 +456,8 @@ def decoder_waits(step: Int[Array, ""], steps: int, config: LaggingConfig) -> Bo
 
 
 def held(waits: Bool[Array, ""], updates: Params, states: tuple[optax.OptState, optax.OptState]):
-    """Updates and the optimizer's next state, the decoder's part of both as if the step had not been."""
+    """Updates and the optimizer's next state, the decoder's part of both as if the step had not been: its moments and
+    the number of steps that they are of (`optimizers.make_optimizer`, `halves`)."""
 
     def kept(path, before, after):
         of_decoder = any(getattr(part, "key", None) == "decoder" for part in path)

@@ -13,7 +13,7 @@ from test_train import TEXTS, TINY, environment
 from davae_jax import charts
 from davae_jax.cli import main
 from davae_jax.compare import folder_of, read_study
-from davae_jax.comparison import caveats, compared, figure, format_table, holm, page, welch
+from davae_jax.comparison import caveats, compared, figure, format_table, holm, page, statistics, welch
 from davae_jax.errors import InputError
 
 STUDIES = Path(__file__).parent.parent / "studies"
@@ -36,7 +36,7 @@ def test_welch_by_hand():
     )
     assert welch(a, b) == pytest.approx(2 * np.trapezoid(density, x), rel=1e-3)
     assert welch([1.0], b) is None
-    assert welch([2.0, 2.0], [2.0, 2.0]) == 1 and welch([2.0, 2.0], [3.0, 3.0]) == 0
+    assert welch([2.0, 2.0], [2.0, 2.0]) is welch([2.0, 2.0], [3.0, 3.0]) is welch([1.0, math.nan], b) is None
 
 
 def test_holm_by_hand():
@@ -131,6 +131,39 @@ def test_a_figure_for_a_paper():
     assert "−log p(x)" in figure("t", one)
 
 
+def test_runs_without_a_value():
+    """Named, counted, and not tested by those that are left; a study of nothing else can be drawn."""
+    gone = RESULTS["better"] | {1: {"kl": 5.0, "rec_nll": None, "bleu": math.inf}}
+    text = format_table({"plain": RESULTS["plain"], "better": gone})
+    assert "| better | 3 | 4.97 ± 0.06* | 15.05 ± 0.07 (2 of 3) | 50.0 ± 0.0 (2 of 3) |" in text
+    assert "warning: distortion, nats: 1 of 3 runs of “better” have no finite value" in text
+    assert statistics({"plain": RESULTS["plain"], "better": gone})["rec_nll"]["better"]["p"] is None
+    nothing = {"a": {0: {"kl": None, "rec_nll": None, "bleu": 3.0}}}
+    Checked(page("t", nothing, {"a": []}))
+    ElementTree.fromstring(figure("t", nothing))
+
+
+def test_plugins_of_settings_are_their_own(tmp_path):
+    """Two versions of one regularizer are two settings; one that forgot its plugin is refused. Budgets that differ are
+    said."""
+    body = "from dataclasses import dataclass\nfrom davae_jax.regularizers import Regularizer, register\n"
+    body += '@register("mine")\n@dataclass(frozen=True)\nclass Mine(Regularizer):\n    """It."""\n'
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(body, encoding="utf-8")
+    settings = {name: f"--plugin {tmp_path / name}.py --regularizers.mine.weight 1" for name in "ab"}
+    assert read_study(write(tmp_path / "study.toml", settings=settings)).notes == []
+    study = read_study(write(tmp_path / "study.toml", settings=settings | {"longer": "--steps 7"}))
+    assert study.notes == ["settings differ in --steps: their budget or data are not the same"]
+    assert study.notes[0] in format_table(RESULTS, study.notes)
+    with pytest.raises(InputError, match="no regularizer 'mine'"):
+        read_study(write(tmp_path / "study.toml", settings=settings | {"c": "--regularizers.mine.weight 1"}))
+
+
+def test_warnings_of_one_kind_are_one():
+    found = {"a": {i: {"kl": 1.0, "warnings": [f"of 50 samples only {i}.5 count"]} for i in range(3)}}
+    assert caveats(found) == ["3 of 3 runs: of 50 samples only 0.5 count (figures of the first)"]
+
+
 def test_numbers_do_not_hide_each_other():
     """Twelve settings at one place: every label has a place of its own."""
     same = {str(i): ([1.0], [1.0]) for i in range(12)} | {"far": ([2.0], [2.0])}
@@ -155,10 +188,16 @@ def write(path, **values):
         (dict(trian="--steps 3"), "'trian' is not known; known: train, evaluate, seeds, settings"),
         (dict(seeds=[1, 1], settings={"a": ""}), "seeds must be different whole numbers"),
         (dict(seeds=[], settings={"a": ""}), "seeds must be different whole numbers"),
+        (dict(seeds=[[1], [2]], settings={"a": ""}), "seeds must be different whole numbers"),
+        (dict(seeds=[True], settings={"a": ""}), "seeds must be different whole numbers"),
         (dict(settings={"a": 3}), "settings.a must be a text of options"),
         (dict(settings={"a": "--steps 0"}), "--steps must be at least 1, not 0"),
         (dict(settings={"a": "--nonsense 3"}), "settings.a: "),
         (dict(settings={"a": "--seed 3"}), "settings.a: --seed and --run-dir are given by the comparison"),
+        (dict(settings={"a": "--run_dir=x"}), "settings.a: --seed and --run-dir are given by the comparison"),
+        (dict(settings={"compiled": ""}), "setting 'compiled' would have the folder compiled, which is taken"),
+        (dict(settings={"a": ""}, evaluate="--dta x"), "evaluate: "),
+        (dict(settings={"a": ""}, evaluate="--json x"), "evaluate: --model and --json are given by the comparison"),
         (dict(settings={"a b": "", "a-b": ""}), "settings 'a b' and 'a-b' would have the same folder"),
         (dict(train="'", settings={"a": ""}), "No closing quotation"),
     ],
@@ -180,7 +219,7 @@ def test_files_that_are_no_study(tmp_path):
 
 
 def test_names_become_folders():
-    assert folder_of("β 0.1, no KL/free") == "β-0.1-no-KL-free" and folder_of("///") == "setting"
+    assert folder_of("β 0.1, no KL/free") == "β-0.1-no-KL-free" and folder_of("///") == folder_of("..") == "setting"
 
 
 @pytest.mark.slow
@@ -206,6 +245,15 @@ def test_two_settings(tmp_path, monkeypatch, capsys):
     assert main(["compare", str(path), "--output", str(out)]) == 0
     assert capsys.readouterr().out == first
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
+
+    # Damaged, or of other options of the measuring: measured again, and not trained again.
+    (out / "plain" / "seed-1" / "evaluation.json").write_text("[]")
+    trained = {p: p.read_bytes() for p in out.rglob("metrics.jsonl")}
+    write(path, **told | dict(evaluate=told["evaluate"] + " --seed 3", seeds=[1]), settings=settings)
+    assert main(["compare", str(path), "--output", str(out)]) == 0
+    assert "| plain | 1 | " in capsys.readouterr().out
+    assert len(trained) == 4 and trained == {p: p.read_bytes() for p in out.rglob("metrics.jsonl")}
+    assert json.loads((out / "plain" / "seed-1.json").read_text(encoding="utf-8"))["evaluate"][-2:] == ["--seed", "3"]
 
     write(path, **told, settings={"plain": "--beta.max 0.2", "capacity": settings["capacity"]})
     assert main(["compare", str(path), "--output", str(out)]) == 1

@@ -22,7 +22,7 @@ from davae_jax.checkpoint import load_arrays, stored_arrays
 from davae_jax.losses import published_loss, reconstruction_nll
 from davae_jax.model import merge, split
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("full size")]
+pytestmark = pytest.mark.slow
 
 # Imports included; the peak counts mapped pages as well. Not getrusage's: on Linux a started program inherits the peak
 # of the process that started it, here pytest's after whatever ran before.

@@ -12,7 +12,7 @@ from davae_jax import DAVAEConfig
 from davae_jax.checkpoint import flatten
 from davae_jax.data import Batch, Batches, Texts, read_texts, tokenize
 from davae_jax.errors import InputError
-from davae_jax.latent import kl_per_dimension
+from davae_jax.latent import Posterior, kl_per_dimension
 from davae_jax.layers import Segments
 from davae_jax.model import abstract_model, merge, split
 from davae_jax.noise import NoiseConfig, token_noise
@@ -24,10 +24,10 @@ from davae_jax.train_config import AdversarialConfig, DataConfig, FreeBitsConfig
 from davae_jax.train_step import (
     abstract_state,
     counted_kl,
+    encode,
     gradient,
     make_train_step,
     mean_over_texts,
-    posterior_of,
     reconstruction,
 )
 
@@ -93,7 +93,8 @@ def losses_of(model):
 
     def losses(params, batch, where, eps):
         model = merge(graphdef, params)
-        posterior = posterior_of(model, batch, KEYS, CLEAN)
+        encoded = encode(model, batch, KEYS, CLEAN)
+        posterior = Posterior(encoded.mean, encoded.logvar)
         shape = posterior.mean.shape
         placed = jnp.zeros(shape).at[tuple(where)].set(eps)
         rec, length = reconstruction(model, batch, posterior.at(placed), None, CLEAN)
@@ -163,14 +164,17 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
             assert_close(a, b)
 
 
-def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch):
+@pytest.mark.parametrize("mode", ["off", "total"])
+def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch, mode):
     """The whole objective and its gradient, the packed one in two parts (of unlike numbers of texts, as
     11 are odd), with layers and logits computed anew. No draws: they differ."""
     monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=jnp.float32: jnp.zeros(shape, dtype))
     graphdef, params = split(model)
     batch, _ = packed
     run = jax.jit(gradient, static_argnums=(1, 5))
-    in_parts = dataclasses.replace(CLEAN, accumulate=2, remat="full", logits_chunk=10)
+    # Free bits of nothing are the whole KL.
+    bits = FreeBitsConfig(mode=mode, target=0.0)
+    in_parts = dataclasses.replace(CLEAN, accumulate=2, remat="full", logits_chunk=10, free_bits=bits)
     key, beta = jax.random.key(0), jnp.float32(0.3)
     expected, expected_logs = run(params, graphdef, plain, key, beta, CLEAN)
     found, logs = run(params, graphdef, batch, key, beta, in_parts)

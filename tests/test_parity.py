@@ -240,7 +240,6 @@ def test_a_folder_without_weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("full size")
 def test_full_size():
     """Minutes, 13 GB of memory and 5 GB of temporary files."""
     folder = os.environ.get("DAVAE_FULL_CHECKPOINT")

@@ -311,7 +311,6 @@ def test_simulated_latent():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("full size")
 @torch.no_grad()
 def test_full_size():
     """The random checkpoint of the published size; takes a minute and 8 GB of memory.

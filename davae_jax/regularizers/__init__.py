@@ -3,7 +3,7 @@
 from davae_jax.regularizers.critic import WGAN
 from davae_jax.regularizers.decomposition import TCVAE
 from davae_jax.regularizers.divergences import MMD, SIGReg, SlicedWasserstein
-from davae_jax.regularizers.posteriors import Capacity, LogVariance, batch_normalized, scaled_head
+from davae_jax.regularizers.posteriors import Capacity, LogVariance, batch_normalized, normalized_head
 from davae_jax.regularizers.protocol import Adversarial, LatentBatch, Learned, Params, Regularizer, Sizes, weight_at
 from davae_jax.regularizers.registry import (
     REGISTRY,
@@ -43,10 +43,10 @@ __all__ = [
     "digest_of",
     "init_own",
     "load_plugin",
+    "normalized_head",
     "options",
     "options_type",
     "penalty",
     "register",
-    "scaled_head",
     "weight_at",
 ]

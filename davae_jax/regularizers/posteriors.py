@@ -51,23 +51,31 @@ class LogVariance(Regularizer):
 
 
 def batch_normalized(posterior: Posterior, gamma: float, mean) -> tuple[Posterior, Float[Array, "L"]]:
-    """Means scaled so that over the batch's texts the deviation of each dimension is γ, and what it was before.
+    """Means centred and scaled so that over the batch's texts each dimension has mean 0 and deviation γ, and what its
+    deviation was before.
 
-    BN-VAE (Zhu et al. 2020): the mean KL is then at least L·γ²/2, as it is at least half the means' variance. The paper
-    centres them and adds a learnt shift; here the head's own mean is that shift, which leaves the bound as it is.
+    BN-VAE (Zhu et al. 2020): the mean KL is then at least L·γ²/2, as it is at least half the means' variance. The
+    paper's shift, which it learns from 0 on, stays 0.
 
     mean: over the texts (`train_step.mean_over_texts`).
     """
-    variance = mean(jnp.square(posterior.mean - mean(posterior.mean)))
-    deviation = jnp.sqrt(variance + 1e-12)
-    return posterior._replace(mean=posterior.mean * (gamma / deviation)), deviation
+    centred = posterior.mean - mean(posterior.mean)
+    deviation = jnp.sqrt(mean(jnp.square(centred)) + 1e-12)
+    return posterior._replace(mean=centred * (gamma / deviation)), deviation
 
 
-def scaled_head(weight_OD: Float[Array, "2L D"], gamma: float, deviation: Float[Array, "L"]) -> Float[Array, "2L D"]:
-    """The posterior head, its means' rows brought a tenth of the way (in the logarithm) to where they need no scaling.
+def normalized_head(
+    weight_OD: Float[Array, "2L D"], gamma: float, deviation: Float[Array, "L"], pooled: Float[Array, "D"]
+) -> Float[Array, "2L D"]:
+    """The posterior head, its means' rows brought a tenth of the way to where they need no normalization.
 
-    What training computes does not depend on these rows' length, as their outputs are scaled anyway. So the length is
-    free to hold the running scale: whoever uses the weights without a batch gets means of the deviation γ.
+    What training computes does not depend on these rows' length, as their outputs are scaled anyway, and on their part
+    along the mean of what the head reads only in so far as texts differ along it, as outputs are centred anyway. So
+    both hold the running statistics: whoever uses the weights without a batch gets means of mean 0 and deviation γ.
+
+    pooled: mean over the texts of the head's input.
     """
     factor = jnp.clip((gamma / deviation) ** 0.1, 0.5, 2.0)
-    return weight_OD * jnp.concatenate([factor, jnp.ones_like(factor)])[:, None].astype(weight_OD.dtype)
+    means, logvars = jnp.split(weight_OD, 2)
+    along = (means @ pooled)[:, None] * pooled / (jnp.square(pooled).sum() + 1e-12)
+    return jnp.concatenate([(means - 0.1 * along) * factor[:, None], logvars]).astype(weight_OD.dtype)

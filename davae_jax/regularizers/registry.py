@@ -32,8 +32,8 @@ REGISTRY: dict[str, type[Regularizer]] = {}
 # Names that mean something else in the logs.
 TAKEN = {
     *("step", "loss", "rec", "kl", "kl_unmasked", "kl_per_dim", "loss_d", "loss_g", "beta", "lr", "grad_norm"),
-    *("skipped", "tokens", "mean_std", "held_out", "samples", "tokens_per_s", "mfu", "data_wait", "compile_s"),
-    "device_memory",
+    *("skipped", "tokens", "mean_std", "pooled", "held_out", "samples", "tokens_per_s", "mfu", "data_wait"),
+    *("compile_s", "device_memory"),
 }
 
 
@@ -50,10 +50,10 @@ def register(name: str) -> Callable[[type[Regularizer]], type[Regularizer]]:
 
         if not name.isidentifier() or name in TAKEN:
             raise wrong("not a name that it can have: taken by another value of the logs, or no Python identifier")
-        if name in REGISTRY and REGISTRY[name].__module__ != cls.__module__:
-            raise wrong(f"this name is registered already, by {REGISTRY[name].__module__}")
         if not (isinstance(cls, type) and issubclass(cls, Regularizer)):
             raise wrong("not a subclass of Regularizer")
+        if name in REGISTRY and REGISTRY[name].__module__ != cls.__module__:
+            raise wrong(f"this name is registered already, by {REGISTRY[name].__module__}")
         if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:
             raise wrong("not a frozen dataclass: @dataclass(frozen=True) goes below @register")
         missing = dataclasses.MISSING
@@ -137,7 +137,7 @@ def init_own(regularizers: dict[str, Regularizer], seed: int, sizes: Sizes) -> d
     # Steps are folded into this key as well, but never so many.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     return {
-        name: regularizer.init(_key_of(key, name), sizes)
+        name: _guarded(name, regularizer.init, _key_of(key, name), sizes)
         for name, regularizer in regularizers.items()
         if isinstance(regularizer, Learned)
     }
@@ -164,13 +164,19 @@ def penalty(
                 still = mine._replace(mean=stopped(mine.mean), logvar=stopped(mine.logvar), z=stopped(mine.z))
                 loss = _scalar(name, _guarded(name, regularizer.adversary, still, params), "the adversary's loss")
                 adversaries += loss
-                found = found | {"adversary": loss}
+                found = _with(name, found, "adversary", loss)
         weight = weight_at(regularizer, batch.step, batch.steps)
         total += weight * value
         if regularizer.ramp[1]:
-            found = found | {"weight": weight}
+            found = _with(name, found, "weight", weight)
         logs |= {name: value} | {f"{name}/{what}": x for what, x in found.items()}
     return total, adversaries, logs
+
+
+def _with(name: str, logs: Logs, what: str, value: Array) -> Logs:
+    if what in logs:
+        raise RegularizerError(f"regularizer {name}: {what!r} is logged of it anyway; name its own value otherwise")
+    return logs | {what: value}
 
 
 def _key_of(key: jax.Array, name: str) -> jax.Array:
@@ -198,7 +204,8 @@ def _guarded(name: str, call: Callable, *args):
 
 def _scalar(name: str, x: Any, what: str) -> Float[Array, ""]:
     shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", None)
-    numeric = isinstance(x, (bool, int, float)) if dtype is None else not jnp.issubdtype(dtype, jnp.complexfloating)
+    real = (jnp.floating, jnp.integer, jnp.bool_)
+    numeric = isinstance(x, (bool, int, float)) if dtype is None else any(jnp.issubdtype(dtype, r) for r in real)
     if shape != () or not numeric:
         raise RegularizerError(f"regularizer {name}: {what} must be a real scalar, not {_said(x)}")
     return jnp.asarray(x, jnp.float32)
