@@ -68,14 +68,17 @@ def _update(config: OptimizerConfig, steps: int, halves: bool) -> optax.Gradient
             update = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2, **adam)
             direction = optax.chain(update, optax.scale(-1.0))
     if halves:
-        of_half = lambda params: {name: "decoder" if name == "decoder" else "others" for name in params}  # noqa: E731
-        direction = optax.partition({"decoder": direction, "others": direction}, of_half)
+        direction = optax.partition({"decoder": direction, "others": direction}, _half_of)
     # Rate and decay are as in AdamW, whichever the direction: the decay is multiplied by the rate too.
     return optax.chain(
         direction,
         optax.add_decayed_weights(config.weight_decay, _is_matrix),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def _half_of(params: Params):
+    return jax.tree.map_with_path(lambda path, w: "decoder" if path[0].key == "decoder" else "others", params)
 
 
 def _is_matrix(params: Params):
