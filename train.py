@@ -269,4 +269,4 @@ class Interrupt:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

@@ -154,4 +154,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    leave(run(lambda: Main, None, "convert.from_torch"))
+    leave(lambda: run(lambda: Main, None, "convert.from_torch"))

@@ -328,4 +328,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    leave(run(lambda: Main, None, "convert.parity"))
+    leave(lambda: run(lambda: Main, None, "convert.parity"))

@@ -124,4 +124,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    leave(run(lambda: Main, None, "convert.to_torch"))
+    leave(lambda: run(lambda: Main, None, "convert.to_torch"))

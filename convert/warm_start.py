@@ -295,4 +295,4 @@ class Main(Command):
 
 
 if __name__ == "__main__":
-    leave(run(lambda: Main, None, "convert.warm_start"))
+    leave(lambda: run(lambda: Main, None, "convert.warm_start"))

@@ -146,8 +146,11 @@ def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return failed(f"{type(e).__name__}: {first} (--debug shows where)", 1)
 
 
-def leave(code: int) -> None:
-    """Ends the process. After an interrupt at once: threads of XLA that still compute would crash an ordinary end."""
+def leave(main: Callable[[], int]) -> None:
+    """Runs a program's main function and ends the process with its exit code. After an interrupt it ends at once:
+    threads of XLA that still compute would crash an ordinary end."""
+    sys.unraisablehook = _unraisable
+    code = main()
     if code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -155,9 +158,16 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
+def _unraisable(found: Any) -> None:
+    """Where a checkpoint cannot be read, Orbax closes its event loop with other reads under way, and each of them would
+    write a traceback after the one line that says what is the matter."""
+    if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+        sys.__unraisablehook__(found)
+
+
 def script() -> None:
     """The `davae` program."""
-    leave(main())
+    leave(main)
 
 
 def _stdout_is_broken() -> bool:
