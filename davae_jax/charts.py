@@ -87,7 +87,8 @@ def plane(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colours: Mapping[str, str], *, title: str
 ) -> str:
     """Dots at (x, y) of each named group, in its colour, with both axes; beside them the group's number, from 1 on.
-    What is not finite is left out."""
+    x, which is 0 or more, goes by its square root, so that few large ones do not crowd the others. What is not finite
+    is left out."""
     return _svg(title, _plane(points, colours), height=WIDTH)
 
 
@@ -96,15 +97,20 @@ def _plane(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colour
     xs, ys = (np.concatenate([xy[axis] for xy in points.values()]) for axis in (0, 1))
     if not len(xs):
         return ""
-    (left, right), (low, high) = _wider(*_range(np.append(xs, 0.0))), _wider(*_range(ys))
-    x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, WIDTH - BOTTOM, TOP)
+    largest, (low, high) = xs.max(), _wider(*_range(ys))
+    of_root = _scale(*_wider(0.0, math.sqrt(max(largest, 0.0))), LEFT, WIDTH - RIGHT)
+    x, y = lambda value: of_root(math.sqrt(max(value, 0.0))), _scale(low, high, WIDTH - BOTTOM, TOP)
     drawn, means = "", []
     for i, (name, (xs, ys)) in enumerate(points.items()):
         if len(xs):
             places = "".join(f"M{x(a):.1f} {y(b):.1f}h0" for a, b in zip(xs.tolist(), ys.tolist(), strict=True))
             drawn += f'<path class="dots big" stroke="{colours[name]}" d="{places}"/>'
             means.append((x(xs.mean()), y(ys.mean()), str(i + 1)))
-    across = "".join(_text(x(v), WIDTH - 6, _number(v), "middle") for v in ticks(left, right))
+    across, end = "", -math.inf
+    for v in (m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)) if largest > 0 else ():
+        if v <= largest and x(v) > max(end, x(0)) + 34:
+            across, end = across + _text(x(v), WIDTH - 6, _number(v), "middle"), x(v)
+    across += _text(x(0), WIDTH - 6, "0", "middle")
     return _y_axis(y, ticks(low, high)) + across + drawn + _labels(means)
 
 
@@ -134,7 +140,7 @@ def board(
     title: str,
 ) -> str:
     """An SVG file of its own: the plane of `points`, then a row for each group with its number, name and dots in each
-    column. A column has its own scale, whose ends stand below it."""
+    column. A column has its own scale, whose ends stand below it; far outliers are arrows at its ends."""
     names, column, step = 205, 150, 9
     row = max(17.0, (WIDTH - TOP - BOTTOM) / len(points))
     bottom = TOP + 10 + row * len(points)
@@ -152,11 +158,16 @@ def board(
         drawn += _small(left + column / 2, 14, what, "middle")
         if not len(everything):
             continue
-        low, high = _wider(*_range(everything))
+        low, high = _wider(*_range(_within_fences(everything)))
         x = _scale(low, high, left, left + column)
         for name, y in rows.items():
+            for place, sign, anchor, out in (
+                (left, "←", "start", any(v < low for v in values[name])),
+                (left + column, "→", "end", any(v > high and math.isfinite(v) for v in values[name])),
+            ):
+                drawn += _small(place, y, sign, anchor) if out else ""
             drawn += f'<line class="grid" x1="{left}" x2="{left + column}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'
-            dots = "".join(f"M{x(v):.1f} {y - 4:.1f}h0" for v in values[name] if math.isfinite(v))
+            dots = "".join(f"M{x(v):.1f} {y - 4:.1f}h0" for v in values[name] if low <= v <= high)
             drawn += f'<path class="dots big" stroke="{colours[name]}" d="{dots}"/>' if dots else ""
         y = 20 + bottom
         drawn += _small(left, y, _number(low), "start") + _small(left + column, y, _number(high), "end")
@@ -168,6 +179,13 @@ def board(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}"'
         f' height="{height:.0f}" role="img"><title>{escape(title)}</title><style>{style}</style>{drawn}</svg>\n'
     )
+
+
+def _within_fences(values: np.ndarray) -> np.ndarray:
+    """Those no further from the middle half than 1.5 times its width (Tukey 1977)."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    room = 1.5 * (high - low)
+    return values[(values >= low - room) & (values <= high + room)]
 
 
 def _small(x: float, y: float, text: str, anchor: str) -> str:

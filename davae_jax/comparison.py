@@ -194,7 +194,7 @@ def figure(title: str, found: Results) -> str:
         for key, name in (("mutual_information", "MI, nats"), ("active_units", "active units"), ("iw_nll", "−log p(x)"))
         if key in by_key
     }
-    title = f"{title}: rate across, distortion up, nats"
+    title = f"{title}: rate across (by its root), distortion up, nats"
     return charts.board(_plane(found), columns, _colours(found), title=title)
 
 
@@ -236,7 +236,7 @@ def page(title: str, found: Results, settings: Mapping[str, Sequence[str]], note
         f'<div class="warnings"><b>Warnings</b><ul>{said}</ul></div>' if said else "",
         "<h2>Rate and distortion</h2>",
         f'<ul class="legend">{legend}</ul>',
-        f'<div class="figures">{_figure(plane, "KL across, reconstruction up, nats a text; a dot a seed")}</div>',
+        f'<div class="figures">{_figure(plane, "KL across (its root), reconstruction up, nats a text; a dot a seed")}</div>',
         "<h2>Each measure</h2>",
         f'<div class="figures">{"".join(dots)}</div>',
         "<h2>Table</h2>",
