@@ -203,6 +203,7 @@ def page(title: str, found: Results, settings: Mapping[str, Sequence[str]], note
     table = compared(found)
     colours = _colours(found)
     plane = charts.plane(_plane(found), colours, title="rate across, distortion up; nats")
+    about_plane = "KL across (by its square root), reconstruction up, nats a text; a dot a seed"
     legend = "".join(
         f'<li><i style="background:{colours[name]}"></i>{i + 1} {escape(name)}</li>' for i, name in enumerate(found)
     )
@@ -236,7 +237,7 @@ def page(title: str, found: Results, settings: Mapping[str, Sequence[str]], note
         f'<div class="warnings"><b>Warnings</b><ul>{said}</ul></div>' if said else "",
         "<h2>Rate and distortion</h2>",
         f'<ul class="legend">{legend}</ul>',
-        f'<div class="figures">{_figure(plane, "KL across (its root), reconstruction up, nats a text; a dot a seed")}</div>',
+        f'<div class="figures">{_figure(plane, about_plane)}</div>',
         "<h2>Each measure</h2>",
         f'<div class="figures">{"".join(dots)}</div>',
         "<h2>Table</h2>",
