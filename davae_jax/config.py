@@ -65,6 +65,10 @@ class DecoderConfig:
     layer_norm_eps: float = 1e-5
     latent_every_layer: bool = True
     initializer_range: float = 0.02
+    latent_initializer_scale: float = 1.0
+    """Of the map from the latent, times initializer_range. At 1 a latent's noise is √L times as large as a token's
+    embedding until that is learnt away; where a decoder has to learn a language too, or already knows one, begin near 0.
+    """
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -73,6 +77,9 @@ class DecoderConfig:
         _require_probability("decoder", self, "embedding_dropout_prob attention_dropout_prob output_dropout_prob")
         if self.hidden_size % 2:
             raise InputError(f"config: decoder.hidden_size is {self.hidden_size}; sines and cosines need an even width")
+        if not 0 <= self.latent_initializer_scale < math.inf:
+            scale = self.latent_initializer_scale
+            raise InputError(f"config: decoder.latent_initializer_scale is {scale}; it must be 0 or more and finite")
         if self.max_memory_length < 0:
             raise InputError(f"config: decoder.max_memory_length is {self.max_memory_length}; it cannot be negative")
         _require_positive_eps("decoder", self)

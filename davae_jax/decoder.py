@@ -70,7 +70,8 @@ class Decoder(nnx.Module):
         weight = kw | {"stddev": config.initializer_range}
         zeros = nnx.initializers.zeros
         self.embedding = Embedding(config.vocab_size, D, **weight)
-        self.latent_projection = Linear(latent_size, D, ("embed", None), bias=False, **weight)
+        stddev = config.latent_initializer_scale * config.initializer_range
+        self.latent_projection = Linear(latent_size, D, ("embed", None), bias=False, **kw | {"stddev": stddev})
         self.r_w_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
         self.r_r_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
         self.inv_freq = Buffer(inverse_frequencies(D), axes=(None,))

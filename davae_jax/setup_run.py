@@ -33,7 +33,7 @@ TOLD_BY_THE_RUN = {
     "encoder": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
     "decoder": [
         *["embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"],
-        *["latent_every_layer", "max_memory_length"],
+        *["latent_every_layer", "latent_initializer_scale", "max_memory_length"],
     ],
 }
 TOKENIZER_TEXTS = 50_000  # at most, to train tokenizers on
