@@ -47,7 +47,8 @@ class Encoder(nnx.Module):
         self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
         self.layers = nnx.List([EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers)])
         self.pooler = Linear(D, D, ("mlp", "embed"), **weight)
-        self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **weight)
+        # In float32 whatever the model's dtype: of a log-variance in bfloat16 eight bits would be left.
+        self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **weight | {"dtype": jnp.float32})
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(
@@ -90,7 +91,7 @@ class Encoder(nnx.Module):
             else jnp.take_along_axis(hidden[-1], segments.starts[..., None], axis=1)
         )
         pooled = jnp.tanh(self.pooler(first))
-        mean, logvar = jnp.split(self.posterior(pooled).astype(jnp.float32), 2, axis=-1)
+        mean, logvar = jnp.split(self.posterior(pooled), 2, axis=-1)
         return EncoderOutput(tuple(hidden), pooled, mean, logvar)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from davae_jax.sharding import Axes
+from davae_jax.sharding import Axes, looked_up
 
 INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
 
@@ -85,7 +85,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return jnp.take(self.weight[...], ids, axis=0).astype(self.dtype)
+        return looked_up(self.weight[...], ids).astype(self.dtype)
 
     def logits(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """h · Eᵀ, accumulated and returned in float32 (tied output embedding)."""

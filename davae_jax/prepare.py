@@ -79,6 +79,10 @@ class Prepare(Command):
     encoder_positions: int = 512
     """Positions of the model's encoder. Texts of more ids are left out."""
 
+    cut: bool = False
+    """Keep those texts: the encoder gets their beginning, the decoder all of them, up to --max-length. For runs with
+    --data.segment-length."""
+
     held_out: Annotated[float | None, _option("PART", "0.01; of large inputs less, about 16 MB")] = None
     """Part of the different texts that is kept apart to measure on, with all copies of each."""
 
@@ -139,6 +143,7 @@ class Prepare(Command):
             "field": self.field,
             "max_length": self.max_length,
             "encoder_positions": self.encoder_positions,
+            "cut": self.cut,
             "held_out": min(HELD_OUT_PART, HELD_OUT_BYTES / max(1, size)) if self.held_out is None else self.held_out,
             "shard_size": shard_size,
             "tokenizers": tokenizers,
@@ -154,6 +159,7 @@ class Task(NamedTuple):
     field: str
     max_length: int
     encoder_positions: int
+    cut: bool
     held_out: float
     shard_size: int
 
@@ -372,7 +378,7 @@ def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tu
                             stats["blank"] += 1
                         else:
                             texts.append((number, text))
-                    rows = rows_of([text for _, text in texts], encoder, decoder, task.max_length)
+                    rows = rows_of([text for _, text in texts], encoder, decoder, task.max_length, task.cut)
                     for (number, text), row in zip(texts, rows, strict=True):
                         if row is None:
                             stats["too_long"] += 1

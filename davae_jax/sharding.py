@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from davae_jax.errors import InputError, check_options
@@ -23,6 +24,7 @@ Axes = tuple[str | None, ...]
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "group": ("data",),  # the batch, of what the devices of fsdp compute together
     "embed": ("fsdp",),  # the model's width, of weights alone: activations are whole there
     "heads": ("tensor",),  # all heads' outputs side by side
     "head": ("tensor",),  # the heads one by one
@@ -127,3 +129,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh.shape))
+
+
+def looked_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table [V, D] whose width is split over fsdp, [B, T, D] with B split over data and fsdp.
+
+    A device looks its own columns up for all texts of its fsdp group, and the group exchanges them. Left to itself the
+    compiler gathers the gradient of the whole batch on every device.
+    """
+    fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
+    if ids.ndim < 2 or table.shape[1] % fsdp:
+        return jnp.take(table, ids, axis=0)
+    rest = (None,) * (ids.ndim - 1)
+    x = jnp.take(table, constrain(ids, "group", *rest), axis=0)
+    return constrain(constrain(x, "group", *rest, "embed"), "batch", *rest, None)

@@ -31,13 +31,20 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a compiled program's text."""
+    """Those of a compiled program's text.
+
+    A TPU's program names one that runs beside other work in each part of that work, by the same channel: it is one.
+    """
     computations = _computations(text)
     times = _times(computations)
-    found = []
+    found, channels = [], set()
     for name, lines in computations.items():
         for line in lines:
             if m := re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line):
+                channel = re.search(r"channel_id=(\d+)", line)
+                if channel and (m[2], channel[1]) in channels:
+                    continue
+                channels.add(channel and (m[2], channel[1]))
                 shapes = tuple(
                     (dtype, tuple(int(n) for n in dims.split(",") if n))
                     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", m[1])
@@ -89,7 +96,7 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _group(line: str) -> int:
-    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", m[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)

@@ -48,7 +48,8 @@ def prepare(capsys, tokenizer_folder, tmp_path):
         options = {"workers": 1, "held_out": 0} | options
         argv = ["prepare", "--input", *paths, "--output", output]
         argv += ["--tokenizers", tokenizers] if tokenizers else []
-        argv += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+        for name, value in options.items():
+            argv += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
         code = main([str(word) for word in argv])
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err.split("\r")[-1], folder=output)
@@ -498,6 +499,40 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
     (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match=r"spiece.model: is not what .* was prepared with; prepare with --tokenizers"):
         prepare_tokenizers(config_of(prepared.folder, tokenizers=other), tmp_path / "run", corpus)
+
+
+def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder, tmp_path):
+    """Left out, or with --cut kept: the encoder gets the beginning, the decoder all."""
+    documents = [" ".join(TEXTS[i : i + 12]) for i in range(0, 240, 12)] + TEXTS[:5]
+    path = text_file(tmp_path / "a.txt", documents)
+    small = dict(encoder_positions=30, max_length=2000)
+    left_out = prepare(path, **small, output=tmp_path / "left out")
+    assert manifest_of(left_out.folder)["counts"]["too_long"] == 20
+    found = prepare(path, **small, cut=True)
+    assert manifest_of(found.folder)["counts"] | {"encoder_tokens": 0, "decoder_tokens": 0} == (
+        manifest_of(left_out.folder)["counts"] | dict(too_long=0, texts=25, encoder_tokens=0, decoder_tokens=0)
+    )
+    encoder, decoder = _tokenizers(str(found.folder), 30)
+    whole = tokenize(documents, encoder, decoder, max_length=2000, source="", cut=True)
+    expected = [(whole.encoder_ids[i].tolist(), whole.decoder_ids[i].tolist()) for i in range(25)]
+    assert sorted(records_of(found.folder)) == sorted(expected)
+    assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60
+
+
+@pytest.mark.slow
+def test_a_run_on_prepared_documents(tokenizer_folder, tmp_path):
+    """In segments, with the memory."""
+    documents = [" ".join(sentences(200)[i : i + 4]) for i in range(0, 200, 4)]
+    path = text_file(tmp_path / "a.txt", documents)
+    argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder, "--cut"]
+    assert main([*map(str, argv), "--held-out", "0.1", "--max-length", "400", "--encoder-positions", "20"]) == 0
+    longest = Prepared(tmp_path / "out").lengths()[0][-1]
+    sizes = ["--data.max-length", longest, "--data.segment-length", 16, "--model.decoder.max-memory-length", 16]
+    encoder = ["--model.encoder.max-position-embeddings", 20, "--steps", 4, "--log.every", 1]
+    options = ["--data.train", tmp_path / "out", *TINY, *sizes, *encoder, "--run-dir", tmp_path / "run"]
+    code, _, err = train(*options)
+    assert code == 0, err
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import re
 import shlex
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from test_train import ROOT, TEXTS, TINY, metrics_of
 import davae_jax
 import davae_jax.distributed
 from davae_jax.errors import InputError
-from davae_jax.latent import Posterior
+from davae_jax.latent import Posterior, kl_per_dimension
+from davae_jax.losses import adversarial_losses
 from davae_jax.model import abstract_model, split
 from davae_jax.noise import NoiseConfig
 from davae_jax.optimizers import make_optimizer
@@ -73,6 +75,7 @@ from davae_jax.train_config import (
 )
 from davae_jax.train_step import (
     abstract_state,
+    counted_kl,
     decoder_waits,
     held,
     init_state,
@@ -188,6 +191,11 @@ def test_mmd_is_unbiased():
     assert found.mean() == pytest.approx(mmd2, abs=4 * error)
     # What the biased form would add: k(x, x) = 1 on the diagonal, in place of the mean of the others.
     assert (2 - expected(0, 2 * s**2) - expected(0, 2)) / n > 20 * error
+
+
+def test_mmd_of_one_text_is_refused():
+    with pytest.raises(InputError, match="regularizer mmd: compares pairs of texts, and a part of the batch has one"):
+        MMD()(batch_of(random_z(1)), {})
 
 
 def test_sigreg_is_the_closed_form_of_epps_and_pulley():
@@ -457,17 +465,72 @@ def test_gradients_by_differences(name):
                 m, v, params = x
                 return call(batch._replace(mean=m, logvar=v, z=m + eps * jnp.exp(v / 2)), params)
 
-            def slopes(x, along, value=value, h=1e-6):
-                loss, grad = jax.value_and_grad(value)(x)
-                slope = jax.tree.reduce(jnp.add, jax.tree.map(lambda g, d: (g * d).sum(), grad, along))
-                up, down = (jax.tree.map(lambda x, d, s=s: x + s * h * d, x, along) for s in (1, -1))
-                return loss, slope, (value(up) - value(down)) / (2 * h)
+            assert_slope(value, (jnp.asarray(mean), jnp.asarray(logvar), params))
 
-            at = (jnp.asarray(mean), jnp.asarray(logvar), params)
-            along = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape), at)
-            loss, slope, expected = jax.jit(slopes)(at, along)
-            assert loss.dtype == jnp.float64 and abs(float(slope)) > 1e-6
-            assert float(slope) == pytest.approx(float(expected), rel=1e-5)
+
+def assert_slope(value, at, h=1e-6):
+    """The gradient along a random direction is the difference quotient, and not 0. In float64."""
+
+    def slopes(x, along):
+        loss, grad = jax.value_and_grad(value)(x)
+        slope = jax.tree.reduce(jnp.add, jax.tree.map(lambda g, d: (g * d).sum(), grad, along))
+        up, down = (jax.tree.map(lambda x, d, s=s: x + s * h * d, x, along) for s in (1, -1))
+        return loss, slope, (value(up) - value(down)) / (2 * h)
+
+    along = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape), at)
+    loss, slope, expected = jax.jit(slopes)(at, along)
+    assert loss.dtype == jnp.float64 and abs(float(slope)) > 1e-6
+    assert float(slope) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["off", "hard", "clamp", "total"])
+def test_gradients_of_the_kl_by_differences(mode):
+    """Over texts of which one does not count; the target lies so that some dimensions are above it and some below."""
+    mean, logvar, _ = gaussians(4, 5)
+    kept = np.array([True, True, True, False, True])
+    with jax.enable_x64(True):
+        over_texts = batch_of(mean, kept=kept).average
+        config = TrainConfig(free_bits=FreeBitsConfig(mode=mode, target=0.0))
+        each = np.asarray(kl_per_dimension(Posterior(mean, logvar)))
+        group = {"off": each, "hard": each[kept], "clamp": each[kept].mean(0), "total": each[kept].sum(1).mean()}[mode]
+        target = float(np.median(group)) * (0.9 if mode == "total" else 1)
+        config = dataclasses.replace(config, free_bits=FreeBitsConfig(mode=mode, target=target))
+
+        def value(x):
+            return over_texts(counted_kl(kl_per_dimension(Posterior(*x)), config, over_texts))
+
+        assert_slope(value, (jnp.asarray(mean), jnp.asarray(logvar)))
+        if mode == "total":  # below the target nothing is left to learn
+            config = dataclasses.replace(config, free_bits=FreeBitsConfig(mode=mode, target=2 * float(group)))
+            assert not any(g.any() for g in jax.grad(value)((jnp.asarray(mean), jnp.asarray(logvar))))
+
+
+def test_gradients_of_the_batch_normalized_posterior_by_differences():
+    mean, logvar, eps = gaussians(4, 5)
+    kept = np.array([True, True, True, False, True])
+    with jax.enable_x64(True):
+        over_texts = batch_of(mean, kept=kept).average
+
+        def value(x):
+            normalized, _ = batch_normalized(Posterior(*x), 0.7, over_texts)
+            return over_texts(jnp.sin(normalized.at(eps)).sum(-1) + kl_per_dimension(normalized).sum(-1))
+
+        assert_slope(value, (jnp.asarray(mean), jnp.asarray(logvar)))
+
+
+def test_gradients_of_the_adversarial_losses_by_differences():
+    """The encoder's of the latents; the discriminator's of its weights, and none of the latents."""
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        z, prior, inner, outer = map(jnp.asarray, (*rng.normal(size=(2, 5, L)), *rng.normal(size=(2, 4, L))))
+
+        def losses(z, weights):
+            discriminate = lambda x: jax.nn.relu(x @ weights[0].T) @ weights[1][:, 0]  # noqa: E731
+            return adversarial_losses(SimpleNamespace(discriminate=discriminate), z, prior)
+
+        assert_slope(lambda z: losses(z, (inner, outer))[1], z)
+        assert_slope(lambda weights: losses(z, weights)[0], (inner, outer))
+        assert not jax.grad(lambda z: losses(z, (inner, outer))[0])(z).any()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -921,3 +984,33 @@ def test_a_value_of_the_wrong_shape_ends_the_run(train, tmp_path):
     (line,) = [line for line in err.splitlines() if "error" in line]
     said = "regularizer bad: its value must be a real scalar, not float32 of shape (4,)"
     assert code == 1 and line == f"train.py: error: step 1: {said}"
+
+
+SPIKE = """
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from davae_jax.regularizers import Regularizer, register
+
+
+@register("spike")
+@dataclass(frozen=True)
+class Spike(Regularizer):
+    def __call__(self, batch, params):
+        return batch.average(batch.mean.sum(-1)) * jnp.where(batch.step == 103, 1e6, 0.0), {}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_says_which_step_it_skips(train, tmp_path):
+    """One term of the loss is enormous in the 104th step, behind the hundred in which the guard skips nothing."""
+    (tmp_path / "spike.py").write_text(SPIKE)
+    options = ["--plugin", tmp_path / "spike.py", "--regularizers.spike.weight", 1, "--optimizer.spike", 10]
+    code, out, err = train(tmp_path / "run", "--steps", 106, "--log.every", 1, *options)
+    assert code == 0, err
+    (said,) = re.findall(r"step (\d+): skipped, its gradient's norm is (\S+)", out + err)
+    rows = metrics_of(tmp_path / "run")
+    assert said[0] == "104" and [row["step"] for row in rows if row["skipped"]] == [104]
+    assert rows[103]["grad_norm"] == pytest.approx(float(said[1]), rel=1e-2) and rows[103]["grad_norm"] > 1e4
+    assert rows[104]["grad_norm"] < 100  # nothing of it is left in the weights

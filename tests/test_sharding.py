@@ -12,9 +12,10 @@ from davae_jax.checkpoint import flatten
 from davae_jax.data import Batch
 from davae_jax.errors import InputError
 from davae_jax.model import abstract_model, split
+from davae_jax.schedules import OptimizerConfig
 from davae_jax.setup_run import first_state
 from davae_jax.sharding import MeshConfig, make_mesh, partition_spec
-from davae_jax.train_config import AdversarialConfig, TrainConfig
+from davae_jax.train_config import AdversarialConfig, DataConfig, TrainConfig
 from davae_jax.train_step import abstract_state, make_train_step
 
 STEPS, B = 20, 8
@@ -22,9 +23,12 @@ STEPS, B = 20, 8
 MODEL = dataclasses.replace(
     CONFIG,
     encoder=dataclasses.replace(CONFIG.encoder, initializer_range=0.3),
-    decoder=dataclasses.replace(CONFIG.decoder, num_layers=1, initializer_range=0.3),
+    decoder=dataclasses.replace(CONFIG.decoder, num_layers=1, initializer_range=0.3, max_memory_length=8),
 )
-TRAIN = TrainConfig(steps=STEPS, batch_size=B, adversarial=AdversarialConfig(weight=0.3))
+TRAIN = TrainConfig(
+    **dict(steps=STEPS, batch_size=B, adversarial=AdversarialConfig(weight=0.3)),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+)
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 
 
@@ -40,13 +44,13 @@ def batch_of(step):
     return Batch(*(x.astype(np.int32) for x in (encoder_ids, decoder_ids, lengths)))
 
 
-def trained(mesh_config, tmp_path):
+def trained(mesh_config, tmp_path, config=TRAIN):
     """(losses of every step, final state) on a mesh."""
-    mesh = make_mesh(mesh_config, B)
+    mesh = make_mesh(mesh_config, B, config.accumulate)
     model = abstract_model(MODEL)
-    abstract = abstract_state(model, TRAIN, mesh)
-    state = first_state(abstract, MODEL, TRAIN, tmp_path)
-    step = make_train_step(split(model)[0], TRAIN, abstract)
+    abstract = abstract_state(model, config, mesh)
+    state = first_state(abstract, MODEL, config, tmp_path)
+    step = make_train_step(split(model)[0], config, abstract)
     losses = []
     with jax.set_mesh(mesh):
         for i in range(STEPS):
@@ -55,21 +59,44 @@ def trained(mesh_config, tmp_path):
     return np.array(losses), state
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
+def trained_on_one(tmp_path, config=TRAIN):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        return trained(MeshConfig(), tmp_path_factory.mktemp("one"))
+        return trained(MeshConfig(), tmp_path, config)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return trained_on_one(tmp_path_factory.mktemp("one"))
+
+
+def assert_trained_alike(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    found, expected = (flatten(jax.device_get(state.params)) for _, state in (found, expected))
+    for path in expected:
+        np.testing.assert_allclose(found[path], expected[path], atol=1e-4, err_msg=path)
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 def test_every_mesh_trains_as_one_device(shape, one_device, tmp_path):
-    losses, state = trained(MeshConfig(*shape), tmp_path)
-    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
-    found, expected = (flatten(jax.device_get(s.params)) for s in (state, one_device[1]))
-    for path in expected:
-        np.testing.assert_allclose(found[path], expected[path], atol=1e-4, err_msg=path)
+    assert_trained_alike(trained(MeshConfig(*shape), tmp_path), one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(data=DataConfig(segment_length=5)),
+        dict(optimizer=OptimizerConfig(name="muon", learning_rate=1e-3), accumulate=2),
+        dict(optimizer=OptimizerConfig(name="adafactor", learning_rate=1e-3), remat="dots", logits_chunk=4),
+    ],
+    ids=["segments", "muon, accumulated", "adafactor, remat, chunks"],
+)
+def test_other_ways_of_training_on_a_mesh(changed, tmp_path):
+    config = dataclasses.replace(TRAIN, **changed)
+    shape = MeshConfig(2, 2, 2)
+    assert_trained_alike(trained(shape, tmp_path, config), trained_on_one(tmp_path, config))
 
 
 def test_what_is_split(tmp_path):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from davae_jax.errors import InputError
 from davae_jax.regularizers.protocol import LatentBatch, Logs, Params, Regularizer
 from davae_jax.regularizers.registry import register
 
@@ -36,6 +37,8 @@ class MMD(Regularizer):
         self.check("scales", lambda x: x and all(0 < s < float("inf") for s in x), "be above 0 and finite")
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
+        if len(batch.z) < 2:
+            raise InputError(f"regularizer {self.name}: compares pairs of texts, and a part of the batch has one alone")
         return unbiased_mmd(batch.z, batch.prior, batch.is_text, self.of_distance), {}
 
     def of_distance(self, squared: Float[Array, "B B"], L: int) -> Float[Array, "B B"]:
