@@ -67,7 +67,7 @@ class DecoderConfig:
     initializer_range: float = 0.02
     latent_initializer_scale: float = 1.0
     """Of the map from the latent, times initializer_range. At 1 a latent's noise is √L times as large as a token's
-    embedding until that is learnt away; where a decoder has to learn a language too, or already knows one, begin near 0.
+    embedding until that is learnt away; a decoder that has to learn a language too, or knows one, should begin near 0.
     """
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
