@@ -23,6 +23,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from davae_jax.train_config import TrainConfig
 PROGRAM = Path(__file__).parent.parent / "train.py"
 MEASURES = "evaluation.json"  # in a run's folder, when all is done
 COMPILED = "compiled"  # in the output: what JAX has compiled
+SECONDS_BETWEEN_PAGES = 10  # at least
 
 
 class Study(NamedTuple):
@@ -73,7 +75,7 @@ class Compare(Command):
             raise InputError(f"{PROGRAM}: no such file; `davae compare` trains by it and works in a checkout only")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run under way saves
         found: Results = {name: {} for name in study.settings}
-        failed = []
+        failed, written = [], time.monotonic()
         # A seed after the other, so that all settings can be compared when the first seed is through.
         todo = [(seed, name) for seed in study.seeds for name in study.settings]
         with tqdm(todo, unit="run", disable=not sys.stderr.isatty()) as bar:
@@ -85,10 +87,13 @@ class Compare(Command):
                     failed.append(str(e))
                     tqdm.write(f"davae compare: error: {e}", file=sys.stderr)
                     continue
-                if any(found.values()):
+                # What is read from an earlier start is not worth a page each.
+                if time.monotonic() > written + SECONDS_BETWEEN_PAGES:
                     self.write(found, study)
+                    written = time.monotonic()
         if not any(found.values()):
             return 1
+        self.write(found, study)
         print(format_table(found, study.notes))
         print(f"\n{self.output / 'comparison.html'}")
         return 1 if failed else 0
