@@ -201,14 +201,17 @@ def of_latent(each: PerText, seed: int) -> Found:
         *map(np.asarray, metrics.log_densities(each.mean, each.logvar, jax.random.key(seed % 2**32)))
     )
     information, from_prior = densities.information, densities.from_prior
+    rise = float((metrics.of_halves(densities, each.mean, each.logvar, seed) - densities.aggregate).mean())
     found = {
         "kl": float(each.kl.sum(1).mean()),
         "kl_per_dim": each.kl.mean(0).tolist(),
         "active_units": metrics.active_units(each.mean, ACTIVE),
         "variance_per_dim": np.var(each.mean, axis=0).tolist(),
         "mutual_information": float(information.mean()),
+        "mutual_information_of_half": float(information.mean()) - rise,
         "mutual_information_ceiling": metrics.mutual_information_ceiling(n),
         "aggregate_kl": float(from_prior.mean()),
+        "aggregate_kl_of_half": float(from_prior.mean()) + rise,
         "aggregate_mmd": metrics.mmd_to_prior(densities.z),
     }
     return found, {

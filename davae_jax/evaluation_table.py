@@ -47,9 +47,21 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
                 "mutual information",
                 "mutual_information",
                 "{:.2f}",
-                f"nats, of log n = {m['mutual_information_ceiling']:.2f} at most",
+                f"nats, of log n = {m['mutual_information_ceiling']:.2f} at most; too low near it",
             ),
-            row("KL of all posteriors together", "aggregate_kl", "{:.2f}", "nats to the prior; 0 is best"),
+            row(
+                "… of half of the texts",
+                "mutual_information_of_half",
+                "{:.2f}",
+                "near the line above where n is enough",
+            ),
+            row(
+                "KL of all posteriors together",
+                "aggregate_kl",
+                "{:.2f}",
+                "nats to the prior; 0 is best; too high near log n",
+            ),
+            row("… of half of the texts", "aggregate_kl_of_half", "{:.2f}", "near the line above where n is enough"),
             row("MMD² of all posteriors together", "aggregate_mmd", "{:.4f}", "to the prior; 0 is best"),
         ],
         "Samples from the prior": [

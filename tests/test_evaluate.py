@@ -125,6 +125,8 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["words"]), rel=1e-4)
     assert m["active_units"] == metrics.active_units(each.mean)
     assert -0.5 < m["mutual_information"] <= m["mutual_information_ceiling"] == math.log(40)
+    rise = m["mutual_information"] - m["mutual_information_of_half"]
+    assert abs(rise) < 0.05 and rise == pytest.approx(m["aggregate_kl_of_half"] - m["aggregate_kl"], abs=1e-6)
     assert found.reconstructions == vae.reconstruct(TEXTS)
     assert m["bleu"] == pytest.approx(sacrebleu.corpus_bleu(found.reconstructions, [found.texts], tokenize="zh").score)
     assert m["exact_match"] == np.mean([a == b for a, b in zip(found.reconstructions, found.texts, strict=True)])
@@ -161,7 +163,8 @@ ENOUGH = {
     "left_out": 0,
     "unknown_tokens": 0,
     "latent_size": 32,
-    "mutual_information": 5.0,
+    "mutual_information": 3.0,
+    "mutual_information_of_half": 2.97,
     "mutual_information_ceiling": math.log(2000),
     "iw_samples": 50,
     "effective_sample_size": 20.0,
@@ -180,7 +183,9 @@ ENOUGH = {
         ({"n": 300}, ["active_units", "mig"]),
         ({"left_out": 3}, ["n"]),
         ({"unknown_tokens": 1}, ["iw_nll, ppl"]),
-        ({"mutual_information": 7.0}, ["mutual_information, aggregate_kl"]),
+        ({"mutual_information": 7.0, "mutual_information_of_half": 7.0}, ["mutual_information, aggregate_kl"]),
+        ({"mutual_information": 3.9, "mutual_information_of_half": 3.88}, ["mutual_information, aggregate_kl"]),
+        ({"mutual_information_of_half": 2.94}, ["mutual_information, aggregate_kl"]),
         ({"iw_samples": 9}, ["iw_nll, ppl"]),
         ({"effective_sample_size": 4.9}, ["iw_nll, ppl"]),
         ({"iw_nll_of_half": 50.15}, ["iw_nll, ppl"]),
@@ -259,7 +264,7 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     # The table has the figures, what they are of, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
     assert f"{measures['denominators']['words']} words, ends counted" in out
-    assert "nats, of log n = 3.69 at most" in out
+    assert "nats, of log n = 3.69 at most; too low near it" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
     # The report is one page by itself.
@@ -298,6 +303,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
         *["aggregate_mmd", "interpolation_length", "interpolation_largest_step"],
+        *["mutual_information_of_half", "aggregate_kl_of_half"],
     }
     Page(files[1].read_text(encoding="utf-8"))
 
