@@ -30,8 +30,8 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
     if information > 0.5 * ceiling or rose > STEADY:
         said.append(
             f"mutual_information, aggregate_kl: {information:.2f} of log n = {ceiling:.2f}, and {rose:.2f} more than "
-            "of half of the texts; the information is too low and the aggregate KL too high by at least as much, by more "
-            "the nearer to log n, and the intervals do not cover that; take a larger --n"
+            "of half of the texts; the information is too low and the aggregate KL too high by at least as much, by "
+            "more the nearer to log n, and the intervals do not cover that; take a larger --n"
         )
     if n < 10 * measures["latent_size"]:
         said.append(

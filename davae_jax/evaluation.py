@@ -6,7 +6,7 @@ The model reads a batch at a time; of a batch, numbers a text are kept and nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ def evaluate(
     prior = vae.sample(min(n, PRIOR_SAMPLES), seed=seed, max_length=longest)
     lines = _lines(each.mean, greedy)
 
-    found, intervals = of_latent(each, seed)
+    found, intervals = of_latent(each, seed, partial(over_batch, params=split(vae.model)[1]))
     for part in (
         of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
         of_reconstructions(reconstructions, texts, seed),
@@ -194,14 +194,16 @@ def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -
 Found = tuple[dict[str, Any], dict[str, bootstrap.Interval]]
 
 
-def of_latent(each: PerText, seed: int) -> Found:
-    """KL, active units, mutual information, and how far all posteriors together are from the prior."""
+def of_latent(each: PerText, seed: int, place: Callable[[Any], Any] = lambda arrays: arrays) -> Found:
+    """KL, active units, mutual information, and how far all posteriors together are from the prior.
+
+    place: lays arrays over devices by rows.
+    """
     n = len(each.mean)
-    densities = metrics.LogDensities(
-        *map(np.asarray, metrics.log_densities(each.mean, each.logvar, jax.random.key(seed % 2**32)))
-    )
+    drawn = metrics.log_densities(*place((each.mean, each.logvar)), jax.random.key(seed % 2**32))
+    densities = metrics.LogDensities(*map(np.asarray, drawn))
     information, from_prior = densities.information, densities.from_prior
-    rise = float((metrics.of_halves(densities, each.mean, each.logvar, seed) - densities.aggregate).mean())
+    rise = float((metrics.of_halves(densities, each.mean, each.logvar, seed, place) - densities.aggregate).mean())
     found = {
         "kl": float(each.kl.sum(1).mean()),
         "kl_per_dim": each.kl.mean(0).tolist(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,17 +79,24 @@ def log_densities(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key:
 
 
 def of_halves(
-    densities: LogDensities, means: Float[Array, "n L"], logvars: Float[Array, "n L"], seed: int = 0
+    densities: LogDensities,
+    means: Float[Array, "n L"],
+    logvars: Float[Array, "n L"],
+    seed: int = 0,
+    place: Callable[[Any], Any] = lambda arrays: arrays,
 ) -> Float[np.ndarray, " n"]:
     """log q(z) of the same draws in nats, q(z) being of the text's own half of the texts alone; the seed parts them.
 
     By how much it is higher is about what another doubling of n would change, while that is little; near the ceiling
     each doubling brings log 2. NaN for one text.
+
+    place: lays arrays over devices by rows.
     """
     n = len(means)
     found = np.full(n, np.nan)
     for half in np.array_split(np.random.default_rng(seed % 2**32).permutation(n), 2) if n > 1 else ():
-        found[half] = _densities_of(*(jnp.asarray(np.asarray(x)[half]) for x in (densities.z, means, logvars)))[1]
+        z, *posteriors = (np.asarray(x)[half] for x in (densities.z, means, logvars))
+        found[half] = _densities_of(z, *place(tuple(posteriors)))[1]
     return found
 
 

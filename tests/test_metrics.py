@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from small_model import CONFIG, new_model
 from davae_jax import metrics
 from davae_jax.caveats import STEADY
 from davae_jax.latent import Posterior
+from davae_jax.sharding import MeshConfig, make_mesh
 
 KEY = jax.random.key(0)
 
@@ -84,6 +86,24 @@ def test_the_density_of_half_of_the_texts():
             each = [multivariate_normal.pdf(densities.z[i], means[j], np.exp(logvars[j])) for j in half]
             assert found[i] == pytest.approx(math.log(np.mean(each)), abs=1e-4)
     assert np.isnan(metrics.of_halves(densities, means[:1], logvars[:1])).all()
+
+
+def test_devices_share_the_densities():
+    """Eight of them, each with an eighth of the posteriors: the same values, and an eighth of the work."""
+    rng = np.random.default_rng(0)
+    posteriors = tuple(rng.standard_normal((2, 64, 5)).astype(np.float32))
+    rows = jax.sharding.NamedSharding(make_mesh(MeshConfig(), 8), jax.sharding.PartitionSpec("data"))
+    place = partial(jax.device_put, device=rows)
+    one, many = (metrics.log_densities(*some, KEY) for some in (posteriors, place(posteriors)))
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    halves = [metrics.of_halves(one, *posteriors), metrics.of_halves(many, *posteriors, place=place)]
+    np.testing.assert_allclose(*halves, rtol=1e-5)
+    work = [
+        metrics._densities_of.lower(np.asarray(one.z), *some).compile().cost_analysis()["flops"]
+        for some in (posteriors, place(posteriors))
+    ]
+    assert work[1] < 0.2 * work[0]
 
 
 def normal_density(z, mean, variance=1.0):
