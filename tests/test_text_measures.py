@@ -34,14 +34,17 @@ def test_distinct():
     assert math.isnan(distinct(texts, 4))
 
 
-def random_texts(n, seed=0):
+def random_texts(n, seed=0, shortest=4):
     rng = random.Random(seed)
-    return [rng.choices("abc", k=rng.randrange(4, 12)) for _ in range(n)]
+    return [rng.choices("abc", k=rng.randrange(shortest, 12)) for _ in range(n)]
 
 
-def test_self_bleu_is_sacrebleus():
-    texts = random_texts(12)
-    scorer = BLEU(tokenize="none", smooth_method="none", effective_order=False)
+@pytest.mark.parametrize("effective_order", [False, True])
+def test_self_bleu_is_sacrebleus(effective_order):
+    """With texts of fewer than four words, what sacrebleu gives with the effective order."""
+    texts = random_texts(12) if not effective_order else random_texts(30, seed=1, shortest=1)
+    assert (min(map(len, texts)) < 4) == effective_order
+    scorer = BLEU(tokenize="none", smooth_method="none", effective_order=effective_order)
     expected = []
     for i, text in enumerate(texts):
         others = [[" ".join(other)] for j, other in enumerate(texts) if j != i]
@@ -55,6 +58,14 @@ def test_self_bleu_at_its_ends():
     assert self_bleu([list("abcde"), list("fghi")]) == 0
     assert math.isnan(self_bleu([list("abcd")]))
     assert self_bleu([[], ["a"]]) == 0
+
+
+@pytest.mark.parametrize(
+    "texts", [[["a"]] * 5, [["好"]] * 100, [["a", "b", "c"]] * 50, [[]] * 3, [["a"], [], ["a"], []]], ids=str
+)
+def test_short_twins_are_no_diversity(texts):
+    assert self_bleu(texts) == pytest.approx(100)
+    assert self_bleu([*texts, ["x", "y"]]) == pytest.approx(100 * len(texts) / (len(texts) + 1))
 
 
 @pytest.mark.parametrize(
