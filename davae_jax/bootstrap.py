@@ -14,7 +14,7 @@ Interval = tuple[float, float]
 
 def sums(values: Float[np.ndarray, "n m"], seed: int = 0) -> Float[np.ndarray, "R m"]:
     """Σ over the texts of each column, in each of 1000 draws of n texts. One seed, one set of draws."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
+    values, rng = np.asarray(values, float), np.random.default_rng(seed % 2**32)
     n = len(values)
     at_once = max(1, 2**24 // n)  # draws: 128 MiB of counts
     sizes = [min(at_once, DRAWS - start) for start in range(0, DRAWS, at_once)]

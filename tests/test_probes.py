@@ -124,6 +124,16 @@ def test_draws_are_of_as_many_texts():
     np.testing.assert_array_equal(found, bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**70])
+def test_seeds_are_taken_modulo_two_to_the_32(rng, seed):
+    """As the keys of the model's draws are."""
+    values = rng.standard_normal((30, 2))
+    np.testing.assert_array_equal(bootstrap.sums(values, seed), bootstrap.sums(values, seed % 2**32))
+    kinds = rng.integers(0, 2, 30).astype(str)
+    hits = [probes.linear_probe(values, kinds, s).hits for s in (seed, seed % 2**32)]
+    np.testing.assert_array_equal(*hits)
+
+
 def test_the_interval_of_active_units(rng):
     means = rng.standard_normal((500, 3)) * [1.0, 0.1, 0.0]  # the second has just the threshold's variance
     low, high = bootstrap.of_active_units(means, 0.01)
