@@ -324,12 +324,18 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
         (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
+        (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
         (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1 has no field 'text'"),
         (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2 has no field 'y'"),
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,
             "{tmp}/t.jsonl: line 1: the field 'z' is no class, but a text, a whole number, true or false can be one",
+        ),
+        (
+            ["--data", "{tmp}/half.jsonl", "--label", "y"],
+            1,
+            "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
         ),
         ([], 2, "--data: give a file of texts; /nowhere is no run of the demo, which has texts of its own"),
     ],
@@ -339,6 +345,7 @@ def test_what_is_refused(davae, tmp_path, options, code, said):
     """Before the model is looked for."""
     (tmp_path / "t.txt").write_text("今天\n", encoding="utf-8")
     (tmp_path / "t.jsonl").write_text('{"t": "a", "y": 1, "z": 0.5}\n{"t": "b"}\n', encoding="utf-8")
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "y": "\\ud800"}\n', encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     said = said.format(tmp=tmp_path)
     found = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
