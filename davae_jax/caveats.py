@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from davae_jax.probes import BINS
+from davae_jax.tokenizers import END
 
 SETTLED = 0.1  # nats a text that twice the samples may lower the bound by
 STEADY = 0.05  # nats that twice the texts may raise the information by; what is missing is two or three times as much
@@ -16,8 +17,14 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
     n, k, effective = measures["n"], measures["iw_samples"], measures["effective_sample_size"]
     fell = measures["iw_nll_of_half"] - measures["iw_nll"]
     said = []
-    if left := measures["left_out"]:
+    ended = measures["left_out_for_end_token"]
+    if left := measures["left_out"] - ended:
         said.append(f"n: {left} texts were left out, blank or too long for the encoder")
+    if ended:
+        said.append(
+            f"n: {ended} texts were left out that hold {END}: a text's likelihood ends there, and the words behind it "
+            "would cost nothing"
+        )
     if unknown := measures["unknown_tokens"]:
         said.append(
             f"iw_nll, ppl: {unknown} tokens stand for characters that the tokenizer does not know; the likelihood does "

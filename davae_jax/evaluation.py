@@ -1,7 +1,4 @@
-"""What a model makes of texts it has not seen: every measure of docs/evaluate.md, and the texts behind them.
-
-The model reads a batch at a time; of a batch, numbers a text are kept and nothing larger.
-"""
+"""What a model makes of texts it has not seen: every measure of docs/evaluate.md, and the texts behind them."""
 
 from __future__ import annotations
 
@@ -12,42 +9,26 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
-from tqdm import tqdm
+from jaxtyping import Float
 
 from davae_jax import bootstrap, metrics, ngram, probes
 from davae_jax import text_measures as measures_of
 from davae_jax.caveats import warnings_of
-from davae_jax.data import Texts, padded, tokenize
-from davae_jax.decoder import power_of_two
+from davae_jax.data import tokenize
+from davae_jax.errors import InputError
 from davae_jax.figures import bleu
 from davae_jax.generation import LONGEST
-from davae_jax.latent import Posterior, interpolate, kl_per_dimension
-from davae_jax.losses import reconstruction_nll
-from davae_jax.model import DAVAE, merge, split
+from davae_jax.latent import Posterior, interpolate
+from davae_jax.model import split
+from davae_jax.per_text import PerText, per_text
 from davae_jax.sharding import over_batch
 from davae_jax.text import TextVAE
-from davae_jax.tokenizers import UNK
+from davae_jax.tokenizers import END, UNK
 
 ACTIVE = 0.01  # variance of a dimension's means above which it is active (Burda et al. 2016)
 PRIOR_SAMPLES = 1000  # at most
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # of the prior's samples, the checkpoint's own
 LINES, STEPS = 32, 9  # interpolations between texts, and texts on each
-
-
-class PerText(NamedTuple):
-    """Numbers of each text, in the texts' order."""
-
-    mean: Float[np.ndarray, "n L"]
-    logvar: Float[np.ndarray, "n L"]
-    kl: Float[np.ndarray, "n L"]  # of each dimension, nats; nothing is masked, whatever free bits training had
-    tokens: Int[np.ndarray, " n"]  # that the decoder has to tell: the end token counts, bos does not
-    hits: Int[np.ndarray, " n"]  # of them, those that it holds most likely, told the true ones before them
-    mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
-    rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, over the K samples
-    iw_nll: Float[np.ndarray, " n"]  # −log p(x), nats, importance weighted
-    half_nll: Float[np.ndarray, " n"]  # the same from the first half of the samples
-    effective: Float[np.ndarray, " n"]  # effective sample size, 1 to K
 
 
 class Evaluation(NamedTuple):
@@ -74,17 +55,23 @@ def evaluate(
     """All measures of a model over texts.
 
     Args:
-      texts: blank ones and those too long for the encoder are left out, and counted.
+      texts: left out, and counted, are blank ones, those too long for the encoder, and those that hold the end token.
       samples: K of the importance-weighted likelihood.
       labels: of each text, its class in each of several factors; each is probed for.
       language: the texts that are valid, where that is known.
       source: names the texts in messages.
 
     Raises:
-      InputError: no text is left.
+      InputError: no text is left; samples below 1, or labels of more or fewer texts (exit code 2).
     """
     given = list(texts)
-    kept = tokenize(given, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
+    if samples < 1:
+        raise InputError(f"samples must be at least 1, not {samples}", exit_code=2)
+    for name, values in (labels or {}).items():
+        if len(values) != len(given):
+            raise InputError(f"labels: {len(values)} of {name!r} for {len(given)} texts", exit_code=2)
+    whole, ended = without_end_tokens(given, source)
+    kept = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
     rows = kept.lines - 1
     originals = [given[i] for i in rows]
     labels = {name: [str(values[i]) for i in rows] for name, values in (labels or {}).items()}
@@ -113,6 +100,7 @@ def evaluate(
     measures = {
         "n": n,
         "left_out": len(given) - n,
+        "left_out_for_end_token": ended,
         "unknown_tokens": unknown_tokens(originals, kept.decoder_ids, vae.decoder_tokenizer.unk_id),
         "iw_samples": samples,
         "seed": seed,
@@ -127,66 +115,25 @@ def evaluate(
     )
 
 
+def without_end_tokens(texts: Sequence[str], source: str) -> tuple[list[str], int]:
+    """(the texts, empty ones in the place of those that hold the literal end token; how many these are).
+
+    The likelihood of a text ends with its first end token: what follows would cost nothing, and its words count.
+
+    Raises:
+      InputError: no text is left, of texts named by `source`.
+    """
+    whole = ["" if END in text else text for text in texts]
+    ended = sum(END in text for text in texts)
+    if ended and not any(text.strip() for text in whole):
+        raise InputError(f"{source}: all texts hold {END}, which ends a text")
+    return whole, ended
+
+
 def unknown_tokens(texts: Sequence[str], decoder_ids: Sequence[np.ndarray], unk_id: int) -> int:
     """Tokens that stand for characters which the decoder's tokenizer does not know, not for `<unk>` in the text."""
     found = sum(int((row == unk_id).sum()) for row in decoder_ids)
     return max(0, found - sum(text.count(UNK) for text in texts))
-
-
-# The model's part.
-
-
-def per_text(
-    model: DAVAE, texts: Texts, *, samples: int, seed: int, batch_size: int, progress: bool = False
-) -> PerText:
-    """The model's numbers of each text. They do not depend on the batches, but for rounding."""
-    graphdef, params = split(model)
-    n = len(texts.lines)
-    order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
-    positions, key = model.config.encoder.max_position_embeddings, jax.random.key(seed % 2**32)
-    parts = []
-    with tqdm(total=n, desc="measure", unit="text", disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            part = order[start : start + batch_size]
-            rows = [texts.ids(i) for i in part]
-            # Rounded up, so that a few programs serve texts of all lengths; what fills a batch is dropped again.
-            S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
-            shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1
-            fill = power_of_two(len(part), least=1) - len(part) if n < batch_size else batch_size - len(part)
-            batch = padded(rows + rows[:1] * fill, shape, model.config.pad_token_id)
-            index = np.concatenate([part, np.zeros(fill, part.dtype)]).astype(np.int32)
-            inputs = over_batch((batch.encoder_ids, batch.decoder_ids, index), params)
-            values = jax.device_get(_of_batch(graphdef, params, *inputs, key, samples))
-            parts.append([value[: len(part)] for value in values])
-            bar.update(len(part))
-    place = np.argsort(order)
-    return PerText(*(np.concatenate(column)[place] for column in zip(*parts, strict=True)))
-
-
-@partial(jax.jit, static_argnums=(0, 6))
-def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -> PerText:
-    model = merge(graphdef, params)
-    encoded = model.encoder(encoder_ids)
-    posterior = Posterior(encoded.mean, encoded.logvar)
-    targets = decoder_ids[:, 1:]
-    mask = metrics.text_mask(targets, model.config.end_token_id)
-    logits = model.decoder.logits(model.decoder(decoder_ids[:, :-1], posterior.mean).final)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
-    log_p, log_ratio = metrics.importance_samples(
-        posterior, partial(metrics.text_log_likelihood, model, decoder_ids), keys, samples
-    )
-    log_weights = log_p + log_ratio
-    return PerText(
-        *posterior,
-        kl=kl_per_dimension(posterior),
-        tokens=mask.sum(1),
-        hits=(mask & (logits.argmax(-1) == targets)).sum(1),
-        mean_nll=reconstruction_nll(logits, targets, mask),
-        rec_nll=-log_p.mean(0),
-        iw_nll=-metrics.log_mean_weight(log_weights),
-        half_nll=-metrics.log_mean_weight(log_weights[: max(samples // 2, 1)]),
-        effective=metrics.effective_sample_size(log_weights),
-    )
 
 
 # The measures, each group with its intervals.

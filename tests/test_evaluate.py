@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import sacrebleu
 from tokenizer_fixtures import sentences
 
-from davae_jax import TextVAE, bootstrap, caveats, evaluation, metrics
+from davae_jax import InputError, TextVAE, bootstrap, caveats, evaluation, metrics
 from davae_jax.charts import COLOURS, OTHER, colours_of, ticks
 from davae_jax.cli import main
 from davae_jax.data import tokenize
@@ -21,6 +22,7 @@ from davae_jax.generation import generate
 from davae_jax.report import difference, nearest, read_log
 from davae_jax.sharding import MeshConfig, make_mesh
 from davae_jax.text_measures import words
+from davae_jax.tokenizers import END
 
 # Of lengths that share one compiled program.
 TEXTS = [text for text in sentences(200) if 15 <= len(text) <= 20][:40]
@@ -109,6 +111,38 @@ def test_batches_and_meshes_change_nothing(tiny_checkpoint, kept, each):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_a_texts_draws_follow_from_its_line(vae, kept, each):
+    """Whatever is left out before it."""
+    gaps = tokenize(["", *TEXTS[1:]], vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
+    assert gaps.lines[0] == 2
+    found = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
+    for name, some, all_of_them in zip(each._fields, found, each, strict=True):
+        np.testing.assert_allclose(some, all_of_them[1:], rtol=1e-4, atol=1e-4, err_msg=name)
+    others = per_text(vae.model, kept._replace(lines=kept.lines + 1), samples=K, seed=0, batch_size=64)
+    assert np.abs(others.iw_nll - each.iw_nll).min() > 1e-4
+
+
+def test_texts_that_hold_the_end_token_are_left_out():
+    texts = [TEXTS[0], f"今{END}天", "", f"今{END}", TEXTS[1]]
+    assert evaluation.without_end_tokens(texts, "here") == ([TEXTS[0], "", "", "", TEXTS[1]], 2)
+    with pytest.raises(InputError, match=re.escape("here: all texts hold <|endoftext|>, which ends a text")):
+        evaluation.without_end_tokens(texts[1:4], "here")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels: 1 of 'b' for 2 texts"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_in_python(vae, options, said):
+    with pytest.raises(InputError) as error:
+        evaluate(vae, TEXTS[:2], **options)
+    assert (str(error.value), error.value.exit_code) == (said, 2)
+
+
 def test_the_measures_follow_from_the_texts(vae, each, found):
     m = found.measures
     assert m["n"] == 40 and m["iw_samples"] == K and m["latent_size"] == 4
@@ -161,6 +195,7 @@ def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
 ENOUGH = {
     "n": 2000,
     "left_out": 0,
+    "left_out_for_end_token": 0,
     "unknown_tokens": 0,
     "latent_size": 32,
     "mutual_information": 3.0,
@@ -182,6 +217,8 @@ ENOUGH = {
         ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
         ({"n": 300}, ["active_units", "mig"]),
         ({"left_out": 3}, ["n"]),
+        ({"left_out": 3, "left_out_for_end_token": 3}, ["n"]),
+        ({"left_out": 3, "left_out_for_end_token": 1}, ["n", "n"]),
         ({"unknown_tokens": 1}, ["iw_nll, ppl"]),
         ({"mutual_information": 7.0, "mutual_information_of_half": 7.0}, ["mutual_information, aggregate_kl"]),
         ({"mutual_information": 3.9, "mutual_information_of_half": 3.88}, ["mutual_information, aggregate_kl"]),
@@ -290,13 +327,14 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
     file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
-    file.write_text("\n春眠 <unk> 今天Ѫ\n", encoding="utf-8")
+    file.write_text("\n春眠 <unk> 今天Ѫ\n今<|endoftext|>天\n", encoding="utf-8")
     code, out, err = davae("--data", file, "--samples", 1, "--json", files[0], "--html", files[1])
     assert (code, err) == (0, "")
     measures = json.loads(files[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 1, 1)
+    assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 2, 1)
     assert measures["denominators"]["words"] == 7  # of the text as it was given, and its end
     assert "n: 1 texts were left out, blank or too long for the encoder" in out
+    assert "n: 1 texts were left out that hold <|endoftext|>" in out
     assert "all: over 1 texts" in out
     assert "factors" not in measures
     unknown = {name for name, value in measures.items() if value is None}
