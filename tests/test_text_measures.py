@@ -9,7 +9,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from davae_jax import ngram
-from davae_jax.ngram import BEGIN, END, NGram
+from davae_jax.ngram import BEGIN, END, UNKNOWN, NGram
 from davae_jax.text_measures import distinct, edit_distance, pieces, self_bleu, way, words
 
 
@@ -123,6 +123,17 @@ def test_a_bigram_model_by_hand():
     assert model.perplexity([["a"], ["a"]]) == pytest.approx(1 / math.sqrt(first * then))
 
 
+def test_words_outside_the_vocabulary_are_one():
+    """In training and after: x and y are as if both were one word more."""
+    model = NGram([["a", "x"], ["a", "y"], ["a", "a"]], "a", order=2)
+    assert model.size == 3  # a, the end, and what is outside
+    assert model.log_likelihood(["a", "z"]) == pytest.approx(model.log_likelihood(["a", "x"]))
+    assert model.probability(UNKNOWN, ("a",)) > model.probability("a", ("a",))
+    assert sum(model.probability(word, ("a",)) for word in ("a", END, UNKNOWN)) == pytest.approx(1)
+    closed = NGram([["a", "u"], ["a", "u"], ["a", "a"]], ["a"], order=2)
+    assert closed.log_likelihood(["a", "u"]) == model.log_likelihood(["a", "x"])
+
+
 def test_perplexity_of_a_fair_coin():
     """2 a toss, and something for the end, which no trigram model sees coming."""
     rng = random.Random(0)
@@ -146,3 +157,7 @@ def test_forward_and_reverse():
     assert wild["forward_ppl"] > 2 * wild["real_ppl"]
     assert wild["reverse_ppl"] > 1.2 * wild["real_ppl"]
     assert all(map(math.isnan, ngram.forward_and_reverse(real[:1], real).values()))
+    # What texts would get does not hang on the samples, nor on the order of a file.
+    assert same["real_ppl"] == narrow["real_ppl"] == wild["real_ppl"]
+    ordered = ngram.forward_and_reverse(sorted(real), draw("abcdefgh", 400))
+    assert ordered["real_ppl"] == pytest.approx(same["real_ppl"], rel=0.05)
