@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from davae_jax.probes import BINS
+from davae_jax.probes import BINS, FOLDS
 from davae_jax.tokenizers import END
 
 SETTLED = 0.1  # nats a text that twice the samples may lower the bound by
@@ -40,6 +40,11 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
             "of half of the texts; the information is too low and the aggregate KL too high by at least as much, by "
             "more the nearer to log n, and the intervals do not cover that; take a larger --n"
         )
+    if not measures["active_units"] and n > 1:
+        said.append(
+            "active_units: none is active, so what is read off the latent means nothing: probes, MIG, DCI, maps, "
+            "neighbours and interpolations"
+        )
     if n < 10 * measures["latent_size"]:
         said.append(
             f"active_units: a variance from {n} texts; take ten for each of the {measures['latent_size']} dimensions"
@@ -59,4 +64,9 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
             said.append(f"mig: histograms of {BINS} × {most} cells from {n} texts come out too high")
         if n < 5 * measures["latent_size"]:
             said.append(f"probe_accuracy, dci: probes of {measures['latent_size']} dimensions learnt from {n} texts")
+        rare = {name: factor["rare_classes"] for name, factor in measures["factors"].items()}
+        if counts := [f"{count} of {name}" for name, count in rare.items() if count]:
+            said.append(
+                f"probe_accuracy: classes of fewer than {FOLDS} texts, {', '.join(counts)}; hardly to be learnt"
+            )
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float
+from tqdm import tqdm
 
 from davae_jax import bootstrap, metrics, ngram, probes
 from davae_jax import text_measures as measures_of
@@ -85,18 +87,23 @@ def evaluate(
     prior = vae.sample(min(n, PRIOR_SAMPLES), seed=seed, max_length=longest)
     lines = _lines(each.mean, greedy)
 
-    found, intervals = of_latent(each, seed, partial(over_batch, params=split(vae.model)[1]))
-    for part in (
-        of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
-        of_reconstructions(reconstructions, texts, seed),
-        of_probes(each.mean, labels, seed),
-    ):
-        found |= part[0]
-        intervals |= part[1]
-    found |= of_samples(prior, texts) | of_lines(lines)
     accepted = None if language is None else [text in language for text in prior]
-    if accepted:
-        found["prior_valid"] = float(np.mean(accepted))
+    parts: dict[str, Callable[[], Found]] = {
+        "mutual information": lambda: of_latent(each, seed, partial(over_batch, params=split(vae.model)[1])),
+        "likelihood": lambda: of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
+        "BLEU": lambda: of_reconstructions(reconstructions, texts, seed),
+        "probes": lambda: of_probes(each.mean, labels, seed),
+        "self-BLEU": lambda: of_samples(prior, texts, accepted),
+        "n-gram models": lambda: (ngram.forward_and_reverse(*map(_all_words, (texts, prior))), {}),
+        "interpolations": lambda: of_lines(lines, seed),
+    }
+    found, intervals = {}, {}
+    with tqdm(parts.items(), unit="part", disable=not vae.progress) as bar:
+        for name, part in bar:
+            bar.set_description(name)
+            values, ends = part()
+            found |= values
+            intervals |= ends if n > 1 else {}  # one text drawn with replacement is always itself
     measures = {
         "n": n,
         "left_out": len(given) - n,
@@ -154,6 +161,7 @@ def of_latent(each: PerText, seed: int, place: Callable[[Any], Any] = lambda arr
     found = {
         "kl": float(each.kl.sum(1).mean()),
         "kl_per_dim": each.kl.mean(0).tolist(),
+        "kl_per_dim_intervals": [list(ends) for ends in bootstrap.of_columns(each.kl, seed=seed)] if n > 1 else None,
         "active_units": metrics.active_units(each.mean, ACTIVE),
         "variance_per_dim": np.var(each.mean, axis=0).tolist(),
         "mutual_information": float(information.mean()),
@@ -178,7 +186,10 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
     """
     words = np.asarray(words)
     elbo = -each.rec_nll - each.kl.sum(1)
-    by_token, by_word = (bootstrap.of_ratio(each.iw_nll, below, seed=seed) for below in (each.tokens, words))
+    by_token, by_word, elbo_by_word = (
+        bootstrap.of_ratio(nll, below, seed=seed)
+        for nll, below in ((each.iw_nll, each.tokens), (each.iw_nll, words), (-elbo, words))
+    )
     found = {
         "token_accuracy": float(each.hits.sum() / each.tokens.sum()),
         "rec_nll": float(each.rec_nll.mean()),
@@ -202,9 +213,13 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
         "token_accuracy": bootstrap.of_ratio(each.hits, each.tokens, seed=seed),
         "rec_nll": bootstrap.of_ratio(each.rec_nll, seed=seed),
         "elbo": bootstrap.of_ratio(elbo, seed=seed),
+        "rec_nll_from_mean": bootstrap.of_ratio(each.mean_nll, seed=seed),
         "iw_nll": bootstrap.of_ratio(each.iw_nll, seed=seed),
+        "iw_nll_of_half": bootstrap.of_ratio(each.half_nll, seed=seed),
+        "effective_sample_size": bootstrap.of_median(each.effective, seed=seed),
         "ppl_per_token": tuple(map(_exp, by_token)),
         "ppl_per_word": tuple(map(_exp, by_word)),
+        "elbo_ppl_per_word": tuple(map(_exp, elbo_by_word)),
     }
 
 
@@ -212,7 +227,7 @@ def of_reconstructions(found: Sequence[str], texts: Sequence[str], seed: int) ->
     """BLEU over characters of the greedy reconstructions, and the part that is the text itself."""
     exact = np.array([a == b for a, b in zip(found, texts, strict=True)])
     values = {"bleu": bleu(found, texts), "exact_match": float(exact.mean())}
-    return values, {"bleu": bleu_interval(found, texts, seed), "exact_match": bootstrap.of_ratio(exact, seed=seed)}
+    return values, {"bleu": bleu_interval(found, texts, seed), "exact_match": bootstrap.of_proportion(exact)}
 
 
 def bleu_interval(found: Sequence[str], texts: Sequence[str], seed: int) -> bootstrap.Interval:
@@ -229,9 +244,12 @@ def bleu_interval(found: Sequence[str], texts: Sequence[str], seed: int) -> boot
     return bootstrap.interval(np.array(scores))
 
 
-def of_samples(samples: Sequence[str], texts: Sequence[str]) -> dict[str, float | int]:
-    """How samples of the prior differ from each other and from the texts; of the texts, the same figures beside."""
-    drawn, real = ([measures_of.words(text) for text in some] for some in (samples, texts[: len(samples)]))
+def of_samples(samples: Sequence[str], texts: Sequence[str], accepted: Sequence[bool] | None = None) -> Found:
+    """How samples of the prior differ from each other and from the texts; of the texts, the same figures beside.
+
+    accepted: which of the samples the grammar accepts, where there is one.
+    """
+    drawn, real = map(_all_words, (samples, texts[: len(samples)]))
     values: dict[str, float | int] = {
         "prior_samples": len(samples),
         "prior_distinct": len(set(samples)) / len(samples),
@@ -243,15 +261,20 @@ def of_samples(samples: Sequence[str], texts: Sequence[str]) -> dict[str, float 
             f"distinct_{n}": measures_of.distinct(drawn, n),
             f"distinct_{n}_texts": measures_of.distinct(real, n),
         }
-    return values | ngram.forward_and_reverse([measures_of.words(text) for text in texts], drawn)
+    if accepted is None:
+        return values, {}
+    values["prior_valid"] = float(np.mean(accepted))
+    return values, {"prior_valid": bootstrap.of_proportion(np.array(accepted))}
 
 
-def of_lines(lines: Sequence[Sequence[str]]) -> dict[str, float | int]:
+def of_lines(lines: Sequence[Sequence[str]], seed: int) -> Found:
     """Means over the interpolations of the way's length and largest step, as multiples of the ends' distance."""
-    ways = np.array([measures_of.way([measures_of.words(text) for text in line]) for line in lines]).reshape(-1, 2)
+    ways = np.array([measures_of.way(_all_words(line)) for line in lines]).reshape(-1, 2)
     ways = ways[~np.isnan(ways).any(1)]
     length, largest = ways.mean(0).tolist() if len(ways) else (math.nan, math.nan)
-    return {"interpolation_length": length, "interpolation_largest_step": largest, "interpolations": len(ways)}
+    found = {"interpolation_length": length, "interpolation_largest_step": largest, "interpolations": len(ways)}
+    ends = bootstrap.of_columns(ways, seed=seed) if len(ways) > 1 else []
+    return found, dict(zip(("interpolation_length", "interpolation_largest_step"), ends))
 
 
 def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str]], seed: int) -> Found:
@@ -264,6 +287,7 @@ def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str
     factors = {
         name: {
             "classes": len(set(labels[name])),
+            "rare_classes": sum(count < probes.FOLDS for count in Counter(labels[name]).values()),
             "probe_accuracy": float(probe.hits.mean()),
             "majority": float(probe.majority),
             "mig": probes.mutual_information_gap(means, labels[name]),
@@ -278,7 +302,9 @@ def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str
         "dci_completeness": float(np.mean([factor["completeness"] for factor in factors.values()])),
         "dci_informativeness": float(np.mean([factor["probe_accuracy"] for factor in factors.values()])),
     }
-    return found, {f"probe_{name}": bootstrap.of_ratio(probe.hits, seed=seed) for name, probe in fitted.items()}
+    intervals = {f"probe_{name}": bootstrap.of_proportion(probe.hits) for name, probe in fitted.items()}
+    read = np.mean([probe.hits for probe in fitted.values()], axis=0)
+    return found, intervals | {"dci_informativeness": bootstrap.of_ratio(read, seed=seed)}
 
 
 def _lines(means: Float[np.ndarray, "n L"], greedy) -> list[list[str]]:
@@ -287,6 +313,10 @@ def _lines(means: Float[np.ndarray, "n L"], greedy) -> list[list[str]]:
     latents = np.asarray(interpolate(means[0 : 2 * pairs : 2], means[1 : 2 * pairs : 2], STEPS)).swapaxes(0, 1)
     texts = greedy(latents.reshape(-1, means.shape[1]))
     return [texts[i : i + STEPS] for i in range(0, len(texts), STEPS)]
+
+
+def _all_words(texts: Sequence[str]) -> list[list[str]]:
+    return [measures_of.words(text) for text in texts]
 
 
 def _exp(x: float) -> float:

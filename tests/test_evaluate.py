@@ -172,6 +172,11 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     for name, (low, high) in m["intervals"].items():
         value = m["factors"]["long"]["probe_accuracy"] if name == "probe_long" else m[name]
         assert low <= value <= high or name == "active_units", name
+    for value, (low, high) in zip(m["kl_per_dim"], m["kl_per_dim_intervals"], strict=True):
+        assert low < value < high
+    assert {"elbo_ppl_per_word", "effective_sample_size", "iw_nll_of_half", "exact_match"} <= m["intervals"].keys()
+    assert m["intervals"]["exact_match"][1] - m["intervals"]["exact_match"][0] > 0.05  # whatever the proportion
+    assert m["factors"]["long"]["rare_classes"] == 0
     assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
 
 
@@ -206,7 +211,8 @@ ENOUGH = {
     "iw_nll": 50.0,
     "iw_nll_of_half": 50.05,
     "prior_samples": 1000,
-    "factors": {"topic": {"classes": 10}},
+    "active_units": 32,
+    "factors": {"topic": {"classes": 10, "rare_classes": 0}},
 }
 
 
@@ -223,6 +229,8 @@ ENOUGH = {
         ({"mutual_information": 7.0, "mutual_information_of_half": 7.0}, ["mutual_information, aggregate_kl"]),
         ({"mutual_information": 3.9, "mutual_information_of_half": 3.88}, ["mutual_information, aggregate_kl"]),
         ({"mutual_information_of_half": 2.94}, ["mutual_information, aggregate_kl"]),
+        ({"active_units": 0}, ["active_units"]),
+        ({"factors": {"topic": {"classes": 10, "rare_classes": 2}}}, ["probe_accuracy"]),
         ({"iw_samples": 9}, ["iw_nll, ppl"]),
         ({"effective_sample_size": 4.9}, ["iw_nll, ppl"]),
         ({"iw_nll_of_half": 50.15}, ["iw_nll, ppl"]),
@@ -300,7 +308,7 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
         assert measures[name] == pytest.approx(found.measures[name], rel=1e-4), name
     # The table has the figures, what they are of, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
-    assert f"{measures['denominators']['words']} words, ends counted" in out
+    assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
     assert "nats, of log n = 3.69 at most; too low near it" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
@@ -336,12 +344,15 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert "n: 1 texts were left out, blank or too long for the encoder" in out
     assert "n: 1 texts were left out that hold <|endoftext|>" in out
     assert "all: over 1 texts" in out
-    assert "factors" not in measures
+    assert "factors" not in measures and measures["intervals"] == {}
+    said = " ".join(out.split())
+    assert "nan" not in out and "length of the way – no interpolation whose ends differ" in said
+    assert "self-BLEU – of two samples or more" in said and "distinct-3 – no sample has 3 words" in said
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
         *["aggregate_mmd", "interpolation_length", "interpolation_largest_step"],
-        *["mutual_information_of_half", "aggregate_kl_of_half"],
+        *["mutual_information_of_half", "aggregate_kl_of_half", "kl_per_dim_intervals"],
     }
     Page(files[1].read_text(encoding="utf-8"))
 

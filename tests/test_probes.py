@@ -134,6 +134,32 @@ def test_seeds_are_taken_modulo_two_to_the_32(rng, seed):
     np.testing.assert_array_equal(*hits)
 
 
+def test_the_interval_of_a_proportion():
+    """Wilson's, by his formula: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). At 0 and 1 it has a width."""
+    n, z = 50, 1.959964
+    for hits in (0, 20, 50):
+        p = hits / n
+        middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        expected = [(middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+        assert bootstrap.of_proportion(np.arange(n) < hits) == pytest.approx(expected, abs=1e-6)
+    assert bootstrap.of_proportion(np.zeros(50, bool)) == pytest.approx((0, 0.0713), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [7, 8])
+def test_the_interval_of_a_median(rng, n):
+    """Against the medians of the same draws, text by text."""
+    values = rng.standard_normal(n)
+    counts = np.concatenate(list(bootstrap.draws(n, seed=4)))
+    medians = [np.median(np.repeat(values, row)) for row in counts]
+    assert bootstrap.of_median(values, seed=4) == pytest.approx(bootstrap.interval(np.array(medians)))
+
+
+def test_the_intervals_of_columns(rng):
+    values = rng.standard_normal((60, 3))
+    expected = [bootstrap.of_ratio(column, seed=2) for column in values.T]
+    np.testing.assert_allclose(bootstrap.of_columns(values, seed=2), expected)
+
+
 def test_the_interval_of_active_units(rng):
     means = rng.standard_normal((500, 3)) * [1.0, 0.1, 0.0]  # the second has just the threshold's variance
     low, high = bootstrap.of_active_units(means, 0.01)
