@@ -13,8 +13,8 @@ import pytest
 import sacrebleu
 from tokenizer_fixtures import sentences
 
-from davae_jax import InputError, TextVAE, bootstrap, caveats, evaluation, metrics
-from davae_jax.charts import COLOURS, OTHER, colours_of, ticks
+from davae_jax import InputError, TextVAE, bootstrap, caveats, charts, evaluation, metrics
+from davae_jax.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
 from davae_jax.cli import main
 from davae_jax.data import tokenize
 from davae_jax.evaluation import PerText, evaluate, per_text
@@ -432,6 +432,30 @@ def test_ticks():
     assert ticks(0, 0.8) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert ticks(-3, 17) == pytest.approx([0, 5, 10, 15])
     assert ticks(2, 2) == [2]
+
+
+def test_numbers_of_ticks():
+    assert numbers_of([0, 5e-6, 1e-5, 1.5e-5]) == ["0", "5e-06", "1e-05", "1.5e-05"]
+    assert numbers_of([12.3452, 12.3454]) == ["12.3452", "12.3454"]
+    assert numbers_of([10_000, 12_000.0]) == ["10k", "12k"]
+    assert numbers_of([2.0]) == ["2"] and numbers_of([0]) == ["0"]
+
+
+@pytest.mark.parametrize("most", [1.6e-5, -1.6e-5, 0.025, 12.34567, 1234.5, 1.6e9, 1.0], ids=str)
+def test_no_number_of_an_axis_is_cut_off(most):
+    """Each ends left of the chart, and begins within it: digits of DejaVu Sans are 0.636 of the font's 17 wide."""
+    drawn = [
+        charts.bars([abs(most), abs(most) / 3], [True, False], title="t", unit="u"),
+        charts.lines({"a": ([0, 1, 2], [most, most * (1 - 1e-5), most * (1 - 2e-5)])}, title="t"),
+        charts.plane({"a": ([0.0, 1.0], [0.0, most])}, {"a": "#111111"}, title="t"),
+    ]
+    for chart in drawn:
+        numbers = re.findall(r'<text x="(\d+)" y="\d+" text-anchor="end">([^<]+)</text>', chart)
+        starts = [int(x) - 17 * sum(0.36 if c in ".-" else 0.636 for c in number) for x, number in numbers]
+        assert len(numbers) >= 2 and min(starts) >= 0
+        assert len({number for x, number in numbers}) == len(numbers)
+        left = {int(x) for x in re.findall(r'<line class="grid" x1="(\d+)"', chart)}
+        assert len(left) == 1 and min(int(x) for x, _ in numbers) == left.pop() - 5
 
 
 def test_colours():
