@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import tyro
+from tqdm import tqdm
 
 from davae_jax import demo_corpus
 from davae_jax.cli import Command
@@ -101,7 +102,9 @@ class Evaluate(Command):
         if self.json:
             write_whole(self.json, json.dumps(as_json(measures), indent=2, ensure_ascii=False) + "\n")
         if self.html:
-            write_whole(self.html, report(found._replace(measures=measures), Path(self.model)))
+            with tqdm(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
+                write_whole(self.html, report(found._replace(measures=measures), Path(self.model)))
+                bar.update()
 
 
 class Data(NamedTuple):

@@ -13,12 +13,13 @@ import pytest
 import sacrebleu
 from tokenizer_fixtures import sentences
 
-from davae_jax import InputError, TextVAE, bootstrap, caveats, charts, evaluation, metrics
+from davae_jax import InputError, TextVAE, bootstrap, caveats, charts, evaluation, metrics, projection, report
 from davae_jax.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
 from davae_jax.cli import main
 from davae_jax.data import tokenize
-from davae_jax.evaluation import PerText, evaluate, per_text
+from davae_jax.evaluation import Evaluation, PerText, evaluate, per_text
 from davae_jax.generation import generate
+from davae_jax.latent import Posterior
 from davae_jax.report import difference, nearest, read_log
 from davae_jax.sharding import MeshConfig, make_mesh
 from davae_jax.text_measures import words
@@ -462,6 +463,42 @@ def test_colours():
     assert colours_of(["b", "a", "b"]) == {"a": COLOURS[0], "b": COLOURS[1]}
     many = colours_of([str(i % 13) for i in range(100)] + ["12"] * 9)
     assert many["12"] == COLOURS[0] and list(many.values()).count(OTHER) == 3
+
+
+@pytest.fixture
+def many():
+    """Of 5000 texts, whose labels alternate: two classes far apart along one of four dimensions; and all different."""
+    rng, n = np.random.default_rng(0), 5000
+    means = rng.standard_normal((n, 4))
+    means[::2, 3] += 20
+    labels = {"two": ["a", "b"] * (n // 2), "own": [str(i) for i in range(n)]}
+    return Evaluation({}, [], labels, Posterior(means, np.zeros((n, 4))), [], [], None, [])
+
+
+def test_maps_of_many_texts(many, monkeypatch):
+    """At most 2000 dots, drawn, as the caption says; the plane parts alternating labels, and is left out where no class
+    has two texts."""
+    monkeypatch.setattr(projection, "umap", lambda means: None)
+    page = report._maps(many)
+    dots = [(colour, path.count("M")) for colour, path in re.findall(r'class="dots" stroke="(.*?)" d="(.*?)"', page)]
+    of_two, of_own = dots[:4], dots[4:]
+    assert sum(count for _, count in of_two[:2]) == sum(count for _, count in of_two[2:]) == 2000
+    assert min(count for _, count in of_two) > 900  # of both classes
+    assert sum(count for _, count in of_own) == 2000
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert len(captions) == 3
+    assert captions[0].endswith("% of the variance, 2,000 of 5,000 texts, drawn") and captions[2] == captions[0]
+    assert captions[1] == "2,000 of the texts, in the plane that parts the classes of other ones most"
+    plane = re.findall(r'class="dots" stroke=".*?" d="(.*?)"', page)[2:4]
+    sides = [np.array([float(x) for x in re.findall(r"M([\d.]+) ", path)]) for path in plane]
+    assert max(sides[0]) < min(sides[1]) or max(sides[1]) < min(sides[0])
+
+
+def test_long_curves_are_thinned():
+    assert report.thinned(range(7)) == list(range(7))
+    found = report.thinned(range(10_001))
+    assert (len(found), found[0], found[-1]) == (2000, 0, 10_000)
+    assert set(np.diff(found)) == {5, 6}
 
 
 def test_a_log_that_is_being_written(tmp_path):
