@@ -62,7 +62,12 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
                 f"nats, of log n = {m['mutual_information_ceiling']:.2f} at most; too low near it",
             ),
             row("… of half of the texts", "mutual_information_of_half", "{:.2f}", enough, two),
-            row("KL of all posteriors together", "aggregate_kl", "{:.2f}", "nats to the prior; too high near log n"),
+            row(
+                "KL of all posteriors together",
+                "aggregate_kl",
+                "{:.2f}",
+                "nats to the prior, 0 is best; too high by as much",
+            ),
             row("… of half of the texts", "aggregate_kl_of_half", "{:.2f}", enough, two),
             row("MMD² of all posteriors together", "aggregate_mmd", "{:.4f}", "to the prior; 0 is best", two),
         ],

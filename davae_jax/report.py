@@ -146,7 +146,7 @@ def _maps(found: Evaluation) -> str:
             maps.append(draw(projection.discriminant(means[fit], classes[fit], means[rows]), rows, said))
         shown = f'<div class="figures">{"".join(maps)}</div>'
         parts.append(f'<div class="map"><h3>{escape(name)}</h3>{_legend(colours)}{shown}</div>')
-    return "\n".join(parts)
+    return f'<div class="maps">{"".join(parts)}</div>'
 
 
 def _legend(colours: Mapping[str, str]) -> str:
