@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from davae_jax.probes import BINS
+from davae_jax.probes import BINS, FOLDS
+from davae_jax.tokenizers import END
 
 SETTLED = 0.1  # nats a text that twice the samples may lower the bound by
+STEADY = 0.05  # nats that twice the texts may raise the information by; what is missing is two or three times as much
 
 
 def warnings_of(measures: Mapping[str, Any]) -> list[str]:
@@ -15,8 +17,14 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
     n, k, effective = measures["n"], measures["iw_samples"], measures["effective_sample_size"]
     fell = measures["iw_nll_of_half"] - measures["iw_nll"]
     said = []
-    if left := measures["left_out"]:
+    ended = measures["left_out_for_end_token"]
+    if left := measures["left_out"] - ended:
         said.append(f"n: {left} texts were left out, blank or too long for the encoder")
+    if ended:
+        said.append(
+            f"n: {ended} texts were left out that hold {END}: a text's likelihood ends there, and the words behind it "
+            "would cost nothing"
+        )
     if unknown := measures["unknown_tokens"]:
         said.append(
             f"iw_nll, ppl: {unknown} tokens stand for characters that the tokenizer does not know; the likelihood does "
@@ -25,10 +33,17 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
     if n < 100:
         said.append(f"all: over {n} texts; below 100 the intervals themselves are too narrow")
     ceiling, information = measures["mutual_information_ceiling"], measures["mutual_information"]
-    if information > 0.9 * ceiling:
+    rose = information - measures["mutual_information_of_half"]
+    if information > 0.5 * ceiling or rose > STEADY:
         said.append(
-            f"mutual_information, aggregate_kl: {information:.2f} is near the ceiling log n = {ceiling:.2f}, so the "
-            "true information may be larger, and the distance from the prior smaller by as much; take a larger --n"
+            f"mutual_information, aggregate_kl: {information:.2f} of log n = {ceiling:.2f}, and {rose:.2f} more than "
+            "of half of the texts; the information is too low and the aggregate KL too high by at least as much, by "
+            "more the nearer to log n, and the intervals do not cover that; take a larger --n"
+        )
+    if not measures["active_units"] and n > 1:
+        said.append(
+            "active_units: none is active, so what is read off the latent means nothing: probes, MIG, DCI, maps, "
+            "neighbours and interpolations"
         )
     if n < 10 * measures["latent_size"]:
         said.append(
@@ -49,4 +64,9 @@ def warnings_of(measures: Mapping[str, Any]) -> list[str]:
             said.append(f"mig: histograms of {BINS} × {most} cells from {n} texts come out too high")
         if n < 5 * measures["latent_size"]:
             said.append(f"probe_accuracy, dci: probes of {measures['latent_size']} dimensions learnt from {n} texts")
+        rare = {name: factor["rare_classes"] for name, factor in measures["factors"].items()}
+        if counts := [f"{count} of {name}" for name, count in rare.items() if count]:
+            said.append(
+                f"probe_accuracy: classes of fewer than {FOLDS} texts, {', '.join(counts)}; hardly to be learnt"
+            )
     return said

@@ -6,6 +6,7 @@ the page's. Colours of axes and bars come from the page's style, by class names.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 WIDTH, HEIGHT = 320, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 8, 12, 28  # margins, which hold the axes' numbers
+LEFT, RIGHT, TOP, BOTTOM = 52, 8, 12, 28  # margins, which hold the axes' numbers; the left one grows with them
 # Ten colours that differ in hue and in lightness (Tableau 10), and one for all classes after them.
 COLOURS = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#17807e"]
 OTHER = "#a0a0a0"
@@ -23,16 +24,18 @@ OTHER = "#a0a0a0"
 
 def bars(values: Sequence[float], strong: Sequence[bool], *, title: str, unit: str) -> str:
     """One bar a value; those that are not strong are pale."""
-    y = _scale(0, max([*values, 1e-9]), HEIGHT - BOTTOM, TOP)
-    step = (WIDTH - LEFT - RIGHT) / max(len(values), 1)
+    most = max([*values, 1e-9])
+    y = _scale(0, most, HEIGHT - BOTTOM, TOP)
+    axis, left = _y_axis(y, ticks(0, most))
+    step = (WIDTH - left - RIGHT) / max(len(values), 1)
     gap = step * 0.15 if step > 4 else 0
     drawn = "".join(
-        f'<rect class="{"bar" if is_strong else "bar pale"}" x="{LEFT + i * step:.1f}" y="{y(value):.1f}"'
+        f'<rect class="{"bar" if is_strong else "bar pale"}" x="{left + i * step:.1f}" y="{y(value):.1f}"'
         f' width="{step - gap:.2f}" height="{max(HEIGHT - BOTTOM - y(value), 0.5):.1f}"/>'
         for i, (value, is_strong) in enumerate(zip(values, strong, strict=True))
     )
-    ends = f"{_text(LEFT, HEIGHT - 6, '1', 'start')}{_text(WIDTH - RIGHT, HEIGHT - 6, str(len(values)), 'end')}"
-    return _svg(f"{title}, {unit}", _y_axis(y, ticks(0, max([*values, 1e-9]))) + drawn + ends)
+    ends = f"{_text(left, HEIGHT - 6, '1', 'start')}{_text(WIDTH - RIGHT, HEIGHT - 6, str(len(values)), 'end')}"
+    return _svg(f"{title}, {unit}", axis + drawn + ends)
 
 
 def scatter(
@@ -70,7 +73,9 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
     if not len(all_x):
         return ""
     low, high = _range(all_y)
-    x, y = _scale(*_range(all_x), LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    axis, left = _y_axis(y, ticks(low, high))
+    x = _scale(*_range(all_x), left, WIDTH - RIGHT)
     drawn = ""
     for colour, (xs, ys) in zip(COLOURS, series.values(), strict=False):
         places = [f"{x(a):.1f} {y(b):.1f}" for a, b in zip(xs.tolist(), ys.tolist(), strict=True)]
@@ -78,9 +83,9 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
             drawn += f'<polyline class="line" stroke="{colour}" points="{", ".join(places)}"/>'
         if len(places) < 30:
             drawn += f'<path class="dots big" stroke="{colour}" d="{"".join(f"M{place}h0" for place in places)}"/>'
-    ends = _text(LEFT, HEIGHT - 6, _number(all_x.min()), "start")
+    ends = _text(left, HEIGHT - 6, _number(all_x.min()), "start")
     ends += _text(WIDTH - RIGHT, HEIGHT - 6, _number(all_x.max()), "end")
-    return _svg(title, _y_axis(y, ticks(low, high)) + drawn + ends)
+    return _svg(title, axis + drawn + ends)
 
 
 def plane(
@@ -98,8 +103,10 @@ def _plane(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colour
     if not len(xs):
         return ""
     largest, (low, high) = xs.max(), _wider(*_range(ys))
-    of_root = _scale(*_wider(0.0, math.sqrt(max(largest, 0.0))), LEFT, WIDTH - RIGHT)
-    x, y = lambda value: of_root(math.sqrt(max(value, 0.0))), _scale(low, high, WIDTH - BOTTOM, TOP)
+    y = _scale(low, high, WIDTH - BOTTOM, TOP)
+    axis, left = _y_axis(y, ticks(low, high))
+    of_root = _scale(*_wider(0.0, math.sqrt(max(largest, 0.0))), left, WIDTH - RIGHT)
+    x = lambda value: of_root(math.sqrt(max(value, 0.0)))  # noqa: E731
     drawn, means = "", []
     for i, (name, (xs, ys)) in enumerate(points.items()):
         if len(xs):
@@ -111,10 +118,10 @@ def _plane(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], colour
         if v <= largest and x(v) > max(end, x(0)) + 34:
             across, end = across + _text(x(v), WIDTH - 6, _number(v), "middle"), x(v)
     across += _text(x(0), WIDTH - 6, "0", "middle")
-    return _y_axis(y, ticks(low, high)) + across + drawn + _labels(means)
+    return axis + across + drawn + _labels(means, left)
 
 
-def _labels(places: Sequence[tuple[float, float, str]]) -> str:
+def _labels(places: Sequence[tuple[float, float, str]], left: float) -> str:
     """Small texts to the right of their places, or to the left or farther off where another one is already."""
     width, height = 14.0, 11.0
     put: list[tuple[float, float]] = []
@@ -124,7 +131,7 @@ def _labels(places: Sequence[tuple[float, float, str]]) -> str:
         free = [
             (a, b)
             for a, b in ways
-            if LEFT + 6 < a < WIDTH - 4 and all(abs(a - c) >= width or abs(b - d) >= height for c, d in put)
+            if left + 6 < a < WIDTH - 4 and all(abs(a - c) >= width or abs(b - d) >= height for c, d in put)
         ]
         a, b = (free or ways)[0]
         put.append((a, b))
@@ -235,12 +242,30 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _y_axis(y, at: Sequence[float]) -> str:
-    return "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-        + _text(LEFT - 5, y(v) + 5, _number(v), "end")
-        for v in at
+def _y_axis(y, at: Sequence[float]) -> tuple[str, float]:
+    """(lines across at the ticks with their numbers, how far from the left the chart begins beside them)."""
+    numbers = numbers_of(at)
+    left = max([LEFT, *(_width(number) + 7 for number in numbers)])
+    drawn = (
+        f'<line class="grid" x1="{left:.0f}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        + _text(left - 5, y(v) + 5, number, "end")
+        for v, number in zip(at, numbers, strict=True)
     )
+    return "".join(drawn), left
+
+
+def numbers_of(at: Sequence[float]) -> list[str]:
+    """The ticks as text, with as many digits as tell them apart."""
+    largest = max(map(abs, at))
+    step = min((b - a for a, b in itertools.pairwise(at)), default=0.0)
+    place = lambda value: math.floor(math.log10(value) + 1e-6)  # of its first digit  # noqa: E731
+    digits = 1 + place(largest) - place(step) if largest and step else 1
+    return [_number(v, max(4, digits)) for v in at]
+
+
+def _width(text: str) -> float:
+    """At most, of a number in a font of 17: digits of the widest common fonts are 11 wide, points and signs 7."""
+    return sum(7.0 if c in ".-+" else 11.0 for c in text)
 
 
 def _svg(title: str, inside: str, height: int = HEIGHT) -> str:
@@ -252,8 +277,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:.4g}k"
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value / 1000:.{digits}g}k"
 
 
 def _scale(low: float, high: float, start: float, stop: float):

@@ -12,11 +12,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import tyro
+from tqdm import tqdm
 
 from davae_jax import demo_corpus
 from davae_jax.cli import Command
 from davae_jax.commands import check_output, write_whole
-from davae_jax.data import read_lines, read_texts
+from davae_jax.data import json_text, read_lines, read_texts
 from davae_jax.errors import InputError, check_options
 from davae_jax.evaluation import evaluate
 from davae_jax.evaluation_table import as_json, format_table
@@ -43,7 +44,7 @@ class Evaluate(Command):
     data: Annotated[Path | None, _option("FILE", "of a run of the demo, its held-out texts")] = None
     """Texts that training has not shown, UTF-8, one a line; or JSON Lines (.jsonl, .json)."""
 
-    field: str = "text"
+    field: Annotated[str | None, _option("FIELD", "text")] = None
     """Where a text stands in a line of JSON."""
 
     label: Annotated[tuple[str, ...], _option("FIELD", "none; of the demo, its factors")] = ()
@@ -101,7 +102,9 @@ class Evaluate(Command):
         if self.json:
             write_whole(self.json, json.dumps(as_json(measures), indent=2, ensure_ascii=False) + "\n")
         if self.html:
-            write_whole(self.html, report(found._replace(measures=measures), Path(self.model)))
+            with tqdm(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
+                write_whole(self.html, report(found._replace(measures=measures), Path(self.model)))
+                bar.update()
 
 
 class Data(NamedTuple):
@@ -111,11 +114,12 @@ class Data(NamedTuple):
     source: str
 
 
-def read_data(path: Path, field: str, labels: Sequence[str]) -> Data:
+def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
     """Texts of a file, and of JSON Lines their labels. Raises InputError naming the file and the line."""
-    if labels and path.suffix not in (".jsonl", ".json"):
-        raise InputError(f"--label: {path} has no fields; give JSON Lines (.jsonl)", exit_code=2)
-    texts = read_texts(path, field)
+    for option, given in (("--field", field is not None), ("--label", labels)):
+        if given and path.suffix not in (".jsonl", ".json"):
+            raise InputError(f"{option}: {path} has no fields; give JSON Lines (.jsonl)", exit_code=2)
+    texts = read_texts(path, field or "text")
     lines = read_lines(path.read_bytes(), str(path)) if labels else []
     read = {name: [label_of(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels}
     return Data(texts, read, None, str(path))
@@ -132,7 +136,12 @@ def label_of(line: str, field: str, where: str) -> str:
         raise InputError(
             f"{where}: the field {field!r} is no class, but a text, a whole number, true or false can be one"
         )
-    return str(values[field])
+    if not isinstance(values[field], str):
+        return str(values[field])
+    try:
+        return json_text(line, field)
+    except ValueError as e:
+        raise InputError(f"{where}{e}") from None
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:

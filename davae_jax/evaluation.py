@@ -1,53 +1,36 @@
-"""What a model makes of texts it has not seen: every measure of docs/evaluate.md, and the texts behind them.
-
-The model reads a batch at a time; of a batch, numbers a text are kept and nothing larger.
-"""
+"""What a model makes of texts it has not seen: every measure of docs/evaluate.md, and the texts behind them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm import tqdm
 
 from davae_jax import bootstrap, metrics, ngram, probes
 from davae_jax import text_measures as measures_of
 from davae_jax.caveats import warnings_of
-from davae_jax.data import Texts, padded, tokenize
-from davae_jax.decoder import power_of_two
+from davae_jax.data import tokenize
+from davae_jax.errors import InputError
 from davae_jax.figures import bleu
 from davae_jax.generation import LONGEST
-from davae_jax.latent import Posterior, interpolate, kl_per_dimension
-from davae_jax.losses import reconstruction_nll
-from davae_jax.model import DAVAE, merge, split
+from davae_jax.latent import Posterior, interpolate
+from davae_jax.model import split
+from davae_jax.per_text import PerText, per_text
 from davae_jax.sharding import over_batch
 from davae_jax.text import TextVAE
-from davae_jax.tokenizers import UNK
+from davae_jax.tokenizers import END, UNK
 
 ACTIVE = 0.01  # variance of a dimension's means above which it is active (Burda et al. 2016)
 PRIOR_SAMPLES = 1000  # at most
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # of the prior's samples, the checkpoint's own
 LINES, STEPS = 32, 9  # interpolations between texts, and texts on each
-
-
-class PerText(NamedTuple):
-    """Numbers of each text, in the texts' order."""
-
-    mean: Float[np.ndarray, "n L"]
-    logvar: Float[np.ndarray, "n L"]
-    kl: Float[np.ndarray, "n L"]  # of each dimension, nats; nothing is masked, whatever free bits training had
-    tokens: Int[np.ndarray, " n"]  # that the decoder has to tell: the end token counts, bos does not
-    hits: Int[np.ndarray, " n"]  # of them, those that it holds most likely, told the true ones before them
-    mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
-    rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, over the K samples
-    iw_nll: Float[np.ndarray, " n"]  # −log p(x), nats, importance weighted
-    half_nll: Float[np.ndarray, " n"]  # the same from the first half of the samples
-    effective: Float[np.ndarray, " n"]  # effective sample size, 1 to K
 
 
 class Evaluation(NamedTuple):
@@ -74,17 +57,23 @@ def evaluate(
     """All measures of a model over texts.
 
     Args:
-      texts: blank ones and those too long for the encoder are left out, and counted.
+      texts: left out, and counted, are blank ones, those too long for the encoder, and those that hold the end token.
       samples: K of the importance-weighted likelihood.
       labels: of each text, its class in each of several factors; each is probed for.
       language: the texts that are valid, where that is known.
       source: names the texts in messages.
 
     Raises:
-      InputError: no text is left.
+      InputError: no text is left; samples below 1, or labels of more or fewer texts (exit code 2).
     """
     given = list(texts)
-    kept = tokenize(given, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
+    if samples < 1:
+        raise InputError(f"samples must be at least 1, not {samples}", exit_code=2)
+    for name, values in (labels or {}).items():
+        if len(values) != len(given):
+            raise InputError(f"labels: {len(values)} of {name!r} for {len(given)} texts", exit_code=2)
+    whole, ended = without_end_tokens(given, source)
+    kept = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
     rows = kept.lines - 1
     originals = [given[i] for i in rows]
     labels = {name: [str(values[i]) for i in rows] for name, values in (labels or {}).items()}
@@ -98,21 +87,27 @@ def evaluate(
     prior = vae.sample(min(n, PRIOR_SAMPLES), seed=seed, max_length=longest)
     lines = _lines(each.mean, greedy)
 
-    found, intervals = of_latent(each, seed)
-    for part in (
-        of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
-        of_reconstructions(reconstructions, texts, seed),
-        of_probes(each.mean, labels, seed),
-    ):
-        found |= part[0]
-        intervals |= part[1]
-    found |= of_samples(prior, texts) | of_lines(lines)
     accepted = None if language is None else [text in language for text in prior]
-    if accepted:
-        found["prior_valid"] = float(np.mean(accepted))
+    parts: dict[str, Callable[[], Found]] = {
+        "mutual information": lambda: of_latent(each, seed, partial(over_batch, params=split(vae.model)[1])),
+        "likelihood": lambda: of_likelihood(each, [len(measures_of.words(text)) + 1 for text in originals], seed),
+        "BLEU": lambda: of_reconstructions(reconstructions, texts, seed),
+        "probes": lambda: of_probes(each.mean, labels, seed),
+        "self-BLEU": lambda: of_samples(prior, texts, accepted),
+        "n-gram models": lambda: (ngram.forward_and_reverse(*map(_all_words, (texts, prior))), {}),
+        "interpolations": lambda: of_lines(lines, seed),
+    }
+    found, intervals = {}, {}
+    with tqdm(parts.items(), unit="part", disable=not vae.progress) as bar:
+        for name, part in bar:
+            bar.set_description(name)
+            values, ends = part()
+            found |= values
+            intervals |= ends if n > 1 else {}  # one text drawn with replacement is always itself
     measures = {
         "n": n,
         "left_out": len(given) - n,
+        "left_out_for_end_token": ended,
         "unknown_tokens": unknown_tokens(originals, kept.decoder_ids, vae.decoder_tokenizer.unk_id),
         "iw_samples": samples,
         "seed": seed,
@@ -127,66 +122,25 @@ def evaluate(
     )
 
 
+def without_end_tokens(texts: Sequence[str], source: str) -> tuple[list[str], int]:
+    """(the texts, empty ones in the place of those that hold the literal end token; how many these are).
+
+    The likelihood of a text ends with its first end token: what follows would cost nothing, and its words count.
+
+    Raises:
+      InputError: no text is left, of texts named by `source`.
+    """
+    whole = ["" if END in text else text for text in texts]
+    ended = sum(END in text for text in texts)
+    if ended and not any(text.strip() for text in whole):
+        raise InputError(f"{source}: all texts hold {END}, which ends a text")
+    return whole, ended
+
+
 def unknown_tokens(texts: Sequence[str], decoder_ids: Sequence[np.ndarray], unk_id: int) -> int:
     """Tokens that stand for characters which the decoder's tokenizer does not know, not for `<unk>` in the text."""
     found = sum(int((row == unk_id).sum()) for row in decoder_ids)
     return max(0, found - sum(text.count(UNK) for text in texts))
-
-
-# The model's part.
-
-
-def per_text(
-    model: DAVAE, texts: Texts, *, samples: int, seed: int, batch_size: int, progress: bool = False
-) -> PerText:
-    """The model's numbers of each text. They do not depend on the batches, but for rounding."""
-    graphdef, params = split(model)
-    n = len(texts.lines)
-    order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
-    positions, key = model.config.encoder.max_position_embeddings, jax.random.key(seed % 2**32)
-    parts = []
-    with tqdm(total=n, desc="measure", unit="text", disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            part = order[start : start + batch_size]
-            rows = [texts.ids(i) for i in part]
-            # Rounded up, so that a few programs serve texts of all lengths; what fills a batch is dropped again.
-            S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
-            shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1
-            fill = power_of_two(len(part), least=1) - len(part) if n < batch_size else batch_size - len(part)
-            batch = padded(rows + rows[:1] * fill, shape, model.config.pad_token_id)
-            index = np.concatenate([part, np.zeros(fill, part.dtype)]).astype(np.int32)
-            inputs = over_batch((batch.encoder_ids, batch.decoder_ids, index), params)
-            values = jax.device_get(_of_batch(graphdef, params, *inputs, key, samples))
-            parts.append([value[: len(part)] for value in values])
-            bar.update(len(part))
-    place = np.argsort(order)
-    return PerText(*(np.concatenate(column)[place] for column in zip(*parts, strict=True)))
-
-
-@partial(jax.jit, static_argnums=(0, 6))
-def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -> PerText:
-    model = merge(graphdef, params)
-    encoded = model.encoder(encoder_ids)
-    posterior = Posterior(encoded.mean, encoded.logvar)
-    targets = decoder_ids[:, 1:]
-    mask = metrics.text_mask(targets, model.config.end_token_id)
-    logits = model.decoder.logits(model.decoder(decoder_ids[:, :-1], posterior.mean).final)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
-    log_p, log_ratio = metrics.importance_samples(
-        posterior, partial(metrics.text_log_likelihood, model, decoder_ids), keys, samples
-    )
-    log_weights = log_p + log_ratio
-    return PerText(
-        *posterior,
-        kl=kl_per_dimension(posterior),
-        tokens=mask.sum(1),
-        hits=(mask & (logits.argmax(-1) == targets)).sum(1),
-        mean_nll=reconstruction_nll(logits, targets, mask),
-        rec_nll=-log_p.mean(0),
-        iw_nll=-metrics.log_mean_weight(log_weights),
-        half_nll=-metrics.log_mean_weight(log_weights[: max(samples // 2, 1)]),
-        effective=metrics.effective_sample_size(log_weights),
-    )
 
 
 # The measures, each group with its intervals.
@@ -194,21 +148,27 @@ def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -
 Found = tuple[dict[str, Any], dict[str, bootstrap.Interval]]
 
 
-def of_latent(each: PerText, seed: int) -> Found:
-    """KL, active units, mutual information, and how far all posteriors together are from the prior."""
+def of_latent(each: PerText, seed: int, place: Callable[[Any], Any] = lambda arrays: arrays) -> Found:
+    """KL, active units, mutual information, and how far all posteriors together are from the prior.
+
+    place: lays arrays over devices by rows.
+    """
     n = len(each.mean)
-    densities = metrics.LogDensities(
-        *map(np.asarray, metrics.log_densities(each.mean, each.logvar, jax.random.key(seed % 2**32)))
-    )
+    drawn = metrics.log_densities(*place((each.mean, each.logvar)), jax.random.key(seed % 2**32))
+    densities = metrics.LogDensities(*map(np.asarray, drawn))
     information, from_prior = densities.information, densities.from_prior
+    rise = float((metrics.of_halves(densities, each.mean, each.logvar, seed, place) - densities.aggregate).mean())
     found = {
         "kl": float(each.kl.sum(1).mean()),
         "kl_per_dim": each.kl.mean(0).tolist(),
+        "kl_per_dim_intervals": [list(ends) for ends in bootstrap.of_columns(each.kl, seed=seed)] if n > 1 else None,
         "active_units": metrics.active_units(each.mean, ACTIVE),
         "variance_per_dim": np.var(each.mean, axis=0).tolist(),
         "mutual_information": float(information.mean()),
+        "mutual_information_of_half": float(information.mean()) - rise,
         "mutual_information_ceiling": metrics.mutual_information_ceiling(n),
         "aggregate_kl": float(from_prior.mean()),
+        "aggregate_kl_of_half": float(from_prior.mean()) + rise,
         "aggregate_mmd": metrics.mmd_to_prior(densities.z),
     }
     return found, {
@@ -226,7 +186,10 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
     """
     words = np.asarray(words)
     elbo = -each.rec_nll - each.kl.sum(1)
-    by_token, by_word = (bootstrap.of_ratio(each.iw_nll, below, seed=seed) for below in (each.tokens, words))
+    by_token, by_word, elbo_by_word = (
+        bootstrap.of_ratio(nll, below, seed=seed)
+        for nll, below in ((each.iw_nll, each.tokens), (each.iw_nll, words), (-elbo, words))
+    )
     found = {
         "token_accuracy": float(each.hits.sum() / each.tokens.sum()),
         "rec_nll": float(each.rec_nll.mean()),
@@ -250,9 +213,13 @@ def of_likelihood(each: PerText, words: Sequence[int], seed: int) -> Found:
         "token_accuracy": bootstrap.of_ratio(each.hits, each.tokens, seed=seed),
         "rec_nll": bootstrap.of_ratio(each.rec_nll, seed=seed),
         "elbo": bootstrap.of_ratio(elbo, seed=seed),
+        "rec_nll_from_mean": bootstrap.of_ratio(each.mean_nll, seed=seed),
         "iw_nll": bootstrap.of_ratio(each.iw_nll, seed=seed),
+        "iw_nll_of_half": bootstrap.of_ratio(each.half_nll, seed=seed),
+        "effective_sample_size": bootstrap.of_median(each.effective, seed=seed),
         "ppl_per_token": tuple(map(_exp, by_token)),
         "ppl_per_word": tuple(map(_exp, by_word)),
+        "elbo_ppl_per_word": tuple(map(_exp, elbo_by_word)),
     }
 
 
@@ -260,7 +227,7 @@ def of_reconstructions(found: Sequence[str], texts: Sequence[str], seed: int) ->
     """BLEU over characters of the greedy reconstructions, and the part that is the text itself."""
     exact = np.array([a == b for a, b in zip(found, texts, strict=True)])
     values = {"bleu": bleu(found, texts), "exact_match": float(exact.mean())}
-    return values, {"bleu": bleu_interval(found, texts, seed), "exact_match": bootstrap.of_ratio(exact, seed=seed)}
+    return values, {"bleu": bleu_interval(found, texts, seed), "exact_match": bootstrap.of_proportion(exact)}
 
 
 def bleu_interval(found: Sequence[str], texts: Sequence[str], seed: int) -> bootstrap.Interval:
@@ -277,9 +244,12 @@ def bleu_interval(found: Sequence[str], texts: Sequence[str], seed: int) -> boot
     return bootstrap.interval(np.array(scores))
 
 
-def of_samples(samples: Sequence[str], texts: Sequence[str]) -> dict[str, float | int]:
-    """How samples of the prior differ from each other and from the texts; of the texts, the same figures beside."""
-    drawn, real = ([measures_of.words(text) for text in some] for some in (samples, texts[: len(samples)]))
+def of_samples(samples: Sequence[str], texts: Sequence[str], accepted: Sequence[bool] | None = None) -> Found:
+    """How samples of the prior differ from each other and from the texts; of the texts, the same figures beside.
+
+    accepted: which of the samples the grammar accepts, where there is one.
+    """
+    drawn, real = map(_all_words, (samples, texts[: len(samples)]))
     values: dict[str, float | int] = {
         "prior_samples": len(samples),
         "prior_distinct": len(set(samples)) / len(samples),
@@ -291,15 +261,20 @@ def of_samples(samples: Sequence[str], texts: Sequence[str]) -> dict[str, float 
             f"distinct_{n}": measures_of.distinct(drawn, n),
             f"distinct_{n}_texts": measures_of.distinct(real, n),
         }
-    return values | ngram.forward_and_reverse([measures_of.words(text) for text in texts], drawn)
+    if accepted is None:
+        return values, {}
+    values["prior_valid"] = float(np.mean(accepted))
+    return values, {"prior_valid": bootstrap.of_proportion(np.array(accepted))}
 
 
-def of_lines(lines: Sequence[Sequence[str]]) -> dict[str, float | int]:
+def of_lines(lines: Sequence[Sequence[str]], seed: int) -> Found:
     """Means over the interpolations of the way's length and largest step, as multiples of the ends' distance."""
-    ways = np.array([measures_of.way([measures_of.words(text) for text in line]) for line in lines]).reshape(-1, 2)
+    ways = np.array([measures_of.way(_all_words(line)) for line in lines]).reshape(-1, 2)
     ways = ways[~np.isnan(ways).any(1)]
     length, largest = ways.mean(0).tolist() if len(ways) else (math.nan, math.nan)
-    return {"interpolation_length": length, "interpolation_largest_step": largest, "interpolations": len(ways)}
+    found = {"interpolation_length": length, "interpolation_largest_step": largest, "interpolations": len(ways)}
+    ends = bootstrap.of_columns(ways, seed=seed) if len(ways) > 1 else []
+    return found, dict(zip(("interpolation_length", "interpolation_largest_step"), ends))
 
 
 def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str]], seed: int) -> Found:
@@ -312,6 +287,7 @@ def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str
     factors = {
         name: {
             "classes": len(set(labels[name])),
+            "rare_classes": sum(count < probes.FOLDS for count in Counter(labels[name]).values()),
             "probe_accuracy": float(probe.hits.mean()),
             "majority": float(probe.majority),
             "mig": probes.mutual_information_gap(means, labels[name]),
@@ -326,7 +302,9 @@ def of_probes(means: Float[np.ndarray, "n L"], labels: Mapping[str, Sequence[str
         "dci_completeness": float(np.mean([factor["completeness"] for factor in factors.values()])),
         "dci_informativeness": float(np.mean([factor["probe_accuracy"] for factor in factors.values()])),
     }
-    return found, {f"probe_{name}": bootstrap.of_ratio(probe.hits, seed=seed) for name, probe in fitted.items()}
+    intervals = {f"probe_{name}": bootstrap.of_proportion(probe.hits) for name, probe in fitted.items()}
+    read = np.mean([probe.hits for probe in fitted.values()], axis=0)
+    return found, intervals | {"dci_informativeness": bootstrap.of_ratio(read, seed=seed)}
 
 
 def _lines(means: Float[np.ndarray, "n L"], greedy) -> list[list[str]]:
@@ -335,6 +313,10 @@ def _lines(means: Float[np.ndarray, "n L"], greedy) -> list[list[str]]:
     latents = np.asarray(interpolate(means[0 : 2 * pairs : 2], means[1 : 2 * pairs : 2], STEPS)).swapaxes(0, 1)
     texts = greedy(latents.reshape(-1, means.shape[1]))
     return [texts[i : i + STEPS] for i in range(0, len(texts), STEPS)]
+
+
+def _all_words(texts: Sequence[str]) -> list[list[str]]:
+    return [measures_of.words(text) for text in texts]
 
 
 def _exp(x: float) -> float:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from davae_jax.figures import columns
 
+DASH = "–"  # in the place of a figure that cannot be had
+
 
 class Row(NamedTuple):
     name: str
@@ -17,13 +19,18 @@ class Row(NamedTuple):
 
 
 def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """The rows under their headings."""
+    """The rows under their headings. What cannot be had is a dash, and its note says why."""
     m = measures
     parts = m["denominators"]
 
-    def row(name: str, key: str, form: str, note: str = "") -> Row:
+    def row(name: str, key: str, form: str, note: str = "", lacking: str = "") -> Row:
+        if math.isnan(m[key]):
+            return Row(name, DASH, "", lacking)
         return Row(name, form.format(m[key]), _interval(m["intervals"].get(key), form), note)
 
+    enough, two = "near the line above where n is enough", "of two texts or more"
+    of_texts = f"texts: {_or_dash(m['real_ppl'], '{:.2f}')}"
+    ends, apart = "in distances of the ends", "no interpolation whose ends differ"
     found = {
         "Reconstruction": [
             row("BLEU", "bleu", "{:.1f}", "greedy from the posterior mean, over characters"),
@@ -37,7 +44,12 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
             row("−log p(x), half of K", "iw_nll_of_half", "{:.2f}", "near the line above where K is enough"),
             row("effective samples", "effective_sample_size", "{:.1f}", f"median, of {m['iw_samples']}"),
             row("perplexity per token", "ppl_per_token", "{:.2f}", f"{parts['tokens']:,} tokens, ends counted"),
-            row("perplexity per word", "ppl_per_word", "{:.2f}", f"{parts['words']:,} words, ends counted"),
+            row(
+                "perplexity per word",
+                "ppl_per_word",
+                "{:.2f}",
+                f"{parts['words']:,} words, ends counted; each Chinese character is one",
+            ),
             row("perplexity per word, ELBO", "elbo_ppl_per_word", "{:.2f}", "the same words"),
         ],
         "Latent": [
@@ -47,45 +59,69 @@ def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
                 "mutual information",
                 "mutual_information",
                 "{:.2f}",
-                f"nats, of log n = {m['mutual_information_ceiling']:.2f} at most",
+                f"nats, of log n = {m['mutual_information_ceiling']:.2f} at most; too low near it",
             ),
-            row("KL of all posteriors together", "aggregate_kl", "{:.2f}", "nats to the prior; 0 is best"),
-            row("MMD² of all posteriors together", "aggregate_mmd", "{:.4f}", "to the prior; 0 is best"),
+            row("… of half of the texts", "mutual_information_of_half", "{:.2f}", enough, two),
+            row(
+                "KL of all posteriors together",
+                "aggregate_kl",
+                "{:.2f}",
+                "nats to the prior, 0 is best; too high by as much",
+            ),
+            row("… of half of the texts", "aggregate_kl_of_half", "{:.2f}", enough, two),
+            row("MMD² of all posteriors together", "aggregate_mmd", "{:.4f}", "to the prior; 0 is best", two),
         ],
         "Samples from the prior": [
             row("different", "prior_distinct", "{:.1%}", f"of {m['prior_samples']} samples"),
-            row("self-BLEU", "self_bleu", "{:.1f}", f"texts: {m['self_bleu_texts']:.1f}"),
+            row(
+                "self-BLEU",
+                "self_bleu",
+                "{:.1f}",
+                f"texts: {_or_dash(m['self_bleu_texts'], '{:.1f}')}",
+                "of two samples or more",
+            ),
             *(
-                row(f"distinct-{n}", f"distinct_{n}", "{:.3f}", f"texts: {m[f'distinct_{n}_texts']:.3f}")
+                row(
+                    f"distinct-{n}",
+                    f"distinct_{n}",
+                    "{:.3f}",
+                    f"texts: {_or_dash(m[f'distinct_{n}_texts'], '{:.3f}')}",
+                    f"no sample has {n} words",
+                )
                 for n in (1, 2, 3)
             ),
-            row("forward perplexity", "forward_ppl", "{:.2f}", f"trigrams of texts; texts: {m['real_ppl']:.2f}"),
-            row("reverse perplexity", "reverse_ppl", "{:.2f}", f"trigrams of samples; texts: {m['real_ppl']:.2f}"),
+            row("forward perplexity", "forward_ppl", "{:.2f}", f"trigrams of texts; {of_texts}", two),
+            row("reverse perplexity", "reverse_ppl", "{:.2f}", f"trigrams of samples; {of_texts}", two),
         ],
         "Interpolation": [
-            row("length of the way", "interpolation_length", "{:.2f}", "in distances of the ends; 1 is straight"),
-            row("largest step", "interpolation_largest_step", "{:.2f}", "in distances of the ends"),
+            row("length of the way", "interpolation_length", "{:.2f}", f"{ends}; 1 is straight", apart),
+            row("largest step", "interpolation_largest_step", "{:.2f}", ends, apart),
         ],
     }
     if "prior_valid" in m:
         found["Samples from the prior"].insert(0, row("the grammar accepts", "prior_valid", "{:.1%}"))
     if "factors" in m:
+        one = "one factor only" if len(m["factors"]) == 1 else "no dimension is used"
         found["Factors"] = [
             *(
                 Row(
                     name,
                     f"{factor['probe_accuracy']:.1%}",
-                    _interval(m["intervals"][f"probe_{name}"], "{:.1%}"),
+                    _interval(m["intervals"].get(f"probe_{name}"), "{:.1%}"),
                     f"by a linear probe; the most frequent of {factor['classes']}: {factor['majority']:.1%}",
                 )
                 for name, factor in m["factors"].items()
             ),
-            row("MIG", "mig", "{:.3f}", "mean over the factors; 1 is best"),
-            row("DCI disentanglement", "dci_disentanglement", "{:.3f}", "1 is best"),
-            row("DCI completeness", "dci_completeness", "{:.3f}", "1 is best"),
+            row("MIG", "mig", "{:.3f}", "mean over the factors; 1 is best", "a latent of one dimension"),
+            row("DCI disentanglement", "dci_disentanglement", "{:.3f}", "1 is best", one),
+            row("DCI completeness", "dci_completeness", "{:.3f}", "1 is best", "a latent of one dimension"),
             row("DCI informativeness", "dci_informativeness", "{:.1%}", "mean accuracy of the probes"),
         ]
     return found
+
+
+def _or_dash(value: float, form: str) -> str:
+    return DASH if math.isnan(value) else form.format(value)
 
 
 def _interval(ends: list[float] | None, form: str) -> str:

@@ -25,6 +25,7 @@ from davae_jax.decoder import Decoder, power_of_two, visible_keys
 from davae_jax.errors import InputError
 from davae_jax.model import DAVAE, merge, split
 from davae_jax.sampling import count_ids, filter_logits, penalized_log_probs, traceable
+from davae_jax.sharding import over_batch
 
 LONGEST = 1 << 16  # tokens of a text; keys and values of more would fill any machine
 Cache = list[tuple[Array, Array]]  # keys and values [B, N, K, H] of each layer
@@ -93,12 +94,16 @@ def generate(
     else:
         mode = "plain" if settings["top_k"] == 0 and settings["top_p"] in (0, 1) else "filtered"
 
+    graphdef, params = split(model)
+    # Over a mesh each device has its part of the rows, and with them of the cache.
+    latent, tokens, lengths, done = over_batch((latent, tokens, lengths, np.arange(B) >= n), params)
     tokens, lengths = _generate(
-        *split(model),
+        graphdef,
+        params,
         latent,
         tokens,
         lengths,
-        done=np.arange(B) >= n,
+        done=done,
         start=start,
         max_length=max_length,
         key=jax.random.key(0) if key is None else key,

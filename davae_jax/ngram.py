@@ -6,8 +6,10 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-BEGIN, END = "", "\n"  # no word of a text: `words` gives neither
-ORDER = 3
+import numpy as np
+
+BEGIN, END, UNKNOWN = "", "\n", " "  # no word of a text: `words` gives none of them
+ORDER, SEED = 3, 0
 
 
 class NGram:
@@ -15,18 +17,19 @@ class NGram:
 
     One discount an order, n₁ / (n₁ + 2n₂) of those n-grams seen once and twice. Below the highest order an n-gram
     counts as often as there are different words before it. The last order is uniform over the vocabulary, so every word
-    of it has some probability; words outside share that of one more.
+    of it has some probability. All words outside are one more, `UNKNOWN`, in training as in what is measured.
 
     Args:
-      vocabulary: the words that a text may hold; it should be the same for models that are compared.
+      vocabulary: it should be the same for models that are compared.
     """
 
     def __init__(self, texts: Iterable[Sequence[str]], vocabulary: Iterable[str], order: int = ORDER):
         self.order = order
-        self.size = len(set(vocabulary) | {END}) + 1  # one for all words outside
+        self._vocabulary = set(vocabulary)
+        self.size = len(self._vocabulary | {END, UNKNOWN})
         counts = [Counter() for _ in range(order + 1)]  # by length; counts[0] stays empty
         for text in texts:
-            row = [BEGIN] * (order - 1) + [*text, END]
+            row = self._row(text)
             counts[order].update(tuple(row[i : i + order]) for i in range(len(row) - order + 1))
         for n in range(order - 1, 0, -1):
             counts[n].update(gram[1:] for gram in counts[n + 1])
@@ -39,8 +42,15 @@ class NGram:
                 self._totals[n][gram[:-1]] += count
                 self._kinds[n][gram[:-1]] += 1
 
+    def _row(self, text: Sequence[str]) -> list[str]:
+        named = [word if word in self._vocabulary else UNKNOWN for word in text]
+        return [BEGIN] * (self.order - 1) + [*named, END]
+
     def probability(self, word: str, context: tuple[str, ...]) -> float:
-        """context: the words before it, at most `order` − 1; `BEGIN` where the text has not that many."""
+        """Of a word of the vocabulary, the end or `UNKNOWN`.
+
+        context: the words before it, at most `order` − 1; `BEGIN` where the text has not that many.
+        """
         n = len(context) + 1
         below = self.probability(word, context[1:]) if n > 1 else 1 / self.size
         if not (total := self._totals[n].get(context, 0)):
@@ -51,7 +61,7 @@ class NGram:
 
     def log_likelihood(self, text: Sequence[str]) -> float:
         """Of a text and its end, in nats."""
-        row = [BEGIN] * (self.order - 1) + [*text, END]
+        row = self._row(text)
         places = range(self.order - 1, len(row))
         return sum(math.log(self.probability(row[i], tuple(row[i - self.order + 1 : i]))) for i in places)
 
@@ -69,17 +79,22 @@ def _discount(counts: Counter) -> float:
 def forward_and_reverse(real: Sequence[Sequence[str]], samples: Sequence[Sequence[str]]) -> dict[str, float]:
     """Perplexities per word between texts and samples (Zhao et al. 2018), each model trained on as many texts.
 
-    forward_ppl: of samples under a model of the first half of the texts: are samples like texts?
-    reverse_ppl: of the second half under a model of samples: do samples cover what texts say?
-    real_ppl: of the second half under a model of the first: what a perfect sampler would get in both.
-    NaN where there are fewer than two of either.
+    forward_ppl: of samples under a model of one half of the texts: are samples like texts?
+    reverse_ppl: of the other half under a model of samples: do samples cover what texts say?
+    real_ppl: of the other half under a model of the first: what a perfect sampler would get in both.
+    NaN where there are fewer than two texts, or no sample.
+
+    The halves are drawn, always alike, as a file may be sorted. The vocabulary is that of all texts, whatever the
+    samples hold, so that `real_ppl` is the same for all models over the same texts and as many samples.
     """
     half = min(len(real) // 2, len(samples))
     names = ("forward_ppl", "reverse_ppl", "real_ppl")
     if not half:
         return dict.fromkeys(names, math.nan)
-    first, second, samples = real[:half], real[half : 2 * half], samples[:half]
-    vocabulary = {word for text in [*first, *second, *samples] for word in text}
+    order = np.random.default_rng(SEED).permutation(len(real))
+    first, second = ([real[i] for i in part] for part in (order[:half], order[half : 2 * half]))
+    samples = samples[:half]
+    vocabulary = {word for text in real for word in text}
     of_real, of_samples = (NGram(texts, vocabulary) for texts in (first, samples))
     values = of_real.perplexity(samples), of_samples.perplexity(second), of_real.perplexity(second)
     return dict(zip(names, values, strict=True))

@@ -24,7 +24,7 @@ def linear_probe(means: Float[np.ndarray, "n L"], classes: Sequence[str], seed: 
     """Multinomial logistic regression from the posterior means to a factor, in five folds (Alain & Bengio 2017)."""
     names, y = np.unique(np.asarray(classes), return_inverse=True)
     x = standardised(means)
-    fold = np.random.default_rng(seed).permutation(len(x)) % FOLDS
+    fold = np.random.default_rng(seed % 2**32).permutation(len(x)) % FOLDS
     hits = np.zeros(len(x), bool)
     for k in range(FOLDS):
         if (fold == k).any() and (fold != k).any():

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 
 def pca(means: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, "n 2"], float]:
@@ -37,6 +37,23 @@ def discriminant(
     directions = np.linalg.svd((centres[y] - means.mean(0)) @ whiten, full_matrices=False)[2][:2]
     flat = (shown - means.mean(0)) @ whiten @ directions.T
     return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+
+
+def halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
+    """Which texts are of the first half: of each class a half, drawn; of an odd number, one more."""
+    rng, named = np.random.default_rng(seed), np.asarray(classes)
+    first = np.zeros(len(named), bool)
+    for name in np.unique(named):
+        rows = rng.permutation(np.flatnonzero(named == name))
+        first[rows[: (len(rows) + 1) // 2]] = True
+    return first
+
+
+def some(rows: Int[np.ndarray, " n"], most: int, seed: int = 0) -> Int[np.ndarray, " m"]:
+    """The rows, in their order; where they are more than `most`, so many of them, drawn."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
 def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:

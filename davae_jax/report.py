@@ -20,6 +20,7 @@ from davae_jax.text_measures import edit_distance, pieces, words
 
 SHOWN = 6  # good reconstructions and bad ones, and texts with their neighbours
 NEAREST, STRIPS, SAMPLES = 4, 4, 24
+DRAWN = 2000  # dots of a map, and points of a curve, at most
 CURVES = {  # values of metrics.jsonl, and of held_out.jsonl where they stand there
     "rec": "reconstruction, nats a token",
     "kl_unmasked": "KL, nats a text",
@@ -119,25 +120,33 @@ def _kl(m: dict[str, Any]) -> str:
 def _maps(found: Evaluation) -> str:
     """Posterior means by PCA and UMAP, a chart for each factor; and in the plane that parts its classes most."""
     means = found.posterior.mean
+    drawn = projection.some(np.arange(len(means)), DRAWN)
+    of_all = f", {len(drawn):,} of {len(means):,} texts, drawn" if len(drawn) < len(means) else ""
     flat, part = projection.pca(means)
-    ways = [(f"PCA, {part:.0%} of the variance", flat)]
+    ways = [(f"PCA, {part:.0%} of the variance{of_all}", flat)]
     if (by_umap := projection.umap(means)) is not None:
-        ways.append(("UMAP", by_umap))
-    factors = {name: classes for name, classes in found.labels.items() if len(set(classes)) > 1}
+        ways.append((f"UMAP{of_all}", by_umap))
+    factors = {name: np.array(classes) for name, classes in found.labels.items() if len(set(classes)) > 1}
     if not factors:
-        drawn = [_figure(charts.scatter(points, None, title=title), title) for title, points in ways]
-        return f'<div class="figures">{"".join(drawn)}</div>'
+        maps = [_figure(charts.scatter(points[drawn], None, title=title), title) for title, points in ways]
+        return f'<div class="figures">{"".join(maps)}</div>'
     parts = []
     for name, classes in factors.items():
         colours = charts.colours_of(classes)
-        drawn = [_figure(charts.scatter(points, classes, colours, title=f"{name}, {t}"), t) for t, points in ways]
-        if len(means) >= 4:
-            said = "every second text, in the plane that parts the others' classes most"
-            points = projection.discriminant(means[::2], classes[::2], means[1::2])
-            drawn.append(_figure(charts.scatter(points, classes[1::2], colours, title=f"{name}, {said}"), said))
-        shown = f'<div class="figures">{"".join(drawn)}</div>'
+
+        def draw(points, rows, said, name=name, classes=classes, colours=colours):
+            return _figure(charts.scatter(points, classes[rows].tolist(), colours, title=f"{name}, {said}"), said)
+
+        maps = [draw(points[drawn], drawn, said) for said, points in ways]
+        fit = projection.halves(classes)
+        # Of classes of one text each, none is left to show.
+        if len(np.unique(classes[~fit])) > 1:
+            rows = projection.some(np.flatnonzero(~fit), DRAWN)
+            said = f"{len(rows):,} of the texts, in the plane that parts the classes of other ones most"
+            maps.append(draw(projection.discriminant(means[fit], classes[fit], means[rows]), rows, said))
+        shown = f'<div class="figures">{"".join(maps)}</div>'
         parts.append(f'<div class="map"><h3>{escape(name)}</h3>{_legend(colours)}{shown}</div>')
-    return "\n".join(parts)
+    return f'<div class="maps">{"".join(parts)}</div>'
 
 
 def _legend(colours: Mapping[str, str]) -> str:
@@ -158,15 +167,23 @@ def _curves(run: Path) -> str:
     drawn = []
     for key, title in CURVES.items():
         logs = {"training": trained, "held out": held_out}
-        series = {
-            name: ([line["step"] for line in log if key in line], [line[key] for line in log if key in line])
-            for name, log in logs.items()
-        }
-        series = {name: xy for name, xy in series.items() if len(xy[0])}
+        logged = {name: [line for line in log if key in line] for name, log in logs.items()}
+        kept = {name: thinned(log) for name, log in logged.items() if log}
+        series = {name: ([line["step"] for line in log], [line[key] for line in log]) for name, log in kept.items()}
         if series:
             legend = _legend_of(series) if len(series) > 1 else ""
-            drawn.append(_figure(charts.lines(series, title=title), f"{title}; steps across") + legend)
+            said = f"{title}; steps across" + "".join(
+                f"; {len(log):,} of {len(logged[name]):,} points of {name}"
+                for name, log in kept.items()
+                if len(log) < len(logged[name])
+            )
+            drawn.append(_figure(charts.lines(series, title=title), said) + legend)
     return f'<div class="figures">{"".join(f"<div>{chart}</div>" for chart in drawn)}</div>' if drawn else ""
+
+
+def thinned(log: Sequence[Any]) -> list[Any]:
+    """At most `DRAWN` of them, evenly from the first to the last."""
+    return [log[i] for i in np.linspace(0, len(log) - 1, min(len(log), DRAWN)).round().astype(int)]
 
 
 def _legend_of(series) -> str:

@@ -232,7 +232,10 @@ class TextVAE:
         **sampling,
     ) -> list[str]:
         """Each text with `strength` times a direction added to its posterior mean, an attribute vector's say."""
-        latent = self.encode(texts, std_scale=0.0) + strength * np.asarray(direction, np.float32)
+        direction = np.asarray(direction, np.float32)
+        if direction.shape != (self.config.latent_size,):
+            raise InputError(f"direction is {list(direction.shape)}, not {[self.config.latent_size]}", exit_code=2)
+        latent = self.encode(texts, std_scale=0.0) + strength * direction
         return self.generate(latent, seed=seed, **greedy_unless_told(sampling))
 
     def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:

@@ -42,18 +42,21 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     """Mean BLEU-4 of each text against all others as its references, 0 to 100 (Zhu et al. 2018). NaN for one text.
 
-    Not smoothed, as sacrebleu computes it with smoothing off. 100 where every text has a twin.
+    Not smoothed, as sacrebleu computes it with smoothing off and the effective order: of a text of fewer than four
+    words, up to the n-grams that it has. 100 where every text has a twin, of an empty one too.
     """
     if len(texts) < 2:
         return math.nan
     lengths = np.array([len(text) for text in texts])
+    orders = np.clip(lengths, 1, BLEU_ORDER)
     log_precisions = np.zeros(len(texts))
     for n in range(1, BLEU_ORDER + 1):
         counts = [ngrams(text, n) for text in texts]
         largest, second, owner = _largest_counts(counts)
-        for i, count in enumerate(counts):
+        for i in np.flatnonzero(lengths >= n):
+            count = counts[i]
             hits = sum(min(c, second.get(g, 0) if owner[g] == i else largest[g]) for g, c in count.items())
-            log_precisions[i] += math.log(hits / count.total()) / BLEU_ORDER if hits else -math.inf
+            log_precisions[i] += math.log(hits / count.total()) / orders[i] if hits else -math.inf
     penalties = [_log_brevity(length, np.delete(lengths, i)) for i, length in enumerate(lengths)]
     return float(100 * np.exp(log_precisions + penalties).mean())
 
@@ -76,9 +79,9 @@ def _largest_counts(counts: Sequence[Counter]) -> tuple[dict, dict, dict]:
 
 def _log_brevity(length: int, others: np.ndarray) -> float:
     """Logarithm of BLEU's brevity penalty by the reference that is closest in length, of two the shorter."""
-    if not length:
-        return -math.inf
     closest = min(others, key=lambda other: (abs(other - length), other))
+    if not length:  # of an empty text an empty one is the twin, and nothing else like it
+        return -math.inf if closest else 0.0
     return min(0.0, 1 - closest / length)
 
 

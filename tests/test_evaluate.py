@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -12,15 +13,14 @@ import pytest
 import sacrebleu
 from tokenizer_fixtures import sentences
 
-from davae_jax import TextVAE, bootstrap, caveats, evaluation, metrics
-from davae_jax.charts import COLOURS, OTHER, colours_of, ticks
+from davae_jax import InputError, TextVAE, bootstrap, caveats, evaluation, metrics
 from davae_jax.cli import main
 from davae_jax.data import tokenize
 from davae_jax.evaluation import PerText, evaluate, per_text
 from davae_jax.generation import generate
-from davae_jax.report import difference, nearest, read_log
 from davae_jax.sharding import MeshConfig, make_mesh
 from davae_jax.text_measures import words
+from davae_jax.tokenizers import END
 
 # Of lengths that share one compiled program.
 TEXTS = [text for text in sentences(200) if 15 <= len(text) <= 20][:40]
@@ -109,6 +109,38 @@ def test_batches_and_meshes_change_nothing(tiny_checkpoint, kept, each):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_a_texts_draws_follow_from_its_line(vae, kept, each):
+    """Whatever is left out before it."""
+    gaps = tokenize(["", *TEXTS[1:]], vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
+    assert gaps.lines[0] == 2
+    found = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
+    for name, some, all_of_them in zip(each._fields, found, each, strict=True):
+        np.testing.assert_allclose(some, all_of_them[1:], rtol=1e-4, atol=1e-4, err_msg=name)
+    others = per_text(vae.model, kept._replace(lines=kept.lines + 1), samples=K, seed=0, batch_size=64)
+    assert np.abs(others.iw_nll - each.iw_nll).min() > 1e-4
+
+
+def test_texts_that_hold_the_end_token_are_left_out():
+    texts = [TEXTS[0], f"今{END}天", "", f"今{END}", TEXTS[1]]
+    assert evaluation.without_end_tokens(texts, "here") == ([TEXTS[0], "", "", "", TEXTS[1]], 2)
+    with pytest.raises(InputError, match=re.escape("here: all texts hold <|endoftext|>, which ends a text")):
+        evaluation.without_end_tokens(texts[1:4], "here")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels: 1 of 'b' for 2 texts"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_in_python(vae, options, said):
+    with pytest.raises(InputError) as error:
+        evaluate(vae, TEXTS[:2], **options)
+    assert (str(error.value), error.value.exit_code) == (said, 2)
+
+
 def test_the_measures_follow_from_the_texts(vae, each, found):
     m = found.measures
     assert m["n"] == 40 and m["iw_samples"] == K and m["latent_size"] == 4
@@ -125,6 +157,8 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["words"]), rel=1e-4)
     assert m["active_units"] == metrics.active_units(each.mean)
     assert -0.5 < m["mutual_information"] <= m["mutual_information_ceiling"] == math.log(40)
+    rise = m["mutual_information"] - m["mutual_information_of_half"]
+    assert abs(rise) < 0.05 and rise == pytest.approx(m["aggregate_kl_of_half"] - m["aggregate_kl"], abs=1e-6)
     assert found.reconstructions == vae.reconstruct(TEXTS)
     assert m["bleu"] == pytest.approx(sacrebleu.corpus_bleu(found.reconstructions, [found.texts], tokenize="zh").score)
     assert m["exact_match"] == np.mean([a == b for a, b in zip(found.reconstructions, found.texts, strict=True)])
@@ -136,6 +170,11 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     for name, (low, high) in m["intervals"].items():
         value = m["factors"]["long"]["probe_accuracy"] if name == "probe_long" else m[name]
         assert low <= value <= high or name == "active_units", name
+    for value, (low, high) in zip(m["kl_per_dim"], m["kl_per_dim_intervals"], strict=True):
+        assert low < value < high
+    assert {"elbo_ppl_per_word", "effective_sample_size", "iw_nll_of_half", "exact_match"} <= m["intervals"].keys()
+    assert m["intervals"]["exact_match"][1] - m["intervals"]["exact_match"][0] > 0.05  # whatever the proportion
+    assert m["factors"]["long"]["rare_classes"] == 0
     assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
 
 
@@ -159,16 +198,19 @@ def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
 ENOUGH = {
     "n": 2000,
     "left_out": 0,
+    "left_out_for_end_token": 0,
     "unknown_tokens": 0,
     "latent_size": 32,
-    "mutual_information": 5.0,
+    "mutual_information": 3.0,
+    "mutual_information_of_half": 2.97,
     "mutual_information_ceiling": math.log(2000),
     "iw_samples": 50,
     "effective_sample_size": 20.0,
     "iw_nll": 50.0,
     "iw_nll_of_half": 50.05,
     "prior_samples": 1000,
-    "factors": {"topic": {"classes": 10}},
+    "active_units": 32,
+    "factors": {"topic": {"classes": 10, "rare_classes": 0}},
 }
 
 
@@ -179,8 +221,14 @@ ENOUGH = {
         ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
         ({"n": 300}, ["active_units", "mig"]),
         ({"left_out": 3}, ["n"]),
+        ({"left_out": 3, "left_out_for_end_token": 3}, ["n"]),
+        ({"left_out": 3, "left_out_for_end_token": 1}, ["n", "n"]),
         ({"unknown_tokens": 1}, ["iw_nll, ppl"]),
-        ({"mutual_information": 7.0}, ["mutual_information, aggregate_kl"]),
+        ({"mutual_information": 7.0, "mutual_information_of_half": 7.0}, ["mutual_information, aggregate_kl"]),
+        ({"mutual_information": 3.9, "mutual_information_of_half": 3.88}, ["mutual_information, aggregate_kl"]),
+        ({"mutual_information_of_half": 2.94}, ["mutual_information, aggregate_kl"]),
+        ({"active_units": 0}, ["active_units"]),
+        ({"factors": {"topic": {"classes": 10, "rare_classes": 2}}}, ["probe_accuracy"]),
         ({"iw_samples": 9}, ["iw_nll, ppl"]),
         ({"effective_sample_size": 4.9}, ["iw_nll, ppl"]),
         ({"iw_nll_of_half": 50.15}, ["iw_nll, ppl"]),
@@ -258,8 +306,8 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
         assert measures[name] == pytest.approx(found.measures[name], rel=1e-4), name
     # The table has the figures, what they are of, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
-    assert f"{measures['denominators']['words']} words, ends counted" in out
-    assert "nats, of log n = 3.69 at most" in out
+    assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
+    assert "nats, of log n = 3.69 at most; too low near it" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
     # The report is one page by itself.
@@ -285,19 +333,24 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
     file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
-    file.write_text("\n春眠 <unk> 今天Ѫ\n", encoding="utf-8")
+    file.write_text("\n春眠 <unk> 今天Ѫ\n今<|endoftext|>天\n", encoding="utf-8")
     code, out, err = davae("--data", file, "--samples", 1, "--json", files[0], "--html", files[1])
     assert (code, err) == (0, "")
     measures = json.loads(files[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 1, 1)
+    assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 2, 1)
     assert measures["denominators"]["words"] == 7  # of the text as it was given, and its end
     assert "n: 1 texts were left out, blank or too long for the encoder" in out
+    assert "n: 1 texts were left out that hold <|endoftext|>" in out
     assert "all: over 1 texts" in out
-    assert "factors" not in measures
+    assert "factors" not in measures and measures["intervals"] == {}
+    said = " ".join(out.split())
+    assert "nan" not in out and "length of the way – no interpolation whose ends differ" in said
+    assert "self-BLEU – of two samples or more" in said and "distinct-3 – no sample has 3 words" in said
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
         *["aggregate_mmd", "interpolation_length", "interpolation_largest_step"],
+        *["mutual_information_of_half", "aggregate_kl_of_half", "kl_per_dim_intervals"],
     }
     Page(files[1].read_text(encoding="utf-8"))
 
@@ -318,12 +371,18 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
         (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
+        (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
         (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1 has no field 'text'"),
         (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2 has no field 'y'"),
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,
             "{tmp}/t.jsonl: line 1: the field 'z' is no class, but a text, a whole number, true or false can be one",
+        ),
+        (
+            ["--data", "{tmp}/half.jsonl", "--label", "y"],
+            1,
+            "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
         ),
         ([], 2, "--data: give a file of texts; /nowhere is no run of the demo, which has texts of its own"),
     ],
@@ -333,6 +392,7 @@ def test_what_is_refused(davae, tmp_path, options, code, said):
     """Before the model is looked for."""
     (tmp_path / "t.txt").write_text("今天\n", encoding="utf-8")
     (tmp_path / "t.jsonl").write_text('{"t": "a", "y": 1, "z": 0.5}\n{"t": "b"}\n', encoding="utf-8")
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "y": "\\ud800"}\n', encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     said = said.format(tmp=tmp_path)
     found = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
@@ -348,38 +408,3 @@ def test_a_run_of_the_demo_brings_its_texts(davae, tmp_path):
     assert davae("--label", "mood", model=tmp_path) == (2, "", f"davae evaluate: error: {said}\n")
     (tmp_path / "train.json").write_text('{"data": {"train": "x.txt"}}', encoding="utf-8")
     assert davae(model=tmp_path)[0] == 2
-
-
-# Parts of the report.
-
-
-def test_difference():
-    assert difference("今天很好", "今天不好") == "今天<del>很</del><ins>不</ins>好"
-    assert difference("a <b> c", "a <b>") == "a &lt;b&gt;<del> c</del>"
-    assert difference("", "x") == "<ins>x</ins>"
-
-
-def test_nearest():
-    means = np.array([[0.0, 0], [0, 3], [4, 0], [0, 1]])
-    rows, far = nearest(means, 0)
-    assert (rows.tolist(), far.tolist()) == ([3, 1, 2], [1, 3, 4])
-
-
-def test_ticks():
-    assert ticks(0, 1) == pytest.approx([0, 0.5, 1])
-    assert ticks(0, 0.8) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    assert ticks(-3, 17) == pytest.approx([0, 5, 10, 15])
-    assert ticks(2, 2) == [2]
-
-
-def test_colours():
-    assert colours_of(["b", "a", "b"]) == {"a": COLOURS[0], "b": COLOURS[1]}
-    many = colours_of([str(i % 13) for i in range(100)] + ["12"] * 9)
-    assert many["12"] == COLOURS[0] and list(many.values()).count(OTHER) == 3
-
-
-def test_a_log_that_is_being_written(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
-    assert read_log(file) == [{"step": 1}, {"step": 2}]
-    assert read_log(tmp_path / "no") == []

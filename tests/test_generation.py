@@ -1,13 +1,16 @@
 """Properties of generation that no golden file fixes: buckets, independence of rows, what is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import counted_compilations, new_model
 
-from davae_jax import InputError, generate
+from davae_jax import InputError, from_pretrained, generate, generation
 from davae_jax.sampling import filter_logits, next_token_probs
+from davae_jax.sharding import MeshConfig, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,32 @@ def test_a_row_does_not_depend_on_its_neighbours(model, latent):
         alone = generate(model, latent[i : i + 1], key=jax.random.key(7), first_row=i)
         assert alone == [together[i]]
     assert together != generate(model, latent, key=jax.random.key(8))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_a_mesh_divides_the_rows(shape, tiny_checkpoint, monkeypatch):
+    """Each device has the cache and the work of its part of the rows; the ids are those of one device."""
+    programs = []
+
+    def compiled(*args, **kwargs):
+        programs.append(run.lower(*args, **kwargs).compile())
+        return run(*args, **kwargs)
+
+    run = generation._generate
+    monkeypatch.setattr(generation, "_generate", compiled)
+    latent = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
+    mesh = make_mesh(MeshConfig(*shape), 32)
+    alone, together = (
+        generate(from_pretrained(tiny_checkpoint, mesh=mesh), latent, key=jax.random.key(7), max_length=12)
+        for mesh in (None, mesh)
+    )
+    assert together == alone and len({tuple(row) for row in alone}) > 8
+    one, many = programs
+    parts = shape[0] * shape[1]
+    caches = lambda program: {int(rows) for rows in re.findall(r"f32\[(\d+),\d+,16,8\]", program.as_text())}  # noqa: E731
+    assert (caches(one), caches(many)) == ({32}, {32 // parts})
+    # Some work is that of the weights alone, whatever the rows.
+    assert many.cost_analysis()["flops"] < 1.5 / parts * one.cost_analysis()["flops"]
 
 
 def test_draws_follow_the_probabilities(model):

@@ -1,17 +1,22 @@
 """Ways through the latent space: their closed forms, and what `TextVAE` and the commands make of them."""
 
 import json
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from tokenizer_fixtures import sentences
 
-from davae_jax import InputError
+from davae_jax import InputError, demo_corpus
 from davae_jax.cli import main
 from davae_jax.latent import attribute_vector, combine, interpolate, neighbours, spherical
 
 KEY = jax.random.key(0)
+EXAMPLE = Path(__file__).parent.parent / "examples" / "latent_tools.py"
 # So many and so long that few programs are compiled.
 TEXTS = [text for text in sentences(100) if 15 <= len(text) <= 20][:4]
 A, B, C = TEXTS[:3]
@@ -94,6 +99,9 @@ def test_text_vae(tiny_vae):
         (lambda v: v.combine([A], [1, 2]), "2 weights for 1 texts"),
         (lambda v: v.combine([], []), "0 weights for 0 texts"),
         (lambda v: v.attribute_vector([A], []), "an attribute needs a text that has it and one that lacks it"),
+        (lambda v: v.shift([A], np.zeros(3)), "direction is [3], not [4]"),
+        (lambda v: v.shift([A, B], np.zeros((2, 4))), "direction is [2, 4], not [4]"),
+        (lambda v: v.shift([A], 1.0), "direction is [], not [4]"),
         (lambda v: v.neighbours(A, 3, -1), "radius must be a number of 0 or more, not -1"),
         (lambda v: v.neighbours(A, -3, 1), "n must be 0 or more, not -3"),
     ],
@@ -167,3 +175,26 @@ def test_combine_on_the_command_line(davae, tiny_vae, tmp_path):
     rows, _, _ = davae("combine", "--input", file, "--weights", -1, 1, 1)
     assert rows == [row, row | {"texts": [B, B, A], "text": tiny_vae.reconstruct([A])[0]}]
     assert davae("combine", A, "--weights", 1, 1)[1:] == (2, "davae combine: error: needs 2 texts, not 1\n")
+
+
+def test_the_example_runs(tiny_checkpoint, monkeypatch, capsys):
+    """On a model that knows nothing: every part says what it should, on as many lines."""
+    texts = demo_corpus.make_corpus()
+    monkeypatch.setattr(demo_corpus, "make_corpus", lambda: texts._replace(held_out=texts.held_out[:310]))
+    monkeypatch.setattr(sys, "argv", ["latent_tools.py", str(tiny_checkpoint)])
+    with pytest.warns(UserWarning, match="cut"):
+        runpy.run_path(str(EXAMPLE))
+    out = capsys.readouterr().out
+    parts = re.findall(r"^(\S.*)\n((?:  [✓✗].*\n)+)", out, re.MULTILINE)
+    assert [(title, len(lines.splitlines())) for title, lines in parts] == [
+        ("straight", 7),
+        ("along the great arc", 7),
+        ("a complaint", 1),
+        *[(f"with {strength} times the praise", 1) for strength in ("0.5", "1", "1.5")],
+        *[(f"at a distance of {radius}", 3) for radius in ("0.5", "2", "4")],
+        ("halfway", 1),
+        ("analogy", 1),
+    ]
+    assert "draws of the prior about 2.00" in out  # of four dimensions
+    complaints = sum(not texts.factors[text].good for text in texts.held_out[300:310])
+    assert f"{complaints} complaints: 0 stay sentences of the language, 0 of them praise" in out

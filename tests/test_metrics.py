@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from scipy.stats import multivariate_normal
 from small_model import CONFIG, new_model
 
 from davae_jax import metrics
+from davae_jax.caveats import STEADY
 from davae_jax.latent import Posterior
+from davae_jax.sharding import MeshConfig, make_mesh
 
 KEY = jax.random.key(0)
 
@@ -45,6 +48,62 @@ def test_mutual_information_of_a_mixture():
     expected = np.trapezoid(density(z, m) * np.log(density(z, m) / mixture), z)
     found = metrics.mutual_information(means, np.zeros((n, 1)), KEY)
     assert found == pytest.approx(expected, abs=5 * 0.5 / math.sqrt(n))
+
+
+@pytest.mark.parametrize(
+    ("n", "true", "low"),
+    [(1000, 6.9, 0.95), (1000, 5.0, 0.3), (500, 4.0, 0.15), (1000, 2.0, -0.1), (1000, 1.0, -0.1)],
+)
+def test_few_texts_make_the_information_too_low(n, true, low):
+    """q(z) is exactly the prior, in 32 dimensions: means of variance 1 − s², posteriors of variance s², so that the
+    information is −32 log s and the aggregate KL 0. Where the estimates are off by more than chance, that is warned of.
+    """
+    rng, variance = np.random.default_rng(0), math.exp(-2 * true / 32)
+    means = rng.standard_normal((n, 32)) * math.sqrt(1 - variance)
+    logvars = np.full((n, 32), math.log(variance))
+    densities = metrics.log_densities(means, logvars, KEY)
+    information = np.asarray(densities.information)
+    found, error = (float(x) for x in (information.mean(), information.std() / math.sqrt(n)))
+    assert true - found > low
+    rise = (metrics.of_halves(densities, means, logvars) - np.asarray(densities.aggregate)).mean()
+    warned = found > 0.5 * math.log(n) or rise > STEADY
+    assert warned == (low > 0)
+    assert warned or abs(true - found) < 3 * error + STEADY
+    of_both = np.asarray(densities.own - densities.prior)
+    chance = float(5 * of_both.std() / math.sqrt(n))
+    assert np.asarray(densities.from_prior).mean() == pytest.approx(true - found, abs=chance)
+    assert rise < max(true - found, STEADY)  # what half of the texts say is no bound on what is missing
+
+
+def test_the_density_of_half_of_the_texts():
+    """Both halves against sums over their own posteriors, by hand."""
+    rng = np.random.default_rng(0)
+    means, logvars = rng.standard_normal((7, 2)), rng.standard_normal((7, 2))
+    densities = metrics.log_densities(means, logvars, KEY)
+    found, rows = metrics.of_halves(densities, means, logvars, seed=3), np.random.default_rng(3).permutation(7)
+    for half in (rows[:4], rows[4:]):
+        for i in half:
+            each = [multivariate_normal.pdf(densities.z[i], means[j], np.exp(logvars[j])) for j in half]
+            assert found[i] == pytest.approx(math.log(np.mean(each)), abs=1e-4)
+    assert np.isnan(metrics.of_halves(densities, means[:1], logvars[:1])).all()
+
+
+def test_devices_share_the_densities():
+    """Eight of them, each with an eighth of the posteriors: the same values, and an eighth of the work."""
+    rng = np.random.default_rng(0)
+    posteriors = tuple(rng.standard_normal((2, 64, 5)).astype(np.float32))
+    rows = jax.sharding.NamedSharding(make_mesh(MeshConfig(), 8), jax.sharding.PartitionSpec("data"))
+    place = partial(jax.device_put, device=rows)
+    one, many = (metrics.log_densities(*some, KEY) for some in (posteriors, place(posteriors)))
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    halves = [metrics.of_halves(one, *posteriors), metrics.of_halves(many, *posteriors, place=place)]
+    np.testing.assert_allclose(*halves, rtol=1e-5)
+    work = [
+        metrics._densities_of.lower(np.asarray(one.z), *some).compile().cost_analysis()["flops"]
+        for some in (posteriors, place(posteriors))
+    ]
+    assert work[1] < 0.2 * work[0]
 
 
 def normal_density(z, mean, variance=1.0):

@@ -124,6 +124,42 @@ def test_draws_are_of_as_many_texts():
     np.testing.assert_array_equal(found, bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**70])
+def test_seeds_are_taken_modulo_two_to_the_32(rng, seed):
+    """As the keys of the model's draws are."""
+    values = rng.standard_normal((30, 2))
+    np.testing.assert_array_equal(bootstrap.sums(values, seed), bootstrap.sums(values, seed % 2**32))
+    kinds = rng.integers(0, 2, 30).astype(str)
+    hits = [probes.linear_probe(values, kinds, s).hits for s in (seed, seed % 2**32)]
+    np.testing.assert_array_equal(*hits)
+
+
+def test_the_interval_of_a_proportion():
+    """Wilson's, by his formula: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). At 0 and 1 it has a width."""
+    n, z = 50, 1.959964
+    for hits in (0, 20, 50):
+        p = hits / n
+        middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        expected = [(middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+        assert bootstrap.of_proportion(np.arange(n) < hits) == pytest.approx(expected, abs=1e-6)
+    assert bootstrap.of_proportion(np.zeros(50, bool)) == pytest.approx((0, 0.0713), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [7, 8])
+def test_the_interval_of_a_median(rng, n):
+    """Against the medians of the same draws, text by text."""
+    values = rng.standard_normal(n)
+    counts = np.concatenate(list(bootstrap.draws(n, seed=4)))
+    medians = [np.median(np.repeat(values, row)) for row in counts]
+    assert bootstrap.of_median(values, seed=4) == pytest.approx(bootstrap.interval(np.array(medians)))
+
+
+def test_the_intervals_of_columns(rng):
+    values = rng.standard_normal((60, 3))
+    expected = [bootstrap.of_ratio(column, seed=2) for column in values.T]
+    np.testing.assert_allclose(bootstrap.of_columns(values, seed=2), expected)
+
+
 def test_the_interval_of_active_units(rng):
     means = rng.standard_normal((500, 3)) * [1.0, 0.1, 0.0]  # the second has just the threshold's variance
     low, high = bootstrap.of_active_units(means, 0.01)
@@ -160,3 +196,22 @@ def test_the_plane_that_parts_classes(rng):
     flat = projection.discriminant(noise[:100], kinds[:100], noise[100:])
     gap = flat[kinds[100:] == "a", 0].mean() - flat[kinds[100:] == "b", 0].mean()
     assert abs(gap) < 4 * flat[:, 0].std() * math.sqrt(2 / 50)
+
+
+def test_halves_have_all_classes(rng):
+    """Of an alternating file, too, and each class in equal parts."""
+    classes = np.array(["a", "b"] * 50 + ["c"] * 7 + ["d"])
+    first = projection.halves(classes)
+    for name, count in (("a", 25), ("b", 25), ("c", 4), ("d", 1)):
+        assert first[classes == name].sum() == count
+    assert 0 < first[:100:2].sum() - first[:50:2].sum() < 25  # drawn, not the first ones
+    np.testing.assert_array_equal(first, projection.halves(classes))
+
+
+def test_some_of_many():
+    rows = np.arange(10, 5010)
+    np.testing.assert_array_equal(projection.some(rows[:2000], 2000), rows[:2000])
+    found = projection.some(rows, 2000)
+    assert len(set(found)) == 2000 and (np.diff(found) > 0).all() and set(found) <= set(rows)
+    # Drawn evenly: 2000/5000 of the first half, within five standard errors.
+    assert abs((found < 2510).mean() - 0.5) < 5 * math.sqrt(0.25 / 2000)

@@ -9,7 +9,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from davae_jax import ngram
-from davae_jax.ngram import BEGIN, END, NGram
+from davae_jax.ngram import BEGIN, END, UNKNOWN, NGram
 from davae_jax.text_measures import distinct, edit_distance, pieces, self_bleu, way, words
 
 
@@ -34,14 +34,17 @@ def test_distinct():
     assert math.isnan(distinct(texts, 4))
 
 
-def random_texts(n, seed=0):
+def random_texts(n, seed=0, shortest=4):
     rng = random.Random(seed)
-    return [rng.choices("abc", k=rng.randrange(4, 12)) for _ in range(n)]
+    return [rng.choices("abc", k=rng.randrange(shortest, 12)) for _ in range(n)]
 
 
-def test_self_bleu_is_sacrebleus():
-    texts = random_texts(12)
-    scorer = BLEU(tokenize="none", smooth_method="none", effective_order=False)
+@pytest.mark.parametrize("effective_order", [False, True])
+def test_self_bleu_is_sacrebleus(effective_order):
+    """With texts of fewer than four words, what sacrebleu gives with the effective order."""
+    texts = random_texts(12) if not effective_order else random_texts(30, seed=1, shortest=1)
+    assert (min(map(len, texts)) < 4) == effective_order
+    scorer = BLEU(tokenize="none", smooth_method="none", effective_order=effective_order)
     expected = []
     for i, text in enumerate(texts):
         others = [[" ".join(other)] for j, other in enumerate(texts) if j != i]
@@ -55,6 +58,14 @@ def test_self_bleu_at_its_ends():
     assert self_bleu([list("abcde"), list("fghi")]) == 0
     assert math.isnan(self_bleu([list("abcd")]))
     assert self_bleu([[], ["a"]]) == 0
+
+
+@pytest.mark.parametrize(
+    "texts", [[["a"]] * 5, [["好"]] * 100, [["a", "b", "c"]] * 50, [[]] * 3, [["a"], [], ["a"], []]], ids=str
+)
+def test_short_twins_are_no_diversity(texts):
+    assert self_bleu(texts) == pytest.approx(100)
+    assert self_bleu([*texts, ["x", "y"]]) == pytest.approx(100 * len(texts) / (len(texts) + 1))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,17 @@ def test_a_bigram_model_by_hand():
     assert model.perplexity([["a"], ["a"]]) == pytest.approx(1 / math.sqrt(first * then))
 
 
+def test_words_outside_the_vocabulary_are_one():
+    """In training and after: x and y are as if both were one word more."""
+    model = NGram([["a", "x"], ["a", "y"], ["a", "a"]], "a", order=2)
+    assert model.size == 3  # a, the end, and what is outside
+    assert model.log_likelihood(["a", "z"]) == pytest.approx(model.log_likelihood(["a", "x"]))
+    assert model.probability(UNKNOWN, ("a",)) > model.probability("a", ("a",))
+    assert sum(model.probability(word, ("a",)) for word in ("a", END, UNKNOWN)) == pytest.approx(1)
+    closed = NGram([["a", "u"], ["a", "u"], ["a", "a"]], ["a"], order=2)
+    assert closed.log_likelihood(["a", "u"]) == model.log_likelihood(["a", "x"])
+
+
 def test_perplexity_of_a_fair_coin():
     """2 a toss, and something for the end, which no trigram model sees coming."""
     rng = random.Random(0)
@@ -135,3 +157,7 @@ def test_forward_and_reverse():
     assert wild["forward_ppl"] > 2 * wild["real_ppl"]
     assert wild["reverse_ppl"] > 1.2 * wild["real_ppl"]
     assert all(map(math.isnan, ngram.forward_and_reverse(real[:1], real).values()))
+    # What texts would get does not hang on the samples, nor on the order of a file.
+    assert same["real_ppl"] == narrow["real_ppl"] == wild["real_ppl"]
+    ordered = ngram.forward_and_reverse(sorted(real), draw("abcdefgh", 400))
+    assert ordered["real_ppl"] == pytest.approx(same["real_ppl"], rel=0.05)

@@ -1,0 +1,104 @@
+"""Parts of the report: charts, maps, what is marked in texts. (The whole page is in test_evaluate.py.)"""
+
+import re
+
+import numpy as np
+import pytest
+
+from davae_jax import charts, projection, report
+from davae_jax.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
+from davae_jax.evaluation import Evaluation
+from davae_jax.latent import Posterior
+from davae_jax.report import difference, nearest, read_log
+
+
+def test_difference():
+    assert difference("今天很好", "今天不好") == "今天<del>很</del><ins>不</ins>好"
+    assert difference("a <b> c", "a <b>") == "a &lt;b&gt;<del> c</del>"
+    assert difference("", "x") == "<ins>x</ins>"
+
+
+def test_nearest():
+    means = np.array([[0.0, 0], [0, 3], [4, 0], [0, 1]])
+    rows, far = nearest(means, 0)
+    assert (rows.tolist(), far.tolist()) == ([3, 1, 2], [1, 3, 4])
+
+
+def test_ticks():
+    assert ticks(0, 1) == pytest.approx([0, 0.5, 1])
+    assert ticks(0, 0.8) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert ticks(-3, 17) == pytest.approx([0, 5, 10, 15])
+    assert ticks(2, 2) == [2]
+
+
+def test_numbers_of_ticks():
+    assert numbers_of([0, 5e-6, 1e-5, 1.5e-5]) == ["0", "5e-06", "1e-05", "1.5e-05"]
+    assert numbers_of([12.3452, 12.3454]) == ["12.3452", "12.3454"]
+    assert numbers_of([10_000, 12_000.0]) == ["10k", "12k"]
+    assert numbers_of([2.0]) == ["2"] and numbers_of([0]) == ["0"]
+
+
+@pytest.mark.parametrize("most", [1.6e-5, -1.6e-5, 0.025, 12.34567, 1234.5, 1.6e9, 1.0], ids=str)
+def test_no_number_of_an_axis_is_cut_off(most):
+    """Each ends left of the chart, and begins within it: digits of DejaVu Sans are 0.636 of the font's 17 wide."""
+    drawn = [
+        charts.bars([abs(most), abs(most) / 3], [True, False], title="t", unit="u"),
+        charts.lines({"a": ([0, 1, 2], [most, most * (1 - 1e-5), most * (1 - 2e-5)])}, title="t"),
+        charts.plane({"a": ([0.0, 1.0], [0.0, most])}, {"a": "#111111"}, title="t"),
+    ]
+    for chart in drawn:
+        numbers = re.findall(r'<text x="(\d+)" y="\d+" text-anchor="end">([^<]+)</text>', chart)
+        starts = [int(x) - 17 * sum(0.36 if c in ".-" else 0.636 for c in number) for x, number in numbers]
+        assert len(numbers) >= 2 and min(starts) >= 0
+        assert len({number for x, number in numbers}) == len(numbers)
+        left = {int(x) for x in re.findall(r'<line class="grid" x1="(\d+)"', chart)}
+        assert len(left) == 1 and min(int(x) for x, _ in numbers) == left.pop() - 5
+
+
+def test_colours():
+    assert colours_of(["b", "a", "b"]) == {"a": COLOURS[0], "b": COLOURS[1]}
+    many = colours_of([str(i % 13) for i in range(100)] + ["12"] * 9)
+    assert many["12"] == COLOURS[0] and list(many.values()).count(OTHER) == 3
+
+
+@pytest.fixture
+def many():
+    """Of 5000 texts, whose labels alternate: two classes far apart along one of four dimensions; and all different."""
+    rng, n = np.random.default_rng(0), 5000
+    means = rng.standard_normal((n, 4))
+    means[::2, 3] += 20
+    labels = {"two": ["a", "b"] * (n // 2), "own": [str(i) for i in range(n)]}
+    return Evaluation({}, [], labels, Posterior(means, np.zeros((n, 4))), [], [], None, [])
+
+
+def test_maps_of_many_texts(many, monkeypatch):
+    """At most 2000 dots, drawn, as the caption says; the plane parts alternating labels, and is left out where no class
+    has two texts."""
+    monkeypatch.setattr(projection, "umap", lambda means: None)
+    page = report._maps(many)
+    dots = [(colour, path.count("M")) for colour, path in re.findall(r'class="dots" stroke="(.*?)" d="(.*?)"', page)]
+    of_two, of_own = dots[:4], dots[4:]
+    assert sum(count for _, count in of_two[:2]) == sum(count for _, count in of_two[2:]) == 2000
+    assert min(count for _, count in of_two) > 900  # of both classes
+    assert sum(count for _, count in of_own) == 2000
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert len(captions) == 3
+    assert captions[0].endswith("% of the variance, 2,000 of 5,000 texts, drawn") and captions[2] == captions[0]
+    assert captions[1] == "2,000 of the texts, in the plane that parts the classes of other ones most"
+    plane = re.findall(r'class="dots" stroke=".*?" d="(.*?)"', page)[2:4]
+    sides = [np.array([float(x) for x in re.findall(r"M([\d.]+) ", path)]) for path in plane]
+    assert max(sides[0]) < min(sides[1]) or max(sides[1]) < min(sides[0])
+
+
+def test_long_curves_are_thinned():
+    assert report.thinned(range(7)) == list(range(7))
+    found = report.thinned(range(10_001))
+    assert (len(found), found[0], found[-1]) == (2000, 0, 10_000)
+    assert set(np.diff(found)) == {5, 6}
+
+
+def test_a_log_that_is_being_written(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    assert read_log(file) == [{"step": 1}, {"step": 2}]
+    assert read_log(tmp_path / "no") == []
