@@ -25,8 +25,8 @@ MODEL = dataclasses.replace(
     encoder=dataclasses.replace(CONFIG.encoder, initializer_range=0.3),
     decoder=dataclasses.replace(CONFIG.decoder, num_layers=1, initializer_range=0.3, max_memory_length=8),
 )
-# Weights move by up to 2e-2. Of biases that the softmax ignores the gradient is rounding alone, which Adam with its usual
-# eps would make as large as the others'.
+# Weights move by up to 2e-2. Of biases that the softmax ignores the gradient is rounding alone, which Adam with its
+# usual eps would make as large as the others'.
 ADAM = OptimizerConfig(learning_rate=1e-3, eps=1e-5)
 TRAIN = TrainConfig(steps=STEPS, batch_size=B, adversarial=AdversarialConfig(weight=0.3), optimizer=ADAM)
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
