@@ -71,11 +71,18 @@ def one_device(tmp_path_factory):
     return trained_on_one(tmp_path_factory.mktemp("one"))
 
 
-def assert_trained_alike(found, expected):
+def assert_trained_alike(found, expected, of=lambda weights: weights):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    found, expected = (flatten(jax.device_get(state.params)) for _, state in (found, expected))
+    found, expected = (of(flatten(jax.device_get(state.params))) for _, state in (found, expected))
     for path in expected:
         np.testing.assert_allclose(found[path], expected[path], atol=1e-4, err_msg=path)
+
+
+def without_idle_biases(weights):
+    """Without what shifts all scores of a query alike: the softmax ignores it, and its gradient is rounding alone, which
+    Adafactor, having no eps to speak of, makes as large as the others'."""
+    keys = {path: w[[0, 2]] if path.endswith("qkv_bias") else w for path, w in weights.items()}
+    return {path: w for path, w in keys.items() if not path.endswith(("relative.bias", "key.bias"))}
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
@@ -96,7 +103,8 @@ def test_every_mesh_trains_as_one_device(shape, one_device, tmp_path):
 def test_other_ways_of_training_on_a_mesh(changed, tmp_path):
     config = dataclasses.replace(TRAIN, **changed)
     shape = MeshConfig(2, 2, 2)
-    assert_trained_alike(trained(shape, tmp_path, config), trained_on_one(tmp_path, config))
+    compared = without_idle_biases if config.optimizer.name == "adafactor" else lambda weights: weights
+    assert_trained_alike(trained(shape, tmp_path, config), trained_on_one(tmp_path, config), compared)
 
 
 def test_what_is_split(tmp_path):
