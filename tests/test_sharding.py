@@ -79,8 +79,8 @@ def assert_trained_alike(found, expected, of=lambda weights: weights):
 
 
 def without_idle_biases(weights):
-    """Without what shifts all scores of a query alike: the softmax ignores it, and its gradient is rounding alone, which
-    Adafactor, having no eps to speak of, makes as large as the others'."""
+    """Without what shifts all scores of a query alike: the softmax ignores it, and its gradient is rounding alone,
+    which Adafactor, having no eps to speak of, makes as large as the others'."""
     keys = {path: w[[0, 2]] if path.endswith("qkv_bias") else w for path, w in weights.items()}
     return {path: w for path, w in keys.items() if not path.endswith(("relative.bias", "key.bias"))}
 
