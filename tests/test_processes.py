@@ -1,6 +1,7 @@
 """Several processes on this machine that train one model, found on the loopback address."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -35,8 +36,8 @@ def begun(n, devices, text_file, folder, *argv):  # noqa: F811
     return [started(*command, i, devices=devices, **pipes) for i in range(n)]
 
 
-def ended(running):
-    said = [process.communicate(timeout=600) for process in running]
+def ended(running, seconds=600):
+    said = [process.communicate(timeout=seconds) for process in running]
     return [(process.returncode, *out) for process, out in zip(running, said, strict=True)]
 
 
@@ -127,6 +128,57 @@ def test_processes_with_other_options(text_file, tmp_path):  # noqa: F811
     said = "train.py: error: the options: process 1 and process 0 have different ones"
     assert [code for code, *_ in found] == [1, 1] and all(said in err for *_, err in found), found
     assert not (tmp_path / "run").exists()
+
+
+def lines_of(found):
+    return [(code, err.splitlines()) for code, _, err in found]
+
+
+def test_a_refusal_of_process_0_is_that_of_all(text_file, tmp_path):  # noqa: F811
+    """A foreign file in the run's folder, which process 0 alone looks at; then pieces that no tokenizer can have."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "foreign.txt").touch()
+    found = ended(begun(2, 1, text_file, folder, "--mesh.fsdp", 2), seconds=120)
+    said = f"train.py: error: {folder}: holds files, but no run (no train.json); give another --run-dir"
+    assert lines_of(found) == [(2, [said])] * 2
+    found = ended(begun(2, 1, text_file, tmp_path / "new", "--mesh.fsdp", 2, "--data.pieces", 12), seconds=120)
+    assert [code for code, *_ in found] == [2, 2] and found[0][2] == found[1][2]
+    assert "train.py: error: --data.pieces 12: " in found[0][2] and found[0][2].count("\n") == 1
+
+
+def test_a_killed_process_is_named(text_file, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    options = ["--steps", 100_000, "--batch-size", 8, "--log.checkpoint", 2, "--mesh.fsdp", 2, "--mesh.data", 1]
+    running = begun(2, 1, text_file, folder, *options)
+    while all(process.poll() is None for process in running) and newest_of(folder) < 4:
+        time.sleep(0.02)
+    running[1].kill()
+    (code, (line,)), (killed, nothing) = lines_of(ended(running, seconds=60))
+    assert code == 1 and killed == -9 and not nothing
+    said = re.fullmatch(
+        r"train.py: error: lost process 1 at step (\d+); the last complete checkpoint is (.*); "
+        "start all processes again to go on",
+        line,
+    )
+    assert int(said[1]) >= 4 and said[2] == str(folder / "checkpoints" / str(newest_of(folder)))
+
+
+def test_a_process_that_fails_alone_ends_the_others(text_file, tmp_path):  # noqa: F811
+    """Process 1 cannot read the tokenizers that process 0 has put there."""
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
+    command = ["--data.train", text_file, "--run-dir", "run", *TINY, *where, "--mesh.fsdp", 2]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = [
+        started(*command, "--distributed.process-id", i, cwd=folder, **pipes) for i, folder in enumerate(folders)
+    ]
+    (first, one), (second, other) = lines_of(ended(running, seconds=120))
+    assert first == second == 1 and len(one) == len(other) == 1, (one, other)
+    assert one[0].startswith("train.py: error: process 1 has ended with code 1 at step 0; ")
+    assert other[0].startswith("train.py: error: run/vocab.txt: ")
 
 
 def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811

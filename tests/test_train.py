@@ -60,7 +60,8 @@ def environment(devices=1):
 
 def started(*argv, devices=1, **kwargs):
     argv = [sys.executable, ROOT / "train.py", *argv]
-    return subprocess.Popen(list(map(str, argv)), env=environment(devices), cwd=ROOT, text=True, **kwargs)
+    kwargs = dict(cwd=ROOT) | kwargs
+    return subprocess.Popen(list(map(str, argv)), env=environment(devices), text=True, **kwargs)
 
 
 def train(*argv, devices=1):
