@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from davae_jax.cli import INTERRUPTED, guarded, leave
@@ -141,6 +142,8 @@ def train(argv: list[str]) -> int | None:
     if jax.device_count() > 1:
         over = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
+        if first and (whole := setup_run.unsplit(model_config, mesh.shape)):
+            warnings.warn(whole, stacklevel=2)
     chip = chip_called(jax.devices()[0].device_kind)
     if chip:
         say(f"MFU is of {chip.flops / 1e12:.0f} TFLOP/s a device, the {chip.name}'s in bfloat16")

@@ -12,7 +12,7 @@ import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
 from davae_jax.data import Batches, ahead, placed, spans_of, tokenize
-from davae_jax.distributed import DistributedConfig
+from davae_jax.distributed import DistributedConfig, check_alone, one_task_a_node
 from davae_jax.errors import InputError
 
 OPTIONS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
@@ -244,10 +244,86 @@ print(jax.process_index(), jax.process_count(), flush=True)
         assert [process.communicate(timeout=120)[0] for process in running] == ["0 2\n", "1 2\n"]
 
 
+def said_by(program, variables):
+    """(stdout, stderr) of processes that run the program, each with its own variables beside the tests'."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    mine = [environment() | {name: str(value) for name, value in one.items()} for one in variables]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=env, **pipes) for env in mine]
+    return [process.communicate(timeout=120) for process in running]
+
+
+@pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
+def test_mpi_says_the_rest(size, rank):
+    """MPICH, Intel MPI and newer Open MPI tell each process its number, and nothing of how to meet."""
+    program = f"""
+import jax
+from davae_jax.distributed import DistributedConfig, barrier, connect
+connect(DistributedConfig("127.0.0.1:{free_port()}", timeout=60))
+barrier("both are here", 60)
+print(jax.process_index(), jax.process_count(), flush=True)
+"""
+    said = said_by(program, [{size: 2, rank: i} for i in range(2)])
+    assert [out for out, _ in said] == ["0 2\n", "1 2\n"], said
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is 2, "),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "PMI_SIZE is 4, "),
+        ({"PMIX_RANK": "3"}, "PMIX_RANK is 3, "),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is 8, "),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX is 0, "),
+    ],
+)
+def test_none_trains_alone_where_there_are_others(variables, said):
+    with pytest.raises(InputError) as e:
+        check_alone(variables)
+    assert str(e.value).startswith(said) and "give --distributed.coordinator HOST:PORT" in str(e.value)
+    assert e.value.exit_code == 2 and "\n" not in str(e.value)
+
+
+def test_one_that_is_alone_trains_alone():
+    check_alone({})
+    check_alone({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})
+    check_alone({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script, outside of any step
+    check_alone({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})  # a pod of no indexed job
+
+
+def test_the_program_refuses_to_train_alone(text_file, tmp_path):  # noqa: F811
+    """As a pod of an indexed job without Kubernetes' package, or with a service that does not answer."""
+    pod = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1", "JOB_COMPLETION_INDEX": "1"}
+    words = ["train.py", "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY]
+    program = f"import sys, train; sys.exit(train.main({list(map(str, words[1:]))}))"
+    ((out, err),) = said_by(program, [pod])
+    (line,) = err.splitlines()
+    assert not out and not (tmp_path / "run").exists()
+    assert line.startswith("train.py: error: ") and ("JOB_COMPLETION_INDEX is 1, " in line or "Kubernetes: " in line)
+
+
+def test_a_task_alone_on_its_node_has_all_devices():
+    """JAX would take the one of the task's number."""
+    program = """
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+from davae_jax.distributed import DistributedConfig, connect
+connect(DistributedConfig(timeout=60))
+print(CUDA_VISIBLE_DEVICES.value, flush=True)
+"""
+    said = {}
+    for tasks in ("1", "1(x4)", "2"):
+        slurm = {"SLURM_JOB_ID": free_port() % 4096, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 1}
+        slurm |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": tasks}
+        ((said[tasks], _),) = said_by(program, [slurm])
+    assert said == {"1": "all\n", "1(x4)": "all\n", "2": "0\n"}
+    assert one_task_a_node({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) and not one_task_a_node({})
+    assert not one_task_a_node({"SLURM_STEP_TASKS_PER_NODE": "2,1(x3)"})
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (dict(coordinator="a:1"), "give all three or none"),
+        (dict(num_processes=2, process_id=1), "give all three or none"),
         (dict(coordinator="a:1", num_processes=2, process_id=2), "--distributed.process_id"),
         (dict(coordinator="a", num_processes=2, process_id=1), "must be HOST:PORT, not a"),
         (dict(timeout=0), "--distributed.timeout must be at least 1, not 0"),
