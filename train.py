@@ -85,10 +85,11 @@ def train(argv: list[str]) -> int | None:
     corpus = setup_run.read_corpus(config)
     same_on_all("the options", digest_of(config))
     same_on_all("the texts", corpus.digest)
+    same_on_all("the texts to measure on", corpus.held_out_digest)
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
 
     def prepare() -> None:
-        open_run(run_dir, config, corpus.digest)
+        open_run(run_dir, config, corpus)
         setup_run.prepare_tokenizers(config, run_dir, corpus)
 
     by_first("the run's folder", prepare)

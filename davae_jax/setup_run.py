@@ -56,6 +56,11 @@ class Corpus(NamedTuple):
         return hashlib.sha256("\n".join(self.train).encode()).hexdigest()[:16]
 
     @property
+    def held_out_digest(self) -> str:
+        """Of the texts to measure on."""
+        return hashlib.sha256("\n".join(self.held_out).encode()).hexdigest()[:16]
+
+    @property
     def example(self) -> str:
         return (self.held_out or self.train or [""])[0]
 

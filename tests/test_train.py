@@ -366,7 +366,7 @@ def test_other_texts_under_the_same_name(run, text_file):
     finally:
         text_file.write_bytes(before)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith(f"train.py: error: {folder}: was made with another config: digest_of_texts (")
+    assert err.startswith(f"train.py: error: {folder}: was made with another config: data.train (other contents)")
 
 
 @pytest.mark.parametrize(
