@@ -22,15 +22,17 @@ from davae_jax.cli import INTERRUPTED, guarded, leave
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv  # on an error, the traceback as well
-    from davae_jax.distributed import end, naming_the_lost
 
     def work() -> int | None:
+        from davae_jax.distributed import naming_the_lost
+
         with naming_the_lost():
             return train([arg for arg in argv if arg != "--debug"])
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of the loop as well it ends like Ctrl-C
     code = guarded(work, "train.py", debug=debug)
-    end(code)
+    if distributed := sys.modules.get("davae_jax.distributed"):  # else it ended before there were others
+        distributed.end(code)
     return code
 
 

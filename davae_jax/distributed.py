@@ -28,6 +28,7 @@ Params = dict[str, Any]
 ANSWER = 5  # seconds for a process to say that it is here
 # How many processes there are and which this is, as launchers of MPI programs tell them.
 RANKS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+LOCAL_RANKS = (("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"), ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"))
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,16 @@ def connect(config: DistributedConfig, stand: Callable[[], str] = str) -> None:
     if config.coordinator is not None:
         _roll_call(*where, config.timeout)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    # JAX takes one GPU a task; an empty list keeps it from that. Where a node has one task, all are the task's.
-    devices = [] if one_task_a_node(os.environ) else None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Kubernetes environment detected")  # said below where it matters
-            jax.distributed.initialize(*where, local_device_ids=devices, initialization_timeout=config.timeout)
+            devices = local_devices(os.environ)
+            jax.distributed.initialize(*where, devices, initialization_timeout=config.timeout)
     except ValueError:
         if config.coordinator is not None:
             raise
         check_alone(os.environ)  # No cluster around this process that JAX knows: it is alone.
-    except RuntimeError as e:
+    except Exception as e:  # Kubernetes' client has many
         if "KUBERNETES_SERVICE_HOST" not in os.environ:
             raise
         raise InputError(f"Kubernetes: {first_line(e)}; or give {_BY_HAND}") from e
@@ -123,10 +123,16 @@ def check_alone(environ: Mapping[str, str]) -> None:
         )
 
 
-def one_task_a_node(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm or Open MPI has started one process on each node."""
+def local_devices(environ: Mapping[str, str]) -> list[int] | None:
+    """Which GPUs of its node this process takes: [] all, where it is the only one there; of several under an MPI, the
+    one of its number. None: as JAX decides, which under Slurm is the same."""
+    if "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    for size, rank in LOCAL_RANKS:
+        if size in environ and rank in environ:
+            return [] if environ[size] == "1" else [int(environ[rank])]
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
-    return environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or bool(re.fullmatch(r"1(\(x\d+\))?", tasks))
+    return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None
 
 
 def _roll_call(coordinator: str, n: int, process: int, timeout: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
 from davae_jax.data import Batches, ahead, placed, spans_of, tokenize
-from davae_jax.distributed import DistributedConfig, check_alone, one_task_a_node
+from davae_jax.distributed import DistributedConfig, check_alone, local_devices
 from davae_jax.errors import InputError
 
 OPTIONS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
@@ -315,8 +315,22 @@ print(CUDA_VISIBLE_DEVICES.value, flush=True)
         slurm |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": tasks}
         ((said[tasks], _),) = said_by(program, [slurm])
     assert said == {"1": "all\n", "1(x4)": "all\n", "2": "0\n"}
-    assert one_task_a_node({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) and not one_task_a_node({})
-    assert not one_task_a_node({"SLURM_STEP_TASKS_PER_NODE": "2,1(x3)"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,1(x3)"}, None),
+        ({"SLURM_TASKS_PER_NODE": "1(x3)"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "5"}, [5]),
+        ({"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3"}, [3]),
+        ({"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3", "JAX_LOCAL_DEVICE_IDS": "0"}, None),
+    ],
+)
+def test_which_devices_of_its_node_a_process_takes(variables, devices):
+    assert local_devices(variables) == devices
 
 
 @pytest.mark.parametrize(
