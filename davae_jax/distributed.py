@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -26,6 +27,8 @@ Params = dict[str, Any]
 
 
 ANSWER = 5  # seconds for a process to say that it is here
+EXIT = 300  # seconds for all to come to the end of the program
+BYE = "bye"  # the last call
 # How many processes there are and which this is, as launchers of MPI programs tell them.
 RANKS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 LOCAL_RANKS = (("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"), ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"))
@@ -99,7 +102,9 @@ def connect(config: DistributedConfig, stand: Callable[[], str] = str) -> None:
             raise
         raise InputError(f"Kubernetes: {first_line(e)}; or give {_BY_HAND}") from e
     if _client() is not None:
-        _Line(stand).start()
+        line = _Line(stand)
+        line.start()
+        atexit.register(line.hang_up)
 
 
 _BY_HAND = "--distributed.coordinator HOST:PORT --distributed.num-processes N --distributed.process-id I"
@@ -310,7 +315,10 @@ class _Line(threading.Thread):
     def run(self) -> None:
         try:
             for number in itertools.count(1):
-                if said := _heard(self.client, f"call/{number}"):
+                said = _heard(self.client, f"call/{number}")
+                if said == BYE:
+                    return
+                if said:
                     code, _, said = said.partition(" ")
                     self.stop(said, int(code))
                 else:
@@ -340,11 +348,26 @@ class _Line(threading.Thread):
             self.leave(code)
 
     def leave(self, code: int) -> None:
+        """Ends the process at once; of all, process 0 last: when it goes, JAX ends what is left with a stack trace."""
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.me == 0:
-            time.sleep(1)  # until all others have heard what they were told
+        with contextlib.suppress(Exception):
+            self.client.key_value_set(f"gone/{self.me}", "", allow_overwrite=True)
+            ends = time.monotonic() + ANSWER
+            while self.me == 0 and len(self.client.key_value_dir_get("gone/")) < self.n and time.monotonic() < ends:
+                time.sleep(0.05)
         os._exit(code)
+
+    def hang_up(self) -> None:
+        """At the end of a run that went well, before JAX's own: Python would not end well with the thread in a call."""
+        self.ended = True
+        try:
+            self.client.wait_at_barrier("all have ended", 1000 * EXIT)
+            if self.me == 0:
+                self.call(BYE)
+            self.join(EXIT)
+        except Exception:
+            self.leave(1)
 
 
 def _lost(processes: set[int]) -> tuple[str, int]:
@@ -369,13 +392,12 @@ def naming_the_lost() -> Iterator[None]:
 def end(code: int) -> None:
     """This process is about to exit. After a failure it does so here, and the others hear of it: JAX's own way out
     would wait for them for minutes."""
-    if (line := _Line.current) is None:
+    if not code or (line := _Line.current) is None:
         return
     line.ended = True
-    if code:
-        try:
-            line.client.wait_at_barrier("all have failed", ANSWER * 1000)
-        except Exception:
-            with contextlib.suppress(Exception):
-                line.call(f"{code} process {line.me} has ended with code {code}")
-        line.leave(code)
+    try:
+        line.client.wait_at_barrier("all have failed", ANSWER * 1000)
+    except Exception:
+        with contextlib.suppress(Exception):
+            line.call(f"{code} process {line.me} has ended with code {code}")
+    line.leave(code)
