@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from davae_jax.cli import INTERRUPTED, guarded, leave
@@ -21,7 +22,18 @@ from davae_jax.cli import INTERRUPTED, guarded, leave
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv  # on an error, the traceback as well
-    return guarded(lambda: train([arg for arg in argv if arg != "--debug"]), "train.py", debug=debug)
+
+    def work() -> int | None:
+        from davae_jax.distributed import naming_the_lost
+
+        with naming_the_lost():
+            return train([arg for arg in argv if arg != "--debug"])
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of the loop as well it ends like Ctrl-C
+    code = guarded(work, "train.py", debug=debug)
+    if distributed := sys.modules.get("davae_jax.distributed"):  # else it ended before there were others
+        distributed.end(code)
+    return code
 
 
 def train(argv: list[str]) -> int | None:
@@ -40,7 +52,16 @@ def train(argv: list[str]) -> int | None:
     from davae_jax.checkpoint import CONFIG_FILE
     from davae_jax.chips import chip_called
     from davae_jax.data import ahead, fitting, placed, spans_of
-    from davae_jax.distributed import PATIENCE, agreed, barrier, connect, gathered, is_first_process, same_on_all
+    from davae_jax.distributed import (
+        agreed,
+        barrier,
+        by_first,
+        connect,
+        gathered,
+        is_first_process,
+        naming_the_lost,
+        same_on_all,
+    )
     from davae_jax.errors import InputError
     from davae_jax.files import write_json
     from davae_jax.model import abstract_model, merge, split
@@ -57,30 +78,32 @@ def train(argv: list[str]) -> int | None:
 
     # ---- devices of all processes; texts, tokenizers, model. What can be wrong with the texts is found out before
     # anything is written.
-    connect(config.distributed)
+    run_dir, step = config.run_dir or Path("runs") / preset, 0
+    connect(
+        config.distributed, lambda: f" at step {step}; the last complete checkpoint is {Checkpoints(run_dir, 1).last}"
+    )
     first = is_first_process()
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
     corpus = setup_run.read_corpus(config)
     same_on_all("the options", digest_of(config))
     same_on_all("the texts", corpus.digest)
-    run_dir = config.run_dir or Path("runs") / preset
+    same_on_all("the texts to measure on", corpus.held_out_digest)
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
-    if first:
-        open_run(run_dir, config, corpus.digest)
+
+    def prepare() -> None:
+        open_run(run_dir, config, corpus)
         setup_run.prepare_tokenizers(config, run_dir, corpus)
-    barrier("process 0 has prepared the run's folder", PATIENCE)
+
+    by_first("the run's folder", prepare)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
-        if first:
-            setup_run.warm_start(config, model_config, run_dir)
-        barrier("process 0 has imported the pretrained halves", PATIENCE)
+        by_first("the pretrained halves", lambda: setup_run.warm_start(config, model_config, run_dir))
         model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
     held_out = fitting(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.cut)
     corpus = corpus._replace(held_out=held_out)
-    if first:
-        model_config.to_json(run_dir / CONFIG_FILE)
+    by_first("the model's config", lambda: model_config.to_json(run_dir / CONFIG_FILE))
 
     # ---- state: new, or where the run stood
     model = abstract_model(model_config, dtype=config.dtype)
@@ -122,6 +145,8 @@ def train(argv: list[str]) -> int | None:
     if jax.device_count() > 1:
         over = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
+        if first and (whole := setup_run.unsplit(model_config, mesh.shape)):
+            warnings.warn(whole, stacklevel=2)
     chip = chip_called(jax.devices()[0].device_kind)
     if chip:
         say(f"MFU is of {chip.flops / 1e12:.0f} TFLOP/s a device, the {chip.name}'s in bfloat16")
@@ -171,7 +196,7 @@ def train(argv: list[str]) -> int | None:
     )
     bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
     pending, stopped, tracing = None, False, False
-    with Interrupt() as interrupt, checkpoints, log, bar:
+    with Interrupt() as interrupt, checkpoints, log, bar, naming_the_lost():
         coming = ahead(batches, spans, begins, threads=THREADS if corpus.prepared else 0)
         for step in range(begins + 1, config.steps + 1):
             asked = time.perf_counter()
@@ -221,16 +246,19 @@ def train(argv: list[str]) -> int | None:
         return INTERRUPTED
 
     # ---- what came of it
+    def measure_all() -> None:
+        print(f"\n{figures.format_examples(figures.examples(vae, corpus.held_out, corpus.analogy))}\n")
+        found = figures.figures(vae, corpus.held_out[: config.log.figures], corpus.language)
+        print(f"{figures.format_figures(found)}\n")
+        write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
+
     try:
-        if config.log.figures and corpus.held_out and (vae := trained()):
-            print(f"\n{figures.format_examples(figures.examples(vae, corpus.held_out, corpus.analogy))}\n")
-            found = figures.figures(vae, corpus.held_out[: config.log.figures], corpus.language)
-            print(f"{figures.format_figures(found)}\n")
-            write_json(run_dir / "figures.json", found | {"seconds": round(time.perf_counter() - began, 1)})
+        if config.log.figures and corpus.held_out:
+            vae = trained()
+            by_first("the figures", measure_all)
     except KeyboardInterrupt:
-        print(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
+        say(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
         return INTERRUPTED
-    barrier("process 0 has measured the figures", PATIENCE)
     say(f"{checkpoints.last}: complete, after {time.perf_counter() - began:.0f} s")
     davae = called("davae", str(Path(sys.executable).with_name("davae")))
     say(f"next: {shlex.join([davae, 'generate', '--model', str(run_dir), corpus.example])}")

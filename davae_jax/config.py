@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 from davae_jax.errors import InputError
+from davae_jax.files import write_json
 
 # A field that the command line of a training run does not offer: the tokenizers or another option decide it.
 T_ = TypeVar("T_")
@@ -164,7 +165,7 @@ class DAVAEConfig:
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(Path(path), self.to_dict())
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

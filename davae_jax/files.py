@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ def beside(path: Path) -> Iterator[Path]:
         file.replace(path)
     finally:
         file.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether it is what a killed program was writing (`beside`)."""
+    return re.fullmatch(r"\..+\.\d+\.partial", path.name) is not None
+
+
+def remove_partial(folder: Path) -> None:
+    for path in filter(is_partial, folder.iterdir()):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,7 +1,7 @@
 """What a training run will need on machines that are not here: memory, work, traffic and time, without a device.
 
 Letters as in layers.py; `rows` are the texts that one device works on at once. All texts count as of the longest
-length, and the vocabularies are the config's, unless `data.pieces` names another.
+length, and the vocabularies are the config's: `planned` gives it those that a run will have.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from davae_jax.chips import Chip
 from davae_jax.config import DAVAEConfig
 from davae_jax.data import Batch, round_up
 from davae_jax.model import DAVAE, abstract_model, split
+from davae_jax.setup_run import vocabularies, with_vocabularies
 from davae_jax.sharding import RULES, MeshConfig, make_abstract_mesh
 from davae_jax.train_config import TrainConfig
 from davae_jax.train_step import TrainState, abstract_state, objective
@@ -125,25 +126,36 @@ def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
     gathered weights: the embedding table whole, in the compute dtype, and its gradient before it is divided, which is
       the most that is gathered at once.
     """
+    return held(config, mesh) | made(config, mesh.shape)
+
+
+def held(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
+    """The part of `memory` that does not depend on the batch."""
     state = state_of(config, mesh)
     main = {name: part for name, part in state.params.items() if name != "discriminator"}
     discriminator = state.params["discriminator"]
     gradients = 2 if config.accumulate > 1 else 1
-    rows, tensor = _rows(config, mesh.shape), mesh.shape["tensor"]
-    decoder = config.model.decoder
-    words = decoder.vocab_size // _share(decoder.vocab_size, tensor)
-    itemsize = jnp.dtype(config.dtype).itemsize
-    base, *layers = activations(config, rows, tensor)
-    _, *whole_layers = activations(dataclasses.replace(config, remat="none"), rows, tensor)
-    counts = config.model.encoder.num_hidden_layers, decoder.num_layers
-    gathered = words * decoder.hidden_size * (itemsize + FLOAT32) if mesh.shape["fsdp"] > 1 else 0
-    chunk = min(config.logits_chunk, _lengths(config)[1])
     return {
         "parameters": bytes_per_device(main),
         "gradients": gradients * bytes_per_device(main),
         "optimizer state": bytes_per_device(state.optimizer),
         "discriminator, with its own": bytes_per_device((state.discriminator_optimizer, state.step))
         + (1 + gradients) * bytes_per_device(discriminator),
+    }
+
+
+def made(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """The part of `memory` that a step makes."""
+    rows, tensor = _rows(config, mesh), mesh["tensor"]
+    decoder = config.model.decoder
+    words = decoder.vocab_size // _share(decoder.vocab_size, tensor)
+    itemsize = jnp.dtype(config.dtype).itemsize
+    base, *layers = activations(config, rows, tensor)
+    _, *whole_layers = activations(dataclasses.replace(config, remat="none"), rows, tensor)
+    counts = config.model.encoder.num_hidden_layers, decoder.num_layers
+    gathered = words * decoder.hidden_size * (itemsize + FLOAT32) if mesh["fsdp"] > 1 else 0
+    chunk = min(config.logits_chunk, _lengths(config)[1])
+    return {
         "activations kept": base + sum(n * kept for n, kept in zip(counts, layers, strict=True)),
         "layer at work": max(whole_layers),
         "logits": 2 * rows * chunk * words * FLOAT32,
@@ -162,20 +174,22 @@ def fits(memory: dict[str, int], chip: Chip) -> bool:
 
 
 def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] | None:
-    """The smallest power of two that the run fits on, batch and tensor axis being as they are, and its mesh: over
-    `fsdp` all that divides the decoder's width, over `data` the rest. None: it fits on none up to MOST_CHIPS.
+    """The smallest number that the run fits on, batch and tensor axis being as they are, and its mesh: over `fsdp` all
+    that divides the decoder's width, over `data` the rest. None: it fits on none up to MOST_CHIPS.
     """
     tensor = max(config.mesh.tensor, 1)
-    chips = tensor
-    while chips <= MOST_CHIPS:
-        parts = chips // tensor
-        fsdp = math.gcd(parts, config.model.decoder.hidden_size)
+    whole = sum(held(config, make_abstract_mesh(MeshConfig(1, 1, 1), config.batch_size, 1, config.accumulate)).values())
+    for parts in range(1, MOST_CHIPS // tensor + 1):
         if config.batch_size % (parts * config.accumulate):
-            return None
-        mesh = make_abstract_mesh(MeshConfig(parts // fsdp, fsdp, tensor), config.batch_size, chips)
+            continue
+        fsdp = math.gcd(parts, config.model.decoder.hidden_size)
+        shape = {"data": parts // fsdp, "fsdp": fsdp, "tensor": tensor}
+        # Laying out the state takes a second; no axis can do more than divide it.
+        if not fits({"state": whole // (fsdp * tensor)} | made(config, shape), chip):
+            continue
+        mesh = make_abstract_mesh(MeshConfig(**shape), config.batch_size, parts * tensor, config.accumulate)
         if fits(memory(config, mesh), chip):
-            return chips, dict(mesh.shape)
-        chips *= 2
+            return parts * tensor, dict(mesh.shape)
     return None
 
 
@@ -357,20 +371,10 @@ def state_of(config: TrainConfig, mesh: AbstractMesh) -> TrainState:
     return abstract_state(_model(config.model, config.dtype), config, mesh)
 
 
-def planned(config: TrainConfig) -> TrainConfig:
-    """With the vocabulary that `data.pieces` asks for, as a run would make it."""
-    if config.data.pieces is None:
-        return config
-    model = config.model
-    pieces = config.data.pieces
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            model,
-            decoder=dataclasses.replace(model.decoder, vocab_size=round_up(pieces + 3, 64)),
-            **dict(end_token_id=pieces, pad_token_id=pieces + 1, bos_token_id=pieces + 2),
-        ),
-    )
+def planned(config: TrainConfig, preset: str) -> TrainConfig:
+    """With the vocabularies that a run will have (`setup_run.vocabularies`)."""
+    entries, pieces, _ = vocabularies(config, preset)
+    return dataclasses.replace(config, model=with_vocabularies(config.model, entries, pieces))
 
 
 def batch_shapes(config: TrainConfig, rows: int) -> Batch:

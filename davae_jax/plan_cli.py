@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from davae_jax.chips import CHIPS
 from davae_jax.cli import Command, parse
 from davae_jax.errors import InputError, check_options
 from davae_jax.files import write_json
 from davae_jax.plan import MOST_CHIPS, Plan, make_plan, planned
+from davae_jax.setup_run import unsplit, vocabularies
 from davae_jax.train_cli import with_plugins
 from davae_jax.train_config import PRESETS, TrainConfig
 
@@ -34,6 +38,7 @@ class PlanCommand(Command):
     json: Path | None = None
     """File for the same numbers, unrounded."""
 
+    preset: tyro.conf.Suppress[str] = "randeng-1b"
     config: TrainConfig
 
     @classmethod
@@ -47,13 +52,15 @@ class PlanCommand(Command):
             prog = f"{prog} {preset}"
         config, default = with_plugins(argv, PRESETS[preset][1])
         command = make_dataclass(cls.__name__, [("config", config)], bases=(cls,), kw_only=True, namespace=DOC)
-        return parse(command, argv, prog, default=command(config=default))
+        return parse(command, argv, prog, default=command(config=default, preset=preset))
 
     def run(self) -> None:
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
-        plan = make_plan(planned(self.config), CHIPS[self.chip], self.chips, self.efficiency)
-        print(format_plan(plan))
+        plan = make_plan(planned(self.config, self.preset), CHIPS[self.chip], self.chips, self.efficiency)
+        if said := unsplit(plan.config.model, plan.mesh):
+            warnings.warn(said, stacklevel=2)
+        print(format_plan(plan, vocabularies(self.config, self.preset)[2]))
         if self.json:
             write_json(self.json, to_dict(plan))
 
@@ -61,8 +68,9 @@ class PlanCommand(Command):
 DOC = {"__doc__": PlanCommand.__doc__}
 
 
-def format_plan(plan: Plan) -> str:
-    config, chip = plan.config, plan.chip
+def format_plan(plan: Plan, tokenizers: str) -> str:
+    """tokenizers: whose they are."""
+    config, chip, model = plan.config, plan.chip, plan.config.model
     longest = plan.tokens // config.batch_size
     lines = [
         f"{plan.chips} × {chip.name}, mesh {_mesh(plan.mesh)}",
@@ -71,6 +79,7 @@ def format_plan(plan: Plan) -> str:
         + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
         *(["rows are taken as one text each: packed ones may be longer for the encoder"] if config.data.pack else []),
         f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
+        f"{model.encoder.vocab_size:,} and {model.decoder.vocab_size:,} rows of tokens: {tokenizers}",
         "",
         _row("memory per device", "GB"),
         *(_row(f"  {kind}", f"{n / 1e9:.3f}") for kind, n in plan.memory.items()),

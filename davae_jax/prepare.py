@@ -33,7 +33,7 @@ from davae_jax.checkpoint import TOKENIZER_FILES
 from davae_jax.cli import Command
 from davae_jax.data import rows_of
 from davae_jax.errors import InputError, check_options, first_line, system_reason
-from davae_jax.files import beside, write_bytes, write_json, write_text
+from davae_jax.files import beside, is_partial, remove_partial, write_bytes, write_json, write_text
 from davae_jax.inputs import Chunk, Piece, find_files, pieces_of, read_piece
 from davae_jax.prepared import FORMAT, MANIFEST, WRITER_OPTIONS, id_dtype, record_of
 from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
@@ -183,11 +183,12 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
                     f"{folder}: was prepared otherwise: {', '.join(changed[:3])}{more}; give another --output",
                     exit_code=2,
                 )
-        elif any(path.name != PARTS for path in folder.iterdir()):
-            raise InputError(f"{folder}: holds files, but nothing prepared (no {SETTINGS}); give another --output")
+        elif any(path.name != PARTS and not is_partial(path) for path in folder.iterdir()):
+            said = f"{folder}: holds files, but nothing prepared (no {SETTINGS}); give another --output"
+            raise InputError(said, exit_code=2)
         write_json(stored, settings)
-        for path in itertools.chain(folder.glob(".*.partial"), (folder / PARTS).glob(".*.partial")):
-            path.unlink()  # of a start that was killed
+        for place in (folder, folder / PARTS):
+            remove_partial(place)
     except (OSError, ValueError) as e:
         if isinstance(e, InputError):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from davae_jax import demo_corpus
 from davae_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES, converter, from_pretrained, resolve_source
-from davae_jax.config import DAVAEConfig
+from davae_jax.config import DAVAEConfig, EncoderConfig
 from davae_jax.data import Batches, read_texts, round_up, tokenize
 from davae_jax.errors import InputError
 from davae_jax.files import write_bytes
@@ -23,7 +23,7 @@ from davae_jax.packing import PackedBatches
 from davae_jax.prepared import Prepared, PreparedBatches, PreparedTexts
 from davae_jax.tokenizer_training import train_sentencepiece, train_wordpiece
 from davae_jax.tokenizers import DecoderTokenizer, EncoderTokenizer, count_pieces, read_vocabulary
-from davae_jax.train_config import TrainConfig
+from davae_jax.train_config import DataConfig, TrainConfig
 from davae_jax.train_step import TrainState, init_state
 
 HELD_OUT_PART = 0.01  # of the training texts, where no others are given to measure on
@@ -54,6 +54,11 @@ class Corpus(NamedTuple):
         if self.prepared:
             return self.prepared.digest
         return hashlib.sha256("\n".join(self.train).encode()).hexdigest()[:16]
+
+    @property
+    def held_out_digest(self) -> str:
+        """Of the texts to measure on."""
+        return hashlib.sha256("\n".join(self.held_out).encode()).hexdigest()[:16]
 
     @property
     def example(self) -> str:
@@ -133,8 +138,8 @@ def prepare_tokenizers(config: TrainConfig, run_dir: Path, corpus: Corpus) -> No
     Raises:
       InputError: a folder that is named has none, or others than the texts were prepared with.
     """
-    pieces = config.data.pieces or (DEMO_PIECES if config.data.train is None else PIECES)
-    trained = partial(train_wordpiece, entries=config.data.entries), partial(train_sentencepiece, pieces=pieces)
+    sizes = dict(entries=config.data.entries), dict(pieces=pieces_of(config))
+    trained = partial(train_wordpiece, **sizes[0]), partial(train_sentencepiece, **sizes[1])
     halves = (config.init.encoder, config.init.decoder)
     for name, half, train in zip(TOKENIZER_FILES, halves, trained, strict=True):
         if (run_dir / name).is_file():
@@ -161,22 +166,59 @@ def _same_tokenizer(prepared: Path, given: Path | None) -> Path:
 def model_config(config: TrainConfig, run_dir: Path) -> DAVAEConfig:
     """The config's model with what the run's tokenizers and loss decide."""
     vocab, spiece = (run_dir / name for name in TOKENIZER_FILES)
-    entries, pieces, model = read_vocabulary(vocab), count_pieces(spiece), config.model
+    entries = read_vocabulary(vocab)
     cls_id, sep_id = (entries.index(token) if token in entries else 0 for token in ("[CLS]", "[SEP]"))
+    model = with_vocabularies(config.model, len(entries), count_pieces(spiece))
     return dataclasses.replace(
         model,
-        encoder=dataclasses.replace(model.encoder, vocab_size=round_up(len(entries), 64)),
-        decoder=dataclasses.replace(model.decoder, vocab_size=round_up(pieces + 3, 64)),
         cls_token_id=cls_id,
         sep_token_id=sep_id,
-        end_token_id=pieces,
-        pad_token_id=pieces + 1,
-        bos_token_id=pieces + 2,
         fb_mode=1 if config.free_bits.mode == "hard" else 0,
         dim_target_kl=config.free_bits.target,
         length_weighted_loss=config.length_weighted,
         max_out_length=max(model.max_out_length, config.data.max_length),  # what was learnt can be generated
     )
+
+
+def with_vocabularies(model: DAVAEConfig, entries: int, pieces: int) -> DAVAEConfig:
+    """The model for tokenizers of these sizes: table rows in 64s, the decoder's own tokens after its pieces."""
+    return dataclasses.replace(
+        model,
+        encoder=dataclasses.replace(model.encoder, vocab_size=round_up(entries, 64)),
+        decoder=dataclasses.replace(model.decoder, vocab_size=round_up(pieces + 3, 64)),
+        **dict(end_token_id=pieces, pad_token_id=pieces + 1, bos_token_id=pieces + 2),
+    )
+
+
+def vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, str]:
+    """(entries, pieces, whose they are): sizes of the tokenizers that a run will have, before there is one."""
+    given = [config.tokenizers, config.data.train, *map(Path, filter(None, dataclasses.astuple(config.init)))]
+    for folder in filter(None, given):
+        paths = [folder / name for name in TOKENIZER_FILES]
+        if folder == config.tokenizers or all(path.is_file() for path in paths):
+            return len(read_vocabulary(paths[0])), count_pieces(paths[1]), f"those of {folder}"
+    if preset == "demo" or config.data.pieces is not None or config.data.entries != DataConfig.entries:
+        return config.data.entries, pieces_of(config), "trained on the texts, and may become smaller"
+    published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
+    return *published, "the published ones, for --tokenizers; without it a run trains its own"
+
+
+def pieces_of(config: TrainConfig) -> int:
+    """Of a decoder's tokenizer that is trained."""
+    return config.data.pieces or (DEMO_PIECES if config.data.train is None else PIECES)
+
+
+def unsplit(model: DAVAEConfig, mesh: Mapping[str, int]) -> str | None:
+    """Which weights stay whole although the mesh should split them, for a warning."""
+    said, fsdp, tensor = [], mesh["fsdp"], mesh["tensor"]
+    inner = model.encoder.intermediate_size, 4 * model.decoder.hidden_size
+    for half, part, F in zip(("encoder", "decoder"), (model.encoder, model.decoder), inner, strict=True):
+        D, V = part.hidden_size, part.vocab_size
+        if D % fsdp:
+            said.append(f"--mesh.fsdp {fsdp} does not divide the {half}'s width {D}")
+        if D % tensor and F % tensor and V % tensor:
+            said.append(f"--mesh.tensor {tensor} divides none of the {half}'s widths {D}, {F} and {V}")
+    return f"{'; '.join(said)}: weights that stay whole on every device" if said else None
 
 
 def warm_start(config: TrainConfig, model: DAVAEConfig, run_dir: Path) -> None:

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import collectives
+from tokenizer_fixtures import make_spiece, make_vocab
 
 from davae_jax.chips import CHIPS
 from davae_jax.cli import main
 from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.data import round_up
 from davae_jax.model import abstract_model, split
 from davae_jax.plan import (
     activations,
@@ -295,21 +297,74 @@ def test_the_command(capsys, tmp_path):
     argv = ["plan", "randeng-1b", "--mesh.data", "1", "--mesh.fsdp", "-1", "--chips", "8", "--json", str(file)]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "8 × H200, mesh data 1 × fsdp 8 × tensor 1" in out and "1,249,095,457 weights" in out and ": fits" in out
+    assert "8 × H200, mesh data 1 × fsdp 8 × tensor 1" in out and "1,249,138,465 weights" in out and ": fits" in out
     values = json.loads(file.read_text())
     assert values["memory"]["parameters"] == pytest.approx(1_248_831_264 * 4 / 8, rel=1e-2)
     assert values["fits"] and values["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
-def test_pieces_name_the_vocabulary(capsys):
-    assert main(["plan", "demo", "--data.pieces", "600", "--chips", "1"]) == 0
-    with_pieces = capsys.readouterr().out
-    assert main(["plan", "demo", "--chips", "1"]) == 0
-    counts = [
-        int(out.split("decoder ")[1].split()[0].strip(",").replace(",", ""))
-        for out in (with_pieces, capsys.readouterr().out)
-    ]
-    assert counts[1] - counts[0] == (50048 - 640) * 128
+def plan_of(capsys, *argv):
+    """(weights by part, stdout, stderr)"""
+    assert main(["plan", *map(str, argv)]) == 0
+    out, err = capsys.readouterr()
+    weights = {part: int(n.replace(",", "")) for part, n in re.findall(r"(decoder|encoder) ([\d,]+\d)", out)}
+    return weights, out, err
+
+
+def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
+    """600 pieces and three tokens of its own; 8000 entries; of a corpus of one's own, 8000 pieces."""
+    demo, out, _ = plan_of(capsys, "demo", "--chips", 1)
+    assert "8,000 and 640 rows of tokens: trained on the texts" in out
+    assert plan_of(capsys, "demo", "--chips", 1, "--data.pieces", 600)[0] == demo
+    other = plan_of(capsys, "demo", "--chips", 1, "--data.entries", 1000, "--data.train", "texts.txt")[0]
+    assert other["decoder"] - demo["decoder"] == (8064 - 640) * 128
+    assert demo["encoder"] - other["encoder"] == (8000 - 1024) * 128
+
+
+def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, tmp_path):
+    """Rows in 64s, as a run has them: 21,128 entries make 21,184. Unless others are named."""
+    published, out, _ = plan_of(capsys, "randeng-1b")
+    assert "21,184 and 50,048 rows of tokens: the published ones, for --tokenizers; without it a run trains" in out
+    trained, out, _ = plan_of(capsys, "randeng-1b", "--data.pieces", 8000)
+    assert "8,000 and 8,064 rows of tokens: trained on the texts" in out
+    assert published["decoder"] - trained["decoder"] == (50048 - 8064) * 1600
+    assert published["encoder"] - trained["encoder"] == (21184 - 8000) * 768
+    entries = make_vocab(tmp_path)
+    make_spiece(tmp_path, 300)
+    given, out, _ = plan_of(capsys, "randeng-1b", "--tokenizers", tmp_path)
+    assert f" rows of tokens: those of {tmp_path}\n" in out
+    assert published["decoder"] - given["decoder"] == (50048 - 320) * 1600
+    assert published["encoder"] - given["encoder"] == (21184 - round_up(len(entries), 64)) * 768
+    assert main(["plan", "randeng-1b", "--tokenizers", str(tmp_path / "none")]) == 1
+    assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
+
+
+def test_an_axis_that_splits_nothing_is_said(capsys):
+    argv = ["randeng-1b", "--chips", 128, "--mesh.fsdp", 128, "--batch-size", 128]
+    said = "davae plan: warning: --mesh.fsdp 128 does not divide the decoder's width 1600: weights that stay whole"
+    assert plan_of(capsys, *argv)[2] == f"{said} on every device\n"
+    _, _, err = plan_of(capsys, "randeng-1b", "--chips", 7, "--mesh.tensor", 7, "--mesh.data", 1, "--batch-size", 8)
+    assert "--mesh.tensor 7 divides none of the decoder's widths 1600, 6400 and 50048" in err and err.count("\n") == 1
+    assert plan_of(capsys, "randeng-1b", "--mesh.fsdp", 8, "--mesh.data", 1)[2] == ""
+
+
+def test_fewest_chips_of_any_number():
+    """A batch of 24 divides by 3; one that divides by no power of two is searched all the same."""
+    config = with_(RANDENG, batch_size=24)
+    by_chips = {
+        n: sum(memory(config, mesh_of(n // math.gcd(n, 1600), math.gcd(n, 1600), 1, batch=24)).values())
+        for n in (1, 2, 3, 4, 6, 8, 12, 24)
+    }
+    for memory_of_chip in (30e9, 20e9, 13e9, 8e9):
+        chip = H200._replace(memory=memory_of_chip)
+        fitting = [n for n, taken in by_chips.items() if taken <= 0.9 * memory_of_chip]
+        found = fewest_chips(config, chip)
+        assert (found and found[0]) == min(fitting, default=None)
+    odd = with_(RANDENG, batch_size=25)
+    chips, mesh = fewest_chips(odd, H200._replace(memory=12e9))
+    assert chips in (5, 25) and mesh["fsdp"] == chips
+    split = with_(RANDENG, batch_size=5, mesh=MeshConfig(1, 1, 3))
+    assert fewest_chips(split, H200)[0] == 3
 
 
 @pytest.mark.parametrize(

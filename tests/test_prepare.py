@@ -327,7 +327,8 @@ def test_options_and_columns_that_cannot_be(prepare, tmp_path):
     assert "--workers must be at least 1, not 0" in prepare(table, workers=0).err
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
     foreign = text_file(tmp_path / "foreign.txt").parent
-    assert "holds files, but nothing prepared" in prepare(table, output=foreign).err
+    refused = prepare(table, output=foreign)
+    assert refused.code == 2 and "holds files, but nothing prepared" in refused.err
 
 
 def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):

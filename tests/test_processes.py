@@ -1,6 +1,7 @@
 """Several processes on this machine that train one model, found on the loopback address."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
 from davae_jax.data import Batches, ahead, placed, spans_of, tokenize
-from davae_jax.distributed import DistributedConfig
+from davae_jax.distributed import DistributedConfig, check_alone, local_devices
 from davae_jax.errors import InputError
 
 OPTIONS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
@@ -35,8 +36,8 @@ def begun(n, devices, text_file, folder, *argv):  # noqa: F811
     return [started(*command, i, devices=devices, **pipes) for i in range(n)]
 
 
-def ended(running):
-    said = [process.communicate(timeout=600) for process in running]
+def ended(running, seconds=600):
+    said = [process.communicate(timeout=seconds) for process in running]
     return [(process.returncode, *out) for process, out in zip(running, said, strict=True)]
 
 
@@ -129,6 +130,57 @@ def test_processes_with_other_options(text_file, tmp_path):  # noqa: F811
     assert not (tmp_path / "run").exists()
 
 
+def lines_of(found):
+    return [(code, err.splitlines()) for code, _, err in found]
+
+
+def test_a_refusal_of_process_0_is_that_of_all(text_file, tmp_path):  # noqa: F811
+    """A foreign file in the run's folder, which process 0 alone looks at; then pieces that no tokenizer can have."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "foreign.txt").touch()
+    found = ended(begun(2, 1, text_file, folder, "--mesh.fsdp", 2), seconds=120)
+    said = f"train.py: error: {folder}: holds files, but no run (no train.json); give another --run-dir"
+    assert lines_of(found) == [(2, [said])] * 2
+    found = ended(begun(2, 1, text_file, tmp_path / "new", "--mesh.fsdp", 2, "--data.pieces", 12), seconds=120)
+    assert [code for code, *_ in found] == [2, 2] and found[0][2] == found[1][2]
+    assert "train.py: error: --data.pieces 12: " in found[0][2] and found[0][2].count("\n") == 1
+
+
+def test_a_killed_process_is_named(text_file, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    options = ["--steps", 100_000, "--batch-size", 8, "--log.checkpoint", 2, "--mesh.fsdp", 2, "--mesh.data", 1]
+    running = begun(2, 1, text_file, folder, *options)
+    while all(process.poll() is None for process in running) and newest_of(folder) < 4:
+        time.sleep(0.02)
+    running[1].kill()
+    (code, (line,)), (killed, nothing) = lines_of(ended(running, seconds=60))
+    assert code == 1 and killed == -9 and not nothing
+    said = re.fullmatch(
+        r"train.py: error: lost process 1 at step (\d+); the last complete checkpoint is (.*); "
+        "start all processes again to go on",
+        line,
+    )
+    assert int(said[1]) >= 4 and said[2] == str(folder / "checkpoints" / str(newest_of(folder)))
+
+
+def test_a_process_that_fails_alone_ends_the_others(text_file, tmp_path):  # noqa: F811
+    """Process 1 cannot read the tokenizers that process 0 has put there."""
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
+    command = ["--data.train", text_file, "--run-dir", "run", *TINY, *where, "--mesh.fsdp", 2]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = [
+        started(*command, "--distributed.process-id", i, cwd=folder, **pipes) for i, folder in enumerate(folders)
+    ]
+    (first, one), (second, other) = lines_of(ended(running, seconds=120))
+    assert first == second == 1 and len(one) == len(other) == 1, (one, other)
+    assert one[0].startswith("train.py: error: process 1 has ended with code 1 at step 0; ")
+    assert other[0].startswith("train.py: error: run/vocab.txt: ")
+
+
 def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811
     """Of three, process 1 is missing; and process 0, for one that is there alone."""
     where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 3]
@@ -192,10 +244,100 @@ print(jax.process_index(), jax.process_count(), flush=True)
         assert [process.communicate(timeout=120)[0] for process in running] == ["0 2\n", "1 2\n"]
 
 
+def said_by(program, variables):
+    """(stdout, stderr) of processes that run the program, each with its own variables beside the tests'."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    mine = [environment() | {name: str(value) for name, value in one.items()} for one in variables]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=env, **pipes) for env in mine]
+    return [process.communicate(timeout=120) for process in running]
+
+
+@pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
+def test_mpi_says_the_rest(size, rank):
+    """MPICH, Intel MPI and newer Open MPI tell each process its number, and nothing of how to meet."""
+    program = f"""
+import jax
+from davae_jax.distributed import DistributedConfig, barrier, connect
+connect(DistributedConfig("127.0.0.1:{free_port()}", timeout=60))
+barrier("both are here", 60)
+print(jax.process_index(), jax.process_count(), flush=True)
+"""
+    said = said_by(program, [{size: 2, rank: i} for i in range(2)])
+    assert [out for out, _ in said] == ["0 2\n", "1 2\n"], said
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is 2, "),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "PMI_SIZE is 4, "),
+        ({"PMIX_RANK": "3"}, "PMIX_RANK is 3, "),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is 8, "),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX is 0, "),
+    ],
+)
+def test_none_trains_alone_where_there_are_others(variables, said):
+    with pytest.raises(InputError) as e:
+        check_alone(variables)
+    assert str(e.value).startswith(said) and "give --distributed.coordinator HOST:PORT" in str(e.value)
+    assert e.value.exit_code == 2 and "\n" not in str(e.value)
+
+
+def test_one_that_is_alone_trains_alone():
+    check_alone({})
+    check_alone({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})
+    check_alone({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script, outside of any step
+    check_alone({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})  # a pod of no indexed job
+
+
+def test_the_program_refuses_to_train_alone(text_file, tmp_path):  # noqa: F811
+    """As a pod of an indexed job without Kubernetes' package, or with a service that does not answer."""
+    pod = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1", "JOB_COMPLETION_INDEX": "1"}
+    words = ["train.py", "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY]
+    program = f"import sys, train; sys.exit(train.main({list(map(str, words[1:]))}))"
+    ((out, err),) = said_by(program, [pod])
+    (line,) = err.splitlines()
+    assert not out and not (tmp_path / "run").exists()
+    assert line.startswith("train.py: error: ") and ("JOB_COMPLETION_INDEX is 1, " in line or "Kubernetes: " in line)
+
+
+def test_a_task_alone_on_its_node_has_all_devices():
+    """JAX would take the one of the task's number."""
+    program = """
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+from davae_jax.distributed import DistributedConfig, connect
+connect(DistributedConfig(timeout=60))
+print(CUDA_VISIBLE_DEVICES.value, flush=True)
+"""
+    said = {}
+    for tasks in ("1", "1(x4)", "2"):
+        slurm = {"SLURM_JOB_ID": free_port() % 4096, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 1}
+        slurm |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": tasks}
+        ((said[tasks], _),) = said_by(program, [slurm])
+    assert said == {"1": "all\n", "1(x4)": "all\n", "2": "0\n"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,1(x3)"}, None),
+        ({"SLURM_TASKS_PER_NODE": "1(x3)"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "5"}, [5]),
+        ({"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3"}, [3]),
+        ({"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3", "JAX_LOCAL_DEVICE_IDS": "0"}, None),
+    ],
+)
+def test_which_devices_of_its_node_a_process_takes(variables, devices):
+    assert local_devices(variables) == devices
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (dict(coordinator="a:1"), "give all three or none"),
+        (dict(num_processes=2, process_id=1), "give all three or none"),
         (dict(coordinator="a:1", num_processes=2, process_id=2), "--distributed.process_id"),
         (dict(coordinator="a", num_processes=2, process_id=1), "must be HOST:PORT, not a"),
         (dict(timeout=0), "--distributed.timeout must be at least 1, not 0"),

@@ -60,7 +60,8 @@ def environment(devices=1):
 
 def started(*argv, devices=1, **kwargs):
     argv = [sys.executable, ROOT / "train.py", *argv]
-    return subprocess.Popen(list(map(str, argv)), env=environment(devices), cwd=ROOT, text=True, **kwargs)
+    kwargs = dict(cwd=ROOT) | kwargs
+    return subprocess.Popen(list(map(str, argv)), env=environment(devices), text=True, **kwargs)
 
 
 def train(*argv, devices=1):
@@ -317,6 +318,34 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
     assert f"--run-dir {folder}" in err
 
 
+def test_told_to_end_before_the_first_step(text_file, tmp_path):
+    """One line, nothing half-written, and the same command goes on."""
+    folder = tmp_path / "run"
+    options = ["--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 2]
+    process = started(*options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (folder / "train.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == "train.py: interrupted\n"
+    assert not list(folder.rglob("*.partial")) and not (folder / "checkpoints").exists()
+    code, out, err = train(*options)
+    assert code == 0 and "steps 0 to 2" in out, err
+
+
+def test_told_to_end_before_the_figures(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    folder = tmp_path / "run"
+    options = ["--data.train", text_file, "--data.valid", text_file, "--run-dir", folder, *TINY, "--steps", 2]
+    process = started(*options, "--log.figures", 96, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while (line := process.stdout.readline()) and "→" not in line:
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.count("\n") == 1 and not (folder / "figures.json").exists()
+    assert err.startswith("interrupted after training, before the figures; for these: ")
+
+
 TOO_LONG = "holds only blank texts and texts of more than 12 tokens (or 128 of the encoder's)"
 
 
@@ -365,7 +394,7 @@ def test_other_texts_under_the_same_name(run, text_file):
     finally:
         text_file.write_bytes(before)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith(f"train.py: error: {folder}: was made with another config: digest_of_texts (")
+    assert err.startswith(f"train.py: error: {folder}: was made with another config: data.train (other contents)")
 
 
 @pytest.mark.parametrize(

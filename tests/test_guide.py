@@ -1,0 +1,40 @@
+"""Every command of docs/pretraining.md is one that the program takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from davae_jax.cli import COMMANDS
+from davae_jax.train_cli import parse_train
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "pretraining.md").read_text(encoding="utf-8")
+BLOCKS = [re.sub(r"\\\n\s*", "", block) for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)]
+# To the end of the line or of the quotes that it stands in; options on a line of their own go on.
+TRAIN = re.compile(r"(mpirun [^\n]*)?\bpython train\.py((?:[^'\"\n]|\n(?= +--))*)")
+TRAINED = [found for block in BLOCKS for found in TRAIN.findall(block)]
+RUN = [line for block in BLOCKS for line in block.splitlines() if line.startswith("davae ")]
+
+
+def test_all_are_found():
+    code = "\n".join(BLOCKS)
+    assert len(TRAINED) == code.count("train.py") >= 7
+    assert len(RUN) == len(re.findall(r"\bdavae [a-z]", code)) >= 5
+
+
+@pytest.mark.parametrize(("launcher", "options"), TRAINED)
+def test_a_training_command(launcher, options, monkeypatch):
+    if launcher:  # which tells each process its number
+        monkeypatch.setenv("PMI_SIZE", "4")
+        monkeypatch.setenv("PMI_RANK", "0")
+    preset, config = parse_train(shlex.split(options))
+    assert str(config.data.train).rpartition("/")[2] == "prepared"
+    assert preset == "randeng-1b" or config.model.latent_size == 32
+    assert config.logits_chunk < config.data.max_length - 1 or preset == "demo"  # never the logits of a whole text
+
+
+@pytest.mark.parametrize("line", RUN)
+def test_a_command(line):
+    _, name, *argv = shlex.split(line)
+    assert COMMANDS[name][1]().parse(argv, f"davae {name}")

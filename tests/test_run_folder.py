@@ -1,0 +1,152 @@
+"""A run's folder: whose it is, and what of a start that was killed is in it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from davae_jax.cli import main
+from davae_jax.config import DAVAEConfig
+from davae_jax.errors import InputError
+from davae_jax.run_folder import open_run
+from davae_jax.setup_run import read_corpus
+from davae_jax.train_config import DEMO, digest_of
+
+TEXTS = [f"第{i}句。" for i in range(300)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return of(write(tmp_path / "texts.txt"))
+
+
+def write(path, texts=TEXTS):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+def of(train, valid=None, **changes):
+    return dataclasses.replace(DEMO, data=dataclasses.replace(DEMO.data, train=train, valid=valid), **changes)
+
+
+def opened(folder, config):
+    open_run(folder, config, read_corpus(config))
+
+
+def begun(folder, config):
+    """A run that has learnt something."""
+    opened(folder, config)
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    (folder / "checkpoints" / "3" / "_CHECKPOINT_METADATA").touch()
+    return folder
+
+
+def refusal(folder, config):
+    before = (folder / "train.json").read_bytes()
+    with pytest.raises(InputError) as e:
+        opened(folder, config)
+    assert e.value.exit_code == 2 and (folder / "train.json").read_bytes() == before
+    said = str(e.value)
+    start, end = f"{folder}: was made with another config: ", "; give another --run-dir"
+    assert said.startswith(start) and said.endswith(end)
+    return said.removeprefix(start).removesuffix(end)
+
+
+def test_texts_may_move(config, tmp_path):
+    valid = write(tmp_path / "valid.txt", TEXTS[:5])
+    folder = begun(tmp_path / "run", of(config.data.train, valid))
+    opened(folder, of(write(tmp_path / "elsewhere" / "t.txt"), write(tmp_path / "elsewhere" / "v.txt", TEXTS[:5])))
+    assert json.loads((folder / "train.json").read_text())["data"]["train"] == str(tmp_path / "elsewhere" / "t.txt")
+
+
+def test_other_contents_name_the_option(config, tmp_path):
+    valid = write(tmp_path / "valid.txt", TEXTS[:5])
+    folder = begun(tmp_path / "run", of(config.data.train, valid))
+    write(valid, TEXTS[:4])
+    assert refusal(folder, of(config.data.train, valid)) == "data.valid (other contents)"
+    write(valid, TEXTS[:5])
+    write(config.data.train, TEXTS[1:])
+    assert refusal(folder, of(config.data.train, valid)) == "data.train (other contents)"
+
+
+def test_tokenizers_are_compared_with_those_of_the_run(config, tmp_path):
+    given = dataclasses.replace(config, tokenizers=tmp_path / "tokenizers")
+    for name in ("vocab.txt", "spiece.model"):
+        write(given.tokenizers / name)
+    folder = begun(tmp_path / "run", given)
+    for name in ("vocab.txt", "spiece.model"):  # as `prepare_tokenizers` puts them there
+        write(folder / name)
+    opened(folder, given)
+    given.tokenizers.rename(tmp_path / "moved")
+    opened(folder, dataclasses.replace(config, tokenizers=tmp_path / "moved"))
+    write(tmp_path / "moved" / "vocab.txt", TEXTS[1:])
+    assert refusal(folder, dataclasses.replace(config, tokenizers=tmp_path / "moved")) == "tokenizers (other contents)"
+
+
+def test_pretrained_halves_may_move_but_not_go(config, tmp_path):
+    init = dataclasses.replace(config.init, encoder="bert")
+    folder = begun(tmp_path / "run", dataclasses.replace(config, init=init))
+    opened(folder, dataclasses.replace(config, init=dataclasses.replace(init, encoder="elsewhere/bert")))
+    assert refusal(folder, config) == "init.encoder (elsewhere/bert, now None)"
+
+
+def test_before_the_first_checkpoint_all_may_change(config, tmp_path):
+    """What the first start has prepared is of its own options, and is made anew."""
+    folder = tmp_path / "run"
+    opened(folder, dataclasses.replace(config, init=dataclasses.replace(config.init, encoder="bert")))
+    write(folder / "vocab.txt")
+    (folder / "init").mkdir()
+    opened(folder, dataclasses.replace(config, init=dataclasses.replace(config.init, encoder="another")))
+    assert sorted(path.name for path in folder.iterdir()) == ["train.json"]
+
+
+def test_folders_of_an_older_version_go_on(config, tmp_path):
+    """It wrote a digest of the training texts alone."""
+    folder = begun(tmp_path / "run", config)
+    values = json.loads((folder / "train.json").read_text())
+    del values["digest_of_held_out"]
+    (folder / "train.json").write_text(json.dumps(values))
+    opened(folder, config)
+    assert "digest_of_held_out" in json.loads((folder / "train.json").read_text())
+
+
+def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
+    """Its file is not foreign, and goes away. What only looks like it stays, and is."""
+    for folder, name, again in (
+        (tmp_path / "run", ".train.json.999.partial", lambda: opened(tmp_path / "run", config)),
+        (tmp_path / "prepared", ".prepare.json.999.partial", lambda: prepared(config, tmp_path / "prepared")),
+    ):
+        write(folder / name)
+        again()
+        assert not (folder / name).exists() and any(folder.iterdir())
+    foreign = tmp_path / "foreign"
+    write(foreign / "notes.partial")
+    with pytest.raises(InputError, match="holds files, but no run") as e:
+        opened(foreign, config)
+    assert e.value.exit_code == 2 and [path.name for path in foreign.iterdir()] == ["notes.partial"]
+
+
+def prepared(config, output):
+    argv = ["--input", config.data.train, "--output", output, "--pieces", 60, "--entries", 80, "--workers", 1]
+    assert main(["prepare", *map(str, argv)]) == 0
+
+
+def test_processes_may_find_the_same_things_at_other_places(config, tmp_path):
+    assert digest_of(config) == digest_of(of(tmp_path / "elsewhere.txt"))
+    assert digest_of(config) != digest_of(dataclasses.replace(config, tokenizers=tmp_path))
+    assert digest_of(config) != digest_of(dataclasses.replace(config, seed=1))
+
+
+def test_a_config_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    DAVAEConfig().to_json(path)
+    before = path.read_bytes()
+
+    def fails(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pathlib.Path.replace", fails)
+    with pytest.raises(OSError, match="no space"):
+        DAVAEConfig(latent_size=8).to_json(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
