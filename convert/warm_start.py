@@ -32,6 +32,7 @@ from .names import INV_FREQ, Row, rows
 from .staging import copy_files, staged
 
 # What a new model samples with, unless --config says otherwise: the published checkpoint's settings.
+NO_SOURCE_SAYS = ("latent_initializer_scale",)  # of a part's config: a half has nothing to do with a latent
 PUBLISHED = DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5)
 
 
@@ -240,7 +241,8 @@ def _config_of(folders: dict[str, Path], config: str | Path | None, latent_size:
         values["latent_size"] = latent_size
     for part, folder in folders.items():
         path = folder / CONFIG_FILE
-        values[part] = read_json(path)
+        ours = {name: value for name, value in values[part].items() if name in NO_SOURCE_SAYS}
+        values[part] = ours | read_json(path)
         try:
             DAVAEConfig.from_dict(values)
         except InputError as e:

@@ -248,6 +248,20 @@ def test_a_part_without_a_source_is_drawn_piece_by_piece(
         drawn_in_groups.clear()
 
 
+def test_the_latents_map_can_begin_small(masked_lm, transformer_xl, config_file, tmp_path):
+    """A half says nothing of it, the config does."""
+    values = json.loads(config_file.read_text(encoding="utf-8"))
+    drawn = {}
+    for scale in (1.0, 0.01):
+        values["decoder"]["latent_initializer_scale"] = scale
+        (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        folder = tmp_path / str(scale)
+        warm_start(folder, encoder=masked_lm[0], decoder=transformer_xl, config=tmp_path / "config.json", seed=3)
+        drawn[scale] = stored(folder)["decoder.latent_projection.weight"]
+    np.testing.assert_allclose(drawn[0.01], 0.01 * drawn[1.0], rtol=1e-5)
+    assert 0.01 < drawn[1.0].std() < 0.03  # initializer_range is 0.02
+
+
 # What comes of it
 
 
