@@ -29,11 +29,14 @@ def main(argv: list[str] | None = None) -> int:
         with naming_the_lost():
             return train([arg for arg in argv if arg != "--debug"])
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of the loop as well it ends like Ctrl-C
-    code = guarded(work, "train.py", debug=debug)
-    if distributed := sys.modules.get("davae_jax.distributed"):  # else it ended before there were others
-        distributed.end(code)
-    return code
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of the loop too it ends like Ctrl-C
+    try:
+        code = guarded(work, "train.py", debug=debug)
+        if distributed := sys.modules.get("davae_jax.distributed"):  # else it ended before there were others
+            distributed.end(code)
+        return code
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(argv: list[str]) -> int | None:
@@ -147,6 +150,8 @@ def train(argv: list[str]) -> int | None:
         say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
         if first and (whole := setup_run.unsplit(model_config, mesh.shape)):
             warnings.warn(whole, stacklevel=2)
+    if first and (apart := setup_run.cut_apart(config, corpus)):
+        warnings.warn(apart, stacklevel=2)
     chip = chip_called(jax.devices()[0].device_kind)
     if chip:
         say(f"MFU is of {chip.flops / 1e12:.0f} TFLOP/s a device, the {chip.name}'s in bfloat16")

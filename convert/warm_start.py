@@ -31,8 +31,8 @@ from .from_torch import check, write_params
 from .names import INV_FREQ, Row, rows
 from .staging import copy_files, staged
 
-# What a new model samples with, unless --config says otherwise: the published checkpoint's settings.
 NO_SOURCE_SAYS = ("latent_initializer_scale",)  # of a part's config: a half has nothing to do with a latent
+# What a new model samples with, unless --config says otherwise: the published checkpoint's settings.
 PUBLISHED = DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5)
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -92,15 +93,23 @@ def connect(config: DistributedConfig, stand: Callable[[], str] = str) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Kubernetes environment detected")  # said below where it matters
             devices = local_devices(os.environ)
-            jax.distributed.initialize(*where, devices, initialization_timeout=config.timeout)
+            # Who is told all is told nothing by Kubernetes, which it may have no leave to ask.
+            told = (
+                {"cluster_detection_method": "deactivate"}
+                if where[0] and "KUBERNETES_SERVICE_HOST" in os.environ
+                else {}
+            )
+            jax.distributed.initialize(*where, devices, initialization_timeout=config.timeout, **told)
     except ValueError:
         if config.coordinator is not None:
             raise
         check_alone(os.environ)  # No cluster around this process that JAX knows: it is alone.
     except Exception as e:  # Kubernetes' client has many
-        if "KUBERNETES_SERVICE_HOST" not in os.environ:
+        if "KUBERNETES_SERVICE_HOST" not in os.environ or where[0]:
             raise
-        raise InputError(f"Kubernetes: {first_line(e)}; or give {_BY_HAND}") from e
+        if "JOB_COMPLETION_INDEX" in os.environ:
+            raise InputError(f"Kubernetes: {first_line(e)}; or give {_BY_HAND}") from e
+        check_alone(os.environ)  # A pod of no indexed job.
     if _client() is not None:
         line = _Line(stand)
         line.start()
@@ -324,13 +333,13 @@ class _Line(threading.Thread):
                 else:
                     self.client.key_value_set(f"here/{self.me}", "", allow_overwrite=True)
         except Exception:  # what all are called through lies in process 0
-            self.stop(*_lost({0}))
+            self.stop(*_lost({0} - {self.me}))
 
     def call(self, said: str = "") -> None:
         self.client.key_value_set(f"call/{self.client.key_value_increment('calls', 1)}", said)
 
     def missing(self) -> set[int]:
-        """Those that do not answer; process 0 where nothing can be asked."""
+        """Those that do not answer; where nothing can be asked, process 0, or to its own knowledge none."""
         ends, missing = time.monotonic() + ANSWER, set(range(self.n))
         try:
             self.call()
@@ -339,7 +348,7 @@ class _Line(threading.Thread):
                 missing -= {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get("here/")}
             return missing
         except Exception:
-            return {0}
+            return {0} - {self.me}
 
     def stop(self, said: str, code: int) -> None:
         """Ends this process with one line, if it does not end already."""
@@ -366,8 +375,8 @@ class _Line(threading.Thread):
             if self.me == 0:
                 self.call(BYE)
             self.join(EXIT)
-        except Exception:
-            self.leave(1)
+        except BaseException as e:
+            self.leave(130 if isinstance(e, KeyboardInterrupt) else 1)
 
 
 def _lost(processes: set[int]) -> tuple[str, int]:
@@ -395,6 +404,8 @@ def end(code: int) -> None:
     if not code or (line := _Line.current) is None:
         return
     line.ended = True
+    for number in (signal.SIGINT, signal.SIGTERM):  # it takes seconds, and is under way
+        signal.signal(number, signal.SIG_IGN)
     try:
         line.client.wait_at_barrier("all have failed", ANSWER * 1000)
     except Exception:

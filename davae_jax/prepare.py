@@ -173,7 +173,8 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         if stored.exists():
-            changed = differences(json.loads(stored.read_text(encoding="utf-8")), settings)
+            before = {"cut": False} | json.loads(stored.read_text(encoding="utf-8"))  # there was no --cut once
+            changed = differences(before, settings)
             if changed and not (folder / MANIFEST).exists() and not any((folder / PARTS).glob("*.json")):
                 for name in TOKENIZER_FILES:  # nothing was prepared yet: begin anew
                     (folder / name).unlink(missing_ok=True)

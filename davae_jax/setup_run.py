@@ -192,15 +192,39 @@ def with_vocabularies(model: DAVAEConfig, entries: int, pieces: int) -> DAVAECon
 
 def vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, str]:
     """(entries, pieces, whose they are): sizes of the tokenizers that a run will have, before there is one."""
-    given = [config.tokenizers, config.data.train, *map(Path, filter(None, dataclasses.astuple(config.init)))]
-    for folder in filter(None, given):
-        paths = [folder / name for name in TOKENIZER_FILES]
-        if folder == config.tokenizers or all(path.is_file() for path in paths):
-            return len(read_vocabulary(paths[0])), count_pieces(paths[1]), f"those of {folder}"
-    if preset == "demo" or config.data.pieces is not None or config.data.entries != DataConfig.entries:
-        return config.data.entries, pieces_of(config), "trained on the texts, and may become smaller"
-    published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
-    return *published, "the published ones, for --tokenizers; without it a run trains its own"
+    of_halves = config.init.encoder, config.init.decoder
+    vocab, spiece = (_tokenizer_file(config, name, half) for name, half in zip(TOKENIZER_FILES, of_halves, strict=True))
+    entries = len(read_vocabulary(vocab)) if vocab else config.data.entries
+    # A plan need not name the texts; those of the demo are the demo's alone.
+    trained = config.data.pieces or PIECES if preset != "demo" and config.data.train is None else pieces_of(config)
+    pieces = count_pieces(spiece) if spiece else trained
+    if vocab and spiece:
+        return entries, pieces, f"those of {' and '.join(dict.fromkeys([str(vocab.parent), str(spiece.parent)]))}"
+    asked = config.data.pieces is not None or config.data.entries != DataConfig.entries
+    if preset != "demo" and not (vocab or spiece or asked):
+        published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
+        return *published, "the published ones, for --tokenizers; without it a run trains its own"
+    of = f"one of {(vocab or spiece).parent}, the other " if vocab or spiece else ""
+    return entries, pieces, f"{of}trained on the texts, and may become smaller"
+
+
+def _tokenizer_file(config: TrainConfig, name: str, half: str | None) -> Path | None:
+    """Where a run would take it from, as far as that lies here."""
+    if config.tokenizers:
+        return config.tokenizers / name
+    places = (folder / name for folder in (config.data.train, half and Path(half)) if folder)
+    return next((path for path in places if path.is_file()), None)
+
+
+def cut_apart(config: TrainConfig, corpus: Corpus) -> str | None:
+    """Where training reads long texts in another way than they were prepared for, for a warning."""
+    if corpus.prepared is None or corpus.prepared.manifest["settings"].get("cut", False) == config.data.cut:
+        return None
+    if config.data.cut:
+        return f"{corpus.source}: was prepared without --cut, so texts too long for the encoder are not in it"
+    return (
+        f"{corpus.source}: was prepared with --cut, for --data.segment-length: the encoder sees long texts' beginnings"
+    )
 
 
 def pieces_of(config: TrainConfig) -> int:

@@ -236,8 +236,7 @@ class TrainConfig:
 
     remat: Remat = "none"
     """Gradient checkpointing, what is kept of a layer for the backward pass. none: everything. dots: the results of its
-    matrix products. full: its input alone, the least memory and, at the published size, 22 % more
-    work."""
+    matrix products. full: its input alone, the least memory and, at the published size, 22 % more work."""
 
     accumulate: int = 1
     """Parts a batch is computed in, one after the other: a large batch in little memory."""
@@ -308,7 +307,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-# Where something lies that is compared by its contents.
+# Where something lies: texts and tokenizers are compared by their contents, of pretrained halves whether there are any.
 PLACES = ("data.train", "data.valid", "tokenizers", "init.encoder", "init.decoder")
 
 

@@ -335,6 +335,15 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
     assert f" rows of tokens: those of {tmp_path}\n" in out
     assert published["decoder"] - given["decoder"] == (50048 - 320) * 1600
     assert published["encoder"] - given["encoder"] == (21184 - round_up(len(entries), 64)) * 768
+    # Of pretrained halves each brings one, as in a run.
+    bert, xl = tmp_path / "bert", tmp_path / "xl"
+    for folder, name in ((bert, "vocab.txt"), (xl, "spiece.model")):
+        folder.mkdir()
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
+    halves, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert, "--init.decoder", xl)
+    assert f" rows of tokens: those of {bert} and {xl}\n" in out and halves == given
+    _, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert)
+    assert f" and 8,064 rows of tokens: one of {bert}, the other trained on the texts" in out
     assert main(["plan", "randeng-1b", "--tokenizers", str(tmp_path / "none")]) == 1
     assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ from davae_jax.errors import InputError
 from davae_jax.inputs import LONGEST_LINE, find_files, pieces_of, read_piece
 from davae_jax.prepare import Task, _finish, _tokenizers, make_shards
 from davae_jax.prepared import Prepared, PreparedBatches, PreparedTexts, id_dtype, ids_of, permuted, record_of
-from davae_jax.setup_run import batches_of, model_config, prepare_tokenizers, read_corpus
+from davae_jax.setup_run import batches_of, cut_apart, model_config, prepare_tokenizers, read_corpus
 from davae_jax.text import load_tokenizers
 from davae_jax.train_config import DEMO, DataConfig, TrainConfig
 
@@ -518,6 +518,24 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
     expected = [(whole.encoder_ids[i].tolist(), whole.decoder_ids[i].tolist()) for i in range(25)]
     assert sorted(records_of(found.folder)) == sorted(expected)
     assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60
+    # Runs are told where they read such texts in another way.
+    of = lambda folder, **data: cut_apart(  # noqa: E731
+        TrainConfig(data=DataConfig(train=folder, **data)), read_corpus(TrainConfig(data=DataConfig(train=folder)))
+    )
+    assert of(found.folder, segment_length=8) is None and of(left_out.folder) is None
+    assert "was prepared with --cut" in of(found.folder)
+    assert "was prepared without --cut" in of(left_out.folder, segment_length=8)
+
+
+def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_path):
+    path = text_file(tmp_path / "a.txt")
+    folder = prepare(path).folder
+    before = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
+    assert before.pop("cut") is False
+    (folder / "prepare.json").write_text(json.dumps(before), encoding="utf-8")
+    assert prepare(path).code == 0
+    again = prepare(path, cut=True)
+    assert again.code == 2 and "was prepared otherwise: cut (False, now True)" in again.err
 
 
 @pytest.mark.slow
