@@ -23,20 +23,32 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv  # on an error, the traceback as well
 
+    told = []  # of signals outside of the loop
+
     def work() -> int | None:
         from davae_jax.distributed import naming_the_lost
 
         with naming_the_lost():
-            return train([arg for arg in argv if arg != "--debug"])
+            try:
+                return train([arg for arg in argv if arg != "--debug"])
+            except Exception:
+                if told:  # what it came in upon made another error of it
+                    raise KeyboardInterrupt from None
+                raise
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of the loop too it ends like Ctrl-C
+    def heed(number, frame):
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, heed) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = guarded(work, "train.py", debug=debug)
         if distributed := sys.modules.get("davae_jax.distributed"):  # else it ended before there were others
             distributed.end(code)
         return code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def train(argv: list[str]) -> int | None:

@@ -28,6 +28,7 @@ Params = dict[str, Any]
 
 
 ANSWER = 5  # seconds for a process to say that it is here
+LEAVING = 2  # seconds from its last word to its end, on a busy machine
 EXIT = 300  # seconds for all to come to the end of the program
 BYE = "bye"  # the last call
 # How many processes there are and which this is, as launchers of MPI programs tell them.
@@ -365,6 +366,8 @@ class _Line(threading.Thread):
             ends = time.monotonic() + ANSWER
             while self.me == 0 and len(self.client.key_value_dir_get("gone/")) < self.n and time.monotonic() < ends:
                 time.sleep(0.05)
+        if self.me == 0:
+            time.sleep(LEAVING)
         os._exit(code)
 
     def hang_up(self) -> None:

@@ -174,7 +174,7 @@ def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokeni
         folder = tmp_path / name
         shutil.copytree(tokenizer_folder, folder)
         (folder / "parts").mkdir()
-        return Task(str(folder), 0, *pieces_of(path, 2000), "text", 512, 512, 0.1, 2000)
+        return Task(str(folder), 0, *pieces_of(path, 2000), "text", 512, 512, False, 0.1, 2000)
 
     whole, again = task("whole"), task("again")
     make_shards(whole)

@@ -917,7 +917,7 @@ def train(registry, monkeypatch, capsys, tmp_path):
     spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    monkeypatch.setattr(davae_jax.distributed, "connect", lambda _: None)
+    monkeypatch.setattr(davae_jax.distributed, "connect", lambda *_: None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)

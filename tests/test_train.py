@@ -327,7 +327,7 @@ def test_told_to_end_before_the_first_step(text_file, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "train.py: interrupted\n"
+    assert (process.returncode, err) == (130, "train.py: interrupted\n")
     assert not list(folder.rglob("*.partial")) and not (folder / "checkpoints").exists()
     code, out, err = train(*options)
     assert code == 0 and "steps 0 to 2" in out, err
