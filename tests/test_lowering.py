@@ -119,11 +119,12 @@ def check(program: dict, tensor: int = 1, uses: int = 2) -> None:
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x),
 )
 def test_what_the_compiled_step_gathers(mesh, batch_size):
-    check(compiled(mesh, batch_size), tensor=mesh[2])
+    # Forward, again in the backward pass (remat), and backward: without a tensor axis the last two share one gathering.
+    check(compiled(mesh, batch_size), tensor=mesh[2], uses=2 if mesh[2] == 1 else 3)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="JAX's TPU package (libtpu) is not installed")
 def test_the_step_compiles_for_a_pod_of_tpus():
-    """Forward, again in the backward pass (remat), and backward: there the last two do not share one gathering."""
+    """There the last two do not share one."""
     check(compiled((4, 64, 1), 512, "v5e:16x16"), uses=3)
