@@ -1,6 +1,8 @@
 """Compiles a train step ahead of time for a mesh, in a process of its own, and prints what the program does as JSON.
 
 python tests/compile_step.py '{"mesh": [1, 8, 1], "layers": 1, "batch_size": 8, "length": 64}' [TPU_TOPOLOGY]
+
+layers: of each half; null, all of the full size.
 """
 
 import json
@@ -21,15 +23,16 @@ from davae_jax.train_config import PRESETS, DataConfig
 from davae_jax.train_step import abstract_state, make_train_step
 
 
-def main(mesh: list[int], layers: int, batch_size: int, length: int, topology: str | None = None) -> dict:
+def main(mesh: list[int], layers: int | None, batch_size: int, length: int, topology: str | None = None) -> dict:
     devices = math.prod(mesh)
     config = replace(
         PRESETS["randeng-1b"][1],
         **dict(batch_size=batch_size, mesh=MeshConfig(*mesh), data=DataConfig(max_length=length)),
     )
     model = config.model
-    encoder, decoder = replace(model.encoder, num_hidden_layers=layers), replace(model.decoder, num_layers=layers)
-    config = replace(config, model=replace(model, encoder=encoder, decoder=decoder))
+    if layers:
+        encoder, decoder = replace(model.encoder, num_hidden_layers=layers), replace(model.decoder, num_layers=layers)
+        config = replace(config, model=replace(model, encoder=encoder, decoder=decoder))
     if topology:
         from jax.experimental import topologies
 

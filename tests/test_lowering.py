@@ -1,7 +1,8 @@
 """The full-size train step, for machines that are not here: what each device holds, what it reuses, what it gathers.
 
-Lowered at its full size on abstract meshes, for GPUs and TPUs. Compiled, which takes minutes at the full depth, with
-every width of the full size and a layer of each half: a layer's partitioning does not depend on how many there are.
+Lowered at its full size on abstract meshes, for GPUs and TPUs. Compiled at its full size for 8 devices, and for more of
+them, as the depth takes minutes, with every width and a layer of each half: a layer's partitioning does not depend on
+how many there are.
 """
 
 import importlib.util
@@ -72,9 +73,9 @@ def _bytes_per_device(argument: str) -> int:
     return 4 * math.prod(map(int, dims)) // parts
 
 
-def compiled(mesh: tuple[int, int, int], batch_size: int, *topology: str) -> dict:
+def compiled(mesh: tuple[int, int, int], batch_size: int, *topology: str, layers: int | None = 1) -> dict:
     here = Path(__file__).parent
-    told = json.dumps({"mesh": mesh, "layers": 1, "batch_size": batch_size, "length": 64})
+    told = json.dumps({"mesh": mesh, "layers": layers, "batch_size": batch_size, "length": 64})
     # No TPU is asked for, here or over the network; a topology needs none.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     words = [sys.executable, here / "compile_step.py", told, *topology]
@@ -83,7 +84,7 @@ def compiled(mesh: tuple[int, int, int], batch_size: int, *topology: str) -> dic
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(program: dict, tensor: int = 1, uses: int = 2) -> None:
+def check(program: dict, tensor: int = 1, uses: int = 2, layers: int = 1) -> None:
     """The next state lies in the old one's memory, and only what a layer computes with is ever gathered.
 
     tensor: the mesh axis' size; what it splits stays split.
@@ -104,7 +105,8 @@ def check(program: dict, tensor: int = 1, uses: int = 2) -> None:
                 gathers[math.prod(shape)] += c["times"]
     # Of each of the matrices that have this size, however its axes are cut (a TPU's program has the parts as an axis of
     # their own). Nothing is gathered for the optimizer.
-    for size, matrices in {50048 * 1600: 1, 3 * 1600 * 1600: 1, 1600 * 1600: 2, 6400 * 1600: 2}.items():
+    decoder = {3 * 1600 * 1600: layers, 1600 * 1600: 2 * layers, 6400 * 1600: 2 * layers, 50048 * 1600: 1}
+    for size, matrices in decoder.items():
         assert 1 <= gathers[size // tensor] <= uses * matrices, (size, gathers[size // tensor])
 
 
@@ -121,6 +123,11 @@ def check(program: dict, tensor: int = 1, uses: int = 2) -> None:
 def test_what_the_compiled_step_gathers(mesh, batch_size):
     # Forward, again in the backward pass (remat), and backward: without a tensor axis the last two share one gathering.
     check(compiled(mesh, batch_size), tensor=mesh[2], uses=2 if mesh[2] == 1 else 3)
+
+
+@pytest.mark.slow
+def test_what_the_whole_depth_gathers():
+    check(compiled((1, 8, 1), 16, layers=None), layers=RANDENG.model.decoder.num_layers)
 
 
 @pytest.mark.slow
