@@ -371,10 +371,10 @@ def state_of(config: TrainConfig, mesh: AbstractMesh) -> TrainState:
     return abstract_state(_model(config.model, config.dtype), config, mesh)
 
 
-def planned(config: TrainConfig, preset: str) -> TrainConfig:
-    """With the vocabularies that a run will have (`setup_run.vocabularies`)."""
-    entries, pieces, _ = vocabularies(config, preset)
-    return dataclasses.replace(config, model=with_vocabularies(config.model, entries, pieces))
+def planned(config: TrainConfig, preset: str) -> tuple[TrainConfig, str]:
+    """(the config with the vocabularies that a run will have, whose these are): `setup_run.vocabularies`."""
+    entries, pieces, whose = vocabularies(config, preset)
+    return dataclasses.replace(config, model=with_vocabularies(config.model, entries, pieces)), whose
 
 
 def batch_shapes(config: TrainConfig, rows: int) -> Batch:

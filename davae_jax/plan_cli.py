@@ -15,7 +15,7 @@ from davae_jax.cli import Command, parse
 from davae_jax.errors import InputError, check_options
 from davae_jax.files import write_json
 from davae_jax.plan import MOST_CHIPS, Plan, make_plan, planned
-from davae_jax.setup_run import unsplit, vocabularies
+from davae_jax.setup_run import unsplit
 from davae_jax.train_cli import with_plugins
 from davae_jax.train_config import PRESETS, TrainConfig
 
@@ -57,10 +57,11 @@ class PlanCommand(Command):
     def run(self) -> None:
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
-        plan = make_plan(planned(self.config, self.preset), CHIPS[self.chip], self.chips, self.efficiency)
+        config, tokenizers = planned(self.config, self.preset)
+        plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
         if said := unsplit(plan.config.model, plan.mesh):
             warnings.warn(said, stacklevel=2)
-        print(format_plan(plan, vocabularies(self.config, self.preset)[2]))
+        print(format_plan(plan, tokenizers))
         if self.json:
             write_json(self.json, to_dict(plan))
 
