@@ -25,9 +25,7 @@ Axes = tuple[str | None, ...]
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "group": ("data",),  # the batch, of what the devices of fsdp compute together
-    "embed": (
-        "fsdp",
-    ),  # the model's width, of weights, and of embeddings until they are exchanged: other activations are whole there
+    "embed": ("fsdp",),  # the model's width: of weights, and of looked-up rows until they are exchanged
     "heads": ("tensor",),  # all heads' outputs side by side
     "head": ("tensor",),  # the heads one by one
     "mlp": ("tensor",),  # the feed-forward width
