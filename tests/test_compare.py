@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_train import TEXTS, TINY, environment
 
 from davae_jax import charts
@@ -37,6 +38,13 @@ def test_welch_by_hand():
     assert welch(a, b) == pytest.approx(2 * np.trapezoid(density, x), rel=1e-3)
     assert welch([1.0], b) is None
     assert welch([2.0, 2.0], [2.0, 2.0]) is welch([2.0, 2.0], [3.0, 3.0]) is welch([1.0, math.nan], b) is None
+
+
+def test_welch_of_a_side_that_does_not_vary(recwarn):
+    """Is Student's t-test of the other side against that value, and no cause for a warning."""
+    varying = [1.0, 1.1, 0.9, 1.3]
+    assert welch([1.5] * 3, varying) == pytest.approx(stats.ttest_1samp(varying, 1.5).pvalue)
+    assert not recwarn.list
 
 
 def test_holm_by_hand():
