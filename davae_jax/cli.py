@@ -206,7 +206,7 @@ def _one_line(framed: str) -> str:
     said = "; ".join(s for n, s in enumerate(sections) if n == 0 or s.startswith("Unrecognized options"))
     if bad := re.match(r"Error parsing (\S+): .*?('.*'|\".*\")", said):
         what = re.search(rf"Argument helptext: {re.escape(bad[1])} (\S+)", " ".join(sections))
-        return f"{bad[1]}: cannot read {bad[2]}" + (f" as {what[1]}" if what else "")
+        return f"{bad[1]}: cannot read {bad[2]}" + (f" as {what[1].lstrip('[')}" if what else "")
     return said
 
 

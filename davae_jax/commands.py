@@ -122,15 +122,15 @@ class _TextCommand(Command):
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
         return read_lines(data, name), f"{name}: line {{}}".format
 
-    def columns(self, n: int) -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
+    def columns(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
         """Groups of n texts: those on the command line are one group; in a file, tabs part the texts of each line."""
         texts, label = self.read()
         groups = [tuple(texts)] if self.texts else [tuple(line.split("\t")) for line in texts]
         for number, group in enumerate(groups, 1):
             if len(group) != n:
                 if self.texts:
-                    raise InputError(f"needs {n} texts, not {len(group)}", exit_code=2)
-                raise InputError(f"{label(number)}: needs {n} texts with tabs between, not {len(group)}")
+                    raise InputError(f"needs {n} texts{why}, not {len(group)}", exit_code=2)
+                raise InputError(f"{label(number)}: needs {n} texts with tabs between{why}, not {len(group)}")
         return groups, (label if self.texts else lambda i: label((i - 1) // n + 1))
 
     def write(self, results: list[dict]) -> None:

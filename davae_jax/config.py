@@ -95,19 +95,31 @@ class DAVAEConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latent_size: int = 256
+    """Dimensions of the latent."""
 
     # Loss.
     fb_mode: Hidden[int] = 1
     dim_target_kl: Hidden[float] = 1.0
     length_weighted_loss: Hidden[bool] = True
 
-    # Sampling. top_k 0 and top_p 0 mean off.
+    # Sampling, where a command is not told otherwise.
     temperature: float = 1.0
+    """Of sampling: logits are divided by it."""
+
     top_k: int = 50
+    """Of sampling: only so many of the likeliest tokens; 0 is off."""
+
     top_p: float = 1.0
+    """Of sampling: only the likeliest tokens of this probability together; 0 is off."""
+
     repetition_penalty: float = 1.0
+    """Of sampling: above 1, tokens that were there already are less likely."""
+
     std_scale: float = 1.0
+    """Of a text's latent: the posterior's deviation is multiplied by it; 0 is the mean."""
+
     max_out_length: int = 100
+    """Tokens of a generated text at most."""
 
     # Special tokens: two of the encoder's, three of the decoder's.
     cls_token_id: Hidden[int] = 101

@@ -66,6 +66,8 @@ def generate(
     if prompts is None:
         if latent is None:
             raise InputError("generate needs a latent, prompts, or both", exit_code=2)
+        if np.ndim(latent) != 2:
+            raise InputError(f"the latent is {list(np.shape(latent))}, not [n, {config.latent_size}]", exit_code=2)
         prompts = [[config.bos_token_id]] * len(latent)
     prompts = [[int(i) for i in p] for p in prompts]
     check_prompts(prompts, max_length, config)

@@ -32,7 +32,7 @@ class Attribute(GreedyCommand):
     """Texts that lack it."""
 
     strength: tuple[float, ...] = (1.0,)
-    """How much of it is added, one or several numbers; below 0 it is taken away."""
+    """How much of it is added, one or several numbers, behind the texts; below 0 it is taken away."""
 
     def check(self) -> None:
         super().check()
@@ -88,14 +88,14 @@ class Combine(GreedyCommand):
     """
 
     weights: tuple[float, ...]
-    """A weight for each text: 0.5 0.5 is what lies between two, -1 1 1 is an analogy."""
+    """A weight for each text, behind the texts: 0.5 0.5 is what lies between two, -1 1 1 is an analogy."""
 
     def check(self) -> None:
         super().check()
         check_numbers(self.weights, "--weights")
 
     def results(self) -> list[dict]:
-        groups, label = self.columns(len(self.weights))
+        groups, label = self.columns(len(self.weights), why=", one a weight")
         vae = self.load(label)
         means = vae.encode([text for group in groups for text in group], std_scale=0.0)
         by_place = means.reshape(len(groups), len(self.weights), -1).swapaxes(0, 1)

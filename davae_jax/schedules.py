@@ -24,7 +24,7 @@ class BetaConfig:
     """β at a period's beginning."""
 
     max: float = 0.1
-    """β at its end. Equal to `start`: constant."""
+    """β at its end. Equal to `start`: constant (Higgins et al. 2017)."""
 
     ratio_zero: float = 0.05
     """Part of a period that stays at `start`."""

@@ -232,6 +232,8 @@ class TextVAE:
         **sampling,
     ) -> list[str]:
         """Each text with `strength` times a direction added to its posterior mean, an attribute vector's say."""
+        if np.ndim(strength):
+            raise InputError(f"strength is one number, not an array of {list(np.shape(strength))}", exit_code=2)
         direction = np.asarray(direction, np.float32)
         if direction.shape != (self.config.latent_size,):
             raise InputError(f"direction is {list(direction.shape)}, not {[self.config.latent_size]}", exit_code=2)
@@ -320,7 +322,7 @@ def check_std_scale(std_scale: float) -> float:
 
 def check_radius(radius: float, *, name: str = "radius") -> float:
     """`radius` itself. Raises InputError (exit code 2) where it is no distance."""
-    if not 0 <= radius < float("inf"):
+    if not 0 <= radius <= float(np.finfo(np.float32).max):
         raise InputError(f"{name} must be a number of 0 or more, not {radius}", exit_code=2)
     return radius
 
@@ -345,4 +347,7 @@ def _stream(seed: int, purpose: str) -> jax.Array:
 def _as_list(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("give a list of texts, not one text")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"a text must be a string, not a {type(text).__name__}")
     return list(texts)

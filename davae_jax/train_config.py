@@ -229,7 +229,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     length_weighted: bool = True
-    """Divide a text's reconstruction loss by its number of tokens, as published."""
+    """A text's reconstruction loss is divided by its number of tokens, as published; with --no it is their sum."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What to compute in; weights and optimizers are float32."""

@@ -267,6 +267,7 @@ def test_davae_alone(davae):
         ("generate x --n 3", "Unrecognized options: --n, 3 (davae generate --help)"),
         ("sample --n x", "--n: cannot read 'x' as INT (davae sample --help)"),
         ("sample --n 1.5", "--n: cannot read '1.5' as INT (davae sample --help)"),
+        ("combine --weights 1 x", "--weights: cannot read '1', 'x' as FLOAT (davae combine --help)"),
         ("sample --top-p much", "--top-p: cannot read 'much' as FLOAT (davae sample --help)"),
         ("reconstruct x --top-k 1.5", "--top-k: cannot read '1.5' as INT (davae reconstruct --help)"),
         ("sample --n", "Missing value for argument '--n'. Expected 1 values. (davae sample --help)"),

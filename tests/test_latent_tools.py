@@ -102,6 +102,9 @@ def test_text_vae(tiny_vae):
         (lambda v: v.shift([A], np.zeros(3)), "direction is [3], not [4]"),
         (lambda v: v.shift([A, B], np.zeros((2, 4))), "direction is [2, 4], not [4]"),
         (lambda v: v.shift([A], 1.0), "direction is [], not [4]"),
+        (lambda v: v.shift([A], np.zeros(4), np.ones((2, 1))), "strength is one number, not an array of [2, 1]"),
+        (lambda v: v.generate(np.zeros(4)), "the latent is [4], not [n, 4]"),
+        (lambda v: v.neighbours(A, 3, 1e39), "radius must be a number of 0 or more, not 1e+39"),
         (lambda v: v.neighbours(A, 3, -1), "radius must be a number of 0 or more, not -1"),
         (lambda v: v.neighbours(A, -3, 1), "n must be 0 or more, not -3"),
     ],
@@ -111,6 +114,13 @@ def test_what_is_refused(tiny_vae, call, message):
     with pytest.raises(InputError) as error:
         call(tiny_vae)
     assert (str(error.value), error.value.exit_code) == (message, 2)
+
+
+def test_a_list_in_a_texts_place_is_named(tiny_vae):
+    with pytest.raises(TypeError, match="a text must be a string, not a list"):
+        tiny_vae.neighbours([A], 3, 1.0)
+    with pytest.raises(TypeError, match="give a list of texts, not one text"):
+        tiny_vae.shift(A, np.zeros(4))
 
 
 # On the command line.
@@ -174,7 +184,10 @@ def test_combine_on_the_command_line(davae, tiny_vae, tmp_path):
     file.write_text(f"{A}\t{B}\t{C}\n{B}\t{B}\t{A}\n", encoding="utf-8")
     rows, _, _ = davae("combine", "--input", file, "--weights", -1, 1, 1)
     assert rows == [row, row | {"texts": [B, B, A], "text": tiny_vae.reconstruct([A])[0]}]
-    assert davae("combine", A, "--weights", 1, 1)[1:] == (2, "davae combine: error: needs 2 texts, not 1\n")
+    assert davae("combine", A, "--weights", 1, 1)[1:] == (
+        2,
+        "davae combine: error: needs 2 texts, one a weight, not 1\n",
+    )
 
 
 def test_the_example_runs(tiny_checkpoint, monkeypatch, capsys):

@@ -60,7 +60,7 @@ from davae_jax.regularizers import (
 )
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import directions, epps_pulley
-from davae_jax.regularizers.registry import _key_of
+from davae_jax.regularizers.registry import _key_of, init_own
 from davae_jax.run_checkpoints import Checkpoints, _leaves
 from davae_jax.schedules import OptimizerConfig
 from davae_jax.sharding import MeshConfig, make_mesh
@@ -838,7 +838,7 @@ def test_what_can_be_registered():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--regularizers.foo.weight", "1"], "--regularizers.foo.weight: no regularizer 'foo'; known: bag_of_words, "),
+        (["--regularizers.foo.weight", "1"], "--regularizers.foo.weight: no regularizer 'foo'; known: bag-of-words, "),
         (["--regularizers.mmd.kernel", "cubic"], "--regularizers.mmd.kernel"),
         (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight must be 0 or more and finite, not -1.0"),
         (["--regularizers.mmd.wieght", "1"], "--regularizers.mmd.wieght"),
@@ -861,6 +861,31 @@ def test_a_plugin_that_cannot_be_imported(tmp_path):
     (tmp_path / "bad.py").write_text("import nowhere_at_all\n")
     with pytest.raises(InputError, match=r"bad.py: cannot be imported \(ModuleNotFoundError: No module named"):
         parse_train(["--plugin", str(tmp_path / "bad.py")])
+
+
+def test_a_plugin_without_a_regularizer_is_warned_of(tmp_path, registry):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is there a @register\?"):
+        parse_train(["--plugin", str(tmp_path / "empty.py")])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "NoneType"),
+        (np.zeros(3, np.float32), "float32 of shape (3,)"),
+        ({"w": "x"}, "str in ['w']"),
+        ({"a": {"w": np.zeros(3, np.int32)}}, "int32 of shape (3,) in ['a']['w']"),
+    ],
+)
+def test_what_own_parameters_must_be(given, said):
+    class Bad(WGAN):
+        def init(self, key, sizes):
+            return given
+
+    with pytest.raises(RegularizerError) as e:
+        init_own({"bad": Bad(weight=1.0)}, 0, Sizes(3, 5))
+    assert str(e.value) == f"regularizer bad: init must return a nested dict of float arrays, not {said}"
 
 
 def test_a_plan_takes_the_options_of_a_plugin(tmp_path, registry):
@@ -940,18 +965,19 @@ def test_the_documents_example(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("variance.py").write_text(file, encoding="utf-8")
     assert len(file.splitlines()) <= 22
-    options = shlex.split(command)[2:]
+    options = shlex.split(command.replace("\\\n", ""))[2:]
     options += ["--regularizers.wgan.weight", "0.5", "--regularizers.wgan.hidden", "4"]  # a second one beside it
-    code, _, err = train(tmp_path / "run", "--steps", 2, *options)
+    run = tmp_path / "runs" / "variance"  # as the command has it
+    code, _, err = train(run, "--steps", 2, *options)
     assert code == 0, err
-    (row,) = metrics_of(tmp_path / "run")
+    (row,) = metrics_of(run)
     assert row["variance"] == pytest.approx((row["variance/variance"] - 0.3) ** 2, rel=0.05)  # means of two steps
-    stored = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))
+    stored = json.loads((run / "train.json").read_text(encoding="utf-8"))
     assert stored["regularizers"].keys() == {"variance", "wgan"} and np.isfinite(row["wgan/adversary"])
     assert stored["regularizers"]["variance"] == {"weight": 2.0, "ramp": [0.0, 0.0], "target": 0.3}
     assert stored["plugin"] == ["variance.py"] and stored["digest_of_plugins"] == [digest_of(Path("variance.py"))]
     Path("variance.py").write_text(file + "\n", encoding="utf-8")
-    code, _, err = train(tmp_path / "run", "--steps", 2, *options)
+    code, _, err = train(run, "--steps", 2, *options)
     assert code == 2 and "was made with another config: digest_of_plugins (" in err
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,8 @@ def check_known(name: str, option: str = "") -> None:
     """Raises InputError (exit code 2) with the known names."""
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
+        if option:  # spelled as there
+            name, known = name.replace("_", "-"), known.replace("_", "-")
         prefix = f"{option}: " if option else ""
         raise InputError(f"{prefix}no regularizer {name!r}; known: {known}; others by --plugin FILE.py", exit_code=2)
 
@@ -116,12 +119,15 @@ def load_plugin(path: Path) -> None:
     if spec is None:
         raise InputError(f"--plugin {path}: not a Python file", exit_code=2)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    known = dict(REGISTRY)
     try:
         spec.loader.exec_module(module)
     except InputError as e:
         raise InputError(f"{path}: {e}", exit_code=e.exit_code) from e
     except Exception as e:
         raise InputError(f"{path}: cannot be imported ({type(e).__name__}: {first_line(e)})") from e
+    if known == REGISTRY:
+        warnings.warn(f"--plugin {path}: registers no regularizer; is there a @register?", stacklevel=2)
 
 
 def digest_of(path: Path) -> str:
@@ -137,7 +143,7 @@ def init_own(regularizers: dict[str, Regularizer], seed: int, sizes: Sizes) -> d
     # Steps are folded into this key as well, but never so many.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     return {
-        name: _guarded(name, regularizer.init, _key_of(key, name), sizes)
+        name: _arrays(name, _guarded(name, regularizer.init, _key_of(key, name), sizes))
         for name, regularizer in regularizers.items()
         if isinstance(regularizer, Learned)
     }
@@ -191,6 +197,19 @@ def _called(name: str, regularizer: Regularizer, batch: LatentBatch, params: Par
     return _scalar(name, given[0], "its value"), {
         what: _scalar(name, x, f"{what!r}, which it logs,") for what, x in given[1].items()
     }
+
+
+def _arrays(name: str, params: Any) -> Params:
+    def refuse(said: str) -> None:
+        raise RegularizerError(f"regularizer {name}: init must return a nested dict of float arrays, not {said}")
+
+    if not isinstance(params, dict):
+        refuse(_said(params))
+    for path, leaf in jax.tree.leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            refuse(f"{_said(leaf)} in {jax.tree_util.keystr(path)}")
+    return params
 
 
 def _guarded(name: str, call: Callable, *args):

@@ -23,7 +23,7 @@ class BagOfWords(Learned):
     """Width of a hidden layer with tanh, as in the paper (400); 0: one linear map."""
 
     per_token: bool = True
-    """Mean over a text's tokens, as --length-weighted has it for the reconstruction. Otherwise their sum, as in the
+    """Mean over a text's tokens, as --length-weighted has it for the reconstruction; with --no their sum, as in the
     paper."""
 
     def __post_init__(self):
