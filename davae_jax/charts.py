@@ -147,7 +147,7 @@ def board(
     title: str,
 ) -> str:
     """An SVG file of its own: the plane of `points`, then a row for each group with its number, name and dots in each
-    column. A column has its own scale, whose ends stand below it; far outliers are arrows at its ends."""
+    column. A column has its own scale, which stands below it; far outliers are arrows at its ends."""
     names, column, step = 205, 150, 9
     row = max(17.0, (WIDTH - TOP - BOTTOM) / len(points))
     bottom = TOP + 10 + row * len(points)
@@ -176,8 +176,10 @@ def board(
             drawn += f'<line class="grid" x1="{left}" x2="{left + column}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'
             dots = "".join(f"M{x(v):.1f} {y - 4:.1f}h0" for v in values[name] if low <= v <= high)
             drawn += f'<path class="dots big" stroke="{colours[name]}" d="{dots}"/>' if dots else ""
-        y = 20 + bottom
-        drawn += _small(left, y, _number(low), "start") + _small(left + column, y, _number(high), "end")
+        at = ticks(low, high, 4)
+        drawn += "".join(
+            _small(x(v), 20 + bottom, number, "middle") for v, number in zip(at, numbers_of(at), strict=True)
+        )
     style = (
         "text { font: 17px system-ui, sans-serif; fill: #5b6670; } .small { font-size: 12px; fill: #1d2329; }"
         " .grid { stroke: #d9dee3; } .dots { fill: none; stroke-linecap: round; stroke-opacity: .75; stroke-width: 6; }"
@@ -222,8 +224,10 @@ def strips(
         drawn += (
             f'<path class="dots big" stroke="{colours[name]}" d="{"".join(f"M{x(v):.1f} {y}h0" for v in values)}"/>'
         )
-    ends = _text(8, height - 6, _number(low), "start") + _text(WIDTH - 8, height - 6, _number(high), "end")
-    return _svg(title, drawn + ends, height=height)
+    at = ticks(low, high)
+    for v, number in zip(at, numbers_of(at), strict=True):
+        drawn += _text(x(v), height - 6, number, "middle")
+    return _svg(title, drawn, height=height)
 
 
 def _wider(low: float, high: float) -> tuple[float, float]:

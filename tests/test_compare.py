@@ -123,6 +123,8 @@ def test_dots_lie_where_their_values_are():
     a, b = (part.split('"')[0].split("h0")[:-1] for part in drawn.split(' d="')[1:])
     xs = [float(place[1:].split()[0]) for place in a + b]
     assert len(xs) == 3 and xs[0] < xs[1] == xs[2]
+    ticks = {node.text: float(node.get("x")) for node in ElementTree.fromstring(drawn).iter("text")}
+    assert ticks["1"] == pytest.approx(xs[0], abs=0.6) and ticks["3"] == pytest.approx(xs[1], abs=0.6)
 
 
 def test_a_figure_for_a_paper():
