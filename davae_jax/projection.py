@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,8 +57,10 @@ def some(rows: Int[np.ndarray, " n"], most: int, seed: int = 0) -> Int[np.ndarra
 
 def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:
     """By UMAP (McInnes et al. 2018), where the package umap-learn is installed and the texts are enough for it."""
-    if importlib.util.find_spec("umap") is None or len(means) < 20:
+    if len(means) < 20:
         return None
-    import umap
-
-    return np.asarray(umap.UMAP(random_state=0, n_jobs=1).fit_transform(means), np.float64)
+    try:  # not whether there is a `umap`: any folder of that name would be one
+        from umap import UMAP
+    except ImportError:
+        return None
+    return np.asarray(UMAP(random_state=0, n_jobs=1).fit_transform(means), np.float64)

@@ -1,6 +1,7 @@
 """Parts of the report: charts, maps, what is marked in texts. (The whole page is in test_evaluate.py.)"""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -88,6 +89,13 @@ def test_maps_of_many_texts(many, monkeypatch):
     plane = re.findall(r'class="dots" stroke=".*?" d="(.*?)"', page)[2:4]
     sides = [np.array([float(x) for x in re.findall(r"M([\d.]+) ", path)]) for path in plane]
     assert max(sides[0]) < min(sides[1]) or max(sides[1]) < min(sides[0])
+
+
+def test_a_folder_called_umap_is_no_umap(tmp_path, monkeypatch):
+    (tmp_path / "umap").mkdir()
+    monkeypatch.delitem(sys.modules, "umap", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert projection.umap(np.zeros((20, 2))) is None
 
 
 def test_long_curves_are_thinned():
