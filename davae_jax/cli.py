@@ -10,7 +10,9 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -159,9 +161,14 @@ def leave(main: Callable[[], int]) -> None:
 
 
 def _unraisable(found: Any) -> None:
-    """Where a checkpoint cannot be read, Orbax closes its event loop with other reads under way, and each of them would
-    write a traceback after the one line that says what is the matter."""
-    if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+    """An interrupt that came in upon a library's callback, which cannot raise, comes again a moment later. And where a
+    checkpoint cannot be read, Orbax closes its event loop with other reads under way, and each of them would write a
+    traceback after the one line that says what is the matter."""
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        again.daemon = True
+        again.start()
+    elif not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
         sys.__unraisablehook__(found)
 
 

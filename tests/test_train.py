@@ -333,6 +333,33 @@ def test_told_to_end_before_the_first_step(text_file, tmp_path):
     assert code == 0 and "steps 0 to 2" in out, err
 
 
+IN_A_CALLBACK = """
+import gc, signal, sys, time
+sys.path.insert(0, ".")
+import train
+from davae_jax import setup_run
+from davae_jax.cli import leave
+def collecting(phase, info):
+    gc.callbacks.clear()
+    signal.raise_signal(signal.SIGTERM)
+def read_corpus(config):
+    gc.callbacks[:] = [collecting]
+    gc.collect()
+    for _ in range(400):  # Python may miss a signal that comes right before a long sleep
+        time.sleep(0.1)
+setup_run.read_corpus = read_corpus
+leave(train.main)
+"""
+
+
+def test_told_to_end_within_a_callback(text_file, tmp_path):
+    """Of the garbage collector, say, which swallows what is raised in it: the program ends a moment later."""
+    argv = ["-c", IN_A_CALLBACK, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 2]
+    run = dict(cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, *map(str, argv)], **run)
+    assert (done.returncode, done.stderr) == (130, "train.py: interrupted\n")
+
+
 def test_told_to_end_before_the_figures(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     folder = tmp_path / "run"
