@@ -176,10 +176,7 @@ def board(
             drawn += f'<line class="grid" x1="{left}" x2="{left + column}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'
             dots = "".join(f"M{x(v):.1f} {y - 4:.1f}h0" for v in values[name] if low <= v <= high)
             drawn += f'<path class="dots big" stroke="{colours[name]}" d="{dots}"/>' if dots else ""
-        at = ticks(low, high, 4)
-        drawn += "".join(
-            _small(x(v), 20 + bottom, number, "middle") for v, number in zip(at, numbers_of(at), strict=True)
-        )
+        drawn += _x_axis(x, ticks(low, high, 4), 20 + bottom, _small)
     style = (
         "text { font: 17px system-ui, sans-serif; fill: #5b6670; } .small { font-size: 12px; fill: #1d2329; }"
         " .grid { stroke: #d9dee3; } .dots { fill: none; stroke-linecap: round; stroke-opacity: .75; stroke-width: 6; }"
@@ -224,10 +221,7 @@ def strips(
         drawn += (
             f'<path class="dots big" stroke="{colours[name]}" d="{"".join(f"M{x(v):.1f} {y}h0" for v in values)}"/>'
         )
-    at = ticks(low, high)
-    for v, number in zip(at, numbers_of(at), strict=True):
-        drawn += _text(x(v), height - 6, number, "middle")
-    return _svg(title, drawn, height=height)
+    return _svg(title, drawn + _x_axis(x, ticks(low, high), height - 6, _text), height=height)
 
 
 def _wider(low: float, high: float) -> tuple[float, float]:
@@ -244,6 +238,11 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     step = next(s * size for s in (1, 2, 5, 10, 20, 50) if (high - low) / (s * size) < most)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _x_axis(x, at: Sequence[float], y: float, text) -> str:
+    """The ticks' numbers below their places, in the text size that `text` writes."""
+    return "".join(text(x(v), y, number, "middle") for v, number in zip(at, numbers_of(at), strict=True))
 
 
 def _y_axis(y, at: Sequence[float]) -> tuple[str, float]:

@@ -212,8 +212,8 @@ def _one_line(framed: str) -> str:
     sections = [" ".join(" ".join(group).split()) for is_rule, group in groups if not is_rule]
     said = "; ".join(s for n, s in enumerate(sections) if n == 0 or s.startswith("Unrecognized options"))
     if bad := re.match(r"Error parsing (\S+): .*?('.*'|\".*\")", said):
-        what = re.search(rf"Argument helptext: {re.escape(bad[1])} (\S+)", " ".join(sections))
-        return f"{bad[1]}: cannot read {bad[2]}" + (f" as {what[1].lstrip('[')}" if what else "")
+        what = re.search(rf"Argument helptext: {re.escape(bad[1])} \[?(\S+)", " ".join(sections))
+        return f"{bad[1]}: cannot read {bad[2]}" + (f" as {what[1]}" if what else "")
     return said
 
 

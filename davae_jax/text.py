@@ -347,7 +347,8 @@ def _stream(seed: int, purpose: str) -> jax.Array:
 def _as_list(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("give a list of texts, not one text")
+    texts = list(texts)
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"a text must be a string, not a {type(text).__name__}")
-    return list(texts)
+    return texts

@@ -123,6 +123,10 @@ def test_a_list_in_a_texts_place_is_named(tiny_vae):
         tiny_vae.shift(A, np.zeros(4))
 
 
+def test_texts_may_come_one_by_one(tiny_vae):
+    np.testing.assert_array_equal(tiny_vae.encode(iter([A, B])), tiny_vae.encode([A, B]))
+
+
 # On the command line.
 
 
