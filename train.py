@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from davae_jax.cli import INTERRUPTED, guarded, leave
+from davae_jax.cli.base import INTERRUPTED, guarded, leave
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     told = []  # of signals outside of the loop
 
     def work() -> int | None:
-        from davae_jax.distributed import naming_the_lost
+        from davae_jax.parallel.multihost import naming_the_lost
 
         with naming_the_lost():
             try:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int | None:
     began = time.perf_counter()
-    from davae_jax.train_cli import parse_train
+    from davae_jax.cli.train import parse_train
 
     if (parsed := parse_train(argv)) is None:
         return 0
@@ -63,11 +63,15 @@ def train(argv: list[str]) -> int | None:
     from jax.sharding import NamedSharding, PartitionSpec
     from tqdm import tqdm
 
-    from davae_jax import figures, setup_run
-    from davae_jax.checkpoint import CONFIG_FILE
-    from davae_jax.chips import chip_called
-    from davae_jax.data import ahead, fitting, placed, spans_of
-    from davae_jax.distributed import (
+    from davae_jax.checkpoints.run_folder import CONFIG_FILE
+    from davae_jax.data.prefetch import ahead, placed, spans_of
+    from davae_jax.data.shards import THREADS
+    from davae_jax.data.tokenize import fitting
+    from davae_jax.evaluation import figures
+    from davae_jax.inference.text_vae import TextVAE
+    from davae_jax.model.davae import abstract_model, merge, split
+    from davae_jax.parallel.chips import chip_called
+    from davae_jax.parallel.multihost import (
         agreed,
         barrier,
         by_first,
@@ -77,19 +81,19 @@ def train(argv: list[str]) -> int | None:
         naming_the_lost,
         same_on_all,
     )
-    from davae_jax.errors import InputError
-    from davae_jax.files import write_json
-    from davae_jax.model import abstract_model, merge, split
-    from davae_jax.plan import model_flops
-    from davae_jax.prepared import THREADS
+    from davae_jax.parallel.sharding import RULES, make_mesh
     from davae_jax.regularizers import RegularizerError, active
-    from davae_jax.run_checkpoints import Checkpoints
-    from davae_jax.run_folder import open_run
-    from davae_jax.run_log import RunLog, Work
-    from davae_jax.sharding import RULES, make_mesh
-    from davae_jax.text import TextVAE, load_tokenizers
-    from davae_jax.train_config import digest_of
-    from davae_jax.train_step import abstract_state, all_finite, make_held_out_loss, make_train_step, not_finite_in
+    from davae_jax.tokenizers.load import load_tokenizers
+    from davae_jax.training import setup as setup_run
+    from davae_jax.training.checkpointer import Checkpoints
+    from davae_jax.training.config import digest_of
+    from davae_jax.training.flops import model_flops
+    from davae_jax.training.run_folder import open_run
+    from davae_jax.training.run_log import RunLog, Work
+    from davae_jax.training.state import abstract_state, all_finite
+    from davae_jax.training.step import make_held_out_loss, make_train_step, not_finite_in
+    from davae_jax.utils.errors import InputError
+    from davae_jax.utils.files import write_json
 
     # ---- devices of all processes; texts, tokenizers, model. What can be wrong with the texts is found out before
     # anything is written.

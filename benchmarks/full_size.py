@@ -20,13 +20,13 @@ import jax
 import numpy as np
 
 import davae_jax
-from davae_jax.checkpoint import params_of
+from davae_jax.checkpoints.weights import params_of
 
 ROOT = Path(__file__).parent.parent
 CONVERT = """
 import resource, sys, time
 start = time.perf_counter()
-from convert.from_torch import convert
+from davae_jax.checkpoints.from_torch import convert
 convert(sys.argv[1], sys.argv[2])
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

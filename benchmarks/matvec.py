@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from davae_jax.layers import matmul_transposed
+from davae_jax.model.layers import matmul_transposed
 
 SHAPES = [(1600, 4800), (1600, 6400), (6400, 1600)]  # qkv, MLP in, MLP out of the published decoder
 WEIGHTS = 8  # of each shape, so that none stays in a cache

@@ -15,12 +15,15 @@ import jax
 import numpy as np
 
 from davae_jax import DAVAEConfig
-from davae_jax.data import Batch, Batches, read_texts, tokenize
-from davae_jax.model import DAVAE, InitKeys, abstract_model, split
-from davae_jax.packing import PackedBatch, PackedBatches
-from davae_jax.text import load_tokenizers
-from davae_jax.train_config import DEMO
-from davae_jax.train_step import init_state, make_train_step
+from davae_jax.data.batches import Batch, Batches
+from davae_jax.data.packing import PackedBatch, PackedBatches
+from davae_jax.data.texts import read_texts
+from davae_jax.data.tokenize import tokenize
+from davae_jax.model.davae import DAVAE, InitKeys, abstract_model, split
+from davae_jax.tokenizers.load import load_tokenizers
+from davae_jax.training.presets import DEMO
+from davae_jax.training.state import init_state
+from davae_jax.training.step import make_train_step
 
 
 def main() -> None:

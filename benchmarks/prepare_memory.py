@@ -22,7 +22,7 @@ BATCHES, BATCH_SIZE = 500, 64
 READ = f"""
 import sys, time
 from pathlib import Path
-from davae_jax.prepared import Prepared, PreparedBatches
+from davae_jax.data.shards import Prepared, PreparedBatches
 batches = PreparedBatches(Prepared(Path(sys.argv[1])), {BATCH_SIZE}, pad_id=0, buckets=4)
 began = time.perf_counter()
 for step in range({BATCHES}):
@@ -80,7 +80,7 @@ def measure(folder: Path, scale: int, texts: int) -> dict:
 
 def write_corpus(path: Path, n: int) -> None:
     sys.path.insert(0, str(ROOT))
-    from davae_jax.demo_corpus import all_factors, sentence
+    from davae_jax.data.demo_corpus import all_factors, sentence
 
     sentences = [sentence(f) for f in random.Random(0).sample(all_factors(), 5000)]
     with path.open("w", encoding="utf-8") as file:

@@ -1,14 +1,16 @@
 """davae-jax: the text VAE Randeng-DAVAE-1.2B in JAX and Flax NNX."""
 
-from davae_jax import losses, metrics, sampling
-from davae_jax.checkpoint import from_pretrained
-from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.decoder import Memory
-from davae_jax.errors import InputError
-from davae_jax.generation import generate
-from davae_jax.latent import Posterior
-from davae_jax.model import DAVAE
-from davae_jax.text import TextVAE
+from davae_jax.checkpoints.pretrained import from_pretrained
+from davae_jax.evaluation import metrics
+from davae_jax.inference import sampling
+from davae_jax.inference.generation import generate
+from davae_jax.inference.text_vae import TextVAE
+from davae_jax.model import losses
+from davae_jax.model.config import DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.model.davae import DAVAE
+from davae_jax.model.decoder import Memory
+from davae_jax.model.latent import Posterior
+from davae_jax.utils.errors import InputError
 
 __all__ = [
     "DAVAE",

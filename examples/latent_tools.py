@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from davae_jax import TextVAE
-from davae_jax.demo_corpus import Factors, make_corpus, sentence
+from davae_jax.data.demo_corpus import Factors, make_corpus, sentence
 
 vae = TextVAE.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
 corpus = make_corpus()

@@ -15,12 +15,14 @@ import numpy as np
 from hlo import aliases, collectives
 from jax.sharding import AxisType, Mesh
 
-from davae_jax.data import Batch
-from davae_jax.model import abstract_model, split
-from davae_jax.plan import batch_shapes, bytes_per_device
-from davae_jax.sharding import MeshConfig
-from davae_jax.train_config import PRESETS, DataConfig
-from davae_jax.train_step import abstract_state, make_train_step
+from davae_jax.data.batches import Batch
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.planning.plan import batch_shapes, bytes_per_device
+from davae_jax.training.config import DataConfig
+from davae_jax.training.presets import PRESETS
+from davae_jax.training.state import abstract_state
+from davae_jax.training.step import make_train_step
 
 
 def main(mesh: list[int], layers: int | None, batch_size: int, length: int, topology: str | None = None) -> dict:

@@ -13,8 +13,8 @@ import torch
 from make_checkpoint import random_state
 from tokenizer_fixtures import CLS_ID, SEP_ID
 
-from convert.names import INV_FREQ, POSITION_IDS  # noqa: F401
-from davae_jax.checkpoint import load_arrays, params_of, stored_arrays
+from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS  # noqa: F401
+from davae_jax.checkpoints.weights import load_arrays, params_of, stored_arrays
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

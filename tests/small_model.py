@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.model import merge, split
+from davae_jax.model.davae import merge, split
 
 CONFIG = DAVAEConfig(
     encoder=EncoderConfig(

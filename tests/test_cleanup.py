@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from davae_jax.cleanup import clean_up, drop_noise, join_chinese, join_english
+from davae_jax.tokenizers.cleanup import clean_up, drop_noise, join_chinese, join_english
 
 # What the published program makes of these.
 PUBLISHED = [

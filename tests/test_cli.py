@@ -16,9 +16,9 @@ from tiny_checkpoint import MAX_IDS
 from tokenizer_fixtures import sentences
 
 from davae_jax import TextVAE
-from davae_jax.checkpoint import converter
-from davae_jax.cli import COMMANDS, main
-from davae_jax.data import read_lines
+from davae_jax.checkpoints.pretrained import converter
+from davae_jax.cli.main import COMMANDS, main
+from davae_jax.data.texts import read_lines
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
 LATENT_COMMANDS = ["attribute", "neighbours", "combine"]  # what they write is in test_latent_tools.py
@@ -539,7 +539,7 @@ def test_interrupt(old):
     os.mkfifo(pipe)
     # The tests may run as a shell's background job, which ignores interrupts and hands that on.
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program += "; from davae_jax.cli import main; sys.exit(main())"
+    program += "; from davae_jax.cli.base import main; sys.exit(main())"
     process = started(sys.executable, "-c", program, "reconstruct", "--model", "x", "--input", pipe, "--output", old)
     with open(pipe, "wb"):  # opens once the command reads from it
         process.send_signal(signal.SIGINT)

@@ -11,11 +11,12 @@ import pytest
 from scipy import stats
 from test_train import TEXTS, TINY, environment
 
-from davae_jax import charts
-from davae_jax.cli import main
-from davae_jax.compare import folder_of, read_study
-from davae_jax.comparison import caveats, compared, figure, format_table, holm, page, statistics, welch
-from davae_jax.errors import InputError
+from davae_jax.cli.compare import folder_of, read_study
+from davae_jax.cli.main import main
+from davae_jax.evaluation.comparison import caveats, compared, format_table, holm, statistics, welch
+from davae_jax.reports import charts
+from davae_jax.reports.comparison_page import figure, page
+from davae_jax.utils.errors import InputError
 
 STUDIES = Path(__file__).parent.parent / "studies"
 RESULTS = {

@@ -40,15 +40,15 @@ from published_layout import (
 from tokenizer_fixtures import make_spiece, make_vocab
 
 import davae_jax
-from convert import names
-from convert.from_torch import convert
-from convert.names import rows
-from convert.to_torch import export
-from convert.twin import load_twin
-from davae_jax.checkpoint import params_of, stored_arrays
-from davae_jax.cli import main
-from davae_jax.config import DAVAEConfig
-from davae_jax.errors import InputError
+from davae_jax.checkpoints import published_names as names
+from davae_jax.checkpoints.from_torch import convert
+from davae_jax.checkpoints.published_names import rows
+from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.weights import params_of, stored_arrays
+from davae_jax.cli.main import main
+from davae_jax.model.config import DAVAEConfig
+from davae_jax.parity.twin import load_twin
+from davae_jax.utils.errors import InputError
 
 WORD = "vae_model.encoder.embeddings.word_embeddings.weight"
 NORM = "vae_model.decoder.transformer.final_layernorm.weight"
@@ -544,7 +544,7 @@ import sys
 sys.modules["torch"] = None  # `import torch` raises ImportError, and nobody finds it installed
 import numpy as np
 import davae_jax
-from davae_jax.errors import InputError
+from davae_jax.utils.errors import InputError
 converted, safetensors, published = sys.argv[1:]
 vae = davae_jax.TextVAE.from_pretrained(converted)
 (text,) = vae.simulate_batch(["今天天气很好"], max_length=4)
@@ -574,7 +574,7 @@ import jax
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 import davae_jax
-from davae_jax.checkpoint import params_of
+from davae_jax.checkpoints.weights import params_of
 converted, published = sys.argv[1:]
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 one = davae_jax.from_pretrained(converted)
@@ -607,7 +607,7 @@ def test_a_mesh_of_eight(tiny, converted):
 AS_INSTALLED = """
 import sys
 sys.path.insert(0, installed := sys.argv.pop(1))
-from davae_jax import cli
+from davae_jax.cli import base as cli
 code = cli.main()
 assert cli.__file__.startswith(installed) and sys.modules["davae_jax_convert"].__file__.startswith(installed)
 sys.exit(code)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from davae_jax.data import Batches, Texts, read_texts
-from davae_jax.errors import InputError
+from davae_jax.data.batches import Batches
+from davae_jax.data.texts import read_texts
+from davae_jax.data.tokenize import Texts
+from davae_jax.utils.errors import InputError
 
 PAD = 9
 

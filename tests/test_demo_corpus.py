@@ -2,7 +2,7 @@
 
 import pytest
 
-from davae_jax.demo_corpus import ASPECTS, STYLES, TOPICS, all_factors, make_corpus, sentence
+from davae_jax.data.demo_corpus import ASPECTS, STYLES, TOPICS, all_factors, make_corpus, sentence
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,17 @@ import pytest
 import sacrebleu
 from tokenizer_fixtures import sentences
 
-from davae_jax import InputError, TextVAE, bootstrap, caveats, evaluation, metrics
-from davae_jax.cli import main
-from davae_jax.data import tokenize
-from davae_jax.evaluation import PerText, evaluate, per_text
-from davae_jax.generation import generate
-from davae_jax.sharding import MeshConfig, make_mesh
-from davae_jax.text_measures import words
-from davae_jax.tokenizers import END
+from davae_jax import InputError, TextVAE
+from davae_jax.cli.main import main
+from davae_jax.data.tokenize import tokenize
+from davae_jax.evaluation import bootstrap, caveats, metrics
+from davae_jax.evaluation import evaluate as evaluation
+from davae_jax.evaluation.evaluate import PerText, evaluate, per_text
+from davae_jax.evaluation.text_metrics import words
+from davae_jax.inference.generation import generate
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_mesh
+from davae_jax.tokenizers.decoder import END
 
 # Of lengths that share one compiled program.
 TEXTS = [text for text in sentences(200) if 15 <= len(text) <= 20][:40]

@@ -16,11 +16,11 @@ from conftest import GOLDEN
 from jax.sharding import SingleDeviceSharding
 
 import davae_jax
-from convert.names import rows
-from convert.torch_file import read
-from davae_jax.checkpoint import load_arrays, stored_arrays
-from davae_jax.losses import published_loss, reconstruction_nll
-from davae_jax.model import merge, split
+from davae_jax.checkpoints.published_names import rows
+from davae_jax.checkpoints.torch_file import read
+from davae_jax.checkpoints.weights import load_arrays, stored_arrays
+from davae_jax.model.davae import merge, split
+from davae_jax.model.losses import published_loss, reconstruction_nll
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 CONVERT = """
 import sys
 from pathlib import Path
-from convert.from_torch import convert
+from davae_jax.checkpoints.from_torch import convert
 convert(sys.argv[1], sys.argv[2])
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 print(int(peak.split()[1]) * 1024)

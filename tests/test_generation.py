@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from small_model import counted_compilations, new_model
 
-from davae_jax import InputError, from_pretrained, generate, generation
-from davae_jax.sampling import filter_logits, next_token_probs
-from davae_jax.sharding import MeshConfig, make_mesh
+from davae_jax import InputError, from_pretrained, generate
+from davae_jax.inference import generation
+from davae_jax.inference.sampling import filter_logits, next_token_probs
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

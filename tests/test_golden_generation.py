@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from davae_jax import generate, generation
-from davae_jax.model import merge, split
-from davae_jax.sampling import next_token_probs
+from davae_jax import generate
+from davae_jax.inference import generation
+from davae_jax.inference.sampling import next_token_probs
+from davae_jax.model.davae import merge, split
 
 FILTERS = [
     dict(top_k=0, top_p=0.9, temperature=1.0, repetition_penalty=1.0),
@@ -78,7 +79,7 @@ def test_sampled_trajectories(load_model, golden_arrays, golden_json, name, run)
 
 @jax.jit
 def probs_of(logits, tokens, context, settings):
-    from davae_jax.sampling import count_ids, filter_logits, penalized_log_probs
+    from davae_jax.inference.sampling import count_ids, filter_logits, penalized_log_probs
 
     filtered = filter_logits(logits / settings["temperature"], settings["top_k"], settings["top_p"])
     counts = count_ids(tokens, jnp.broadcast_to(context, tokens.shape), logits.shape[-1])

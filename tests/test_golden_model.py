@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.names import rows
-from davae_jax.checkpoint import flatten
-from davae_jax.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
-from davae_jax.losses import adversarial_losses, published_loss, reconstruction_nll
-from davae_jax.model import merge, split
+from davae_jax.checkpoints.published_names import rows
+from davae_jax.checkpoints.weights import flatten
+from davae_jax.model.davae import merge, split
+from davae_jax.model.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
+from davae_jax.model.losses import adversarial_losses, published_loss, reconstruction_nll
 
 HIDDEN = 1e-4  # largest |difference| of hidden states and logits
 LOSS = 1e-5  # relative

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from davae_jax.cli import COMMANDS
-from davae_jax.train_cli import parse_train
+from davae_jax.cli.main import COMMANDS
+from davae_jax.cli.train import parse_train
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "pretraining.md").read_text(encoding="utf-8")
 BLOCKS = [re.sub(r"\\\n\s*", "", block) for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tokenizer_fixtures import sentences
 
-from davae_jax import InputError, demo_corpus
-from davae_jax.cli import main
-from davae_jax.latent import attribute_vector, combine, interpolate, neighbours, spherical
+from davae_jax import InputError
+from davae_jax.cli.main import main
+from davae_jax.data import demo_corpus
+from davae_jax.model.latent import attribute_vector, combine, interpolate, neighbours, spherical
 
 KEY = jax.random.key(0)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "latent_tools.py"

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from small_model import CONFIG, new_model
 
-from davae_jax.data import Batch, tokenize
-from davae_jax.errors import InputError
-from davae_jax.losses import reconstruction_nll
-from davae_jax.model import merge, split
-from davae_jax.noise import NoiseConfig
-from davae_jax.train_config import BetaConfig, DataConfig, TrainConfig
-from davae_jax.train_step import init_state, make_train_step, reconstruction
+from davae_jax.data.batches import Batch
+from davae_jax.data.tokenize import tokenize
+from davae_jax.model.davae import merge, split
+from davae_jax.model.losses import reconstruction_nll
+from davae_jax.training.config import BetaConfig, DataConfig, NoiseConfig, TrainConfig
+from davae_jax.training.objective import reconstruction
+from davae_jax.training.state import init_state
+from davae_jax.training.step import make_train_step
+from davae_jax.utils.errors import InputError
 
 BOS, END, PAD = CONFIG.bos_token_id, CONFIG.end_token_id, CONFIG.pad_token_id
 SEGMENT, LENGTHS = 8, np.array([22, 6, 15], np.int32)

@@ -19,11 +19,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from davae_jax.model import abstract_model, split
-from davae_jax.plan import batch_shapes, bytes_per_device, memory
-from davae_jax.sharding import MeshConfig, make_abstract_mesh
-from davae_jax.train_config import PRESETS
-from davae_jax.train_step import abstract_state, make_train_step
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_abstract_mesh
+from davae_jax.planning.plan import batch_shapes, bytes_per_device, memory
+from davae_jax.training.presets import PRESETS
+from davae_jax.training.state import abstract_state
+from davae_jax.training.step import make_train_step
 
 RANDENG = replace(PRESETS["randeng-1b"][1], batch_size=64)
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}

@@ -12,10 +12,11 @@ import pytest
 from scipy.stats import multivariate_normal
 from small_model import CONFIG, new_model
 
-from davae_jax import metrics
-from davae_jax.caveats import STEADY
-from davae_jax.latent import Posterior
-from davae_jax.sharding import MeshConfig, make_mesh
+from davae_jax.evaluation import metrics
+from davae_jax.evaluation.caveats import STEADY
+from davae_jax.model.latent import Posterior
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_mesh
 
 KEY = jax.random.key(0)
 

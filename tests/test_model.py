@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from small_model import CONFIG, counted_compilations, new_model
 
-from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig, decoder, encoder
-from davae_jax.checkpoint import flatten, params_of
-from davae_jax.layers import dropout
-from davae_jax.model import merge, split, weight_axes
+from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.checkpoints.weights import flatten, params_of
+from davae_jax.model import decoder, encoder
+from davae_jax.model.davae import merge, split, weight_axes
+from davae_jax.model.layers import dropout
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_model_inside_the_callers_jit(model, inputs):
 
 def test_gradient_of_the_few_rows_product():
     """The form with the weight on the left, for few rows, has the gradients of the plain product."""
-    from davae_jax.layers import matmul_transposed
+    from davae_jax.model.layers import matmul_transposed
 
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 5), (7, 5)))

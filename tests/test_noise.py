@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from davae_jax.errors import InputError
-from davae_jax.noise import NoiseConfig, embedding_noise, token_noise
+from davae_jax.training.config import NoiseConfig
+from davae_jax.training.noise import embedding_noise, token_noise
+from davae_jax.utils.errors import InputError
 
 CLS, SEP, V = 2, 3, 1000
 ROWS, WORDS = 200, 30

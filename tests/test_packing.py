@@ -9,27 +9,24 @@ import pytest
 from small_model import CONFIG, new_model
 
 from davae_jax import DAVAEConfig
-from davae_jax.checkpoint import flatten
-from davae_jax.data import Batch, Batches, Texts, read_texts, tokenize
-from davae_jax.errors import InputError
-from davae_jax.latent import Posterior, kl_per_dimension
-from davae_jax.layers import Segments
-from davae_jax.model import abstract_model, merge, split
-from davae_jax.noise import NoiseConfig, token_noise
-from davae_jax.packing import PackedBatch, PackedBatches, pack
-from davae_jax.setup_run import first_state
-from davae_jax.sharding import MeshConfig, make_mesh
-from davae_jax.text import load_tokenizers
-from davae_jax.train_config import AdversarialConfig, DataConfig, FreeBitsConfig, TrainConfig
-from davae_jax.train_step import (
-    abstract_state,
-    counted_kl,
-    encode,
-    gradient,
-    make_train_step,
-    mean_over_texts,
-    reconstruction,
-)
+from davae_jax.checkpoints.weights import flatten
+from davae_jax.data.batches import Batch, Batches
+from davae_jax.data.packing import PackedBatch, PackedBatches, pack
+from davae_jax.data.texts import read_texts
+from davae_jax.data.tokenize import Texts, tokenize
+from davae_jax.model.davae import abstract_model, merge, split
+from davae_jax.model.latent import Posterior, kl_per_dimension
+from davae_jax.model.layers import Segments
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_mesh
+from davae_jax.tokenizers.load import load_tokenizers
+from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
+from davae_jax.training.noise import token_noise
+from davae_jax.training.objective import counted_kl, encode, gradient, mean_over_texts, reconstruction
+from davae_jax.training.setup import first_state
+from davae_jax.training.state import abstract_state
+from davae_jax.training.step import make_train_step
+from davae_jax.utils.errors import InputError
 
 CLS, SEP = 2, 3
 BOS, END, PAD = CONFIG.bos_token_id, CONFIG.end_token_id, CONFIG.pad_token_id

@@ -10,13 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from convert import parity, sides
-from convert.from_torch import convert
-from davae_jax.checkpoint import flatten, from_pretrained, unflatten
-from davae_jax.cli import run
-from davae_jax.config import DAVAEConfig
-from davae_jax.errors import InputError
-from davae_jax.model import merge, split
+from davae_jax.checkpoints.from_torch import convert
+from davae_jax.checkpoints.pretrained import from_pretrained
+from davae_jax.checkpoints.weights import flatten, unflatten
+from davae_jax.cli.base import run
+from davae_jax.model.config import DAVAEConfig
+from davae_jax.model.davae import merge, split
+from davae_jax.parity import compare as parity
+from davae_jax.parity import values as sides
+from davae_jax.utils.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = GOLDEN / "small"

@@ -13,25 +13,28 @@ import pytest
 from hlo import collectives
 from tokenizer_fixtures import make_spiece, make_vocab
 
-from davae_jax.chips import CHIPS
-from davae_jax.cli import main
-from davae_jax.config import DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.data import round_up
-from davae_jax.model import abstract_model, split
-from davae_jax.plan import (
+from davae_jax.cli.main import main
+from davae_jax.model.config import DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.parallel.chips import CHIPS
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_abstract_mesh, make_mesh
+from davae_jax.planning.plan import (
     activations,
     batch_shapes,
     bytes_per_device,
     fewest_chips,
-    forward_products,
     make_plan,
     memory,
-    model_flops,
     traffic,
 )
-from davae_jax.sharding import MeshConfig, make_abstract_mesh, make_mesh
-from davae_jax.train_config import PRESETS, DataConfig, TrainConfig
-from davae_jax.train_step import abstract_state, gradient, make_train_step
+from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.flops import forward_products, model_flops
+from davae_jax.training.objective import gradient
+from davae_jax.training.presets import PRESETS
+from davae_jax.training.state import abstract_state
+from davae_jax.training.step import make_train_step
+from davae_jax.utils.shapes import round_up
 
 B, T = 64, 31
 MODEL = DAVAEConfig(

@@ -17,16 +17,18 @@ import pytest
 from test_train import TINY, metrics_of, train
 from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
-from davae_jax import inputs
-from davae_jax.cli import main
-from davae_jax.data import ahead, tokenize
-from davae_jax.errors import InputError
-from davae_jax.inputs import LONGEST_LINE, find_files, pieces_of, read_piece
-from davae_jax.prepare import Task, _finish, _tokenizers, make_shards
-from davae_jax.prepared import Prepared, PreparedBatches, PreparedTexts, id_dtype, ids_of, permuted, record_of
-from davae_jax.setup_run import batches_of, cut_apart, model_config, prepare_tokenizers, read_corpus
-from davae_jax.text import load_tokenizers
-from davae_jax.train_config import DEMO, DataConfig, TrainConfig
+from davae_jax.cli.main import main
+from davae_jax.data import readers as inputs
+from davae_jax.data.build_shards import Task, _finish, _tokenizers, make_shards
+from davae_jax.data.prefetch import ahead
+from davae_jax.data.readers import LONGEST_LINE, find_files, pieces_of, read_piece
+from davae_jax.data.shards import Prepared, PreparedBatches, PreparedTexts, id_dtype, ids_of, permuted, record_of
+from davae_jax.data.tokenize import tokenize
+from davae_jax.tokenizers.load import load_tokenizers
+from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.presets import DEMO
+from davae_jax.training.setup import batches_of, cut_apart, model_config, prepare_tokenizers, read_corpus
+from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sentences(300)

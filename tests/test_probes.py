@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from davae_jax import bootstrap, probes, projection
+from davae_jax.evaluation import bootstrap, probes
+from davae_jax.reports import projection
 
 N = 600
 

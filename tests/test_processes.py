@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
-from davae_jax.data import Batches, ahead, placed, spans_of, tokenize
-from davae_jax.distributed import DistributedConfig, check_alone, local_devices
-from davae_jax.errors import InputError
+from davae_jax.data.batches import Batches
+from davae_jax.data.prefetch import ahead, placed, spans_of
+from davae_jax.data.tokenize import tokenize
+from davae_jax.parallel.config import DistributedConfig
+from davae_jax.parallel.multihost import check_alone, local_devices
+from davae_jax.utils.errors import InputError
 
 OPTIONS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
 
@@ -199,8 +202,9 @@ def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811
 
 BARRIER = """
 import sys, time
-from davae_jax.distributed import DistributedConfig, barrier, connect
-from davae_jax.errors import InputError
+from davae_jax.parallel.multihost import barrier, connect
+from davae_jax.parallel.config import DistributedConfig
+from davae_jax.utils.errors import InputError
 process = int(sys.argv[2])
 connect(DistributedConfig(sys.argv[1], 2, process, 60))
 barrier("both are here", 60)
@@ -228,7 +232,8 @@ def test_schedulers_say_who_is_there():
     """Under Slurm and Open MPI nothing has to be given: their variables, as 2 tasks of one node have them."""
     program = """
 import jax
-from davae_jax.distributed import DistributedConfig, barrier, connect
+from davae_jax.parallel.multihost import barrier, connect
+from davae_jax.parallel.config import DistributedConfig
 connect(DistributedConfig(timeout=60))
 barrier("both are here", 60)
 print(jax.process_index(), jax.process_count(), flush=True)
@@ -259,7 +264,8 @@ def test_mpi_says_the_rest(size, rank):
     """MPICH, Intel MPI and newer Open MPI tell each process its number, and nothing of how to meet."""
     program = f"""
 import jax
-from davae_jax.distributed import DistributedConfig, barrier, connect
+from davae_jax.parallel.multihost import barrier, connect
+from davae_jax.parallel.config import DistributedConfig
 connect(DistributedConfig("127.0.0.1:{free_port()}", timeout=60))
 barrier("both are here", 60)
 print(jax.process_index(), jax.process_count(), flush=True)
@@ -307,7 +313,8 @@ def test_a_task_alone_on_its_node_has_all_devices():
     """JAX would take the one of the task's number."""
     program = """
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
-from davae_jax.distributed import DistributedConfig, connect
+from davae_jax.parallel.multihost import connect
+from davae_jax.parallel.config import DistributedConfig
 connect(DistributedConfig(timeout=60))
 print(CUDA_VISIBLE_DEVICES.value, flush=True)
 """

@@ -26,15 +26,15 @@ from test_packing import MODEL, texts_of
 from test_train import ROOT, TEXTS, TINY, metrics_of
 
 import davae_jax
-import davae_jax.distributed
-from davae_jax.errors import InputError
-from davae_jax.latent import Posterior, kl_per_dimension
-from davae_jax.losses import adversarial_losses
-from davae_jax.model import abstract_model, split
-from davae_jax.noise import NoiseConfig
-from davae_jax.optimizers import make_optimizer
-from davae_jax.packing import PackedBatch, PackedBatches
-from davae_jax.plan_cli import PlanCommand
+import davae_jax.parallel.multihost
+from davae_jax.cli.plan import PlanCommand
+from davae_jax.cli.train import parse_train
+from davae_jax.data.packing import PackedBatch, PackedBatches
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.latent import Posterior, kl_per_dimension
+from davae_jax.model.losses import adversarial_losses
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_mesh
 from davae_jax.regularizers import (
     MMD,
     REGISTRY,
@@ -61,28 +61,22 @@ from davae_jax.regularizers import (
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import directions, epps_pulley
 from davae_jax.regularizers.registry import _key_of, init_own
-from davae_jax.run_checkpoints import Checkpoints, _leaves
-from davae_jax.schedules import OptimizerConfig
-from davae_jax.sharding import MeshConfig, make_mesh
-from davae_jax.train_cli import parse_train
-from davae_jax.train_config import (
+from davae_jax.training.checkpointer import Checkpoints, _leaves
+from davae_jax.training.config import (
     FreeBitsConfig,
     LaggingConfig,
+    NoiseConfig,
+    OptimizerConfig,
     PosteriorConfig,
     TrainConfig,
     differences,
     to_dict,
 )
-from davae_jax.train_step import (
-    abstract_state,
-    counted_kl,
-    decoder_waits,
-    held,
-    init_state,
-    latent_batch,
-    make_train_step,
-    not_finite_in,
-)
+from davae_jax.training.objective import counted_kl, latent_batch
+from davae_jax.training.optimizers import make_optimizer
+from davae_jax.training.state import abstract_state, init_state
+from davae_jax.training.step import decoder_waits, held, make_train_step, not_finite_in
+from davae_jax.utils.errors import InputError
 
 KEY = jax.random.key(5)
 L, V = 3, 11

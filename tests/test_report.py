@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from davae_jax import charts, projection, report
-from davae_jax.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
-from davae_jax.evaluation import Evaluation
-from davae_jax.latent import Posterior
-from davae_jax.report import difference, nearest, read_log
+from davae_jax.evaluation.evaluate import Evaluation
+from davae_jax.model.latent import Posterior
+from davae_jax.reports import charts, projection, report
+from davae_jax.reports.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
+from davae_jax.reports.report import difference, nearest, read_log
 
 
 def test_difference():

@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from davae_jax.cli import main
-from davae_jax.config import DAVAEConfig
-from davae_jax.errors import InputError
-from davae_jax.run_folder import open_run
-from davae_jax.setup_run import read_corpus
-from davae_jax.train_config import DEMO, digest_of
+from davae_jax.cli.main import main
+from davae_jax.model.config import DAVAEConfig
+from davae_jax.training.config import digest_of
+from davae_jax.training.presets import DEMO
+from davae_jax.training.run_folder import open_run
+from davae_jax.training.setup import read_corpus
+from davae_jax.utils.errors import InputError
 
 TEXTS = [f"第{i}句。" for i in range(300)]
 

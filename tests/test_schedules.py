@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from davae_jax.errors import InputError
-from davae_jax.schedules import BetaConfig, OptimizerConfig, beta_at, learning_rate
+from davae_jax.training.config import BetaConfig, OptimizerConfig
+from davae_jax.training.schedules import beta_at, learning_rate
+from davae_jax.utils.errors import InputError
 
 
 def test_trapezoid():

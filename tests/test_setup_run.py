@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from davae_jax.data import fitting, tokenize
-from davae_jax.errors import InputError
-from davae_jax.setup_run import model_config, prepare_tokenizers, read_corpus
-from davae_jax.text import load_tokenizers
-from davae_jax.train_config import DEMO
+from davae_jax.data.tokenize import fitting, tokenize
+from davae_jax.tokenizers.load import load_tokenizers
+from davae_jax.training.presets import DEMO
+from davae_jax.training.setup import model_config, prepare_tokenizers, read_corpus
+from davae_jax.utils.errors import InputError
 
 CHARACTERS = [chr(0x4E00 + i) for i in range(1500)]  # more than the demo's corpus has, or a tokenizer's defaults take
 

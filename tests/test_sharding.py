@@ -8,15 +8,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_model import CONFIG
 
-from davae_jax.checkpoint import flatten
-from davae_jax.data import Batch
-from davae_jax.errors import InputError
-from davae_jax.model import abstract_model, split
-from davae_jax.schedules import OptimizerConfig
-from davae_jax.setup_run import first_state
-from davae_jax.sharding import MeshConfig, make_mesh, partition_spec
-from davae_jax.train_config import AdversarialConfig, DataConfig, TrainConfig
-from davae_jax.train_step import abstract_state, make_train_step
+from davae_jax.checkpoints.weights import flatten
+from davae_jax.data.batches import Batch
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_mesh, partition_spec
+from davae_jax.training.config import AdversarialConfig, DataConfig, OptimizerConfig, TrainConfig
+from davae_jax.training.setup import first_state
+from davae_jax.training.state import abstract_state
+from davae_jax.training.step import make_train_step
+from davae_jax.utils.errors import InputError
 
 STEPS, B = 20, 8
 # Weights large enough that the KL is not the small difference of larger numbers; one layer, as compiling is what costs.

@@ -12,7 +12,7 @@ from tokenizer_fixtures import WORDS, sentences
 
 import davae_jax
 from davae_jax import InputError, TextVAE
-from davae_jax.text import load_tokenizers
+from davae_jax.tokenizers.load import load_tokenizers
 
 # Against the published program, with its tokenizers.
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from davae_jax import ngram
-from davae_jax.ngram import BEGIN, END, UNKNOWN, NGram
-from davae_jax.text_measures import distinct, edit_distance, pieces, self_bleu, way, words
+from davae_jax.evaluation import ngram
+from davae_jax.evaluation.ngram import BEGIN, END, UNKNOWN, NGram
+from davae_jax.evaluation.text_metrics import distinct, edit_distance, pieces, self_bleu, way, words
 
 
 def test_words():

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from tokenizer_fixtures import CLS_ID, LINE_SEPARATOR_ENTRY, SEP_ID, make_spiece, make_vocab, sentences
 
-from davae_jax.cleanup import clean_up
-from davae_jax.errors import InputError
-from davae_jax.tokenizers import DecoderTokenizer, EncoderTokenizer
+from davae_jax.tokenizers.cleanup import clean_up
+from davae_jax.tokenizers.decoder import DecoderTokenizer
+from davae_jax.tokenizers.encoder import EncoderTokenizer
+from davae_jax.utils.errors import InputError
 
 PIECES = 300
 END, PAD, BOS = PIECES, PIECES + 1, PIECES + 2

@@ -18,8 +18,8 @@ import pytest
 
 import davae_jax
 from davae_jax import TextVAE
-from davae_jax.checkpoint import params_of
-from davae_jax.cli import main as davae
+from davae_jax.checkpoints.weights import params_of
+from davae_jax.cli.main import main as davae
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") for b in "菜价人书" for c in "好坏多少贵新"]
@@ -337,8 +337,8 @@ IN_A_CALLBACK = """
 import gc, signal, sys, time
 sys.path.insert(0, ".")
 import train
-from davae_jax import setup_run
-from davae_jax.cli import leave
+from davae_jax.training import setup as setup_run
+from davae_jax.cli.base import leave
 def collecting(phase, info):
     gc.callbacks.clear()
     signal.raise_signal(signal.SIGTERM)

@@ -9,14 +9,15 @@ import optax
 import pytest
 from small_model import CONFIG, new_model
 
-from davae_jax.checkpoint import flatten
-from davae_jax.data import Batch
-from davae_jax.latent import kl_per_dimension
-from davae_jax.model import abstract_model, split
-from davae_jax.noise import NoiseConfig
-from davae_jax.optimizers import make_optimizer, skip_spikes
-from davae_jax.train_config import AdversarialConfig, FreeBitsConfig, TrainConfig
-from davae_jax.train_step import counted_kl, gradient, init_state, make_train_step, objective
+from davae_jax.checkpoints.weights import flatten
+from davae_jax.data.batches import Batch
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.latent import kl_per_dimension
+from davae_jax.training.config import AdversarialConfig, FreeBitsConfig, NoiseConfig, TrainConfig
+from davae_jax.training.objective import counted_kl, gradient, objective
+from davae_jax.training.optimizers import make_optimizer, skip_spikes
+from davae_jax.training.state import init_state
+from davae_jax.training.step import make_train_step
 
 KEY = jax.random.key(3)
 END, PAD, BOS = CONFIG.end_token_id, CONFIG.pad_token_id, CONFIG.bos_token_id

@@ -11,8 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from convert.twin import PositionFeatures, Twin, frequencies, kl_per_dim, load_twin
-from davae_jax.errors import InputError
+from davae_jax.parity.twin import PositionFeatures, Twin, frequencies, kl_per_dim, load_twin
+from davae_jax.utils.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 HIDDEN = 1e-4  # largest difference of a hidden state or logit

@@ -28,14 +28,16 @@ from published_layout import (
 from tokenizer_fixtures import make_vocab
 
 import davae_jax
-from convert.to_torch import export
-from convert.twin import load_twin
-from convert.warm_start import Main, draw, modules, read_decoder, read_encoder, warm_start
 from davae_jax import DAVAE, DAVAEConfig
-from davae_jax.checkpoint import params_of, unflatten
-from davae_jax.cli import main, run
-from davae_jax.errors import InputError
-from davae_jax.model import merge, split
+from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.warm_start import draw, modules, read_decoder, read_encoder, warm_start
+from davae_jax.checkpoints.weights import params_of, unflatten
+from davae_jax.cli.base import run
+from davae_jax.cli.main import main
+from davae_jax.cli.warm_start import Main
+from davae_jax.model.davae import merge, split
+from davae_jax.parity.twin import load_twin
+from davae_jax.utils.errors import InputError
 
 BERT = dict(
     vocab_size=120,

@@ -8,9 +8,10 @@ import numpy as np
 from tokenizer_fixtures import CLS_ID, SEP_ID, make_spiece, make_vocab
 
 from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.checkpoint import CONFIG_FILE, PARAMS_FOLDER, params_of, save_arrays
-from davae_jax.decoder import inverse_frequencies
-from davae_jax.model import abstract_model
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.weights import params_of, save_arrays
+from davae_jax.model.davae import abstract_model
+from davae_jax.model.decoder import inverse_frequencies
 
 PIECES = 300
 MAX_IDS = 30  # of a text, its own [CLS] and [SEP] counted

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from davae_jax.errors import InputError
 from davae_jax.regularizers.protocol import LatentBatch, Logs, Params, Regularizer
 from davae_jax.regularizers.registry import register
+from davae_jax.utils.errors import InputError
 
 
 @register("mmd")

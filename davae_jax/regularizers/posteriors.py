@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from davae_jax.latent import Posterior, kl_per_dimension
+from davae_jax.model.latent import Posterior, kl_per_dimension
 from davae_jax.regularizers.protocol import LatentBatch, Logs, Params, Regularizer
 from davae_jax.regularizers.registry import register
 

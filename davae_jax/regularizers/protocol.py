@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from davae_jax.errors import check_options
+from davae_jax.utils.errors import check_options
 
 Params = dict[str, Any]  # nested dicts of arrays
 Logs = dict[str, Float[Array, ""]]

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from davae_jax.errors import InputError, first_line
 from davae_jax.regularizers.protocol import (
     Adversarial,
     LatentBatch,
@@ -28,6 +27,7 @@ from davae_jax.regularizers.protocol import (
     Sizes,
     weight_at,
 )
+from davae_jax.utils.errors import InputError, first_line
 
 REGISTRY: dict[str, type[Regularizer]] = {}
 # Names that mean something else in the logs.

@@ -1,0 +1,1 @@
+"""What lies on disk: weights, the published layout, conversion both ways."""

@@ -1,0 +1,74 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from davae_jax.checkpoints.run_folder import CONFIG_FILE
+from davae_jax.utils.errors import InputError, system_reason
+
+
+@contextlib.contextmanager
+def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yields an empty folder beside `dst`; renamed to `dst` on success, removed on any failure or interrupt.
+
+    With `overwrite`, what stood at `dst` goes only once the new folder is complete. Parents that had to be made go too
+    when nothing comes of it. The path yielded is absolute, as Orbax wants it.
+
+    Raises:
+      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources` or files that are no checkpoint,
+        or it cannot be written.
+    """
+    if dst.exists() and not overwrite:
+        raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
+    target = dst.absolute()
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise InputError(f"{dst}: holds the source {source}; give another folder", exit_code=2)
+    if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
+        raise InputError(f"{dst}: holds files, but no checkpoint; only a checkpoint is overwritten")
+    tag = secrets.token_hex(4)
+    staging = target.with_name(f".{target.name}.partial-{tag}")
+    old = target.with_name(f".{target.name}.old-{tag}")
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
+    except InputError:
+        raise
+    except Exception as e:
+        if not (reason := system_reason(e)):
+            raise
+        file = Path(getattr(e, "filename", None) or staging)
+        ours = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
+        raise InputError(f"{dst}: cannot be written ({reason})" if ours else f"{file}: {reason}") from e
+    finally:
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
+        for leftover in (staging, old):
+            _remove(leftover)
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds the result
+                parent.rmdir()
+
+
+def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
+    """Those of the files that the source has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staging / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

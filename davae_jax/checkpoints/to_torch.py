@@ -1,0 +1,89 @@
+"""A davae-jax checkpoint → the published PyTorch layout, which the published program loads.
+
+python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|both]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from davae_jax.checkpoints import torch_file
+from davae_jax.checkpoints.hub import resolve_source
+from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, rows
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, weights_of
+from davae_jax.checkpoints.staging import copy_files, staged
+from davae_jax.checkpoints.weights import load_arrays, stored_arrays, stored_extras
+from davae_jax.model.config import DAVAEConfig
+from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.utils.errors import InputError
+
+Format = Literal["bin", "safetensors", "both"]
+
+
+def export(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: Literal["float16", "float32"] = "float16",
+    format: Format = "bin",
+    overwrite: bool = False,
+) -> Path:
+    """Writes pytorch_model.bin and/or model.safetensors, with config.json and the tokenizers' files.
+
+    Names and shapes are the published ones; the two buffers are written only if the checkpoint's source had them.
+
+    Raises:
+      InputError: `src` is no converted checkpoint, `dst` exists, or a value is too large for float16.
+    """
+    folder, dst = resolve_source(src), Path(dst)
+    config = DAVAEConfig.from_json(folder / CONFIG_FILE)
+    if not weights_of(folder):
+        raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
+    if not config.decoder.latent_every_layer:
+        raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program knows no such decoder")
+    with staged(dst, overwrite=overwrite, sources=[folder]) as staging:
+        state = published_state(folder, config, np.dtype(dtype))
+        if format in ("bin", "both"):
+            torch_file.write_bin(staging / "pytorch_model.bin", state)
+        if format in ("safetensors", "both"):
+            torch_file.write_safetensors(staging / "model.safetensors", state)
+        copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
+    return dst
+
+
+def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The checkpoint's arrays under the published names, in the published file's order."""
+    path = weights_of(folder)
+    stored = stored_arrays(path)
+    table = rows(config)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    dtypes = {row.path: stored[row.path].dtype if row.path in stored else np.float32 for row in table}
+    targets = {row.path: jax.ShapeDtypeStruct(row.path_shape, dtypes[row.path], sharding=here) for row in table}
+    arrays = load_arrays(path, targets)
+    extras = stored_extras(path)
+    if path.name == PARAMS_FOLDER and "buffers" not in extras:
+        raise InputError(f"{path}: its metadata is damaged; what the source held beside weights is not known")
+    buffers = extras.get("buffers", [])
+    state = {}
+    if "position_ids" in buffers:
+        state[POSITION_IDS] = np.arange(config.encoder.max_position_embeddings)[None]
+    too_large = []
+    for row in table:
+        if row.name == INV_FREQ and "inv_freq" not in buffers:
+            continue
+        array = np.asarray(arrays.pop(row.path))
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        if row.name == INV_FREQ and not np.array_equal(cast, array):
+            cast = array.astype(np.float32)  # rounding the frequencies would change what the model computes
+        if not torch_file.is_finite(cast):
+            too_large.append(f"{row.name} ({row.path})")
+        state[row.name] = row.to_file(cast)
+    if too_large:
+        raise InputError(f"{folder}: not finite as {dtype}: {', '.join(too_large)}")
+    return state

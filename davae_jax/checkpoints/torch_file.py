@@ -1,0 +1,162 @@
+"""Reading and writing PyTorch checkpoints as NumPy arrays, safely and without copies."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from davae_jax.checkpoints.hub import TORCH_FILES
+from davae_jax.utils.errors import InputError
+
+SAFETENSORS_DTYPES = {
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
+
+
+def find(folder: Path) -> Path:
+    """The weights file of a folder: model.safetensors, else pytorch_model.bin. `folder` may be the file itself."""
+    if folder.is_file():
+        return folder
+    for name in TORCH_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder}: holds no {' and no '.join(TORCH_FILES)}")
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint, memory-mapped: a page is read when it is touched.
+
+    Raises:
+      InputError: the file is cut off, is not a checkpoint, or is a pickle that would run code (it is not run).
+    """
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    torch = _torch(f"reading {path.name}")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is raised
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as e:
+        if what := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e)):
+            name = what[1] or what[2]
+            raise InputError(
+                f"{path}: refused: its pickle asks for more than tensors ({name}) and could run code"
+            ) from e
+        raise InputError(f"{path}: refused: its pickle is damaged or asks for more than tensors") from e
+    except Exception as e:  # PyTorch raises RuntimeError, EOFError, OSError and more for damaged files
+        raise InputError(f"{path}: cannot be read: {_why_unreadable(path)}") from e
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    if others := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise InputError(f"{path}: holds what is not a tensor: {', '.join(others)}")
+    if nameless := [repr(name) for name in state if not isinstance(name, str)]:
+        raise InputError(f"{path}: holds tensors without a name: {', '.join(nameless)}")
+    arrays = {}
+    for name, tensor in state.items():
+        try:
+            arrays[name] = _as_numpy(tensor)
+        except (TypeError, RuntimeError) as e:  # sparse, quantised, float8: what NumPy has no array for
+            raise InputError(f"{path}: {name} cannot be read: {tensor.dtype}, {tensor.layout}") from e
+    return arrays
+
+
+def _why_unreadable(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    if start.startswith(LEGACY_MAGIC):
+        return "it is in PyTorch's format from before 1.6; load it there and torch.save it with a later version"
+    if not start.startswith(b"PK\x03\x04"):
+        return "it is not in torch.save's zip format"
+    return "it is cut off or damaged"
+
+
+def _as_numpy(tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # The format is a length, a JSON header and the bytes. Mapping them ourselves keeps the file out of memory, which
+    # the safetensors package's NumPy interface does not, and gives bfloat16.
+    try:
+        with open(path, "rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > path.stat().st_size:
+                raise ValueError("header too long")
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        data = np.memmap(path, np.uint8, mode="r", offset=8 + header_size)
+        state = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if end > len(data):
+                raise ValueError("data too short")
+            state[name] = data[begin:end].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return state
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read: it is cut off or not in the safetensors format") from e
+
+
+def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:
+    """torch.save's zip format, as published."""
+    torch = _torch("writing pytorch_model.bin")
+    torch.save({name: as_torch(array) for name, array in state.items()}, path)
+
+
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path, metadata={"format": "pt"})
+
+
+def as_torch(array: np.ndarray):
+    """A tensor over the array's own memory, where its layout allows."""
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; in pieces that stay in the processor's cache."""
+    flat = array.reshape(-1)
+    step = 1 << 18
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+
+
+def is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
+
+
+def _torch(purpose: str):
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{purpose} needs PyTorch: pip install 'davae-jax[torch]'") from None
+    return torch

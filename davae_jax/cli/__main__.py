@@ -1,0 +1,5 @@
+"""`python -m davae_jax.cli` is the `davae` command."""
+
+from davae_jax.cli.main import script
+
+script()

@@ -1,0 +1,30 @@
+"""`davae convert`: a published PyTorch checkpoint becomes a folder that davae-jax reads without PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from davae_jax.checkpoints.from_torch import convert
+from davae_jax.cli.base import Command
+
+
+@dataclass(kw_only=True)
+class Convert(Command):
+    """Published PyTorch checkpoint → a folder that davae_jax.from_pretrained reads without PyTorch."""
+
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    """Folder with config.json and pytorch_model.bin or model.safetensors, or a Hugging Face repo id."""
+
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """Folder to make; it appears when it is complete."""
+
+    overwrite: bool = False
+    """Replace what stands at DST."""
+
+    def run(self) -> None:
+        convert(self.src, self.dst, overwrite=self.overwrite)
+        print(f"wrote {self.dst}")

@@ -1,0 +1,128 @@
+"""`davae plan`: what a training run will need on so many chips, as a table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from davae_jax.cli.base import Command, parse
+from davae_jax.cli.train import with_plugins
+from davae_jax.parallel.chips import CHIPS
+from davae_jax.planning.plan import MOST_CHIPS, Plan, make_plan, planned
+from davae_jax.training.config import TrainConfig
+from davae_jax.training.presets import PRESETS
+from davae_jax.training.setup import unsplit
+from davae_jax.utils.errors import InputError, check_options
+from davae_jax.utils.files import write_json
+
+
+@dataclass(kw_only=True)
+class PlanCommand(Command):
+    """Memory, work and traffic of a training run on machines that are not here. The first word is the preset, and any
+    option of `train.py` changes it; the mesh is laid over `--chips`.
+    """
+
+    chip: Literal[tuple(CHIPS)] = "h200"
+    """What it runs on."""
+
+    chips: int = 8
+    """How many of them."""
+
+    efficiency: float = 0.4
+    """What is reached of the chips' peak FLOP/s and of their links' rates, for the expected time."""
+
+    json: Path | None = None
+    """File for the same numbers, unrounded."""
+
+    preset: tyro.conf.Suppress[str] = "randeng-1b"
+    config: TrainConfig
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], prog: str) -> PlanCommand | None:
+        argv = list(argv)
+        if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
+            raise InputError(f"no preset {argv[0]!r}; known: {', '.join(PRESETS)}", exit_code=2)
+        preset = "randeng-1b"
+        if argv and argv[0] in PRESETS:
+            preset = argv.pop(0)
+            prog = f"{prog} {preset}"
+        config, default = with_plugins(argv, PRESETS[preset][1])
+        command = make_dataclass(cls.__name__, [("config", config)], bases=(cls,), kw_only=True, namespace=DOC)
+        return parse(command, argv, prog, default=command(config=default, preset=preset))
+
+    def run(self) -> None:
+        check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
+        check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
+        config, tokenizers = planned(self.config, self.preset)
+        plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
+        if said := unsplit(plan.config.model, plan.mesh):
+            warnings.warn(said, stacklevel=2)
+        print(format_plan(plan, tokenizers))
+        if self.json:
+            write_json(self.json, to_dict(plan))
+
+
+DOC = {"__doc__": PlanCommand.__doc__}
+
+
+def format_plan(plan: Plan, tokenizers: str) -> str:
+    """tokenizers: whose they are."""
+    config, chip, model = plan.config, plan.chip, plan.config.model
+    longest = plan.tokens // config.batch_size
+    lines = [
+        f"{plan.chips} × {chip.name}, mesh {_mesh(plan.mesh)}",
+        f"{config.batch_size} texts of {longest} tokens a step"
+        + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
+        *(["rows are taken as one text each: packed ones may be longer for the encoder"] if config.data.pack else []),
+        f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
+        f"{model.encoder.vocab_size:,} and {model.decoder.vocab_size:,} rows of tokens: {tokenizers}",
+        "",
+        _row("memory per device", "GB"),
+        *(_row(f"  {kind}", f"{n / 1e9:.3f}") for kind, n in plan.memory.items()),
+        _row("  total", f"{sum(plan.memory.values()) / 1e9:.3f}")
+        + f"  of {chip.memory / 1e9:.1f}: {'fits' if plan.fits else 'DOES NOT FIT'}",
+        "",
+        _row("work per step", "TFLOP"),
+        *(_row(f"  {part}", f"{n / 1e12:.3f}") for part, n in plan.flops.items()),
+        _row("  the model's", f"{sum(plan.flops.values()) / 1e12:.3f}"),
+        _row("  computed again", f"{plan.recomputed / 1e12:.3f}"),
+        _row("  of each device", f"{plan.flops_per_device / 1e12:.3f}"),
+        "",
+        _row("sent per step and device", "GB"),
+        *(
+            _row(f"  over {name}", f"{axis.bytes / 1e9:.3f}") + (f"  at {axis.rate / 1e9:.1f} GB/s" * (axis.size > 1))
+            for name, axis in plan.traffic.items()
+        ),
+        "",
+        _row(f"time per step, {plan.efficiency:.0%} of bfloat16 peak", "s"),
+        _row("  compute", f"{plan.compute_seconds:.4f}"),
+        _row("  communication", f"{plan.communication_seconds:.4f}"),
+        _row("  step", f"{plan.seconds[0]:.4f}") + f"  to {plan.seconds[1]:.4f}, as the one hides the other or not",
+        _row("tokens per second", f"{plan.tokens / plan.seconds[1]:,.0f}")
+        + f"  to {plan.tokens / plan.seconds[0]:,.0f}",
+        "",
+        _row(f"fewest {chip.name} that it fits on", str(plan.fewest[0]) if plan.fewest else "none")
+        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MOST_CHIPS} with this batch"),
+    ]
+    return "\n".join(lines)
+
+
+def to_dict(plan: Plan) -> dict:
+    """The plan's numbers as plain values; bytes, FLOPs and seconds."""
+    values = plan._asdict() | {"chip": plan.chip._asdict(), "fits": plan.fits, "step_seconds": plan.seconds}
+    del values["config"]
+    return values | {"traffic": {name: axis._asdict() for name, axis in plan.traffic.items()}}
+
+
+def _mesh(shape: dict[str, int]) -> str:
+    return " × ".join(f"{name} {n}" for name, n in shape.items())
+
+
+def _row(name: str, number: str) -> str:
+    return f"{name:36}{number:>14}"

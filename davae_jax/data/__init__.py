@@ -1,0 +1,1 @@
+"""Texts: read, tokenised, laid out in batches."""

@@ -1,0 +1,1 @@
+"""Texts from a model: sampling, generation, `TextVAE`."""

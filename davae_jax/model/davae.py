@@ -1,0 +1,140 @@
+"""DAVAE: encoder, decoder and discriminator as one Flax NNX module, and its states as plain nested dicts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from davae_jax.model.config import DAVAEConfig
+from davae_jax.model.decoder import Decoder, Memory, Window
+from davae_jax.model.discriminator import Discriminator
+from davae_jax.model.encoder import Encoder
+from davae_jax.model.latent import Posterior
+
+Params = dict[str, Any]  # nested dicts of arrays; a list of layers is a dict with the keys 0, 1, …
+
+
+class DAVAE(nnx.Module):
+    """The model. `dtype` is what it computes in, `param_dtype` what its weights are kept in.
+
+    Calling `encode`, `decode` or `discriminate` compiles once per shape; inside a caller's `jax.jit` they are traced.
+    """
+
+    def __init__(self, config: DAVAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        kw = dict(rngs=rngs, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        self.config = config
+        self.encoder = Encoder(config.encoder, config.latent_size, **kw)
+        self.decoder = Decoder(config.decoder, config.latent_size, **kw)
+        self.discriminator = Discriminator(config.latent_size, **kw)
+
+    def encode(
+        self,
+        input_ids: Int[Array, "B S"],
+        *,
+        embedding_noise: Float[Array, "B S D"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Posterior:
+        """The posterior of each text; id 0 is padding. A key turns dropout on."""
+        _check_ids(input_ids, self.config.encoder.vocab_size)
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.shape[1] > (longest := self.config.encoder.max_position_embeddings):
+            raise ValueError(f"input_ids has length {input_ids.shape[1]}, more than the encoder's {longest} positions")
+        return _encode(*split(self), input_ids, embedding_noise, key)
+
+    def decode(
+        self,
+        input_ids: Int[Array, "B T"],
+        latent: Float[Array, "B L"] | None,
+        *,
+        memory: Memory | None = None,
+        window: Window = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T V"], Memory]:
+        """float32 logits of each next token, and the memory to pass with the tokens that follow.
+
+        latent: [B, L], or None for a plain language model.
+        memory: what the last call returned, or None at a text's beginning.
+        window: None for the full mask, "published" for the T most recent keys. A key turns dropout on.
+        """
+        if window not in (None, "published"):
+            raise ValueError(f'window must be None or "published", not {window!r}')
+        _check_ids(input_ids, self.config.decoder.vocab_size)
+        input_ids = jnp.asarray(input_ids)
+        capacity = self.decoder.memory_capacity(memory, input_ids.shape[1])
+        return _decode(*split(self), input_ids, latent, memory, window, capacity, key)
+
+    def empty_memory(self, batch: int) -> Memory:
+        """A memory of length 0 and fixed shape, to begin a `lax.scan` over segments with; `decode` grows its own."""
+        return self.decoder.empty_memory(batch)
+
+    def discriminate(self, latent: Float[Array, "B L"]) -> Float[Array, "B"]:
+        """Logits: above 0 for "drawn from the prior", below for "from the encoder"."""
+        return _discriminate(*split(self), jnp.asarray(latent))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graphdef, params, ids, embedding_noise, key):
+    output = merge(graphdef, params).encoder(ids, embedding_noise, key)
+    return Posterior(output.mean, output.logvar)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _decode(graphdef, params, ids, latent, memory, window, capacity, key):
+    decoder = merge(graphdef, params).decoder
+    output = decoder(ids, latent, memory, window, key)
+    return decoder.logits(output.final), decoder.remember(memory, output.hidden, capacity)
+
+
+@partial(jax.jit, static_argnums=0)
+def _discriminate(graphdef, params, latent):
+    return merge(graphdef, params).discriminator(latent).astype(jnp.float32)
+
+
+def _check_ids(ids, vocab_size: int) -> None:
+    """JAX reads NaN past a table's end. Arrays on a device are not waited for; their ids are the caller's business."""
+    if isinstance(ids, jax.Array):
+        return
+    if (ids := np.asarray(ids)).size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(f"input_ids holds ids from {ids.min()} to {ids.max()}; the vocabulary has {vocab_size}")
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The model as a hashable description and a nested dict of plain arrays, which is what crosses jit and disk."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> DAVAE:
+    """The inverse of `split`."""
+    return nnx.merge(graphdef, params)
+
+
+class InitKeys:
+    """The keys of `nnx.Rngs(key)`. Its own count is a traced Variable, which makes tracing quadratic in the weights."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
+def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32) -> DAVAE:
+    """The model with shapes in place of arrays: nothing is allocated or drawn."""
+    return nnx.eval_shape(lambda: DAVAE(config, rngs=InitKeys(jax.random.key(0)), dtype=dtype, param_dtype=param_dtype))
+
+
+def weight_axes(model: nnx.Module) -> Params:
+    """The logical axis names of every weight, in the layout of the params."""
+    return nnx.to_pure_dict(jax.tree.map(_axes_of, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def _axes_of(variable: nnx.Variable):
+    return variable.replace(variable.get_metadata("axes"))

@@ -1,0 +1,267 @@
+"""The decoder: a pre-norm Transformer-XL whose every layer is told the latent, with a recurrent memory.
+
+Attention is that of Dai et al. 2019 (section 3.3): the score of query i and key j is
+    ((q_i + u) · k_j + (q_i + v) · r_{i−j}) / √H,
+u and v being the two biases `r_w_bias` and `r_r_bias`, shared by all layers, and r a linear map of sinusoidal features
+of the distance. Positions enter by distance only, so the keys and values of past tokens stay valid for ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from davae_jax.model.attention import relative_attention, visible_keys
+from davae_jax.model.config import DecoderConfig, Remat
+from davae_jax.model.layers import (
+    Buffer,
+    Embedding,
+    LayerNorm,
+    Linear,
+    dropout,
+    matmul_transposed,
+    of_each_token,
+    param,
+    rematerialized,
+    residual_stddev,
+    same_text,
+    split_keys,
+)
+from davae_jax.parallel.sharding import constrain
+from davae_jax.utils.shapes import power_of_two
+
+Window = Literal["published"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The recurrent memory: a fixed buffer and how much of it holds something.
+
+    hidden: 1 + layers arrays [B, C, D]: the input of the first layer (embedding and latent), then each layer's output
+      with the latent added. The newest row stands last; only the last `length` of the C rows count.
+    length: int32 scalar, M. `int(memory.length)` works outside jit; inside it may be traced.
+    """
+
+    hidden: tuple[Float[Array, "B C D"], ...]
+    length: Int[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        return self.hidden[0].shape[1]
+
+
+class DecoderOutput(NamedTuple):
+    hidden: tuple[Float[Array, "B T D"], ...]  # embedding and latent, then each layer's output with the latent added
+    final: Float[Array, "B T D"]  # after the final LayerNorm: what the tied embedding turns into logits
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
+        D, N = config.hidden_size, config.num_attention_heads
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        weight = kw | {"stddev": config.initializer_range}
+        zeros = nnx.initializers.zeros
+        self.embedding = Embedding(config.vocab_size, D, **weight)
+        stddev = config.latent_initializer_scale * config.initializer_range
+        self.latent_projection = Linear(latent_size, D, ("embed", None), bias=False, **kw | {"stddev": stddev})
+        self.r_w_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
+        self.r_r_bias = param((N, D // N), (None, None), init=zeros, rngs=rngs, dtype=param_dtype)
+        self.inv_freq = Buffer(inverse_frequencies(D), axes=(None,))
+        self.layers = nnx.List([DecoderLayer(config, **kw) for _ in range(config.num_layers)])
+        self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.dropout_rate = config.embedding_dropout_prob
+        self.max_memory_length = config.max_memory_length
+        self.latent_every_layer = config.latent_every_layer
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        latent: Float[Array, "B L"] | None,
+        memory: Memory | None = None,
+        window: Window = None,
+        key: jax.Array | None = None,
+        remat: Remat = "none",
+        segments: Int[Array, "B T"] | None = None,
+    ) -> DecoderOutput:
+        """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
+
+        A key turns dropout on: on the position features, the input, and twice in each layer.
+
+        remat: `layers.rematerialized`.
+        segments: where rows hold up to P texts, which one each token is of (1 … P, 0 is padding). Then the latent is
+          [B, P, L], a token sees its own text alone, and there is no memory.
+        """
+        T = ids.shape[1]
+        C = 0 if memory is None else memory.capacity
+        key_position, key_input, *layer_keys = split_keys(key, 2 + len(self.layers))
+        distances = jnp.arange(C + T - 1, -1, -1)
+        features = dropout(self.position_features(distances), self.dropout_rate, key_position)
+        visible = visible_keys(
+            T,
+            C + T,
+            offset=C,
+            window=T if window == "published" else None,
+            first=0 if memory is None else C - memory.length,
+        )
+        if segments is not None:
+            visible = visible & same_text(segments)
+        latent_term = self.latent_term(latent, segments)
+        x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
+        x = dropout(x, self.dropout_rate, key_input)
+        hidden = [x]
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+
+                def run(x, layer=layer, i=i):
+                    r_NKH = layer.relative_keys(features)
+                    past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
+                    biases = self.r_w_bias[...], self.r_r_bias[...]
+                    return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
+
+                x = rematerialized(run, remat)(x) + self.after_layer(latent_term)
+            hidden.append(x)
+        return DecoderOutput(tuple(hidden), self.norm(x))
+
+    def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 logits over the tied embedding."""
+        with jax.named_scope("logits"):
+            return constrain(self.embedding.logits(final), "batch", *[None] * (final.ndim - 2), "vocab")
+
+    def latent_term(
+        self, latent: Float[Array, "B L"] | None, segments: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B #T D"] | float:
+        """What is added to every token's state before the first and after every layer; 0 without a latent.
+
+        Of several texts in a row, [B, P, L], each token gets its own.
+        """
+        if latent is None:
+            return 0.0
+        projected = self.latent_projection(latent)
+        return projected[:, None, :] if segments is None else of_each_token(projected, segments)
+
+    def after_layer(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
+        """What is added after a layer: the latent's term, or 0 where the config tells it to the first layer alone."""
+        return latent_term if self.latent_every_layer else 0.0
+
+    def position_features(self, distances: Int[Array, "K"]) -> Float[Array, "K D"]:
+        """[sin(d·f), cos(d·f)]: all sines, then all cosines. Negative distances (hidden keys) give finite filler."""
+        phase = distances[:, None].astype(jnp.float32) * self.inv_freq[...].astype(jnp.float32)
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+    def empty_memory(self, batch: int) -> Memory:
+        """A memory of length 0 whose buffer never grows: what a `lax.scan` over segments begins with."""
+        rows = jnp.zeros((batch, self.max_memory_length, self.embedding.weight.shape[1]), self.embedding.dtype)
+        return Memory((rows,) * (1 + len(self.layers)), jnp.int32(0))
+
+    def memory_capacity(self, memory: Memory | None, T: int) -> int:
+        """Rows of the buffer that holds the memory after T more tokens: a power of two, at most max_memory_length.
+
+        Reading a text in pieces of any size thus compiles a handful of programs. Where the length is traced, the old
+        buffer's size stands for it.
+        """
+        old = 0 if memory is None else memory.capacity
+        if memory is not None and not isinstance(memory.length, jax.core.Tracer):
+            old = int(memory.length)
+        return min(self.max_memory_length, power_of_two(old + T))
+
+    def remember(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...], capacity: int) -> Memory:
+        """The memory after T new tokens: the last min(max_memory_length, M + T) rows of old and new, gradient stopped.
+
+        capacity: from `memory_capacity`.
+        """
+        T = hidden[0].shape[1]
+        old = 0 if memory is None else memory.capacity
+        rows = []
+        for i, new in enumerate(hidden):
+            new = lax.stop_gradient(new)
+            both = new if memory is None else jnp.concatenate([memory.hidden[i].astype(new.dtype), new], axis=1)
+            both = both[:, max(0, old + T - capacity) :]
+            rows.append(jnp.pad(both, ((0, 0), (capacity - both.shape[1], 0), (0, 0))))
+        length = T if memory is None else memory.length + T
+        return Memory(tuple(rows), jnp.minimum(length, self.max_memory_length).astype(jnp.int32))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs, dtype, param_dtype):
+        D = config.hidden_size
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        weight = kw | {"stddev": config.initializer_range}
+        residual = kw | {"stddev": residual_stddev(config.initializer_range, config.num_layers)}
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        # One weight makes q, k and v. Kept [3, D, D], so that a split over devices never cuts across the three.
+        self.qkv_weight = param((3, D, D), (None, "heads", "embed"), init=normal, rngs=rngs, dtype=param_dtype)
+        self.qkv_bias = param((3, D), (None, "heads"), init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype)
+        # Softmax ignores this bias (it shifts all scores of a query alike); it is kept for export.
+        self.relative = Linear(D, D, ("heads", "embed"), **weight)
+        self.attention_out = Linear(D, D, ("embed", "heads"), **residual)
+        self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.mlp_in = Linear(D, 4 * D, ("mlp", "embed"), **weight)
+        self.mlp_out = Linear(4 * D, D, ("embed", "mlp"), **residual)
+        self.num_heads = config.num_attention_heads
+        self.dropout_rate = config.output_dropout_prob
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        r_NKH: Float[Array, "N K H"],
+        r_w_bias: Float[Array, "N H"],
+        r_r_bias: Float[Array, "N H"],
+        visible: Bool[Array, "*#BN T K"],
+        *,
+        past: tuple[Array, Array] | None = None,
+        cache: tuple[Array, Array] | None = None,
+        position: Int[Array, ""] | int = 0,
+        key: jax.Array | None = None,
+    ):
+        """One layer over T new tokens. Returns its output (the latent not yet added) and the updated cache.
+
+        past: keys and values [B, N, M, H] that stand before the new ones (the recurrent memory's).
+        cache: buffers of keys and values [B, N, K, H]; the new ones are written at `position`.
+        """
+        key_attention, key_mlp = split_keys(key, 2)
+        q, k, v = self._project(self.attention_norm(x_BTD), slice(0, 3))
+        if past is not None:
+            k, v = (jnp.concatenate([old, new], axis=2) for old, new in zip(past, (k, v), strict=True))
+        if cache is not None:
+            k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=2) for c, n in zip(cache, (k, v), strict=True))
+            # Else XLA's CPU backend writes the updated cache twice: once to keep and once to read.
+            k, v = lax.optimization_barrier((k, v))
+        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, visible).swapaxes(1, 2).reshape(x_BTD.shape)
+        attended = constrain(self.attention_out(context), "batch", None, None)
+        x = x_BTD + dropout(attended, self.dropout_rate, key_attention)
+        inner = constrain(self.mlp_in(self.mlp_norm(x)), "batch", None, "mlp")
+        mlp = constrain(self.mlp_out(jax.nn.gelu(inner, approximate=True)), "batch", None, None)
+        return x + dropout(mlp, self.dropout_rate, key_mlp), (k, v)
+
+    def relative_keys(self, features: Float[Array, "K D"]) -> Float[Array, "N K H"]:
+        """r of every distance. It depends on no data: a decoding loop makes it once."""
+        return self.relative(features).reshape(features.shape[0], self.num_heads, -1).swapaxes(0, 1)
+
+    def memory_keys_values(self, memory_BMD: Float[Array, "B M D"]):
+        """Keys and values of the memory's rows, which pass through the same LayerNorm as the new tokens."""
+        return self._project(self.attention_norm(memory_BMD), slice(1, 3))
+
+    def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B N T H"]]:
+        weight, bias = (p[...][which].astype(self.dtype) for p in (self.qkv_weight, self.qkv_bias))
+        n, D = bias.shape
+        y = matmul_transposed(h, weight) + bias
+        y = y.reshape(*h.shape[:-1], n, self.num_heads, D // self.num_heads)
+        return [constrain(y[..., i, :, :].swapaxes(1, 2), "batch", "head", None, None) for i in range(n)]
+
+
+def inverse_frequencies(width: int) -> Float[Array, "D/2"]:
+    """f_i = 10000^(−2i/D), float32, for checkpoints that do not store them.
+
+    By NumPy: a compiled program and an uncompiled one would round differently.
+    """
+    return jnp.asarray(1 / np.float32(10000) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)))

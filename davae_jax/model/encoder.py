@@ -1,0 +1,132 @@
+"""The encoder: BERT (post-norm) and the posterior head on its pooled output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from davae_jax.model.config import EncoderConfig, Remat
+from davae_jax.model.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Segments,
+    dropout,
+    rematerialized,
+    residual_stddev,
+    same_text,
+    split_keys,
+)
+from davae_jax.parallel.sharding import constrain
+
+
+class EncoderOutput(NamedTuple):
+    """Of texts that share rows, P in each, `pooled` is [B, P, D], `mean` and `logvar` are [B, P, L]."""
+
+    hidden: tuple[Float[Array, "B S D"], ...]  # the embeddings (noise included), then each layer's output
+    pooled: Float[Array, "B D"]
+    mean: Float[Array, "B L"]  # float32
+    logvar: Float[Array, "B L"]  # float32
+
+
+class Encoder(nnx.Module):
+    """BERT (Devlin et al. 2018), pooled by tanh(Linear(first token)), then one bias-free Linear to (mean, logvar)."""
+
+    def __init__(self, config: EncoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
+        D = config.hidden_size
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        weight = kw | {"stddev": config.initializer_range}
+        self.word = Embedding(config.vocab_size, D, **weight)
+        self.position = Embedding(config.max_position_embeddings, D, (None, "embed"), **weight)
+        self.token_type = Embedding(config.type_vocab_size, D, (None, "embed"), **weight)
+        self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.layers = nnx.List([EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers)])
+        self.pooler = Linear(D, D, ("mlp", "embed"), **weight)
+        # In float32 whatever the model's dtype: of a log-variance in bfloat16 eight bits would be left.
+        self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **weight | {"dtype": jnp.float32})
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(
+        self,
+        ids: Int[Array, "B S"],
+        embedding_noise: Float[Array, "B S D"] | None = None,
+        key: jax.Array | None = None,
+        remat: Remat = "none",
+        segments: Segments | None = None,
+    ) -> EncoderOutput:
+        """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on.
+
+        remat: `layers.rematerialized`.
+        segments: where rows hold several texts. A token sees its own text alone, and positions begin anew with each.
+        """
+        keys = split_keys(key, len(self.layers) + 1)
+        with jax.named_scope("embeddings"):
+            places = jnp.arange(ids.shape[1]) if segments is None else segments.places()
+            h = self.word(ids) + self.position(places) + self.token_type(jnp.zeros((), jnp.int32))
+            h = dropout(self.norm(h), self.dropout_rate, keys[0])
+            if embedding_noise is not None:
+                h = h + embedding_noise.astype(h.dtype)
+            h = constrain(h, "batch", None, None)
+        # Padding is masked by adding −10000 to its keys' scores, as published.
+        visible = (ids > 0)[:, None, None, :]
+        if segments is not None:
+            visible &= same_text(segments.of_token)
+        score_bias = jnp.where(visible, 0.0, -10000.0)
+        hidden = [h]
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+
+                def run(x, layer=layer, key=keys[i + 1]):
+                    return layer(x, score_bias, key)
+
+                hidden.append(rematerialized(run, remat)(hidden[-1]))
+        first = (
+            hidden[-1][:, 0]
+            if segments is None
+            else jnp.take_along_axis(hidden[-1], segments.starts[..., None], axis=1)
+        )
+        pooled = jnp.tanh(self.pooler(first))
+        mean, logvar = jnp.split(self.posterior(pooled), 2, axis=-1)
+        return EncoderOutput(tuple(hidden), pooled, mean, logvar)
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, rngs, dtype, param_dtype):
+        D, F = config.hidden_size, config.intermediate_size
+        kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        weight = kw | {"stddev": config.initializer_range}
+        residual = kw | {"stddev": residual_stddev(config.initializer_range, config.num_hidden_layers)}
+        self.query = Linear(D, D, ("heads", "embed"), **weight)
+        self.key = Linear(D, D, ("heads", "embed"), **weight)
+        self.value = Linear(D, D, ("heads", "embed"), **weight)
+        self.attention_out = Linear(D, D, ("embed", "heads"), **residual)
+        self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.mlp_in = Linear(D, F, ("mlp", "embed"), **weight)
+        self.mlp_out = Linear(F, D, ("embed", "mlp"), **residual)
+        self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
+        self.num_heads = config.num_attention_heads
+        self.dropout_rate = config.hidden_dropout_prob
+        self.attention_dropout_rate = config.attention_probs_dropout_prob
+
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], score_bias: Float[Array, "B 1 #S S"], key: jax.Array | None = None
+    ) -> Float[Array, "B S D"]:
+        key_probs, key_attention, key_mlp = split_keys(key, 3)
+        B, S, D = x_BSD.shape
+        q, k, v = (
+            constrain(f(x_BSD).reshape(B, S, self.num_heads, -1), "batch", None, "head", None)
+            for f in (self.query, self.key, self.value)
+        )
+        scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(scores * q.shape[-1] ** -0.5 + score_bias, axis=-1)
+        probs = dropout(probs, self.attention_dropout_rate, key_probs).astype(v.dtype)
+        context = jnp.einsum("bnqk,bknh->bqnh", probs, v).reshape(B, S, D)
+        attended = constrain(self.attention_out(context), "batch", None, None)
+        x = self.attention_norm(x_BSD + dropout(attended, self.dropout_rate, key_attention))
+        inner = constrain(self.mlp_in(x), "batch", None, "mlp")
+        mlp = constrain(self.mlp_out(jax.nn.gelu(inner, approximate=False)), "batch", None, None)
+        return self.mlp_norm(x + dropout(mlp, self.dropout_rate, key_mlp))

@@ -1,0 +1,122 @@
+"""The published losses, number for number. What a trainer should do better is said beside each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from davae_jax.model.davae import DAVAE, merge, split
+from davae_jax.model.decoder import Decoder
+from davae_jax.model.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
+
+
+def published_loss(
+    model: DAVAE,
+    encoder_ids: Int[Array, "B S"],
+    decoder_ids: Int[Array, "B T"],
+    *,
+    eps: Float[Array, "B L"],
+    beta: float,
+    fb_mode: int | None = None,
+    length_weighted: bool | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """The published training loss, dropout off.
+
+    Per example rec / sent_length + β·KL (length_weighted) or rec + β·KL, summed over the batch. `sent_length` counts
+    the ids that are not padding, and padding is the end token's id, as published: the end token is never trained. Use
+    it to compare with the published program; a trainer should mask by length instead.
+
+    Args:
+      encoder_ids, decoder_ids: padded with 0 and with the end token's id.
+      eps: standard normal noise of the latent.
+      beta: weight of the KL.
+      fb_mode: 0 KL summed; 1 free bits with a hard mask at config.dim_target_kl; 2 unit variance, KL = ½ Σ mean².
+      length_weighted: both default to the model's config.
+
+    Returns:
+      (mean over the batch of rec / sent_length, mean KL as weighted by fb_mode, total), all in nats.
+    """
+    config = model.config
+    fb_mode = config.fb_mode if fb_mode is None else fb_mode
+    length_weighted = config.length_weighted_loss if length_weighted is None else length_weighted
+    if fb_mode not in (0, 1, 2):
+        raise ValueError(f"fb_mode must be 0, 1 or 2, not {fb_mode!r}")
+    return _published_loss(*split(model), encoder_ids, decoder_ids, eps, beta, fb_mode, bool(length_weighted))
+
+
+@partial(jax.jit, static_argnums=(0, 6, 7))
+def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mode, length_weighted):
+    model = merge(graphdef, params)
+    encoded = model.encoder(encoder_ids)
+    posterior = Posterior(encoded.mean, encoded.logvar)
+    if fb_mode == 2:
+        posterior = deterministic(posterior)
+    kl_BL = kl_per_dimension(posterior)
+    kl = free_bits_kl(kl_BL, model.config.dim_target_kl) if fb_mode == 1 else kl_BL.sum(-1)
+
+    pad = model.config.end_token_id
+    output = model.decoder(decoder_ids, posterior.at(eps))
+    logits = model.decoder.logits(output.final[:, :-1])
+    rec = reconstruction_nll(logits, decoder_ids[:, 1:], decoder_ids[:, 1:] != pad)
+    sent_length = (decoder_ids != pad).sum(-1)
+    rec_per_token = rec / sent_length
+    total = ((rec_per_token if length_weighted else rec) + beta * kl).sum()
+    return rec_per_token.mean(), kl.mean(), total
+
+
+def reconstruction_nll(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+    """Σ_t −log p(target_t) over the targets that the mask keeps, in nats.
+
+    Of rows with P texts the mask is [B, T, P], whether a target is of each, and the sums are [B, P].
+    """
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    return jnp.where(mask, nll if mask.ndim == 2 else nll[..., None], 0).sum(1)
+
+
+def chunked_nll(
+    decoder: Decoder, final: Float[Array, "B T D"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"], chunk: int
+) -> Float[Array, "B"]:
+    """`reconstruction_nll` of the decoder's logits, `chunk` positions at a time.
+
+    No more than [B, chunk, V] logits are ever in memory: the backward pass makes those of each part again.
+    """
+    T = targets.shape[1]
+    if chunk >= T:
+        return reconstruction_nll(decoder.logits(final), targets, mask)
+
+    def in_parts(x):
+        x = jnp.pad(x, ((0, 0), (0, -T % chunk), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def part(final, targets, mask):
+        return reconstruction_nll(decoder.logits(final), targets, mask)
+
+    def add(total, xs):
+        return total + part(*xs), None
+
+    zero = jnp.zeros((targets.shape[0], *mask.shape[2:]), jnp.float32)
+    return jax.lax.scan(add, zero, jax.tree.map(in_parts, (final, targets, mask)))[0]
+
+
+def adversarial_losses(
+    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"], mean: Callable = jnp.mean
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(L_d, L_g), binary cross-entropy on logits, mean over the batch (Goodfellow et al. 2014, as published).
+
+    L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1) trains the discriminator, L_g = BCE(D(z), 1) the encoder.
+
+    mean: over the texts' values, where some places hold no text.
+    """
+    bce = optax.sigmoid_binary_cross_entropy
+    fake, real = model.discriminate(jax.lax.stop_gradient(latent)), model.discriminate(prior_sample)
+    loss_d = mean(bce(fake, jnp.zeros_like(fake))) + mean(bce(real, jnp.ones_like(real)))
+    generated = model.discriminate(latent)
+    return loss_d, mean(bce(generated, jnp.ones_like(generated)))

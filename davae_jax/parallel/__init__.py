@@ -1,0 +1,1 @@
+"""Devices and processes: sharding rules, several hosts, the chips that are known."""

@@ -1,0 +1,1 @@
+"""What a training run needs on machines that are not here."""

@@ -1,0 +1,97 @@
+"""The optimizers a run can be told to use; all of them optax's."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from davae_jax.model.davae import Params
+from davae_jax.training.config import OptimizerConfig
+from davae_jax.training.schedules import learning_rate
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, halves: bool = False) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the update. Matrices decay, biases and LayerNorms never.
+
+    halves: the decoder's moments, and the number of steps that they are of, are kept apart from the encoder's.
+    """
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    optimizer = optax.chain(clip, _update(config, steps, halves))
+    return skip_spikes(optimizer, config.spike) if config.spike else optimizer
+
+
+class SpikeState(NamedTuple):
+    usual: Float[Array, ""]  # running mean of the gradient's norm
+    seen: Int[Array, ""]  # steps
+    skipped: Int[Array, ""]  # of these
+    inner: optax.OptState
+
+
+def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """Leaves the weights it is for (encoder and decoder) and their optimizer as they are where the gradient's norm is
+    over `factor` times its running mean.
+
+    The mean is over about the last 100 steps, and nothing is skipped in the first 100. Every step that is skipped
+    raises it by a tenth, so that a norm that stays high is taken for the usual one after a while.
+    """
+    memory = 100
+
+    def init(params: Params) -> SpikeState:
+        return SpikeState(jnp.float32(0), jnp.int32(0), jnp.int32(0), optimizer.init(params))
+
+    def update(grads: Params, state: SpikeState, params: Params):
+        norm = optax.tree.norm(grads)
+        spike = (state.seen >= memory) & ~(norm <= factor * state.usual)
+        updates, inner = optimizer.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(spike, 0, u).astype(u.dtype), updates)
+        inner = jax.tree.map(lambda old, new: jnp.where(spike, old, new), state.inner, inner)
+        rate = 1 / jnp.minimum(state.seen + 1, memory)
+        usual = jnp.where(spike, 1.1 * state.usual, state.usual + rate * (norm - state.usual))
+        return updates, SpikeState(usual, state.seen + 1, state.skipped + spike, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _update(config: OptimizerConfig, steps: int, halves: bool) -> optax.GradientTransformation:
+    match config.name:
+        case "adamw":
+            direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+        case "adafactor":
+            update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None)
+            direction = optax.chain(update, optax.scale(-1.0))
+        case "muon":
+            # consistent_rms: AdamW's usual size of an update, so that one learning rate serves both.
+            adam = dict(adam_b1=config.b1, adam_b2=config.b2, eps=config.eps)
+            update = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2, **adam)
+            direction = optax.chain(update, optax.scale(-1.0))
+    if halves:
+        direction = optax.partition({"decoder": direction, "others": direction}, _half_of)
+    # Rate and decay are as in AdamW, whichever the direction: the decay is multiplied by the rate too.
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, _is_matrix),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def _half_of(params: Params):
+    return jax.tree.map_with_path(lambda path, w: "decoder" if path[0].key == "decoder" else "others", params)
+
+
+def _is_matrix(params: Params):
+    """Some biases here have two axes, and are known by their names."""
+    return jax.tree.map_with_path(lambda path, w: w.ndim > 1 and "bias" not in jax.tree_util.keystr(path[-1:]), params)
+
+
+def _muon_axes(params: Params):
+    """Muon is for the matrices inside the layers; embeddings, the latent's maps and vectors are Adam's."""
+
+    def axes(path, w, is_matrix):
+        inside = any(getattr(key, "key", None) == "layers" for key in path)
+        return optax.contrib.MuonDimensionNumbers(w.ndim - 1, w.ndim - 2) if inside and is_matrix else None
+
+    return jax.tree.map_with_path(axes, params, _is_matrix(params))
