@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from davae_jax.cli.base import INTERRUPTED, guarded, leave
+from davae_jax.cli.base import INTERRUPTED, exit_with, run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     before = {s: signal.signal(s, heed) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = guarded(work, "train.py", debug=debug)
+        code = run_cli(work, "train.py", debug=debug)
         if distributed := sys.modules.get("davae_jax.distributed"):  # else it ended before there were others
             distributed.end(code)
         return code
@@ -64,22 +64,22 @@ def train(argv: list[str]) -> int | None:
     from tqdm import tqdm
 
     from davae_jax.checkpoints.run_folder import CONFIG_FILE
-    from davae_jax.data.prefetch import ahead, placed, spans_of
+    from davae_jax.data.prefetch import local_row_ranges, make_global_batch, prefetch
     from davae_jax.data.shards import THREADS
-    from davae_jax.data.tokenize import fitting
+    from davae_jax.data.tokenize import filter_by_length
     from davae_jax.evaluation import figures
     from davae_jax.inference.text_vae import TextVAE
     from davae_jax.model.davae import abstract_model, merge, split
-    from davae_jax.parallel.chips import chip_called
+    from davae_jax.parallel.chips import find_chip
     from davae_jax.parallel.multihost import (
-        agreed,
+        any_process_requested_stop,
         barrier,
-        by_first,
+        check_same_on_all_processes,
         connect,
-        gathered,
-        is_first_process,
+        gather_params,
+        is_process_zero,
         naming_the_lost,
-        same_on_all,
+        run_on_process_zero,
     )
     from davae_jax.parallel.sharding import RULES, make_mesh
     from davae_jax.regularizers import RegularizerError, active
@@ -101,28 +101,28 @@ def train(argv: list[str]) -> int | None:
     connect(
         config.distributed, lambda: f" at step {step}; the last complete checkpoint is {Checkpoints(run_dir, 1).last}"
     )
-    first = is_first_process()
+    first = is_process_zero()
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
     corpus = setup_run.read_corpus(config)
-    same_on_all("the options", digest_of(config))
-    same_on_all("the texts", corpus.digest)
-    same_on_all("the texts to measure on", corpus.held_out_digest)
+    check_same_on_all_processes("the options", digest_of(config))
+    check_same_on_all_processes("the texts", corpus.digest)
+    check_same_on_all_processes("the texts to measure on", corpus.held_out_digest)
     again = shlex.join([called("python", sys.executable), sys.argv[0], *argv])
 
     def prepare() -> None:
         open_run(run_dir, config, corpus)
         setup_run.prepare_tokenizers(config, run_dir, corpus)
 
-    by_first("the run's folder", prepare)
+    run_on_process_zero("the run's folder", prepare)
     model_config = setup_run.model_config(config, run_dir)
     if config.init.encoder or config.init.decoder:
-        by_first("the pretrained halves", lambda: setup_run.warm_start(config, model_config, run_dir))
+        run_on_process_zero("the pretrained halves", lambda: setup_run.warm_start(config, model_config, run_dir))
         model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
-    held_out = fitting(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.cut)
+    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.cut)
     corpus = corpus._replace(held_out=held_out)
-    by_first("the model's config", lambda: model_config.to_json(run_dir / CONFIG_FILE))
+    run_on_process_zero("the model's config", lambda: model_config.to_json(run_dir / CONFIG_FILE))
 
     # ---- state: new, or where the run stood
     model = abstract_model(model_config, dtype=config.dtype)
@@ -137,17 +137,17 @@ def train(argv: list[str]) -> int | None:
     take_step = make_train_step(graphdef, config, abstract, batches.count)
     held_out_loss = make_held_out_loss(graphdef, config, abstract)
     over_batch = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
-    spans = spans_of(over_batch, config.batch_size)
+    spans = local_row_ranges(over_batch, config.batch_size)
     held_out = []
     if measured := corpus.held_out[: config.log.held_out]:
         parts = setup_run.held_out_batches(config, measured, tokenizers, model_config)
         size = parts.batch_size
-        coming = ahead(parts, spans_of(over_batch, size), 0, threads=0)
-        held_out = [placed(next(coming), size, over_batch) for _ in range(parts.per_epoch)]
+        coming = prefetch(parts, local_row_ranges(over_batch, size), 0, threads=0)
+        held_out = [make_global_batch(next(coming), size, over_batch) for _ in range(parts.per_epoch)]
 
     def trained() -> TextVAE | None:
         """The model as it stands, for one process: the first."""
-        params = gathered(state.params)
+        params = gather_params(state.params)
         if not first:
             return None
         vae = TextVAE(merge(graphdef, params), *tokenizers)
@@ -164,11 +164,11 @@ def train(argv: list[str]) -> int | None:
     if jax.device_count() > 1:
         over = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"{jax.device_count()} devices of {jax.process_count()} processes: {over}")
-        if first and (whole := setup_run.unsplit(model_config, mesh.shape)):
+        if first and (whole := setup_run.unsharded_weights(model_config, mesh.shape)):
             warnings.warn(whole, stacklevel=2)
-    if first and (apart := setup_run.cut_apart(config, corpus)):
+    if first and (apart := setup_run.truncation_mismatch(config, corpus)):
         warnings.warn(apart, stacklevel=2)
-    chip = chip_called(jax.devices()[0].device_kind)
+    chip = find_chip(jax.devices()[0].device_kind)
     if chip:
         say(f"MFU is of {chip.flops / 1e12:.0f} TFLOP/s a device, the {chip.name}'s in bfloat16")
     # Batches come in a few shapes: counted once for each, not at every step.
@@ -218,10 +218,10 @@ def train(argv: list[str]) -> int | None:
     bar = tqdm(total=config.steps, initial=begins, unit="step", disable=None if first else True)
     pending, stopped, tracing = None, False, False
     with Interrupt() as interrupt, checkpoints, log, bar, naming_the_lost():
-        coming = ahead(batches, spans, begins, threads=THREADS if corpus.prepared else 0)
+        coming = prefetch(batches, spans, begins, threads=THREADS if corpus.prepared else 0)
         for step in range(begins + 1, config.steps + 1):
             asked = time.perf_counter()
-            batch = placed(next(coming), config.batch_size, over_batch)
+            batch = make_global_batch(next(coming), config.batch_size, over_batch)
             waited = time.perf_counter() - asked
             if first and config.log.profile_steps and step - begins == config.log.profile_steps[0]:
                 jax.profiler.start_trace(str(run_dir / "profile"))
@@ -235,7 +235,7 @@ def train(argv: list[str]) -> int | None:
                 look(*pending)
             pending = step, logs, batch.read_lengths, waited
             bar.update()
-            stopped = agreed(interrupt.asked, step)
+            stopped = any_process_requested_stop(interrupt.asked, step)
             ends = stopped or step == config.steps
             if tracing and (ends or step - begins == config.log.profile_steps[1]):
                 jax.block_until_ready(state)
@@ -256,7 +256,7 @@ def train(argv: list[str]) -> int | None:
                 bar.write(f"step {step}: {' → '.join(found['reconstructions'][0])}")
             if saves:
                 with jax.set_mesh(mesh):
-                    checkpoints.save(state, held_out_loss=loss, remembered=log.pending)
+                    checkpoints.save(state, held_out_loss=loss, extra_state=log.pending)
             if ends:
                 break
             if pending is None:
@@ -276,7 +276,7 @@ def train(argv: list[str]) -> int | None:
     try:
         if config.log.figures and corpus.held_out:
             vae = trained()
-            by_first("the figures", measure_all)
+            run_on_process_zero("the figures", measure_all)
     except KeyboardInterrupt:
         say(f"interrupted after training, before the figures; for these: {again}", file=sys.stderr)
         return INTERRUPTED
@@ -318,4 +318,4 @@ class Interrupt:
 
 
 if __name__ == "__main__":
-    leave(main)
+    exit_with(main)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 import davae_jax
-from davae_jax.checkpoints.weights import params_of
+from davae_jax.checkpoints.weights import flat_params
 
 ROOT = Path(__file__).parent.parent
 CONVERT = """
@@ -44,7 +44,7 @@ def main() -> None:
         print(f"conversion   {float(out[0]):6.1f} s, peak memory {int(out[1]) / size:.2f} × the {size:,} bytes on disk")
         start = time.perf_counter()
         model = davae_jax.from_pretrained(converted)
-        jax.block_until_ready(list(params_of(model).values()))
+        jax.block_until_ready(list(flat_params(model).values()))
         print(f"loading      {time.perf_counter() - start:6.1f} s, float16 on disk to float32")
 
     floor = decoder_bytes(model) / read_rate()
@@ -67,7 +67,7 @@ def main() -> None:
 
 def decoder_bytes(model) -> int:
     """What one step reads: the decoder's weights, but for `relative`, whose products are made once a call."""
-    weights = params_of(model).items()
+    weights = flat_params(model).items()
     return sum(w.nbytes for path, w in weights if path.startswith("decoder.") and ".relative." not in path)
 
 

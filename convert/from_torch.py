@@ -5,8 +5,8 @@
 The same as `davae convert`.
 """
 
-from davae_jax.cli.base import leave, run
+from davae_jax.cli.base import exit_with, run_command
 from davae_jax.cli.convert import Convert
 
 if __name__ == "__main__":
-    leave(lambda: run(lambda: Convert, None, "convert.from_torch"))
+    exit_with(lambda: run_command(lambda: Convert, None, "convert.from_torch"))

@@ -5,8 +5,8 @@
 The same as `davae parity`.
 """
 
-from davae_jax.cli.base import leave, run
+from davae_jax.cli.base import exit_with, run_command
 from davae_jax.cli.parity import Parity
 
 if __name__ == "__main__":
-    leave(lambda: run(lambda: Parity, None, "convert.parity"))
+    exit_with(lambda: run_command(lambda: Parity, None, "convert.parity"))

@@ -5,8 +5,8 @@
 The same as `davae export`.
 """
 
-from davae_jax.cli.base import leave, run
+from davae_jax.cli.base import exit_with, run_command
 from davae_jax.cli.export import Export
 
 if __name__ == "__main__":
-    leave(lambda: run(lambda: Export, None, "convert.to_torch"))
+    exit_with(lambda: run_command(lambda: Export, None, "convert.to_torch"))

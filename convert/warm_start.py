@@ -5,8 +5,8 @@
 The same as `davae warm-start`.
 """
 
-from davae_jax.cli.base import leave, run
+from davae_jax.cli.base import exit_with, run_command
 from davae_jax.cli.warm_start import WarmStart
 
 if __name__ == "__main__":
-    leave(lambda: run(lambda: WarmStart, None, "convert.warm_start"))
+    exit_with(lambda: run_command(lambda: WarmStart, None, "convert.warm_start"))

@@ -14,7 +14,7 @@ from make_checkpoint import random_state
 from tokenizer_fixtures import CLS_ID, SEP_ID
 
 from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS  # noqa: F401
-from davae_jax.checkpoints.weights import load_arrays, params_of, stored_arrays
+from davae_jax.checkpoints.weights import flat_params, load_weights, stored_shapes
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -94,9 +94,9 @@ def stored(folder):
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
-        for path, leaf in stored_arrays(folder / "params").items()
+        for path, leaf in stored_shapes(folder / "params").items()
     }
-    return {path: np.asarray(array) for path, array in load_arrays(folder / "params", targets).items()}
+    return {path: np.asarray(array) for path, array in load_weights(folder / "params", targets).items()}
 
 
 def same_bits(a, b):
@@ -118,7 +118,7 @@ def assert_same_file(folder, state):
 
 
 def assert_same_model(a, b):
-    assert_same(params_of(a), params_of(b))
+    assert_same(flat_params(a), flat_params(b))
 
 
 def python(*args):

@@ -16,7 +16,7 @@ from tiny_checkpoint import MAX_IDS
 from tokenizer_fixtures import sentences
 
 from davae_jax import TextVAE
-from davae_jax.checkpoints.pretrained import converter
+from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
 from davae_jax.data.texts import read_lines
 
@@ -175,7 +175,7 @@ def test_options_after_two_hyphens_are_texts(davae, model):
 
 def test_published_folders_are_read_too(davae, tiny_checkpoint, tmp_path):
     pytest.importorskip("torch")
-    folder = converter("to_torch").export(tiny_checkpoint, tmp_path / "published", dtype="float32")
+    folder = export(tiny_checkpoint, tmp_path / "published", dtype="float32")
     (folder / "vocab.txt").unlink()
     result = davae("reconstruct", *TEXTS, "--model", folder, "--tokenizers", tiny_checkpoint)
     assert (result.code, result.err) == (0, "")
@@ -383,7 +383,7 @@ def test_bad_models(davae, tiny_checkpoint, tmp_path):
 
 def test_bad_weights(davae, tiny_checkpoint, tmp_path):
     torch = pytest.importorskip("torch")
-    folder = converter("to_torch").export(tiny_checkpoint, tmp_path / "published", dtype="float32")
+    folder = export(tiny_checkpoint, tmp_path / "published", dtype="float32")
     file, copy = folder / "pytorch_model.bin", tmp_path / "converted"
     state = torch.load(file, weights_only=True)
     name = next(n for n in state if n.endswith("word_embeddings.weight"))

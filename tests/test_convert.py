@@ -42,9 +42,9 @@ from tokenizer_fixtures import make_spiece, make_vocab
 import davae_jax
 from davae_jax.checkpoints import published_names as names
 from davae_jax.checkpoints.from_torch import convert
-from davae_jax.checkpoints.published_names import rows
+from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.to_torch import export
-from davae_jax.checkpoints.weights import params_of, stored_arrays
+from davae_jax.checkpoints.weights import flat_params, stored_shapes
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.parity.twin import load_twin
@@ -106,7 +106,7 @@ CONFIGS = {"tiny": TINY, "odd": ODD} | {name: config_of(name) for name in ("smal
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_table_is_the_published_file(config):
-    table = rows(DAVAEConfig.from_dict(config))
+    table = name_table(DAVAEConfig.from_dict(config))
     published = tensor_shapes(config)
     published.pop(POSITION_IDS)
     assert [(row.name, row.name_shape) for row in table] == list(published.items())
@@ -126,14 +126,14 @@ def test_random_checkpoints_are_the_same_everywhere():
 def test_values_are_the_files_bit_for_bit(name, converted):
     """`small` holds both buffers, `memory` neither."""
     state, config = state_of(name), DAVAEConfig.from_dict(config_of(name))
-    table = [row for row in rows(config) if row.name in state]
+    table = [row for row in name_table(config) if row.name in state]
     arrays = stored(converted(name))
     assert_same(arrays, {row.path: state[row.name].reshape(row.path_shape) for row in table})
     assert ("decoder.inv_freq" in arrays) == (INV_FREQ in state) == (name == "small")
 
 
 def test_stored_as_float16_and_uncompressed(converted):
-    metadata = stored_arrays(converted("small") / "params")
+    metadata = stored_shapes(converted("small") / "params")
     assert {leaf.dtype for leaf in metadata.values()} == {np.dtype(np.float16)}
     size = 2 * sum(int(np.prod(leaf.shape)) for leaf in metadata.values())
     on_disk = sum(file.stat().st_size for file in (converted("small") / "params").rglob("*") if file.is_file())
@@ -165,7 +165,7 @@ def test_bfloat16_source(write, tmp_path):
     state = {n: t if n == POSITION_IDS else t.bfloat16() for n, t in random_state(TINY).items()}
     arrays = stored(convert(write(tmp_path / "published", state), tmp_path / "converted"))
     assert {array.dtype for array in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    for row in rows(DAVAEConfig.from_dict(TINY)):
+    for row in name_table(DAVAEConfig.from_dict(TINY)):
         assert arrays[row.path].tobytes() == state[row.name].view(torch.int16).numpy().tobytes()
 
 
@@ -401,7 +401,7 @@ def test_nothing_is_left_of_an_interrupted_conversion(error, tmp_path, tiny, mon
             raise error("midway")
         return array.reshape(row.path_shape)
 
-    monkeypatch.setattr(names.Row, "to_model", to_model)
+    monkeypatch.setattr(names.NameRow, "to_model", to_model)
     there = tmp_path / "there"
     there.mkdir()
     (there / "config.json").write_text("mine")
@@ -525,7 +525,7 @@ def test_frequencies_come_back_as_they_were(tmp_path, converted):
 def test_published_and_converted_load_alike(name, dtype, converted):
     model = davae_jax.from_pretrained(converted(name), dtype=dtype)
     assert_same_model(model, davae_jax.from_pretrained(GOLDEN / name, dtype=dtype))
-    dtypes = {array.dtype for path, array in params_of(model).items() if path != "decoder.inv_freq"}
+    dtypes = {array.dtype for path, array in flat_params(model).items() if path != "decoder.inv_freq"}
     assert dtypes == {jnp.dtype(dtype)}
 
 
@@ -607,14 +607,14 @@ def test_a_mesh_of_eight(tiny, converted):
 AS_INSTALLED = """
 import sys
 sys.path.insert(0, installed := sys.argv.pop(1))
-from davae_jax.cli import base as cli
+from davae_jax.cli import main as cli
 code = cli.main()
-assert cli.__file__.startswith(installed) and sys.modules["davae_jax_convert"].__file__.startswith(installed)
+assert cli.__file__.startswith(installed)
 sys.exit(code)
 """
 
 
-def test_the_wheel_holds_two_packages_and_converts(tmp_path, tiny, converted):
+def test_the_wheel_holds_the_package_and_converts(tmp_path, tiny, converted):
     if int(version("setuptools").split(".")[0]) < 77:
         pytest.skip("the build needs setuptools 77")
     source, installed = tmp_path / "source", tmp_path / "installed"
@@ -630,15 +630,14 @@ def test_the_wheel_holds_two_packages_and_converts(tmp_path, tiny, converted):
         entries = file.namelist()
         file.extractall(installed)
     roots = {entry.split("/")[0] for entry in entries}
-    assert {root for root in roots if not root.endswith(".dist-info")} == {"davae_jax", "davae_jax_convert"}
-    for folder, package in (("davae_jax", "davae_jax"), ("convert", "davae_jax_convert")):
-        files = {file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*.*")}
-        files = {f"{package}/{file.as_posix()}" for file in files if file.suffix in (".py", ".css")}
-        assert files == {entry for entry in entries if entry.startswith(f"{package}/")}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"davae_jax"}
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "davae_jax").rglob("*.*")}
+    files = {file for file in files if not file.endswith(".pyc")}
+    assert files == {entry for entry in entries if entry.startswith("davae_jax/")}
 
     # Away from the checkout, as after `pip install`: what the `davae` script runs.
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "davae = davae_jax.cli:script" in entry_points.read_text()
+    assert "davae = davae_jax.cli.main:script" in entry_points.read_text()
     run = python("-P", "-c", AS_INSTALLED, installed, "convert", tiny, tmp_path / "out")
     assert run.returncode == 0, run.stderr
     assert_same(stored(tmp_path / "out"), stored(converted("tiny")))

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from davae_jax.checkpoints.published_names import rows
+from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.davae import merge, split
-from davae_jax.model.latent import Posterior, deterministic, free_bits_kl, kl_per_dimension
+from davae_jax.model.latent import Posterior, deterministic, hard_free_bits_kl, kl_per_dimension
 from davae_jax.model.losses import adversarial_losses, published_loss, reconstruction_nll
 
 HIDDEN = 1e-4  # largest |difference| of hidden states and logits
@@ -51,7 +51,7 @@ def test_kl(case):
     posterior = model.encode(io["encoder_input_ids"])
     kl = kl_per_dimension(posterior)
     np.testing.assert_allclose(kl.sum(-1), io["kl"], rtol=LOSS)
-    np.testing.assert_allclose(free_bits_kl(kl, model.config.dim_target_kl), io["kl_free_bits"], rtol=LOSS)
+    np.testing.assert_allclose(hard_free_bits_kl(kl, model.config.dim_target_kl), io["kl_free_bits"], rtol=LOSS)
     fixed = deterministic(posterior)
     np.testing.assert_allclose(kl_per_dimension(fixed).sum(-1), io["kl_deterministic"], rtol=LOSS)
     assert_close(fixed.at(io["eps"]), io["latent_z_deterministic"])
@@ -120,7 +120,7 @@ def test_gradients(case):
     both = jax.jit(lambda p: [jax.grad(total)(p, fb_mode) for fb_mode in (0, 1)])(params)
     for fb_mode, gradients in enumerate(map(flatten, both)):
         checked = 0
-        for row in rows(model.config):
+        for row in name_table(model.config):
             if (key := f"gradnorm_fb{fb_mode}/{row.name}") not in io:
                 continue
             norm, first, total_sum = io[key].astype(np.float64)

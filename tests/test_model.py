@@ -12,7 +12,7 @@ from flax import nnx
 from small_model import CONFIG, counted_compilations, new_model
 
 from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.checkpoints.weights import flatten, params_of
+from davae_jax.checkpoints.weights import flat_params, flatten
 from davae_jax.model import decoder, encoder
 from davae_jax.model.davae import merge, split, weight_axes
 from davae_jax.model.layers import dropout
@@ -39,7 +39,7 @@ def test_initialisation():
     )
     residual = ("attention_out.weight", "mlp_out.weight")
     seen = set()
-    for path, weight in params_of(new_model(config)).items():
+    for path, weight in flat_params(new_model(config)).items():
         weight = np.asarray(weight)
         if path == "decoder.inv_freq":
             np.testing.assert_allclose(weight, 10000.0 ** (-np.arange(0, 64, 2) / 64), rtol=1e-6)
@@ -59,7 +59,7 @@ def test_initialisation():
 
 def test_every_weight_names_its_axes(model):
     axes = flatten(weight_axes(model))
-    for path, weight in params_of(model).items():
+    for path, weight in flat_params(model).items():
         assert len(axes[path]) == weight.ndim, path
 
 

@@ -22,7 +22,7 @@ from davae_jax.parallel.sharding import make_mesh
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
 from davae_jax.training.noise import token_noise
-from davae_jax.training.objective import counted_kl, encode, gradient, mean_over_texts, reconstruction
+from davae_jax.training.objective import encode, free_bits_kl, gradient, mean_over_texts, reconstruction
 from davae_jax.training.setup import first_state
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step
@@ -186,7 +186,7 @@ def test_clamped_free_bits_take_the_mean_over_texts(packed):
     is_text = batch.lengths > 0
     kl = np.where(is_text[..., None], np.random.default_rng(0).uniform(0, 2, (*is_text.shape, 3)), np.nan)
     config = dataclasses.replace(CLEAN, free_bits=FreeBitsConfig(mode="clamp", target=1.0))
-    found = counted_kl(jnp.asarray(kl), config, mean_over_texts(batch))
+    found = free_bits_kl(jnp.asarray(kl), config, mean_over_texts(batch))
     assert found.shape == is_text.shape
     np.testing.assert_allclose(found, np.maximum(kl[is_text].mean(0), 1.0).sum(), rtol=1e-6)
 

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 from davae_jax.checkpoints.from_torch import convert
 from davae_jax.checkpoints.pretrained import from_pretrained
 from davae_jax.checkpoints.weights import flatten, unflatten
-from davae_jax.cli.base import run
+from davae_jax.cli.base import run_command
+from davae_jax.cli.parity import Parity
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import merge, split
 from davae_jax.parity import compare as parity
@@ -26,7 +27,7 @@ SMALL = GOLDEN / "small"
 
 def command(*argv):
     """`python -m convert.parity`, in this process."""
-    return run(lambda: parity.Main, [str(word) for word in argv], "convert.parity")
+    return run_command(lambda: Parity, [str(word) for word in argv], "convert.parity")
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 from davae_jax.cli.main import main
 from davae_jax.data import readers as inputs
 from davae_jax.data.build_shards import Task, _finish, _tokenizers, make_shards
-from davae_jax.data.prefetch import ahead
+from davae_jax.data.prefetch import prefetch
 from davae_jax.data.readers import LONGEST_LINE, find_files, pieces_of, read_piece
 from davae_jax.data.shards import Prepared, PreparedBatches, PreparedTexts, id_dtype, ids_of, permuted, record_of
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.presets import DEMO
-from davae_jax.training.setup import batches_of, cut_apart, model_config, prepare_tokenizers, read_corpus
+from davae_jax.training.setup import batches_of, model_config, prepare_tokenizers, read_corpus, truncation_mismatch
 from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -429,7 +429,7 @@ def test_a_batch_depends_on_seed_and_step_alone(prepared):
 def test_processes_together_read_the_one_process_batch(processes, prepared):
     """From step 17 on, in background threads."""
     whole, own = batches_with(prepared), 8 // processes
-    coming = [ahead(batches_with(prepared), [(i * own, (i + 1) * own)], 17, threads=4) for i in range(processes)]
+    coming = [prefetch(batches_with(prepared), [(i * own, (i + 1) * own)], 17, threads=4) for i in range(processes)]
     for step in range(17, 35):
         parts = [part for process in coming for part in next(process).values()]
         assert_equal([np.concatenate(x) for x in zip(*parts, strict=True)], whole[step])
@@ -521,7 +521,7 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
     assert sorted(records_of(found.folder)) == sorted(expected)
     assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60
     # Runs are told where they read such texts in another way.
-    of = lambda folder, **data: cut_apart(  # noqa: E731
+    of = lambda folder, **data: truncation_mismatch(  # noqa: E731
         TrainConfig(data=DataConfig(train=folder, **data)), read_corpus(TrainConfig(data=DataConfig(train=folder)))
     )
     assert of(found.folder, segment_length=8) is None and of(left_out.folder) is None

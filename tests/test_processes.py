@@ -12,7 +12,7 @@ import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
 from davae_jax.data.batches import Batches
-from davae_jax.data.prefetch import ahead, placed, spans_of
+from davae_jax.data.prefetch import local_row_ranges, make_global_batch, prefetch
 from davae_jax.data.tokenize import tokenize
 from davae_jax.parallel.config import DistributedConfig
 from davae_jax.parallel.multihost import check_alone, local_devices
@@ -378,10 +378,10 @@ def test_each_device_gets_its_own_rows():
     batches = Batches(texts, 16, pad_id=0, buckets=2)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    spans = spans_of(sharding, 16)
+    spans = local_row_ranges(sharding, 16)
     assert spans == [(0, 4), (4, 8), (8, 12), (12, 16)]
-    for step, parts in zip(range(3, 3 + batches.per_epoch), ahead(batches, spans, 3, threads=0), strict=False):
-        for whole, laid_out in zip(batches[step], placed(parts, 16, sharding), strict=True):
+    for step, parts in zip(range(3, 3 + batches.per_epoch), prefetch(batches, spans, 3, threads=0), strict=False):
+        for whole, laid_out in zip(batches[step], make_global_batch(parts, 16, sharding), strict=True):
             np.testing.assert_array_equal(whole, laid_out)
             for shard in laid_out.addressable_shards:
                 assert len(shard.data) == 4

@@ -15,7 +15,7 @@ from published_layout import config_of, publish, state_of
 from test_train import TEXTS, TINY
 from tokenizer_fixtures import make_spiece, make_vocab
 
-from davae_jax.checkpoints.pretrained import converter
+from davae_jax.checkpoints.to_torch import export
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
@@ -31,7 +31,7 @@ def place(tmp_path_factory, tiny_checkpoint):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my-texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    converter("to_torch").export(tiny_checkpoint, folder / "PUBLISHED_FOLDER", dtype="float32")
+    export(tiny_checkpoint, folder / "PUBLISHED_FOLDER", dtype="float32")
     shutil.copytree(tiny_checkpoint, folder / "runs" / "demo")  # every command reads a run as it reads this
     for name in ("train.py", "convert", "davae_jax"):
         (folder / name).symlink_to(ROOT / name)

@@ -72,10 +72,10 @@ from davae_jax.training.config import (
     differences,
     to_dict,
 )
-from davae_jax.training.objective import counted_kl, latent_batch
+from davae_jax.training.objective import free_bits_kl, latent_batch
 from davae_jax.training.optimizers import make_optimizer
 from davae_jax.training.state import abstract_state, init_state
-from davae_jax.training.step import decoder_waits, held, make_train_step, not_finite_in
+from davae_jax.training.step import decoder_waits, freeze_decoder_update, make_train_step, not_finite_in
 from davae_jax.utils.errors import InputError
 
 KEY = jax.random.key(5)
@@ -491,7 +491,7 @@ def test_gradients_of_the_kl_by_differences(mode):
         config = dataclasses.replace(config, free_bits=FreeBitsConfig(mode=mode, target=target))
 
         def value(x):
-            return over_texts(counted_kl(kl_per_dimension(Posterior(*x)), config, over_texts))
+            return over_texts(free_bits_kl(kl_per_dimension(Posterior(*x)), config, over_texts))
 
         assert_slope(value, (jnp.asarray(mean), jnp.asarray(logvar)))
         if mode == "total":  # below the target nothing is left to learn
@@ -716,7 +716,7 @@ def test_what_waits_is_as_if_it_had_not_been(name):
     for waits in (True, True, True, False, False, True, False):
         grads = draw()
         updates, after = optimizer.update(still(grads) if waits else grads, state, params)
-        updates, state = held(jnp.bool_(waits), updates, (state, after))
+        updates, state = freeze_decoder_update(jnp.bool_(waits), updates, (state, after))
         if waits:
             assert not updates["decoder"]["w"].any() and updates["encoder"]["w"].any()
             continue
@@ -936,7 +936,7 @@ def train(registry, monkeypatch, capsys, tmp_path):
     spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    monkeypatch.setattr(davae_jax.distributed, "connect", lambda *_: None)
+    monkeypatch.setattr(davae_jax.parallel.multihost, "connect", lambda *_: None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)

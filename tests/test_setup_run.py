@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from davae_jax.data.tokenize import fitting, tokenize
+from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.presets import DEMO
 from davae_jax.training.setup import model_config, prepare_tokenizers, read_corpus
@@ -56,6 +56,6 @@ def test_texts_that_the_encoder_would_cut_are_left_out(config, tmp_path):
     prepare_tokenizers(config, tmp_path, read_corpus(config)._replace(train=CHARACTERS))
     tokenizers = load_tokenizers(tmp_path, model_config(config, tmp_path))
     fits, cut = "".join(CHARACTERS[:126]), "".join(CHARACTERS[:127])
-    assert fitting([fits, cut, " "], *tokenizers, 1000) == [fits]
+    assert filter_by_length([fits, cut, " "], *tokenizers, 1000) == [fits]
     texts = tokenize([cut, fits], *tokenizers, max_length=1000, source="x")
     assert texts.lines.tolist() == [2] and texts.too_long == 1 and len(texts.encoder_ids[0]) == 130

@@ -10,7 +10,7 @@ from sacrebleu.metrics import BLEU
 
 from davae_jax.evaluation import ngram
 from davae_jax.evaluation.ngram import BEGIN, END, UNKNOWN, NGram
-from davae_jax.evaluation.text_metrics import distinct, edit_distance, pieces, self_bleu, way, words
+from davae_jax.evaluation.text_metrics import distinct, edit_distance, path_length, pieces, self_bleu, words
 
 
 def test_words():
@@ -83,10 +83,10 @@ def test_edit_distance_is_a_metric():
 
 
 def test_way():
-    assert way(["aaaa", "aaab", "aabb", "abbb", "bbbb"]) == (1, 1 / 4)  # even steps
-    assert way(["aaaa", "aaaa", "bbbb", "bbbb"]) == (1, 1)  # at once
-    assert way(["aaaa", "cccc", "bbbb"]) == (2, 1)  # by way of what neither knows
-    assert all(map(math.isnan, way(["aa", "ab", "aa"])))
+    assert path_length(["aaaa", "aaab", "aabb", "abbb", "bbbb"]) == (1, 1 / 4)  # even steps
+    assert path_length(["aaaa", "aaaa", "bbbb", "bbbb"]) == (1, 1)  # at once
+    assert path_length(["aaaa", "cccc", "bbbb"]) == (2, 1)  # by way of what neither knows
+    assert all(map(math.isnan, path_length(["aa", "ab", "aa"])))
 
 
 # The n-gram model.

@@ -18,7 +18,7 @@ import pytest
 
 import davae_jax
 from davae_jax import TextVAE
-from davae_jax.checkpoints.weights import params_of
+from davae_jax.checkpoints.weights import flat_params
 from davae_jax.cli.main import main as davae
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,7 @@ def test_it_exports_to_the_published_layout(run, tmp_path, capsys):
     pytest.importorskip("torch")
     folder, _ = run
     assert davae(["export", str(folder), str(tmp_path / "published"), "--dtype", "float32"]) == 0
-    a, b = (params_of(davae_jax.from_pretrained(source)) for source in (folder, tmp_path / "published"))
+    a, b = (flat_params(davae_jax.from_pretrained(source)) for source in (folder, tmp_path / "published"))
     assert all(np.array_equal(a[path], b[path]) for path in a)
     assert davae(["parity", str(folder), "--length", "12", "--no-gradients"]) == 0
 

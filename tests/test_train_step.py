@@ -14,7 +14,7 @@ from davae_jax.data.batches import Batch
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.training.config import AdversarialConfig, FreeBitsConfig, NoiseConfig, TrainConfig
-from davae_jax.training.objective import counted_kl, gradient, objective
+from davae_jax.training.objective import free_bits_kl, gradient, objective
 from davae_jax.training.optimizers import make_optimizer, skip_spikes
 from davae_jax.training.state import init_state
 from davae_jax.training.step import make_train_step
@@ -92,7 +92,7 @@ def test_padding_changes_nothing(model):
 def test_free_bits():
     kl_BL = jnp.array([[0.2, 0.6, 3.0], [0.4, 0.8, 0.0]])
     count = lambda mode, target: np.asarray(  # noqa: E731
-        counted_kl(kl_BL, with_(free_bits=FreeBitsConfig(mode=mode, target=target)))
+        free_bits_kl(kl_BL, with_(free_bits=FreeBitsConfig(mode=mode, target=target)))
     )
     np.testing.assert_allclose(count("off", 0.5), [3.8, 1.2], rtol=1e-6)
     np.testing.assert_allclose(count("hard", 0.5), [3.6, 0.8], rtol=1e-6)  # each text by itself

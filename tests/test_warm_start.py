@@ -31,10 +31,10 @@ import davae_jax
 from davae_jax import DAVAE, DAVAEConfig
 from davae_jax.checkpoints.to_torch import export
 from davae_jax.checkpoints.warm_start import draw, modules, read_decoder, read_encoder, warm_start
-from davae_jax.checkpoints.weights import params_of, unflatten
-from davae_jax.cli.base import run
+from davae_jax.checkpoints.weights import flat_params, unflatten
+from davae_jax.cli.base import run_command
 from davae_jax.cli.main import main
-from davae_jax.cli.warm_start import Main
+from davae_jax.cli.warm_start import WarmStart
 from davae_jax.model.davae import merge, split
 from davae_jax.parity.twin import load_twin
 from davae_jax.utils.errors import InputError
@@ -124,7 +124,7 @@ def drawn_in_groups(monkeypatch):
         groups.append(paths)
         return {path: np.zeros(1, np.float32) for path in paths}
 
-    monkeypatch.setattr("convert.warm_start.draw", stand_in)
+    monkeypatch.setattr("davae_jax.checkpoints.warm_start.draw", stand_in)
     return groups
 
 
@@ -154,7 +154,7 @@ def test_bare_names_and_the_pooler(bare_bert, model):
     taken = read_encoder(bare_bert[0], model.config)
     assert {path for path in taken if "pooler" in path} == {"encoder.pooler.weight", "encoder.pooler.bias"}
     graphdef, _ = split(model)
-    params = params_of(model) | {path: jnp.asarray(array) for path, array in taken.items()}
+    params = flat_params(model) | {path: jnp.asarray(array) for path, array in taken.items()}
     assert_encodes_like(merge(graphdef, unflatten(params)), bare_bert[1])
 
 
@@ -225,7 +225,7 @@ def test_the_rest_is_a_new_models(started):
 
     @jax.jit
     def new_model():
-        params = params_of(DAVAE(config, rngs=nnx.Rngs(3)))
+        params = flat_params(DAVAE(config, rngs=nnx.Rngs(3)))
         return {path: params[path] for path in report.drawn}
 
     for path, array in new_model().items():
@@ -363,7 +363,7 @@ def test_the_command_says_what_came_from_where(masked_lm, transformer_xl, tmp_pa
     new = tmp_path / "new"
     new.mkdir()
     arguments = [new, "--encoder", masked_lm[0], "--decoder", transformer_xl, "--latent-size", L, "--overwrite"]
-    assert run(lambda: Main, [*map(str, arguments)], "davae warm-start") == 0
+    assert run_command(lambda: WarmStart, [*map(str, arguments)], "davae warm-start") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"encoder: 53 weights from {masked_lm[0]}: "
         "encoder.word, encoder.position, encoder.token_type, encoder.norm, encoder.layers",

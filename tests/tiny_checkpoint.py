@@ -9,7 +9,7 @@ from tokenizer_fixtures import CLS_ID, SEP_ID, make_spiece, make_vocab
 
 from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
-from davae_jax.checkpoints.weights import params_of, save_arrays
+from davae_jax.checkpoints.weights import flat_params, save_weights
 from davae_jax.model.davae import abstract_model
 from davae_jax.model.decoder import inverse_frequencies
 
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path) -> Path:
         pad_token_id=PIECES + 1,
         bos_token_id=PIECES + 2,
     )
-    save_arrays(folder / PARAMS_FOLDER, [random_weights(config)], {"buffers": []})
+    save_weights(folder / PARAMS_FOLDER, [random_weights(config)], {"buffers": []})
     config.to_json(folder / CONFIG_FILE)
     return folder
 
@@ -52,7 +52,7 @@ def random_weights(config: DAVAEConfig) -> dict[str, np.ndarray]:
     """Weights a good deal larger than a fresh model's, so that different texts give different latents and texts."""
     rng = np.random.default_rng(2)
     weights = {}
-    for path, leaf in params_of(abstract_model(config)).items():
+    for path, leaf in flat_params(abstract_model(config)).items():
         if path == "decoder.inv_freq":
             weights[path] = inverse_frequencies(config.decoder.hidden_size)
             continue

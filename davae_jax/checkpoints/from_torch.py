@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_names import BUFFERS, INV_FREQ, POSITION_IDS, Row, rows
+from davae_jax.checkpoints.published_names import BUFFERS, INV_FREQ, POSITION_IDS, NameRow, name_table
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
-from davae_jax.checkpoints.staging import copy_files, staged
-from davae_jax.checkpoints.weights import FlatParams, save_arrays
+from davae_jax.checkpoints.staging import copy_files, staged_folder
+from davae_jax.checkpoints.weights import FlatParams, save_weights
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers
 from davae_jax.utils.errors import InputError
@@ -40,7 +40,7 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
     if all((folder / name).is_file() for name in TOKENIZER_FILES):
         load_tokenizers(folder, config)
-    with staged(dst, overwrite=overwrite, sources=[folder]) as staging:
+    with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = read_state(folder)
         table = checked_rows(state, config, torch_file.find(folder))
         buffers = [name for name, tensor in BUFFERS.items() if tensor in state]
@@ -54,14 +54,19 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
 
 
 def write_params(
-    folder: Path, table: list[Row], arrays_of: Callable[[list[Row]], FlatParams], *, buffers: list[str], label: str
+    folder: Path,
+    table: list[NameRow],
+    arrays_of: Callable[[list[NameRow]], FlatParams],
+    *,
+    buffers: list[str],
+    label: str,
 ) -> None:
     """Writes `folder`/params layer by layer: `arrays_of` is asked for a layer's arrays when its turn has come.
 
     `buffers` says which of `names.BUFFERS` an export gives back.
     """
     bar = tqdm(list(_groups(table)), desc=label, unit="group", disable=None)
-    save_arrays(folder / PARAMS_FOLDER, map(arrays_of, bar), {"buffers": buffers})
+    save_weights(folder / PARAMS_FOLDER, map(arrays_of, bar), {"buffers": buffers})
 
 
 def read_arrays(folder: Path, config: DAVAEConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -82,14 +87,14 @@ def read_state(folder: Path) -> dict[str, np.ndarray]:
     return inner or state
 
 
-def checked_rows(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) -> list[Row]:
+def checked_rows(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) -> list[NameRow]:
     """The rows that the file holds (`inv_freq` may be absent), or one InputError that names all that is wrong."""
-    table = [row for row in rows(config) if row.name != INV_FREQ or row.name in state]
+    table = [row for row in name_table(config) if row.name != INV_FREQ or row.name in state]
     check(state, table, path, ignored=[POSITION_IDS])
     return table
 
 
-def check(state: dict[str, np.ndarray], table: list[Row], path: Path, ignored: Collection[str] = ()) -> None:
+def check(state: dict[str, np.ndarray], table: list[NameRow], path: Path, ignored: Collection[str] = ()) -> None:
     """Raises one InputError that names all tensors of `state` that do not fit the table's rows."""
     known = {row.name for row in table} | set(ignored)
     problems = {
@@ -113,9 +118,9 @@ def check(state: dict[str, np.ndarray], table: list[Row], path: Path, ignored: C
         raise InputError(f"{path}: {'; '.join(said)}")
 
 
-def _groups(table: list[Row]) -> Iterator[list[Row]]:
+def _groups(table: list[NameRow]) -> Iterator[list[NameRow]]:
     """What is written, and held in buffers, at one time: a few layers together, the rest apart by kind."""
-    group: list[Row] = []
+    group: list[NameRow] = []
     for row in table:
         if group and _group_of(row) != _group_of(group[-1]):
             yield group
@@ -124,7 +129,7 @@ def _groups(table: list[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def _group_of(row: Row) -> str:
+def _group_of(row: NameRow) -> str:
     # At the published size four layers a group take two thirds of the time of one a group, for 4 % more memory.
     if layer := re.match(r"(\w+)\.layers\.(\d+)\.", row.path):
         return f"{layer[1]} layers {int(layer[2]) // 4}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 
-class quiet:
+class quiet_orbax:
     """Orbax logs a few lines a save at WARNING that tell a user nothing to act on."""
 
     def __enter__(self):

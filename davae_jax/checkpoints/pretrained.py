@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, home_of, weights_of
-from davae_jax.checkpoints.weights import FlatParams, flatten, load_arrays, unflatten
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder, weights_path
+from davae_jax.checkpoints.weights import FlatParams, flatten, load_weights, unflatten
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, abstract_model, merge, split, weight_axes
 from davae_jax.model.decoder import inverse_frequencies
@@ -40,7 +40,7 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
       InputError: nothing there, or what is there does not fit its config.json; the message names the file.
     """
     folder = resolve_source(source)
-    config = DAVAEConfig.from_json(home_of(folder) / CONFIG_FILE)
+    config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
     model = abstract_model(config, dtype=dtype, param_dtype=dtype)
     graphdef, abstract = split(model)
     axes = flatten(weight_axes(model))
@@ -48,8 +48,8 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_sharding(axes[path], leaf.shape, mesh))
         for path, leaf in flatten(abstract).items()
     }
-    if stored := weights_of(folder):
-        arrays = load_arrays(stored, targets)
+    if stored := weights_path(folder):
+        arrays = load_weights(stored, targets)
     else:
         from davae_jax.checkpoints.from_torch import read_arrays
 

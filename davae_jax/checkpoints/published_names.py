@@ -73,7 +73,7 @@ REST = [
 ]
 
 
-class Row(NamedTuple):
+class NameRow(NamedTuple):
     name: str  # in the published file
     path: str  # in the model
     name_shape: tuple[int, ...]
@@ -87,7 +87,7 @@ class Row(NamedTuple):
         return array.reshape(self.name_shape)
 
 
-def rows(config: DAVAEConfig) -> list[Row]:
+def name_table(config: DAVAEConfig) -> list[NameRow]:
     """The table spelled out for a config, in the published file's order."""
     shapes = {path: leaf.shape for path, leaf in flatten(split(abstract_model(config))[1]).items()}
     table = [
@@ -101,7 +101,7 @@ def rows(config: DAVAEConfig) -> list[Row]:
     result = []
     for name, path, transform in table:
         shape = shapes.pop(path)
-        result.append(Row(name, path, (shape[0] * shape[1], *shape[2:]) if transform == "three" else shape, shape))
+        result.append(NameRow(name, path, (shape[0] * shape[1], *shape[2:]) if transform == "three" else shape, shape))
     assert not shapes, f"weights without a row: {sorted(shapes)}"
     return result
 

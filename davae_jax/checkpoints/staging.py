@@ -13,7 +13,7 @@ from davae_jax.utils.errors import InputError, system_reason
 
 
 @contextlib.contextmanager
-def staged(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """Yields an empty folder beside `dst`; renamed to `dst` on success, removed on any failure or interrupt.
 
     With `overwrite`, what stood at `dst` goes only once the new folder is complete. Parents that had to be made go too

@@ -14,10 +14,10 @@ from jax.sharding import SingleDeviceSharding
 
 from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, rows
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, weights_of
-from davae_jax.checkpoints.staging import copy_files, staged
-from davae_jax.checkpoints.weights import load_arrays, stored_arrays, stored_extras
+from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, name_table
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, weights_path
+from davae_jax.checkpoints.staging import copy_files, staged_folder
+from davae_jax.checkpoints.weights import load_weights, stored_metadata, stored_shapes
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError
@@ -42,11 +42,11 @@ def export(
     """
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
-    if not weights_of(folder):
+    if not weights_path(folder):
         raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
     if not config.decoder.latent_every_layer:
         raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program knows no such decoder")
-    with staged(dst, overwrite=overwrite, sources=[folder]) as staging:
+    with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = published_state(folder, config, np.dtype(dtype))
         if format in ("bin", "both"):
             torch_file.write_bin(staging / "pytorch_model.bin", state)
@@ -58,14 +58,14 @@ def export(
 
 def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
     """The checkpoint's arrays under the published names, in the published file's order."""
-    path = weights_of(folder)
-    stored = stored_arrays(path)
-    table = rows(config)
+    path = weights_path(folder)
+    stored = stored_shapes(path)
+    table = name_table(config)
     here = SingleDeviceSharding(jax.local_devices()[0])
     dtypes = {row.path: stored[row.path].dtype if row.path in stored else np.float32 for row in table}
     targets = {row.path: jax.ShapeDtypeStruct(row.path_shape, dtypes[row.path], sharding=here) for row in table}
-    arrays = load_arrays(path, targets)
-    extras = stored_extras(path)
+    arrays = load_weights(path, targets)
+    extras = stored_metadata(path)
     if path.name == PARAMS_FOLDER and "buffers" not in extras:
         raise InputError(f"{path}: its metadata is damaged; what the source held beside weights is not known")
     buffers = extras.get("buffers", [])

@@ -21,10 +21,10 @@ import numpy as np
 from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.from_torch import check, write_params
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_names import INV_FREQ, Row, rows
+from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
-from davae_jax.checkpoints.staging import copy_files, staged
-from davae_jax.checkpoints.weights import FlatParams, params_of
+from davae_jax.checkpoints.staging import copy_files, staged_folder
+from davae_jax.checkpoints.weights import FlatParams, flat_params
 from davae_jax.model.config import DAVAEConfig, read_json
 from davae_jax.model.davae import DAVAE, InitKeys
 from davae_jax.tokenizers.load import TOKENIZER_FILES
@@ -112,8 +112,8 @@ def warm_start(
     folders = {part: resolve_source(source) for part, source in given.items() if source is not None}
     davae_config = _config_of(folders, config, latent_size)
     dst = Path(dst)
-    with staged(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
-        table = rows(davae_config)
+    with staged_folder(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
+        table = name_table(davae_config)
         taken = _read_all(folders, table)
         arrays: FlatParams = {path: array for part in taken.values() for path, array in part.arrays.items()}
         table = [row for row in table if row.name != INV_FREQ or row.path in arrays]
@@ -142,7 +142,7 @@ def read_encoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is damaged or does not fit `config.encoder`; all that is wrong in one message.
     """
-    return _read("encoder", folder, rows(config)).arrays
+    return _read("encoder", folder, name_table(config)).arrays
 
 
 def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
@@ -151,7 +151,7 @@ def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is damaged or does not fit `config.decoder`; all that is wrong in one message.
     """
-    return _read("decoder", folder, rows(config)).arrays
+    return _read("decoder", folder, name_table(config)).arrays
 
 
 def draw(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, jax.Array]:
@@ -161,7 +161,7 @@ def draw(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, ja
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _draw(config: DAVAEConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
-    params = params_of(DAVAE(config, rngs=InitKeys(key)))
+    params = flat_params(DAVAE(config, rngs=InitKeys(key)))
     return {path: params[path] for path in paths}  # the compiler drops the draws of all others
 
 
@@ -187,7 +187,7 @@ def format_report(report: Report, sources: Mapping[str, str | None]) -> str:
     return "\n".join([*lines, f"freshly drawn: {len(report.drawn)} weights: {', '.join(modules(report.drawn, every))}"])
 
 
-def _read_all(folders: dict[str, Path], published: list[Row]) -> dict[str, Taken]:
+def _read_all(folders: dict[str, Path], published: list[NameRow]) -> dict[str, Taken]:
     taken, problems = {}, []
     for part, folder in folders.items():
         try:
@@ -199,7 +199,7 @@ def _read_all(folders: dict[str, Path], published: list[Row]) -> dict[str, Taken
     return taken
 
 
-def _read(part: str, folder: Path, published: list[Row]) -> Taken:
+def _read(part: str, folder: Path, published: list[NameRow]) -> Taken:
     layout, path = LAYOUTS[part], torch_file.find(folder)
     state = torch_file.read(path)
     table = _rows_of(layout, published)
@@ -223,7 +223,7 @@ def _read(part: str, folder: Path, published: list[Row]) -> Taken:
     return Taken({row.path: row.to_model(state[row.name]) for row in table}, left_out)
 
 
-def _rows_of(layout: Layout, published: list[Row]) -> list[Row]:
+def _rows_of(layout: Layout, published: list[NameRow]) -> list[NameRow]:
     """The part of the published table that a source holds, under the source's names."""
     table = [
         row._replace(name=row.name.removeprefix(layout.stands_at))

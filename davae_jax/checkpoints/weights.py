@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from davae_jax.checkpoints.orbax_logging import quiet
+from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PARAMS_FOLDER
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
@@ -18,7 +18,7 @@ from davae_jax.utils.errors import InputError, first_line
 FlatParams = dict[str, Any]  # "decoder.layers.3.qkv_weight" → array
 
 
-def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
+def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
     """Reads an Orbax checkpoint of weights into the targets' dtypes and shardings. `decoder.inv_freq` may be absent.
 
     Raises:
@@ -26,7 +26,7 @@ def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Flat
     """
     from orbax.checkpoint import v1 as ocp
 
-    stored = stored_arrays(path)
+    stored = stored_shapes(path)
     wanted = {p: t for p, t in targets.items() if p in stored or p != "decoder.inv_freq"}
     problems = [f"{p} is missing" for p in wanted if p not in stored]
     problems += [f"{p} is unknown" for p in stored if p not in targets]
@@ -37,7 +37,7 @@ def load_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Flat
     ]
     if problems:
         raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
-    with quiet():
+    with quiet_orbax():
         try:
             arrays = flatten(ocp.load(path.absolute(), nest(wanted), checkpointable_name=_part(path)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
@@ -52,17 +52,17 @@ def _are_finite(arrays: FlatParams) -> FlatParams:
     return jax.tree.map(lambda array: jnp.isfinite(array).all(), arrays)
 
 
-def stored_arrays(path: Path) -> dict[str, Any]:
+def stored_shapes(path: Path) -> dict[str, Any]:
     """Shape and dtype of each array of an Orbax checkpoint of weights, by path."""
     return flatten(_metadata(path).metadata)
 
 
-def stored_extras(path: Path) -> dict[str, Any]:
-    """What `save_arrays` was given as `extras`."""
+def stored_metadata(path: Path) -> dict[str, Any]:
+    """What `save_weights` was given as `extras`."""
     return _metadata(path).custom_metadata or {}
 
 
-def save_arrays(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any]) -> None:
+def save_weights(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any]) -> None:
     """Writes an Orbax checkpoint group by group, uncompressed, so that no more than a group is held in buffers.
 
     The caller gives a `path` that does not exist, in a folder of its own: nothing is finished until this returns.
@@ -71,7 +71,7 @@ def save_arrays(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any]
 
     context = ocp.Context()
     context.array.saving.use_compression = False
-    with context, quiet():
+    with context, quiet_orbax():
         for group in groups:
             ocp.partial.save(path.absolute(), nest(group), custom_metadata=extras)
         ocp.partial.finalize(path.absolute())
@@ -112,7 +112,7 @@ def _part(path: Path) -> str:
 def _metadata(path: Path):
     from orbax.checkpoint import v1 as ocp
 
-    with quiet():
+    with quiet_orbax():
         try:
             metadata = ocp.metadata(path.absolute(), _part(path))
         except Exception as e:  # not a checkpoint, or one that was cut off
@@ -122,6 +122,6 @@ def _metadata(path: Path):
     return metadata
 
 
-def params_of(model: nnx.Module) -> FlatParams:
+def flat_params(model: nnx.Module) -> FlatParams:
     """The model's weights by path."""
     return flatten(split(model)[1])

@@ -25,22 +25,22 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 @dataclasses.dataclass(kw_only=True)
 class Command:
-    """What every command has. A subclass declares its options as fields and does its work in `run`."""
+    """What every command has. A subclass declares its options as fields and does its work in `run_command`."""
 
     debug: bool = False
     """On an error, print the traceback as well."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
-        """The command with its options; None where the help text was asked for. Raises InputError as `parse`."""
-        return parse(cls, argv, prog)
+        """The command with its options; None where the help text was asked for. Raises as `parse_options`."""
+        return parse_options(cls, argv, prog)
 
     def run(self) -> int | None:
         """Does the work; a returned number is the exit code."""
         raise NotImplementedError
 
 
-def run(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str) -> int:
+def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str) -> int:
     """Parses and runs one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -48,10 +48,10 @@ def run(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str
         command = load().parse(argv, prog)
         return command.run() if command else 0
 
-    return guarded(work, prog, debug="--debug" in argv)
+    return run_cli(work, prog, debug="--debug" in argv)
 
 
-def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -> int:
+def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -> int:
     """Does the work and returns its exit code; an error becomes one line on standard error, a warning another."""
 
     def failed(message: str, code: int) -> int:
@@ -88,7 +88,7 @@ def guarded(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return failed(f"{type(e).__name__}: {first} (--debug shows where)", 1)
 
 
-def leave(main: Callable[[], int]) -> None:
+def exit_with(main: Callable[[], int]) -> None:
     """Runs a program's main function and ends the process with its exit code. After an interrupt it ends at once:
     threads of XLA that still compute would crash an ordinary end."""
     sys.unraisablehook = _unraisable
@@ -122,7 +122,7 @@ def _stdout_is_broken() -> bool:
     return False
 
 
-def parse(command: type, argv: Sequence[str], prog: str, **kwargs) -> Any:
+def parse_options(command: type, argv: Sequence[str], prog: str, **kwargs) -> Any:
     """The command with its options; None where all that was asked for is the help text, which is printed.
 
     What else is given goes to `tyro.cli`: `default`, `description`.

@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 
-from davae_jax.cli.base import Command, guarded, leave, run
+from davae_jax.cli.base import Command, exit_with, run_cli, run_command
 from davae_jax.utils.errors import InputError
 
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `davae`. Returns the exit code: 0, 2 for bad arguments, 1 for a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
-        return run(COMMANDS[argv[0]][1], argv[1:], f"davae {argv[0]}")
-    return guarded(lambda: _without_command(argv), "davae")
+        return run_command(COMMANDS[argv[0]][1], argv[1:], f"davae {argv[0]}")
+    return run_cli(lambda: _without_command(argv), "davae")
 
 
 def _without_command(argv: list[str]) -> None:
@@ -62,7 +62,7 @@ def _without_command(argv: list[str]) -> None:
 
 def script() -> None:
     """The `davae` program."""
-    leave(main)
+    exit_with(main)
 
 
 def _usage() -> str:

@@ -10,13 +10,13 @@ from typing import Literal
 
 import tyro
 
-from davae_jax.cli.base import Command, parse
+from davae_jax.cli.base import Command, parse_options
 from davae_jax.cli.train import with_plugins
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.planning.plan import MOST_CHIPS, Plan, make_plan, planned
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
-from davae_jax.training.setup import unsplit
+from davae_jax.training.setup import unsharded_weights
 from davae_jax.utils.errors import InputError, check_options
 from davae_jax.utils.files import write_json
 
@@ -53,14 +53,14 @@ class PlanCommand(Command):
             prog = f"{prog} {preset}"
         config, default = with_plugins(argv, PRESETS[preset][1])
         command = make_dataclass(cls.__name__, [("config", config)], bases=(cls,), kw_only=True, namespace=DOC)
-        return parse(command, argv, prog, default=command(config=default, preset=preset))
+        return parse_options(command, argv, prog, default=command(config=default, preset=preset))
 
     def run(self) -> None:
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
         config, tokenizers = planned(self.config, self.preset)
         plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
-        if said := unsplit(plan.config.model, plan.mesh):
+        if said := unsharded_weights(plan.config.model, plan.mesh):
             warnings.warn(said, stacklevel=2)
         print(format_plan(plan, tokenizers))
         if self.json:

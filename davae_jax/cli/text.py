@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from davae_jax.cli.base import Command
 from davae_jax.data.texts import read_lines
 from davae_jax.inference.generation import check_max_length, sampling_settings
-from davae_jax.inference.text_vae import TextVAE, check_std_scale, check_steps, greedy_unless_told
+from davae_jax.inference.text_vae import TextVAE, check_std_scale, check_steps, greedy_by_default
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.latent import analogy, interpolate, spherical
 from davae_jax.utils.errors import InputError
@@ -244,7 +244,7 @@ class GreedyCommand(_TextCommand):
     repetition_penalty: Annotated[float | None, _GREEDY_FLOAT] = None
 
     def sampling(self) -> dict:
-        return greedy_unless_told(super().sampling())
+        return greedy_by_default(super().sampling())
 
 
 @dataclass(kw_only=True)

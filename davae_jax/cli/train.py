@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from davae_jax.cli.base import parse
+from davae_jax.cli.base import parse_options
 from davae_jax.regularizers import check_known, load_plugin, options_type
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
@@ -29,7 +29,9 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
     preset = argv.pop(0) if argv and argv[0] in PRESETS else "demo"
     description, default = PRESETS[preset]
     command, default = with_plugins(argv, default)
-    config = parse(command, argv, f"train.py {preset}", default=default, description=describe(preset, description))
+    config = parse_options(
+        command, argv, f"train.py {preset}", default=default, description=describe(preset, description)
+    )
     return None if config is None else (preset, TrainConfig(**fields_of(config)))
 
 

@@ -89,7 +89,7 @@ class Batches:
         """Rows start to stop of a step's batch."""
         rows, shape = self.rows(step)
         rows = rows[start:stop]
-        return padded([(self.texts.encoder_ids[i], self.texts.decoder_ids[i]) for i in rows], shape, self.pad_id)
+        return pad_batch([(self.texts.encoder_ids[i], self.texts.decoder_ids[i]) for i in rows], shape, self.pad_id)
 
     def _shuffled(self, epoch: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -103,7 +103,7 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))]
 
 
-def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int], pad_id: int) -> Batch:
+def pad_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int], pad_id: int) -> Batch:
     """The batch of these rows of encoder and decoder ids, padded to S and T."""
     S, T = shape
     encoder_ids = np.zeros((len(rows), S), np.int32)

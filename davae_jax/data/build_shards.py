@@ -33,7 +33,7 @@ from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, first_line
-from davae_jax.utils.files import beside, is_partial, remove_partial, write_bytes, write_json, write_text
+from davae_jax.utils.files import atomic_write, is_partial, remove_partial, write_bytes, write_json, write_text
 from davae_jax.utils.settings import changed_settings
 
 SETTINGS, PARTS = "prepare.json", "parts"
@@ -258,7 +258,7 @@ def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tu
     stats = dict.fromkeys(("lines", "chunks", "texts", "held_out", "blank", "too_long", "bad"), 0)
     stats |= dict(encoder_tokens=0, decoder_tokens=0, file=task.piece.file, number=task.number, bad_lines=[])
     table, kept_apart, text_bytes, chunk = array("I"), {}, 0, None
-    with beside(path) as file:
+    with atomic_write(path) as file:
         try:
             writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
             try:
@@ -299,7 +299,7 @@ def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tu
         stats["encoder_tokens"] = int(columns[:, 1].sum())
         stats["decoder_tokens"] = int(columns[:, 2].sum()) - len(columns)  # those that are trained: all but bos
         stats["bytes"], stats["sha256"] = file.stat().st_size, _sha256(file)
-        with beside(folder / f"{name}.npy") as other, other.open("wb") as out:
+        with atomic_write(folder / f"{name}.npy") as other, other.open("wb") as out:
             np.save(out, columns)
         write_text(folder / PARTS / f"{name}.jsonl", "".join(map(_json_line, kept_apart)))
     return stats, chunks if following is None else itertools.chain([following], chunks)
@@ -367,7 +367,7 @@ def _write_held_out(folder: Path, names: list[str]) -> int:
             for line in file:
                 text = json.loads(line)["text"]
                 texts[_digest(text)[::-1]] = text
-    with beside(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
+    with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
         out.writelines(_json_line(texts[digest]) for digest in sorted(texts))
     return len(texts)
 
@@ -384,7 +384,7 @@ def _write_order(folder: Path, shards: list[dict]) -> None:
     n = int(counts.sum())
     dtype = np.dtype("<u4" if n < 1 << 32 else "<u8")
     places = counts.cumsum() - counts
-    with beside(folder / "order.npy") as file, file.open("wb") as out:
+    with atomic_write(folder / "order.npy") as file, file.open("wb") as out:
         header = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
         np.lib.format.write_array_header_1_0(out, header)
         begin, first = out.tell(), 0
@@ -398,7 +398,7 @@ def _write_order(folder: Path, shards: list[dict]) -> None:
                 places[length] += len(records)
             first += len(decoder)
     found = np.flatnonzero(counts)
-    with beside(folder / "lengths.npy") as file, file.open("wb") as out:
+    with atomic_write(folder / "lengths.npy") as file, file.open("wb") as out:
         np.save(out, np.stack([found, counts[found], longest[found]], axis=1))
 
 

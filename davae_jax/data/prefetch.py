@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from davae_jax.data.batches import Batch
 
 
-def ahead(batches: Any, spans: Sequence[tuple[int, int]], step: int, threads: int) -> Iterator[dict]:
+def prefetch(batches: Any, spans: Sequence[tuple[int, int]], step: int, threads: int) -> Iterator[dict]:
     """These rows of the batches of a step and all that follow, each {(start, stop): rows}.
 
     threads: of grain's, that read before it is wanted; 0 for texts that are in memory.
@@ -41,13 +41,13 @@ class _Steps:
         return {span: self._batches.read(step, *span) for span in self._spans}
 
 
-def spans_of(sharding: NamedSharding, size: int) -> list[tuple[int, int]]:
+def local_row_ranges(sharding: NamedSharding, size: int) -> list[tuple[int, int]]:
     """Which rows of a batch this process's devices hold, as (start, stop)."""
     where = sharding.addressable_devices_indices_map((size,)).values()
     return sorted({index[0].indices(size)[:2] for index in where})
 
 
-def placed(parts: dict[tuple[int, int], Batch], size: int, sharding: NamedSharding) -> Batch:
+def make_global_batch(parts: dict[tuple[int, int], Batch], size: int, sharding: NamedSharding) -> Batch:
     """A batch of `size` rows, laid over the devices of all processes, from the rows that this process's own hold."""
 
     def whole(*leaves):

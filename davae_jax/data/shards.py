@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from davae_jax.data.batches import Batch, padded
+from davae_jax.data.batches import Batch, pad_batch
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.shapes import round_up
 
@@ -238,7 +238,7 @@ class PreparedBatches:
     def read(self, step: int, start: int, stop: int) -> Batch:
         """Rows start to stop of a step's batch."""
         rows, shape = self.rows(step, start, stop)
-        return padded([self.prepared[i] for i in rows.tolist()], shape, self.pad_id)
+        return pad_batch([self.prepared[i] for i in rows.tolist()], shape, self.pad_id)
 
 
 def _check_positions(prepared: Prepared, longest: int, encoder_positions: int | None) -> None:

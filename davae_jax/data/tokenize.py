@@ -88,7 +88,7 @@ def rows_of(
         yield None if row is None or len(row) > max_length else (ids, row)
 
 
-def fitting(
+def filter_by_length(
     texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
 ) -> list[str]:
     """Those of the texts that `tokenize` would keep."""

@@ -22,7 +22,7 @@ from davae_jax.inference.generation import LONGEST
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.davae import split
 from davae_jax.model.latent import Posterior, interpolate
-from davae_jax.parallel.sharding import over_batch
+from davae_jax.parallel.sharding import shard_batch
 from davae_jax.tokenizers.decoder import END, UNK
 from davae_jax.utils.errors import InputError
 
@@ -88,7 +88,7 @@ def evaluate(
 
     accepted = None if language is None else [text in language for text in prior]
     parts: dict[str, Callable[[], Found]] = {
-        "mutual information": lambda: of_latent(each, seed, partial(over_batch, params=split(vae.model)[1])),
+        "mutual information": lambda: of_latent(each, seed, partial(shard_batch, params=split(vae.model)[1])),
         "likelihood": lambda: of_likelihood(each, [len(text_metrics.words(text)) + 1 for text in originals], seed),
         "BLEU": lambda: of_reconstructions(reconstructions, texts, seed),
         "probes": lambda: of_probes(each.mean, labels, seed),
@@ -268,7 +268,7 @@ def of_samples(samples: Sequence[str], texts: Sequence[str], accepted: Sequence[
 
 def of_lines(lines: Sequence[Sequence[str]], seed: int) -> Found:
     """Means over the interpolations of the way's length and largest step, as multiples of the ends' distance."""
-    ways = np.array([text_metrics.way(_all_words(line)) for line in lines]).reshape(-1, 2)
+    ways = np.array([text_metrics.path_length(_all_words(line)) for line in lines]).reshape(-1, 2)
     ways = ways[~np.isnan(ways).any(1)]
     length, largest = ways.mean(0).tolist() if len(ways) else (math.nan, math.nan)
     found = {"interpolation_length": length, "interpolation_largest_step": largest, "interpolations": len(ways)}

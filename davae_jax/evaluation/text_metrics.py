@@ -97,7 +97,7 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return int(row[-1])
 
 
-def way(texts: Sequence[Sequence[str]]) -> tuple[float, float]:
+def path_length(texts: Sequence[Sequence[str]]) -> tuple[float, float]:
     """(length, largest step) of the way from the first text to the last, in edit distances of neighbours.
 
     Both as multiples of the distance of the ends. The length is 1 at least: 1 where every step leads nearer, more where

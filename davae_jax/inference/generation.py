@@ -25,7 +25,7 @@ from davae_jax.model.attention import visible_keys
 from davae_jax.model.config import DAVAEConfig, check_sampling
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.decoder import Decoder
-from davae_jax.parallel.sharding import over_batch
+from davae_jax.parallel.sharding import shard_batch
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.shapes import power_of_two
 
@@ -100,7 +100,7 @@ def generate(
 
     graphdef, params = split(model)
     # Over a mesh each device has its part of the rows, and with them of the cache.
-    latent, tokens, lengths, done = over_batch((latent, tokens, lengths, np.arange(B) >= n), params)
+    latent, tokens, lengths, done = shard_batch((latent, tokens, lengths, np.arange(B) >= n), params)
     tokens, lengths = _generate(
         graphdef,
         params,

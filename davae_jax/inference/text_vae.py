@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, home_of
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.inference.generation import check_prompts, generate, sampling_settings
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE
@@ -67,9 +67,9 @@ class TextVAE:
           InputError: nothing there, or the tokenizers do not fit the model.
         """
         folder = resolve_source(source)
-        config = DAVAEConfig.from_json(home_of(folder) / CONFIG_FILE)
+        config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
         # The tokenizers first: a mistake there should not cost a minute of loading.
-        pair = load_tokenizers(home_of(folder) if tokenizers is None else Path(tokenizers), config)
+        pair = load_tokenizers(config_folder(folder) if tokenizers is None else Path(tokenizers), config)
         return cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
 
     @property
@@ -187,7 +187,7 @@ class TextVAE:
 
     def reconstruct(self, texts: Sequence[str], *, seed: int = 0, **sampling) -> list[str]:
         """Each text through its posterior mean and back."""
-        sampling = greedy_unless_told(sampling)
+        sampling = greedy_by_default(sampling)
         self.check(**sampling)
         return self.generate(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
 
@@ -204,12 +204,12 @@ class TextVAE:
         check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
         line = (great_arc if spherical else interpolate)(mean_a, mean_b, steps)
-        return self.generate(line, seed=seed, **greedy_unless_told(sampling))
+        return self.generate(line, seed=seed, **greedy_by_default(sampling))
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
         """What is to c as b is to a: the text of mean(b) − mean(a) + mean(c)."""
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
-        return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **greedy_unless_told(sampling))[0]
+        return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **greedy_by_default(sampling))[0]
 
     def combine(self, texts: Sequence[str], weights: Sequence[float], *, seed: int = 0, **sampling) -> str:
         """The text of Σ weight · mean(text): with weights ½, ½ what lies between two, with −1, 1, 1 their analogy."""
@@ -217,7 +217,7 @@ class TextVAE:
         if len(texts) != len(weights) or not texts:
             raise InputError(f"{len(weights)} weights for {len(texts)} texts", exit_code=2)
         latent = combine(self.encode(texts, std_scale=0.0), weights)
-        return self.generate(latent[None], seed=seed, **greedy_unless_told(sampling))[0]
+        return self.generate(latent[None], seed=seed, **greedy_by_default(sampling))[0]
 
     def attribute_vector(self, having: Sequence[str], lacking: Sequence[str]) -> Float[np.ndarray, "L"]:
         """What texts that have an attribute have on average more than texts that lack it: a direction of the latent."""
@@ -242,7 +242,7 @@ class TextVAE:
         if direction.shape != (self.config.latent_size,):
             raise InputError(f"direction is {list(direction.shape)}, not {[self.config.latent_size]}", exit_code=2)
         latent = self.encode(texts, std_scale=0.0) + strength * direction
-        return self.generate(latent, seed=seed, **greedy_unless_told(sampling))
+        return self.generate(latent, seed=seed, **greedy_by_default(sampling))
 
     def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:
         """n texts at the distance `radius` from a text's posterior mean, in directions that the seed draws."""
@@ -250,7 +250,7 @@ class TextVAE:
             raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
         check_radius(radius)
         around = self.around(self.encode([text], std_scale=0.0), n, radius, seed=seed)
-        return self.generate(around, seed=seed, **greedy_unless_told(sampling))
+        return self.generate(around, seed=seed, **greedy_by_default(sampling))
 
     def around(
         self, latent: Float[np.ndarray, "k L"], n: int, radius: float, *, seed: int = 0
@@ -287,7 +287,7 @@ def check_steps(steps: int, *, name: str = "steps") -> None:
         raise InputError(f"{name} must be 2 (both ends) to 10000, not {steps}", exit_code=2)
 
 
-def greedy_unless_told(sampling: dict) -> dict:
+def greedy_by_default(sampling: dict) -> dict:
     """The settings with top_k 1, unless they say how to draw: with top_k 1 none of the others would matter."""
     told = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
     return sampling if told else {"top_k": 1, **sampling}

@@ -88,7 +88,7 @@ def _encode(graphdef, params, ids, embedding_noise, key):
 def _decode(graphdef, params, ids, latent, memory, window, capacity, key):
     decoder = merge(graphdef, params).decoder
     output = decoder(ids, latent, memory, window, key)
-    return decoder.logits(output.final), decoder.remember(memory, output.hidden, capacity)
+    return decoder.logits(output.final), decoder.extend_memory(memory, output.hidden, capacity)
 
 
 @partial(jax.jit, static_argnums=0)

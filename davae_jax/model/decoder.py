@@ -25,13 +25,13 @@ from davae_jax.model.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    apply_remat,
     dropout,
+    gather_per_token,
     matmul_transposed,
-    of_each_token,
     param,
-    rematerialized,
     residual_stddev,
-    same_text,
+    same_segment,
     split_keys,
 )
 from davae_jax.parallel.sharding import constrain
@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
 
         A key turns dropout on: on the position features, the input, and twice in each layer.
 
-        remat: `layers.rematerialized`.
+        remat: `layers.apply_remat`.
         segments: where rows hold up to P texts, which one each token is of (1 … P, 0 is padding). Then the latent is
           [B, P, L], a token sees its own text alone, and there is no memory.
         """
@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
             first=0 if memory is None else C - memory.length,
         )
         if segments is not None:
-            visible = visible & same_text(segments)
+            visible = visible & same_segment(segments)
         latent_term = self.latent_term(latent, segments)
         x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
         x = dropout(x, self.dropout_rate, key_input)
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
                     biases = self.r_w_bias[...], self.r_r_bias[...]
                     return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
 
-                x = rematerialized(run, remat)(x) + self.after_layer(latent_term)
+                x = apply_remat(run, remat)(x) + self.after_layer(latent_term)
             hidden.append(x)
         return DecoderOutput(tuple(hidden), self.norm(x))
 
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
         if latent is None:
             return 0.0
         projected = self.latent_projection(latent)
-        return projected[:, None, :] if segments is None else of_each_token(projected, segments)
+        return projected[:, None, :] if segments is None else gather_per_token(projected, segments)
 
     def after_layer(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
         """What is added after a layer: the latent's term, or 0 where the config tells it to the first layer alone."""
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
             old = int(memory.length)
         return min(self.max_memory_length, power_of_two(old + T))
 
-    def remember(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...], capacity: int) -> Memory:
+    def extend_memory(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...], capacity: int) -> Memory:
         """The memory after T new tokens: the last min(max_memory_length, M + T) rows of old and new, gradient stopped.
 
         capacity: from `memory_capacity`.

@@ -15,10 +15,10 @@ from davae_jax.model.layers import (
     LayerNorm,
     Linear,
     Segments,
+    apply_remat,
     dropout,
-    rematerialized,
     residual_stddev,
-    same_text,
+    same_segment,
     split_keys,
 )
 from davae_jax.parallel.sharding import constrain
@@ -60,7 +60,7 @@ class Encoder(nnx.Module):
     ) -> EncoderOutput:
         """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on.
 
-        remat: `layers.rematerialized`.
+        remat: `layers.apply_remat`.
         segments: where rows hold several texts. A token sees its own text alone, and positions begin anew with each.
         """
         keys = split_keys(key, len(self.layers) + 1)
@@ -74,7 +74,7 @@ class Encoder(nnx.Module):
         # Padding is masked by adding −10000 to its keys' scores, as published.
         visible = (ids > 0)[:, None, None, :]
         if segments is not None:
-            visible &= same_text(segments.of_token)
+            visible &= same_segment(segments.of_token)
         score_bias = jnp.where(visible, 0.0, -10000.0)
         hidden = [h]
         for i, layer in enumerate(self.layers):
@@ -83,7 +83,7 @@ class Encoder(nnx.Module):
                 def run(x, layer=layer, key=keys[i + 1]):
                     return layer(x, score_bias, key)
 
-                hidden.append(rematerialized(run, remat)(hidden[-1]))
+                hidden.append(apply_remat(run, remat)(hidden[-1]))
         first = (
             hidden[-1][:, 0]
             if segments is None

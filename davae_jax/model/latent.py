@@ -31,7 +31,7 @@ def kl_per_dimension(posterior: Posterior) -> Float[Array, "B L"]:
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - logvar - 1)
 
 
-def free_bits_kl(kl: Float[Array, "B L"], dim_target_kl: float) -> Float[Array, "B"]:
+def hard_free_bits_kl(kl: Float[Array, "B L"], dim_target_kl: float) -> Float[Array, "B"]:
     """The published free bits: the sum over those dimensions alone whose KL is above the target (a hard mask)."""
     return jnp.where(kl > dim_target_kl, kl, 0).sum(-1)
 

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.model.config import Remat
-from davae_jax.parallel.sharding import Axes, looked_up
+from davae_jax.parallel.sharding import Axes, embedding_lookup
 
 INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
 
@@ -82,7 +82,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return looked_up(self.weight[...], ids).astype(self.dtype)
+        return embedding_lookup(self.weight[...], ids).astype(self.dtype)
 
     def logits(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """h · Eᵀ, accumulated and returned in float32 (tied output embedding)."""
@@ -112,7 +112,7 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def rematerialized(layer: Callable, remat: Remat) -> Callable:
+def apply_remat(layer: Callable, remat: Remat) -> Callable:
     """none: all is kept. dots: the results of products with weights. full: the layer's input alone."""
     match remat:
         case "none":
@@ -136,15 +136,15 @@ class Segments(NamedTuple):
 
     def places(self) -> Int[Array, "B S"]:
         """Each token's place in its own text, from 0; padding's is 0."""
-        starts = of_each_token(self.starts[..., None], self.of_token)[..., 0]
+        starts = gather_per_token(self.starts[..., None], self.of_token)[..., 0]
         return jnp.where(self.of_token > 0, jnp.arange(self.of_token.shape[1]) - starts, 0)
 
 
-def of_each_token(of_texts: Float[Array, "B P D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+def gather_per_token(of_texts: Float[Array, "B P D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """What each token's text has; padding gets the first text's."""
     return jnp.take_along_axis(of_texts, jnp.maximum(segments - 1, 0)[..., None], axis=1)
 
 
-def same_text(segments: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
+def same_segment(segments: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
     """Which keys are of a query's own text."""
     return (segments[:, :, None] == segments[:, None, :])[:, None]

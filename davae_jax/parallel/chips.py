@@ -36,6 +36,6 @@ CHIPS = {
 }
 
 
-def chip_called(kind: str) -> Chip | None:
+def find_chip(kind: str) -> Chip | None:
     """By JAX's name of a device; None of one that is not in the table."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

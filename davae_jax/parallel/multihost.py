@@ -169,7 +169,7 @@ def barrier(reached: str, timeout: int = 300) -> None:
         raise InputError(f"waited {timeout} s until {reached}: no word from {_processes(missing)}") from e
 
 
-def by_first(what: str, work: Callable[[], Any]) -> None:
+def run_on_process_zero(what: str, work: Callable[[], Any]) -> None:
     """Process 0 does the work for all; each of them returns when it is done. What process 0 fails with, all raise.
 
     what: a name for it; each of a run has its own.
@@ -178,7 +178,7 @@ def by_first(what: str, work: Callable[[], Any]) -> None:
         work()
         return
     client, place = _client(), f"outcome/{what.replace(' ', '_')}"
-    if is_first_process():
+    if is_process_zero():
         said, code = "", 0
         try:
             work()
@@ -198,19 +198,19 @@ def by_first(what: str, work: Callable[[], Any]) -> None:
         raise InputError(said, exit_code=code)
 
 
-def agreed(asked: bool, step: int) -> bool:
+def any_process_requested_stop(asked: bool, step: int) -> bool:
     """Whether any process was asked to stop. Several look at it together, every ten steps."""
     if jax.process_count() == 1:
         return asked
     return step % 10 == 0 and bool(_of_all(asked).any())
 
 
-def on_all(good: bool) -> bool:
+def all_processes(good: bool) -> bool:
     """Whether it is so on every process; to be called by all."""
     return good if jax.process_count() == 1 else bool(_of_all(good).all())
 
 
-def same_on_all(what: str, digest: str) -> None:
+def check_same_on_all_processes(what: str, digest: str) -> None:
     """Raises InputError, on every process, where one has another digest than process 0."""
     if jax.process_count() == 1:
         return
@@ -226,7 +226,7 @@ def _of_all(value) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.array(value)))
 
 
-def gathered(params: Params) -> Params:
+def gather_params(params: Params) -> Params:
     """Weights that this process can use alone."""
     if jax.process_count() == 1:
         return params
@@ -235,7 +235,7 @@ def gathered(params: Params) -> Params:
     return jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])
 
 
-def is_first_process() -> bool:
+def is_process_zero() -> bool:
     """Process 0 writes logs and prints for all."""
     return jax.process_index() == 0
 

@@ -81,7 +81,7 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
 
 
-def over_batch(arrays: Any, params: Any) -> Any:
+def shard_batch(arrays: Any, params: Any) -> Any:
     """Lays arrays [B, …] over the mesh that the weights lie on. Of weights on one device, gives them as they are."""
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding):
@@ -102,7 +102,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh.shape))
 
 
-def looked_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+def embedding_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of a table [V, D] whose width is split over fsdp, [B, T, D] with B split over data and fsdp.
 
     A device looks its own columns up for all texts of its fsdp group, and the group exchanges them. Left to itself the

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
-from davae_jax.checkpoints.published_names import INV_FREQ, Row, rows
+from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.config import DAVAEConfig
@@ -133,7 +133,7 @@ def compare(
     folder = resolve_source(src)
     twin_folder = folder if against is None else resolve_source(against)
     config, twin_config = (DAVAEConfig.from_json(f / CONFIG_FILE) for f in (folder, twin_folder))
-    if rows(config) != rows(twin_config):
+    if name_table(config) != name_table(twin_config):
         raise InputError(f"{folder} and {twin_folder}: their {CONFIG_FILE} give tensors of different shapes")
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {batch_size}", exit_code=2)
@@ -179,7 +179,7 @@ def check_model(
             step("JAX: gradients")
             found = flatten(sides.jax_gradients(*split(model), batch))
             step("gradients: difference")
-            checks += _check_gradients(found, gradients, rows(model.config), tolerances)
+            checks += _check_gradients(found, gradients, name_table(model.config), tolerances)
     return Report(checks)
 
 
@@ -220,7 +220,7 @@ def _largest_difference(found: np.ndarray, expected: np.ndarray, scale: np.ndarr
         return float(np.where(difference == 0, 0.0, difference / scale).max(initial=0.0))
 
 
-def _check_gradients(found: dict, folder: Path, table: list[Row], tolerances: Tolerances) -> list[Check]:
+def _check_gradients(found: dict, folder: Path, table: list[NameRow], tolerances: Tolerances) -> list[Check]:
     """One check a module, of its worst tensor, and one of all that softmax ignores. Empties `found` as it goes."""
     t = tolerances
     checks, ignored = [], []
@@ -246,7 +246,7 @@ def _check_gradients(found: dict, folder: Path, table: list[Row], tolerances: To
     return [*checks, _worst(ignored)]
 
 
-def _gradient_of(row: Row) -> str:
+def _gradient_of(row: NameRow) -> str:
     if layer := re.match(r"(\w+)\.layers\.(\d+)\.", row.path):
         return f"gradient of {layer[1]} layer {layer[2]}"
     return f"gradient of {'.'.join(row.path.split('.')[:2])}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from davae_jax.tokenizers.files import _read, _require_unicode
+from davae_jax.tokenizers.files import read_file, require_unicode
 from davae_jax.utils.errors import InputError
 
 END, PAD, BOS, UNK = "<|endoftext|>", "<pad>", "<bos>", "<unk>"
@@ -78,7 +78,7 @@ class DecoderTokenizer:
         return [self.bos_id, *self.encode(text)[:-1]]
 
     def _encode_pieces(self, text: str) -> list[int]:
-        _require_unicode(text)
+        require_unicode(text)
         ids = []
         parts = self._literals.split(text)  # text, literal, text, …, literal, text
         for n, part in enumerate(parts):
@@ -132,7 +132,7 @@ def count_pieces(path: Path) -> int:
 def _load_sentencepiece(path: Path):
     from sentencepiece import SentencePieceProcessor
 
-    data = _read(path)
+    data = read_file(path)
     if not data:  # SentencePiece takes empty bytes for "no model yet" and loads nothing
         raise InputError(f"{path}: the file is empty")
     try:

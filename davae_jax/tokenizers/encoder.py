@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from davae_jax.tokenizers.files import _read, _require_unicode
+from davae_jax.tokenizers.files import read_file, require_unicode
 from davae_jax.utils.errors import InputError, first_line
 
 
@@ -36,7 +36,7 @@ class EncoderTokenizer:
             tokens at the ids given.
         """
         path = Path(folder) / "vocab.txt"
-        data = _read(path)
+        data = read_file(path)
         entries = _vocabulary(path, data)
         # [PAD] must be 0: the encoder's attention mask is `ids > 0`.
         for token, wanted in (("[PAD]", 0), ("[UNK]", None), ("[CLS]", cls_id), ("[SEP]", sep_id), ("[MASK]", None)):
@@ -64,7 +64,7 @@ class EncoderTokenizer:
         if not texts:
             return []
         for text in texts:
-            _require_unicode(text)
+            require_unicode(text)
         encoded = self._tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
         return [[self.cls_id, *ids[: self.max_ids], self.sep_id] for ids in encoded["input_ids"]]
 
@@ -88,7 +88,7 @@ class EncoderTokenizer:
 
 def read_vocabulary(path: Path) -> list[str]:
     """The entries of a vocab.txt; an entry's place is its id. Raises InputError where there is no such file."""
-    return _vocabulary(path, _read(path))
+    return _vocabulary(path, read_file(path))
 
 
 def _vocabulary(path: Path, data: bytes) -> list[str]:

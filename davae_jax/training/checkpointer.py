@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from davae_jax.checkpoints.orbax_logging import quiet
-from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, checkpoints_of
+from davae_jax.checkpoints.orbax_logging import quiet_orbax
+from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, complete_checkpoints
 from davae_jax.checkpoints.weights import flatten, nest
-from davae_jax.parallel.multihost import barrier, is_first_process, on_all
+from davae_jax.parallel.multihost import all_processes, barrier, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
 
@@ -34,7 +34,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int):
         """keep: how many of the newest; the one of the lowest held-out loss is kept as well."""
         self.run, self._keep = run, keep
-        self.step = max(map(_step, checkpoints_of(run)), default=0)  # of the newest complete one, 0 where none is
+        self.step = max(map(_step, complete_checkpoints(run)), default=0)  # of the newest complete one, 0 where none is
         self._checkpointer, self._saving = None, None
 
     def path(self, step: int) -> Path:
@@ -45,7 +45,7 @@ class Checkpoints:
         """The newest complete one's place, for messages."""
         return str(self.path(self.step)) if self.step else "none yet"
 
-    def save(self, state: TrainState, *, held_out_loss: float | None = None, remembered: Any = None) -> None:
+    def save(self, state: TrainState, *, held_out_loss: float | None = None, extra_state: Any = None) -> None:
         """Begins to write the state; the arrays may be reused at once. Waits for the save before, if that still goes.
 
         remembered: JSON values that `restore` returns with the state.
@@ -55,12 +55,12 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        said = {"sums": jax.device_get(_sums(_leaves(state))), "remembered": copy.deepcopy(remembered)}
+        said = {"sums": jax.device_get(_sums(_leaves(state))), "remembered": copy.deepcopy(extra_state)}
         said["sums"] = {name: int(value) for name, value in said["sums"].items()}
         comparable = held_out_loss is not None and math.isfinite(held_out_loss)
         metrics = {"held_out_loss": held_out_loss} if comparable else None
         self._saving = step
-        with self._reporting(), quiet():
+        with self._reporting(), quiet_orbax():
             self._response = self._opened().save_checkpointables_async(
                 step, _parts(state), force=True, overwrite=True, metrics=metrics, custom_metadata=said
             )
@@ -69,7 +69,7 @@ class Checkpoints:
         """Returns when what `save` began is complete. Raises InputError if it cannot be."""
         if self._saving is None:
             return
-        with self._reporting(), quiet():
+        with self._reporting(), quiet_orbax():
             self._response.result()
         self.step, self._saving = self._saving, None
 
@@ -81,23 +81,23 @@ class Checkpoints:
           InputError: none can be read.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(map(_step, checkpoints_of(self.run)), reverse=True):
+        for step in sorted(map(_step, complete_checkpoints(self.run)), reverse=True):
             reason = None
             try:
-                state, remembered = self._load(step, like)
+                state, extra_state = self._load(step, like)
             except _Damaged as e:
                 reason = str(e)
-            if not on_all(reason is None):
+            if not all_processes(reason is None):
                 damaged[step] = reason or "cannot be read by another process"
                 continue
             for bad, reason in damaged.items():
-                if is_first_process():
+                if is_process_zero():
                     print(f"{self.path(bad)}: {reason}; set aside, going on from {self.path(step)}", file=sys.stderr)
                     self.path(bad).rename(_free(self.path(bad).with_suffix(".damaged")))
             self.step = step
             if damaged:
                 barrier("damaged checkpoints are set aside")
-            return state, remembered
+            return state, extra_state
         said = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
         raise InputError(f"{said}; no other checkpoint is left")
 
@@ -112,7 +112,7 @@ class Checkpoints:
             with contextlib.suppress(InputError):  # the first error is the one to tell
                 self.wait()
         if self._checkpointer is not None and self._saving is None:
-            with quiet():
+            with quiet_orbax():
                 self._checkpointer.close()
 
     def _load(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
@@ -120,7 +120,7 @@ class Checkpoints:
 
         path = self.path(step).absolute()
         try:
-            with quiet():
+            with quiet_orbax():
                 parts = ocp.load_checkpointables(path, _parts(like))
                 said = ocp.checkpointables_metadata(path).custom_metadata or {}
         except Exception as e:  # Orbax and TensorStore have many types for a damaged file

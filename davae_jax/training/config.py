@@ -374,7 +374,7 @@ def digest_of(config: TrainConfig) -> str:
 
 
 # What changes no result. Of plugins the text is compared (`run_folder.open_run`), not the place.
-RUNTIME_FIELDS = ("run_dir", "log", "mesh", "distributed", "plugin")
+NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[str] = ()) -> list[str]:
@@ -382,4 +382,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[st
 
     A setting that one of them does not have (another version wrote it) counts as at its default.
     """
-    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*RUNTIME_FIELDS, *besides))
+    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*NOT_COMPARED, *besides))

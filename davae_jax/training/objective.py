@@ -14,7 +14,7 @@ from davae_jax.data.packing import PackedBatch
 from davae_jax.model.davae import DAVAE, Params, merge
 from davae_jax.model.decoder import Decoder
 from davae_jax.model.encoder import EncoderOutput
-from davae_jax.model.latent import Posterior, free_bits_kl, kl_per_dimension
+from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension
 from davae_jax.model.layers import Segments
 from davae_jax.model.losses import adversarial_losses, chunked_nll
 from davae_jax.regularizers import (
@@ -102,7 +102,7 @@ def objective(
     rec_per_token = rec / length
 
     kl_BL = kl_per_dimension(posterior)
-    kl = counted_kl(kl_BL, config, mean_over_texts(batch))
+    kl = free_bits_kl(kl_BL, config, mean_over_texts(batch))
     weighted = rec_per_token if config.length_weighted else rec
     loss = mean(weighted + beta * kl)
     logs = {"rec": mean(rec_per_token), "kl": mean(kl), "kl_unmasked": mean(kl_BL.sum(-1))}
@@ -230,7 +230,7 @@ def in_segments(
         own_key = None if key is None else jax.random.fold_in(key, i)
         output = decoder(ids, latent, memory, window, own_key, config.remat)
         rec = rec + chunked_nll(decoder, output.final, targets, mask, config.logits_chunk)
-        return (decoder.remember(memory, output.hidden, memory.capacity), rec), None
+        return (decoder.extend_memory(memory, output.hidden, memory.capacity), rec), None
 
     segments = cut(ids), cut(targets), cut(mask)
     begin = decoder.empty_memory(len(ids)), jnp.zeros(len(ids), jnp.float32)
@@ -238,7 +238,7 @@ def in_segments(
     return rec
 
 
-def counted_kl(
+def free_bits_kl(
     kl_BL: Float[Array, "B L"], config: TrainConfig, mean: Callable[[Array], Array] = mean_over_rows
 ) -> Float[Array, "B"]:
     """The KL that β weighs, of each text.
@@ -252,7 +252,7 @@ def counted_kl(
     """
     match config.free_bits.mode:
         case "hard":
-            return free_bits_kl(kl_BL, config.free_bits.target)
+            return hard_free_bits_kl(kl_BL, config.free_bits.target)
         case "clamp":
             return jnp.broadcast_to(jnp.maximum(mean(kl_BL), config.free_bits.target).sum(), kl_BL.shape[:-1])
         case "total":

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, checkpoints_of
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, complete_checkpoints
 from davae_jax.regularizers import digest_of
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import PLACES, TrainConfig, differences, to_dict
@@ -40,7 +40,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
         if stored.exists():
             old = json.loads(stored.read_text(encoding="utf-8"))
             changed = changes(old, values) + other_tokenizers(config, path)
-            if changed and checkpoints_of(path):
+            if changed and complete_checkpoints(path):
                 raise InputError(
                     f"{path}: was made with another config: {', '.join(changed)}; give another --run-dir", exit_code=2
                 )
@@ -56,7 +56,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
 
 def _forget(path: Path) -> None:
     """Removes what a run has prepared, unless it has learnt something by now."""
-    if not checkpoints_of(path):
+    if not complete_checkpoints(path):
         for name in (CONFIG_FILE, *TOKENIZER_FILES):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / "init", ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 import numpy as np
 
-from davae_jax.parallel.multihost import is_first_process
+from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.files import write_text
 
@@ -54,7 +54,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self._writers = []
-        if is_first_process():
+        if is_process_zero():
             self._open()
         self.restart_clock()
         return self

@@ -36,7 +36,7 @@ from davae_jax.utils.shapes import round_up
 HELD_OUT_PART = 0.01  # of the training texts, where no others are given to measure on
 DEMO_PIECES, PIECES = 600, 8000  # of the decoder's vocabulary, where the config leaves it open
 # What no tensor's shape depends on.
-TOLD_BY_THE_RUN = {
+RUNTIME_FIELDS = {
     "encoder": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
     "decoder": [
         *["embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"],
@@ -223,7 +223,7 @@ def _tokenizer_file(config: TrainConfig, name: str, half: str | None) -> Path | 
     return next((path for path in places if path.is_file()), None)
 
 
-def cut_apart(config: TrainConfig, corpus: Corpus) -> str | None:
+def truncation_mismatch(config: TrainConfig, corpus: Corpus) -> str | None:
     """Where training reads long texts in another way than they were prepared for, for a warning."""
     if corpus.prepared is None or corpus.prepared.manifest["settings"].get("cut", False) == config.data.cut:
         return None
@@ -239,7 +239,7 @@ def pieces_of(config: TrainConfig) -> int:
     return config.data.pieces or (DEMO_PIECES if config.data.train is None else PIECES)
 
 
-def unsplit(model: DAVAEConfig, mesh: Mapping[str, int]) -> str | None:
+def unsharded_weights(model: DAVAEConfig, mesh: Mapping[str, int]) -> str | None:
     """Which weights stay whole although the mesh should split them, for a warning."""
     said, fsdp, tensor = [], mesh["fsdp"], mesh["tensor"]
     inner = model.encoder.intermediate_size, 4 * model.decoder.hidden_size
@@ -272,7 +272,7 @@ def warm_started(model: DAVAEConfig, run_dir: Path) -> DAVAEConfig:
     made = DAVAEConfig.from_json(run_dir / "init" / CONFIG_FILE)
     told = {
         part: dataclasses.replace(getattr(made, part), **{name: getattr(getattr(model, part), name) for name in names})
-        for part, names in TOLD_BY_THE_RUN.items()
+        for part, names in RUNTIME_FIELDS.items()
     }
     return dataclasses.replace(made, **told)
 

@@ -50,7 +50,7 @@ def regularizer_optimizers(config: TrainConfig) -> dict[str, optax.GradientTrans
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
-    main, discriminator = _halves(params)
+    main, discriminator = split_discriminator(params)
     optimizer, discriminator_optimizer = optimizers(config)
     sizes = Sizes(len(params["encoder"]["posterior"]["weight"]) // 2, len(params["decoder"]["embedding"]["weight"]))
     own = init_own(active(config.regularizers), config.seed, sizes)
@@ -93,14 +93,16 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
             is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
 
-    pairs = zip(optimizers(config), (state.optimizer, state.discriminator_optimizer), _halves(params), strict=True)
+    pairs = zip(
+        optimizers(config), (state.optimizer, state.discriminator_optimizer), split_discriminator(params), strict=True
+    )
     opt_states = (of_optimizer(*pair) for pair in pairs)
     of_own = state.regularizers, state.regularizer_optimizers
     own = jax.tree.map(lambda x: placed(x, replicated), of_own)
     return TrainState(placed(state.step, replicated), params, *opt_states, *own)
 
 
-def _halves(params: Params) -> tuple[Params, Params]:
+def split_discriminator(params: Params) -> tuple[Params, Params]:
     """Encoder and decoder, and the discriminator: each has its own optimizer."""
     main = {name: part for name, part in params.items() if name != "discriminator"}
     return main, {"discriminator": params["discriminator"]}

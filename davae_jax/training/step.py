@@ -23,7 +23,7 @@ from davae_jax.regularizers import (
 from davae_jax.training.config import LaggingConfig, TrainConfig
 from davae_jax.training.objective import Logs, gradient, reconstruction
 from davae_jax.training.schedules import beta_at, learning_rate
-from davae_jax.training.state import TrainState, _halves, optimizers, regularizer_optimizers
+from davae_jax.training.state import TrainState, optimizers, regularizer_optimizers, split_discriminator
 
 
 def not_finite_in(values: dict[str, float], regularizers: Container[str]) -> str | None:
@@ -63,11 +63,11 @@ def make_train_step(
         if config.lagging.encoder_steps:
             waits = decoder_waits(state.step, config.steps, config.lagging)
             grads["decoder"] = jax.tree.map(lambda g: jnp.where(waits, 0, g), grads["decoder"])
-        main_grads, discriminator_grads = _halves(grads)
-        main, discriminator = _halves(state.params)
+        main_grads, discriminator_grads = split_discriminator(grads)
+        main, discriminator = split_discriminator(state.params)
         updates, opt_state = optimizer.update(main_grads, state.optimizer, main)
         if config.lagging.encoder_steps:
-            updates, opt_state = held(waits, updates, (state.optimizer, opt_state))
+            updates, opt_state = freeze_decoder_update(waits, updates, (state.optimizer, opt_state))
         d_updates, d_opt_state = discriminator_optimizer.update(
             discriminator_grads, state.discriminator_optimizer, discriminator
         )
@@ -131,7 +131,7 @@ def decoder_waits(step: Int[Array, ""], steps: int, config: LaggingConfig) -> Bo
     return in_turn & (step < config.until * steps)
 
 
-def held(waits: Bool[Array, ""], updates: Params, states: tuple[optax.OptState, optax.OptState]):
+def freeze_decoder_update(waits: Bool[Array, ""], updates: Params, states: tuple[optax.OptState, optax.OptState]):
     """Updates and the optimizer's next state, the decoder's part of both as if the step had not been: its moments and
     the number of steps that they are of (`optimizers.make_optimizer`, `halves`)."""
 

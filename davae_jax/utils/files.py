@@ -12,17 +12,17 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    with beside(path) as file:
+    with atomic_write(path) as file:
         file.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    with beside(path) as file:
+    with atomic_write(path) as file:
         file.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file beside `path`; it takes that name once it is written, and is gone where that failed."""
     file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -33,7 +33,7 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether it is what a killed program was writing (`beside`)."""
+    """Whether it is what a killed program was writing (`atomic_write`)."""
     return re.fullmatch(r"\..+\.\d+\.partial", path.name) is not None
 
 
