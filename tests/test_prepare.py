@@ -22,7 +22,8 @@ from davae_jax.data import readers as inputs
 from davae_jax.data.build_shards import Task, _finish, _tokenizers, make_shards
 from davae_jax.data.prefetch import prefetch
 from davae_jax.data.readers import LONGEST_LINE, find_files, pieces_of, read_piece
-from davae_jax.data.shards import Prepared, PreparedBatches, PreparedTexts, id_dtype, ids_of, permuted, record_of
+from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts, permuted
+from davae_jax.data.shards import Prepared, id_dtype, ids_of, record_of
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig

@@ -17,7 +17,7 @@ from davae_jax.data.tokenize import Texts
 from davae_jax.utils.shapes import round_up
 
 if TYPE_CHECKING:
-    from davae_jax.data.shards import PreparedTexts
+    from davae_jax.data.shard_batches import PreparedTexts
 
 WINDOW = 512  # texts that a row's next one is chosen from
 

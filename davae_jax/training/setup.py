@@ -18,7 +18,8 @@ from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.data import demo_corpus
 from davae_jax.data.batches import Batches
 from davae_jax.data.packing import PackedBatches
-from davae_jax.data.shards import Prepared, PreparedBatches, PreparedTexts
+from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts
+from davae_jax.data.shards import Prepared
 from davae_jax.data.texts import read_texts
 from davae_jax.data.tokenize import tokenize
 from davae_jax.model.config import DAVAEConfig, EncoderConfig
