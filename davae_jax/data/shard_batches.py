@@ -1,4 +1,4 @@
-"""The batch of every step of prepared texts: arithmetic on the step's number, nothing stored that grows with the texts."""
+"""The batch of every step of prepared texts, as arithmetic on the step: nothing in memory grows with the texts."""
 
 from __future__ import annotations
 
