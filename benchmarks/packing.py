@@ -1,9 +1,10 @@
-"""What packing saves: token slots that are padding, and trained tokens a second, beside batches by length.
+"""Compares sequence packing with length-bucketed batches: fraction of padding, and trained tokens per second.
 
     python benchmarks/packing.py TEXTS --tokenizers FOLDER [--steps N] [--max-length N]
 
-Prints the table of docs/packing.md. All kinds of batches train the same small model in turns in one process, with about
-as many trained tokens a step. On CPU the clock is the process's own: what else the machine does counts little.
+Prints the second table of docs/packing.md. All kinds of batches train the same small model in one process, taking turns
+step by step, with about the same number of trained tokens per step. On CPU, time is measured as process time, so other
+load on the machine has little effect.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--tokenizers", type=Path, required=True, help="folder with spiece.model and vocab.txt")
-    parser.add_argument("--steps", type=int, default=8, help="timed of each kind")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each kind")
     parser.add_argument("--max-length", type=int, default=128)
     args = parser.parse_args()
 
@@ -46,7 +47,7 @@ def main() -> None:
     texts = tokenize(found, *tokenizers, max_length=args.max_length, source=str(args.texts))
     pad_id = published.pad_token_id
     packed = PackedBatches(texts, 8, pad_id=pad_id, row_length=args.max_length)
-    per_step = trained(packed[0]) / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts
+    per_step = trained(packed[0]) / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts per step
     kinds = {
         "one length": Batches(texts, round(per_step), pad_id=pad_id),
         "4 buckets": Batches(texts, round(per_step), pad_id=pad_id, buckets=4),
@@ -63,12 +64,15 @@ def main() -> None:
 
 
 def trained(batch: Batch | PackedBatch) -> int:
-    """Tokens of a batch that are learnt."""
+    """Returns the number of target tokens in a batch."""
     return int(np.maximum(batch.lengths - 1, 0).sum())
 
 
 def padding(batches: Batches | PackedBatches) -> np.ndarray:
-    """Parts of an epoch's slots of encoder and decoder; the decoder does not read the last place of a plain row."""
+    """Returns the fractions of an epoch's encoder and decoder slots that are padding.
+
+    Unpacked decoder rows have one slot fewer than their length, because the last token is only a target.
+    """
     if isinstance(batches, PackedBatches):
         return batches.padding
     real = slots = np.zeros(2)
@@ -80,9 +84,9 @@ def padding(batches: Batches | PackedBatches) -> np.ndarray:
 
 
 def speeds(kinds: dict, take_step, state, n: int) -> dict[str, float]:
-    """Trained tokens a second of each kind."""
+    """Returns the trained tokens per second of each kind of batch, over n steps of each."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    # The first steps compile a program for every shape.
+    # Run each shape once before timing, so that no compilation is timed.
     warm = {name: {batches.rows(step)[1]: step for step in range(batches.per_epoch)} for name, batches in kinds.items()}
     for name, shapes in warm.items():
         for step in shapes.values():

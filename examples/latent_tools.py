@@ -1,9 +1,11 @@
-"""A walk through the latent space of the demo: `python examples/latent_tools.py [runs/demo]`, after `python train.py`.
+"""Demonstrates the latent-space operations of `TextVAE` on the demo model. Train it first with `python train.py`.
 
-Each part stands by itself and can be pasted into a notebook after the first.
+    python examples/latent_tools.py [runs/demo]
+
+Each cell after the first can be pasted into a notebook on its own. A ✓ marks texts that the demo's grammar accepts.
 """
 
-# %% The model, and texts it has not seen, whose factors are known.
+# %% Load the model and some held-out texts whose generating factors are known.
 import sys
 
 import numpy as np
@@ -18,35 +20,36 @@ factors = [corpus.factors[text] for text in texts]
 
 
 def show(title: str, lines: list[str]) -> None:
+    """Prints texts under a title, each with a mark for whether the grammar accepts it."""
     print(f"\n{title}")
     for line in lines:
         print(f"  {'✓' if line in corpus.factors else '✗'} {line}")
 
 
-# %% From one text to another, straight and along the great arc.
+# %% Interpolate between two texts: on a straight line, and on a great circle, which preserves the norm of the latent.
 a, b = texts[0], texts[1]
-show("straight", vae.interpolate(a, b, 7))
-show("along the great arc", vae.interpolate(a, b, 7, spherical=True))
-lengths = np.linalg.norm(vae.encode(texts, std_scale=0.0), axis=1)
-print(f"  means lie {lengths.mean():.2f} from the origin, draws of the prior about {vae.config.latent_size**0.5:.2f}")
+show("linear interpolation", vae.interpolate(a, b, 7))
+show("spherical interpolation", vae.interpolate(a, b, 7, spherical=True))
+norms = np.linalg.norm(vae.encode(texts, std_scale=0.0), axis=1)
+print(f"  mean norm: posterior means {norms.mean():.2f}, prior samples about {vae.config.latent_size**0.5:.2f}")
 
-# %% An attribute from examples: what good reviews have that bad ones have not. Other texts are shifted by it.
-good = [text for text, f in zip(texts[:300], factors[:300], strict=True) if f.good]
-bad = [text for text, f in zip(texts[:300], factors[:300], strict=True) if not f.good]
-praise = vae.attribute_vector(having=good, lacking=bad)
+# %% Learn an attribute vector from positive and negative reviews, and shift other texts along it.
+positive = [text for text, f in zip(texts[:300], factors[:300], strict=True) if f.good]
+negative = [text for text, f in zip(texts[:300], factors[:300], strict=True) if not f.good]
+sentiment = vae.attribute_vector(having=positive, lacking=negative)
 complaints = [text for text, f in zip(texts[300:], factors[300:], strict=True) if not f.good]
-show("a complaint", complaints[:1])
+show("a negative review", complaints[:1])
 for strength in (0.5, 1.0, 1.5):
-    show(f"with {strength:g} times the praise", vae.shift(complaints[:1], praise, strength))
-praised = vae.shift(complaints, praise)
-turned = [corpus.factors[new].good for new in praised if new in corpus.factors]
-print(f"  {len(complaints)} complaints: {len(turned)} stay sentences of the language, {sum(turned)} of them praise")
+    show(f"shifted by {strength:g} times the sentiment vector", vae.shift(complaints[:1], sentiment, strength))
+shifted = vae.shift(complaints, sentiment)
+is_positive = [corpus.factors[text].good for text in shifted if text in corpus.factors]
+print(f"  of {len(complaints)} shifted reviews, {len(is_positive)} are grammatical and {sum(is_positive)} positive")
 
-# %% Around a text, nearer and further away.
+# %% Sample the neighbourhood of a text at increasing distances in the latent space.
 for radius in (0.5, 2.0, 4.0):
-    show(f"at a distance of {radius:g}", vae.neighbours(a, 3, radius))
+    show(f"neighbours at distance {radius:g}", vae.neighbours(a, 3, radius))
 
-# %% Sums and differences. Topic and time of two texts, halfway; and an analogy, as a sum with weights −1, 1, 1.
-show("halfway", [vae.combine([a, b], [0.5, 0.5])])
-one = Factors("餐厅", "服务", True, "非常", "昨天", "家人", "chat")
-show("analogy", [vae.combine([sentence(one), sentence(one._replace(good=False)), a], [-1, 1, 1])])
+# %% Add and subtract latents: the midpoint of two texts, and an analogy, which has the weights −1, 1, 1.
+show("midpoint", [vae.combine([a, b], [0.5, 0.5])])
+review = Factors("餐厅", "服务", True, "非常", "昨天", "家人", "chat")
+show("analogy", [vae.combine([sentence(review), sentence(review._replace(good=False)), a], [-1, 1, 1])])

@@ -205,14 +205,14 @@ def test_the_example_runs(tiny_checkpoint, monkeypatch, capsys):
     out = capsys.readouterr().out
     parts = re.findall(r"^(\S.*)\n((?:  [✓✗].*\n)+)", out, re.MULTILINE)
     assert [(title, len(lines.splitlines())) for title, lines in parts] == [
-        ("straight", 7),
-        ("along the great arc", 7),
-        ("a complaint", 1),
-        *[(f"with {strength} times the praise", 1) for strength in ("0.5", "1", "1.5")],
-        *[(f"at a distance of {radius}", 3) for radius in ("0.5", "2", "4")],
-        ("halfway", 1),
+        ("linear interpolation", 7),
+        ("spherical interpolation", 7),
+        ("a negative review", 1),
+        *[(f"shifted by {strength} times the sentiment vector", 1) for strength in ("0.5", "1", "1.5")],
+        *[(f"neighbours at distance {radius}", 3) for radius in ("0.5", "2", "4")],
+        ("midpoint", 1),
         ("analogy", 1),
     ]
-    assert "draws of the prior about 2.00" in out  # of four dimensions
+    assert "prior samples about 2.00" in out  # of four dimensions
     complaints = sum(not texts.factors[text].good for text in texts.held_out[300:310])
-    assert f"{complaints} complaints: 0 stay sentences of the language, 0 of them praise" in out
+    assert f"of {complaints} shifted reviews, 0 are grammatical and 0 positive" in out
