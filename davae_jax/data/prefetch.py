@@ -1,58 +1,69 @@
-"""Batches read ahead, and laid over devices."""
+"""Batches read ahead of the step that needs them, and laid out over the devices of all processes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from davae_jax.data.batches import Batch
+from davae_jax.data.batches import Batch, BatchSource
+
+RowRange = tuple[int, int]  # start, stop
 
 
-def prefetch(batches: Any, spans: Sequence[tuple[int, int]], step: int, threads: int) -> Iterator[dict]:
-    """These rows of the batches of a step and all that follow, each {(start, stop): rows}.
+def prefetch(source: BatchSource, sharding: NamedSharding, first_step: int, threads: int = 0) -> Iterator[Batch]:
+    """Yields the batches of `first_step` and of all later steps, laid out by `sharding`.
 
-    threads: of grain's, that read before it is wanted; 0 for texts that are in memory.
+    Each process reads only the rows that its own devices hold.
+
+    Args:
+      sharding: how the rows of a batch are split over the devices.
+      threads: number of grain's reading threads; 0 reads a batch when it is asked for, right for texts in memory.
     """
-    steps = _Steps(batches, spans)
-    if not threads:
-        return map(steps.__getitem__, itertools.count(step))
-    import grain
+    parts = _BatchParts(source, local_row_ranges(sharding, source.batch_size))
+    if threads:
+        import grain
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    coming = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
-    coming.set_state({"next_index": step})
-    return coming
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        upcoming = iter(grain.MapDataset.source(parts).to_iter_dataset(options))
+        upcoming.set_state({"next_index": first_step})
+    else:
+        upcoming = map(parts.__getitem__, itertools.count(first_step))
+    for ranges in upcoming:
+        yield make_global_batch(ranges, source.batch_size, sharding)
 
 
-class _Steps:
-    """What grain reads from: step → the parts of its batch, without end."""
+class _BatchParts:
+    """The endless sequence that grain reads: for each step, the parts of its batch that this process needs."""
 
-    def __init__(self, batches: Any, spans: Sequence[tuple[int, int]]):
-        self._batches, self._spans = batches, spans
+    def __init__(self, source: BatchSource, ranges: Sequence[RowRange]):
+        self._source, self._ranges = source, ranges
 
     def __len__(self) -> int:
         return 1 << 62
 
-    def __getitem__(self, step: int) -> dict[tuple[int, int], Batch]:
-        return {span: self._batches.read(step, *span) for span in self._spans}
+    def __getitem__(self, step: int) -> dict[RowRange, Batch]:
+        return {rows: self._source.batch(step, *rows) for rows in self._ranges}
 
 
-def local_row_ranges(sharding: NamedSharding, size: int) -> list[tuple[int, int]]:
-    """Which rows of a batch this process's devices hold, as (start, stop)."""
-    where = sharding.addressable_devices_indices_map((size,)).values()
-    return sorted({index[0].indices(size)[:2] for index in where})
+def local_row_ranges(sharding: NamedSharding, batch_size: int) -> list[RowRange]:
+    """Returns which rows of a batch this process's devices hold, as sorted (start, stop) pairs."""
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({index[0].indices(batch_size)[:2] for index in indices})
 
 
-def make_global_batch(parts: dict[tuple[int, int], Batch], size: int, sharding: NamedSharding) -> Batch:
-    """A batch of `size` rows, laid over the devices of all processes, from the rows that this process's own hold."""
+def make_global_batch(parts: dict[RowRange, Batch], batch_size: int, sharding: NamedSharding) -> Batch:
+    """Returns a batch laid out over the devices of all processes, made of the rows that this process holds."""
+    ranges = list(parts)
 
-    def whole(*leaves):
-        by_span = dict(zip(parts, leaves, strict=True))
-        part = lambda where: by_span[where[0].indices(size)[:2]]  # noqa: E731
-        return jax.make_array_from_callback((size, *leaves[0].shape[1:]), sharding, part)
+    def assemble(*arrays):
+        by_range = dict(zip(ranges, arrays, strict=True))
+        return jax.make_array_from_callback(
+            (batch_size, *arrays[0].shape[1:]),
+            sharding,
+            lambda index: by_range[index[0].indices(batch_size)[:2]],
+        )
 
-    return jax.tree.map(whole, *parts.values())
+    return jax.tree.map(assemble, *parts.values())

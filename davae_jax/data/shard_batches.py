@@ -1,4 +1,7 @@
-"""The batch of every step of prepared texts, as arithmetic on the step: nothing in memory grows with the texts."""
+"""The batch of every step of prepared texts, as arithmetic on the step: nothing in memory grows with the texts.
+
+Packing needs every text's lengths: `PreparedTexts` keeps those.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,13 @@ from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.shapes import round_up
 
 
-class PreparedBatches:
-    """The batch of every step of prepared texts, with the interface of `data.Batches`: a seeded shuffle an epoch,
-    without end, texts of like length together in `buckets` shapes.
+class ShardBatches:
+    """Batches of prepared texts, one text a row (a `BatchSource`), with nothing stored that grows with the corpus.
 
-    A step's batch depends on the seed and the step alone. An epoch is one row of places: the buckets one after the
-    other, each shuffled by a permutation that is computed, not stored; batch k has the places from k·B on, and the
-    batches come in an order shuffled in the same way. What does not fill a batch at the end waits for another epoch.
-
-    Batches that are asked for one after the other have been read in background threads (grain's).
+    As in `TextBatches`, an epoch is a seeded shuffle, and texts of similar length are batched together in `buckets`
+    shapes. An epoch is a sequence of places, sorted by length: the buckets one behind the other, each shuffled by a
+    permutation that is computed and not stored. Batch k takes the places from k·B on, and the batches come in an order
+    that is shuffled in the same way. What does not fill a batch at the end waits for another epoch.
     """
 
     def __init__(
@@ -33,16 +34,25 @@ class PreparedBatches:
         pad_id: int,
         buckets: int = 1,
         seed: int = 0,
-        max_length: int | None = None,  # texts of more decoder ids are left out
-        encoder_positions: int | None = None,  # no row of the encoder's is padded past them
+        max_length: int | None = None,
+        encoder_positions: int | None = None,
     ):
-        """Raises InputError where no text is short enough, or one is too long for the encoder."""
+        """
+        Args:
+          pad_id: the decoder's padding id; the encoder's is 0.
+          buckets: number of shapes (S, T).
+          max_length: texts with more decoder ids are left out.
+          encoder_positions: the encoder's rows are never padded beyond this length.
+
+        Raises:
+          InputError: no text is short enough, or one is too long for the encoder.
+        """
         self.prepared, self.batch_size, self.pad_id, self.seed = prepared, batch_size, pad_id, seed
         lengths, counts, longest = prepared.lengths(max_length)
         _check_positions(prepared, int(longest[-1]), encoder_positions)
         self.count = int(counts.sum())
         self.too_long = len(prepared) - self.count + prepared.manifest["counts"]["too_long"]
-        # Fewer texts than a batch: some stand in it more than once, and all are of one bucket.
+        # With fewer texts than rows, some texts stand in a batch more than once, and there is one bucket.
         n = max(self.count, batch_size)
         buckets = 1 if self.count < max(batch_size, buckets) else buckets
         self._bounds = [n * i // buckets for i in range(buckets + 1)]
@@ -51,18 +61,18 @@ class PreparedBatches:
             of_longest = np.searchsorted(counts.cumsum(), min(end, self.count))  # row of the bucket's last text
             S, T = round_up(int(longest[of_longest]), 8), round_up(int(lengths[of_longest]), 8)
             self._shapes.append((min(S, encoder_positions or S), T))
-        self.per_epoch = n // batch_size
+        self.steps_per_epoch = n // batch_size
         self._order = _Column(prepared.folder / "order.npy", len(prepared))
 
-    @property
-    def size(self) -> str:
-        """Of a batch, in words."""
-        return f"{self.batch_size} texts"
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        records, shape = self.texts_of(step, start, stop)
+        return pad_batch([self.prepared[i] for i in records.tolist()], shape, self.pad_id)
 
-    def rows(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-        """Which records make the batch of a step, or its rows start to stop alone, and its shape (S, T)."""
-        epoch, place = divmod(step, self.per_epoch)
-        k = permuted(np.array([place]), self.per_epoch, (self.seed, epoch))[0]
+    def texts_of(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the records of the rows from `start` to `stop` of a step's batch, and the lengths (S, T + 1) that
+        they are padded to."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        k = permuted(np.array([place]), self.steps_per_epoch, (self.seed, epoch))[0]
         places = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         of_bucket = np.searchsorted(self._bounds, places, side="right") - 1
         for bucket in np.unique(of_bucket):
@@ -71,17 +81,11 @@ class PreparedBatches:
             places[here] = low + permuted(places[here] - low, high - low, (self.seed, epoch, bucket + 1))
         return self._order[places[start:stop] % self.count], self._shapes[of_bucket[-1]]
 
-    def where(self, step: int) -> str:
-        """The lines that make the batch of a step, for messages."""
-        return self.prepared.where(self.rows(step)[0].tolist())
+    def describe(self, step: int) -> str:
+        return self.prepared.where(self.texts_of(step)[0].tolist())
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.read(step, 0, self.batch_size)
-
-    def read(self, step: int, start: int, stop: int) -> Batch:
-        """Rows start to stop of a step's batch."""
-        rows, shape = self.rows(step, start, stop)
-        return pad_batch([self.prepared[i] for i in rows.tolist()], shape, self.pad_id)
+    def summary(self) -> str:
+        return f"{self.batch_size} texts"
 
 
 def _check_positions(prepared: Prepared, longest: int, encoder_positions: int | None) -> None:

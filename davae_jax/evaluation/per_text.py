@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from davae_jax.data.batches import pad_batch
+from davae_jax.data.batches import pad_rows
 from davae_jax.data.tokenize import Texts
 from davae_jax.evaluation import metrics
 from davae_jax.model.davae import DAVAE, merge, split
@@ -56,9 +56,9 @@ def per_text(
             S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
             shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1
             fill = power_of_two(len(part), least=1) - len(part) if n < batch_size else batch_size - len(part)
-            batch = pad_batch(rows + rows[:1] * fill, shape, model.config.pad_token_id)
+            encoder_ids, decoder_ids, _ = pad_rows(rows + rows[:1] * fill, shape, model.config.pad_token_id)
             index = np.concatenate([texts.lines[part] - 1, np.zeros(fill, int)]).astype(np.int32)
-            inputs = shard_batch((batch.encoder_ids, batch.decoder_ids, index), params)
+            inputs = shard_batch((encoder_ids, decoder_ids, index), params)
             values = jax.device_get(_of_batch(graphdef, params, *inputs, key, samples))
             parts.append([value[: len(part)] for value in values])
             bar.update(len(part))

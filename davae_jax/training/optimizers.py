@@ -1,4 +1,4 @@
-"""The optimizers a run can be told to use; all of them optax's."""
+"""The optimizers that a run can use, all of them optax's, and the guard against gradient spikes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from davae_jax.training.config import OptimizerConfig
 from davae_jax.training.schedules import learning_rate
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, halves: bool = False) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the update. Matrices decay, biases and LayerNorms never.
+def make_optimizer(
+    config: OptimizerConfig, steps: int, separate_decoder: bool = False
+) -> optax.GradientTransformation:
+    """Returns clipping by the global norm, followed by the update. Matrices decay; biases and LayerNorms never do.
 
-    halves: the decoder's moments, and the number of steps that they are of, are kept apart from the encoder's.
+    Args:
+      steps: of the whole training, for the learning rate's schedule.
+      separate_decoder: keep the decoder's moments and step count apart from the encoder's.
     """
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    optimizer = optax.chain(clip, _update(config, steps, halves))
+    optimizer = optax.chain(clip, _update(config, steps, separate_decoder))
     return skip_spikes(optimizer, config.spike) if config.spike else optimizer
 
 
 class SpikeState(NamedTuple):
     usual: Float[Array, ""]  # running mean of the gradient's norm
     seen: Int[Array, ""]  # steps
-    skipped: Int[Array, ""]  # of these
+    skipped: Int[Array, ""]  # steps that were skipped
     inner: optax.OptState
 
 
 def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """Leaves the weights it is for (encoder and decoder) and their optimizer as they are where the gradient's norm is
-    over `factor` times its running mean.
+    """Returns an optimizer that leaves weights and optimizer state unchanged where the gradient's norm spikes.
 
-    The mean is over about the last 100 steps, and nothing is skipped in the first 100. Every step that is skipped
-    raises it by a tenth, so that a norm that stays high is taken for the usual one after a while.
+    A spike is a norm above `factor` times its running mean. The mean is over about the last 100 steps, and nothing is
+    skipped during the first 100. Every skipped step raises the mean by a tenth, so that a norm that stays high counts
+    as the usual one after a while.
     """
     memory = 100
 
@@ -56,7 +60,7 @@ def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax
     return optax.GradientTransformation(init, update)
 
 
-def _update(config: OptimizerConfig, steps: int, halves: bool) -> optax.GradientTransformation:
+def _update(config: OptimizerConfig, steps: int, separate_decoder: bool) -> optax.GradientTransformation:
     match config.name:
         case "adamw":
             direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -64,13 +68,13 @@ def _update(config: OptimizerConfig, steps: int, halves: bool) -> optax.Gradient
             update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None)
             direction = optax.chain(update, optax.scale(-1.0))
         case "muon":
-            # consistent_rms: AdamW's usual size of an update, so that one learning rate serves both.
+            # consistent_rms gives updates of AdamW's usual size, so that one learning rate serves both.
             adam = dict(adam_b1=config.b1, adam_b2=config.b2, eps=config.eps)
             update = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2, **adam)
             direction = optax.chain(update, optax.scale(-1.0))
-    if halves:
-        direction = optax.partition({"decoder": direction, "others": direction}, _half_of)
-    # Rate and decay are as in AdamW, whichever the direction: the decay is multiplied by the rate too.
+    if separate_decoder:
+        direction = optax.partition({"decoder": direction, "others": direction}, _partition_label)
+    # Learning rate and decay act as in AdamW whatever the direction: the decay is multiplied by the rate too.
     return optax.chain(
         direction,
         optax.add_decayed_weights(config.weight_decay, _is_matrix),
@@ -78,20 +82,20 @@ def _update(config: OptimizerConfig, steps: int, halves: bool) -> optax.Gradient
     )
 
 
-def _half_of(params: Params):
+def _partition_label(params: Params):
     return jax.tree.map_with_path(lambda path, w: "decoder" if path[0].key == "decoder" else "others", params)
 
 
 def _is_matrix(params: Params):
-    """Some biases here have two axes, and are known by their names."""
+    """Returns which weights decay. Some biases have two axes; they are recognised by their names."""
     return jax.tree.map_with_path(lambda path, w: w.ndim > 1 and "bias" not in jax.tree_util.keystr(path[-1:]), params)
 
 
 def _muon_axes(params: Params):
-    """Muon is for the matrices inside the layers; embeddings, the latent's maps and vectors are Adam's."""
+    """Returns the axes of the matrices inside the layers, which Muon updates; every other weight is AdamW's."""
 
     def axes(path, w, is_matrix):
-        inside = any(getattr(key, "key", None) == "layers" for key in path)
-        return optax.contrib.MuonDimensionNumbers(w.ndim - 1, w.ndim - 2) if inside and is_matrix else None
+        in_layer = any(getattr(key, "key", None) == "layers" for key in path)
+        return optax.contrib.MuonDimensionNumbers(w.ndim - 1, w.ndim - 2) if in_layer and is_matrix else None
 
     return jax.tree.map_with_path(axes, params, _is_matrix(params))
