@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from davae_jax import DAVAEConfig
-from davae_jax.data.batches import Batch, Batches
-from davae_jax.data.packing import PackedBatch, PackedBatches
+from davae_jax.data.batches import Batch, TextBatches
+from davae_jax.data.packing import PackedBatches
 from davae_jax.data.texts import read_texts
 from davae_jax.data.tokenize import tokenize
 from davae_jax.model.davae import DAVAE, InitKeys, abstract_model, split
@@ -47,11 +47,11 @@ def main() -> None:
     texts = tokenize(found, *tokenizers, max_length=args.max_length, source=str(args.texts))
     pad_id = published.pad_token_id
     packed = PackedBatches(texts, 8, pad_id=pad_id, row_length=args.max_length)
-    per_step = trained(packed[0]) / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts per step
+    per_step = trained(packed.batch(0)) / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts per step
     kinds = {
-        "one length": Batches(texts, round(per_step), pad_id=pad_id),
-        "4 buckets": Batches(texts, round(per_step), pad_id=pad_id, buckets=4),
-        "8 buckets": Batches(texts, round(per_step), pad_id=pad_id, buckets=8),
+        "one length": TextBatches(texts, round(per_step), pad_id=pad_id),
+        "4 buckets": TextBatches(texts, round(per_step), pad_id=pad_id, buckets=4),
+        "8 buckets": TextBatches(texts, round(per_step), pad_id=pad_id, buckets=8),
         "packed": packed,
     }
     params = jax.jit(lambda: split(DAVAE(model, rngs=InitKeys(jax.random.key(0))))[1])()
@@ -63,12 +63,12 @@ def main() -> None:
         print(f"| {name} | {encoder:.1%} | {decoder:.1%} | {rates[name] / rates['packed']:.2f} |")
 
 
-def trained(batch: Batch | PackedBatch) -> int:
+def trained(batch: Batch) -> int:
     """Returns the number of target tokens in a batch."""
     return int(np.maximum(batch.lengths - 1, 0).sum())
 
 
-def padding(batches: Batches | PackedBatches) -> np.ndarray:
+def padding(batches: TextBatches | PackedBatches) -> np.ndarray:
     """Returns the fractions of an epoch's encoder and decoder slots that are padding.
 
     Unpacked decoder rows have one slot fewer than their length, because the last token is only a target.
@@ -76,9 +76,9 @@ def padding(batches: Batches | PackedBatches) -> np.ndarray:
     if isinstance(batches, PackedBatches):
         return batches.padding
     real = slots = np.zeros(2)
-    for step in range(batches.per_epoch):
-        rows, (S, T) = batches.rows(step)
-        real = real + [sum(len(batches.texts.encoder_ids[i]) for i in rows), trained(batches[step])]
+    for step in range(batches.steps_per_epoch):
+        rows, (S, T) = batches.texts_of(step)
+        real = real + [sum(len(batches.texts.encoder_ids[i]) for i in rows), trained(batches.batch(step))]
         slots = slots + len(rows) * np.array([S, T - 1])
     return 1 - real / slots
 
@@ -87,14 +87,17 @@ def speeds(kinds: dict, take_step, state, n: int) -> dict[str, float]:
     """Returns the trained tokens per second of each kind of batch, over n steps of each."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     # Run each shape once before timing, so that no compilation is timed.
-    warm = {name: {batches.rows(step)[1]: step for step in range(batches.per_epoch)} for name, batches in kinds.items()}
+    warm = {
+        name: {batches.texts_of(step)[1]: step for step in range(batches.steps_per_epoch)}
+        for name, batches in kinds.items()
+    }
     for name, shapes in warm.items():
         for step in shapes.values():
-            state, _ = take_step(state, kinds[name][step])
+            state, _ = take_step(state, kinds[name].batch(step))
     tokens, seconds = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0.0)
     for step in range(n):
         for name, batches in kinds.items():
-            batch = batches[step]
+            batch = batches.batch(step)
             jax.block_until_ready(state)
             began = clock()
             state, _ = take_step(state, batch)

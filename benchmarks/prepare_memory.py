@@ -23,8 +23,8 @@ READ = f"""
 import sys, time
 from pathlib import Path
 from davae_jax.data.shards import Prepared
-from davae_jax.data.shard_batches import PreparedBatches
-batches = PreparedBatches(Prepared(Path(sys.argv[1])), {BATCH_SIZE}, pad_id=0, buckets=4)
+from davae_jax.data.shard_batches import ShardBatches
+batches = ShardBatches(Prepared(Path(sys.argv[1])), {BATCH_SIZE}, pad_id=0, buckets=4)
 began = time.perf_counter()
 for step in range({BATCHES}):
     batches[step]

@@ -15,7 +15,6 @@ import numpy as np
 from hlo import aliases, collectives
 from jax.sharding import AxisType, Mesh
 
-from davae_jax.data.batches import Batch
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.planning.plan import batch_shapes, bytes_per_device
@@ -51,7 +50,7 @@ def main(mesh: list[int], layers: int | None, batch_size: int, length: int, topo
     state = abstract_state(model, config, mesh)
     batch = batch_shapes(config, batch_size)
     with jax.set_mesh(mesh):
-        lowered = make_train_step(split(model)[0], config, state).lower(state, Batch(*batch))
+        lowered = make_train_step(split(model)[0], config, state).lower(state, batch)
         compiled = lowered.compile(compiler_options=options)
     text = compiled.as_text()
     sizes = compiled.memory_analysis()

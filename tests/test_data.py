@@ -1,9 +1,10 @@
 """Reading texts, and the batch of every step."""
 
+import jax
 import numpy as np
 import pytest
 
-from davae_jax.data.batches import Batches
+from davae_jax.data.batches import TextBatches
 from davae_jax.data.texts import read_texts
 from davae_jax.data.tokenize import Texts
 from davae_jax.utils.errors import InputError
@@ -21,38 +22,49 @@ def texts_of(lengths):
     )
 
 
+def whole_rows(batch):
+    """Encoder ids, decoder ids from bos to the end token, and lengths of a batch with one text a row."""
+    assert batch.encoder_segments is batch.encoder_starts is batch.decoder_segments is None
+    ids = np.concatenate([batch.decoder_ids[:, :1], batch.decoder_targets], axis=1)
+    return batch.encoder_ids, ids, batch.lengths[:, 0]
+
+
+def assert_same_batch(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 LENGTHS = [3, 30, 7, 12, 25, 5, 9, 14, 21, 4, 8, 16, 11]
 
 
 @pytest.fixture
 def batches():
-    return Batches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
+    return TextBatches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
 
 
 def test_an_epoch_shows_every_text_once(batches):
-    assert batches.per_epoch == 4
+    assert batches.steps_per_epoch == 4
     for epoch in range(3):
-        rows = np.concatenate([batches.rows(epoch * 4 + i)[0] for i in range(4)])
+        rows = np.concatenate([batches.texts_of(epoch * 4 + i)[0] for i in range(4)])
         assert len(set(rows)) == 12  # of 13, one waits
-    shown = {int(row) for step in range(40) for row in batches.rows(step)[0]}
+    shown = {int(row) for step in range(40) for row in batches.texts_of(step)[0]}
     assert shown == set(range(13))
 
 
 def test_a_batch_depends_on_seed_and_step_alone(batches):
-    again = Batches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
+    again = TextBatches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
     order = [17, 3, 0, 3, 9]
     for step in order:
-        assert all((a == b).all() for a, b in zip(again[step], batches[step], strict=True))
-    other = Batches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=6)
-    assert any((other.rows(step)[0] != batches.rows(step)[0]).any() for step in range(4))
-    assert any((batches.rows(step)[0] != batches.rows(step + 4)[0]).any() for step in range(4))  # epochs differ
+        assert_same_batch(again.batch(step), batches.batch(step))
+    other = TextBatches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=6)
+    assert any((other.texts_of(step)[0] != batches.texts_of(step)[0]).any() for step in range(4))
+    assert any((batches.texts_of(step)[0] != batches.texts_of(step + 4)[0]).any() for step in range(4))  # epochs differ
 
 
 def test_rows_are_whole_and_padded(batches):
     shapes = set()
     for step in range(8):
-        rows, (S, T) = batches.rows(step)
-        encoder_ids, decoder_ids, lengths = batches[step]
+        rows, (S, T) = batches.texts_of(step)
+        encoder_ids, decoder_ids, lengths = whole_rows(batches.batch(step))
         assert encoder_ids.shape == (3, S) and decoder_ids.shape == (3, T)
         shapes.add((S, T))
         for row, e, d, n in zip(rows, encoder_ids, decoder_ids, lengths, strict=True):
@@ -64,13 +76,13 @@ def test_rows_are_whole_and_padded(batches):
 
 def test_no_row_is_padded_past_the_encoders_positions():
     """130 positions are no multiple of 8; JAX reads NaN past the end of a table."""
-    batches = Batches(texts_of([4, 128]), 2, pad_id=PAD, encoder_positions=130)
-    assert batches[0].encoder_ids.shape[1] <= 130
+    batches = TextBatches(texts_of([4, 128]), 2, pad_id=PAD, encoder_positions=130)
+    assert batches.batch(0).encoder_ids.shape[1] <= 130
 
 
 def test_fewer_texts_than_a_batch():
-    batches = Batches(texts_of([4, 5]), 5, pad_id=PAD)
-    assert sorted(set(batches.rows(0)[0])) == [0, 1] and len(batches[7].lengths) == 5
+    batches = TextBatches(texts_of([4, 5]), 5, pad_id=PAD)
+    assert sorted(set(batches.texts_of(0)[0])) == [0, 1] and len(batches.batch(7).lengths) == 5
 
 
 def test_lines_and_json_lines(tmp_path):

@@ -33,10 +33,11 @@ def batch_of(lengths, T):
     decoder_ids[:, 0] = BOS
     decoder_ids[np.arange(len(lengths)), lengths - 1] = END
     decoder_ids[np.arange(T) >= lengths[:, None]] = PAD
-    return Batch(encoder_ids.astype(np.int32), decoder_ids.astype(np.int32), lengths)
+    return Batch.of_texts(encoder_ids.astype(np.int32), decoder_ids.astype(np.int32), lengths)
 
 
 BATCH = batch_of(LENGTHS, 24)
+DECODER_IDS = np.concatenate([BATCH.decoder_ids[:, :1], BATCH.decoder_targets], axis=1)
 LATENT = np.random.default_rng(1).normal(size=(3, CONFIG.latent_size)).astype(np.float32)
 
 
@@ -70,9 +71,9 @@ def test_segments_are_read_as_the_model_reads_them(models, mask):
     found = losses(model, with_data(segment_length=SEGMENT, segment_mask=mask))
     memory, logits = None, []
     for begin in range(0, 24, SEGMENT):
-        part, memory = model.decode(BATCH.decoder_ids[:, begin : begin + SEGMENT], LATENT, memory=memory, window=window)
+        part, memory = model.decode(DECODER_IDS[:, begin : begin + SEGMENT], LATENT, memory=memory, window=window)
         logits.append(part)
-    targets = BATCH.decoder_ids[:, 1:]
+    targets = DECODER_IDS[:, 1:]
     counted = np.arange(1, 24) < LENGTHS[:, None]
     expected = reconstruction_nll(jnp.concatenate(logits, axis=1)[:, :-1], jnp.asarray(targets), jnp.asarray(counted))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -88,7 +89,7 @@ def far_batch(rng, rows=64):
     column = lambda x: np.full((rows, 1), x)  # noqa: E731
     decoder_ids = np.concatenate([column(BOS), s[:, None], filler, column(40), s[:, None], column(END)], axis=1)
     encoder_ids = np.tile(np.array([2, 5, 3]), (rows, 1))  # the latent knows nothing of s
-    return Batch(encoder_ids.astype(np.int32), decoder_ids.astype(np.int32), np.full(rows, 14, np.int32))
+    return Batch.of_texts(encoder_ids.astype(np.int32), decoder_ids.astype(np.int32), np.full(rows, 14, np.int32))
 
 
 def answer_loss(rows, steps=250):
@@ -117,7 +118,7 @@ def answer_loss(rows, steps=250):
     batch = far_batch(rng)
     # Of both lengths the sum of −log p; the difference is that of the answer alone.
     total = lambda n: reconstruction(  # noqa: E731
-        merge(graphdef, state.params), batch._replace(lengths=np.full(64, n)), jnp.zeros((64, 4)), None, config
+        merge(graphdef, state.params), batch._replace(lengths=np.full((64, 1), n)), jnp.zeros((64, 4)), None, config
     )[0]
     return float((total(13) - total(12)).mean())
 

@@ -1,6 +1,7 @@
 """Packing: a text's loss, gradient and noise are its own whatever stands beside it, and hardly anything is padding."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,20 @@ from small_model import CONFIG, new_model
 
 from davae_jax import DAVAEConfig
 from davae_jax.checkpoints.weights import flatten
-from davae_jax.data.batches import Batch, Batches
-from davae_jax.data.packing import PackedBatch, PackedBatches, pack
+from davae_jax.data.batches import Batch, TextBatches
+from davae_jax.data.packing import PackedBatches, pack
 from davae_jax.data.texts import read_texts
 from davae_jax.data.tokenize import Texts, tokenize
 from davae_jax.model.davae import abstract_model, merge, split
-from davae_jax.model.latent import Posterior, kl_per_dimension
+from davae_jax.model.latent import kl_per_dimension
 from davae_jax.model.layers import Segments
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
+from davae_jax.training.initial_state import initial_state
 from davae_jax.training.noise import token_noise
-from davae_jax.training.objective import encode, free_bits_kl, gradient, mean_over_texts, reconstruction
-from davae_jax.training.setup import first_state
+from davae_jax.training.objective import StepContext, encode, free_bits_kl, gradient, mean_over_texts, reconstruction
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step
 from davae_jax.utils.errors import InputError
@@ -64,9 +65,9 @@ TEXTS = texts_of(0, 11)
 def packed():
     """(all texts in 4 rows of up to P, the text that stands at each place or −1)."""
     batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=20)
-    batch = batches[0]
+    batch = batches.batch(0)
     place_of = np.full(batch.lengths.shape, -1)
-    for row, texts in enumerate(batches._packed(0)):
+    for row, texts in enumerate(batches._rows_of(0)):
         place_of[row, : len(texts)] = texts
     assert sorted(place_of[place_of >= 0]) == list(range(11)), "all texts are in the one batch"
     return batch, place_of
@@ -74,9 +75,9 @@ def packed():
 
 @pytest.fixture(scope="module")
 def plain():
-    batches = Batches(TEXTS, 11, pad_id=PAD, encoder_positions=16)
-    order = np.argsort(batches.rows(0)[0])
-    return Batch(*(x[order] for x in batches[0]))
+    batches = TextBatches(TEXTS, 11, pad_id=PAD, encoder_positions=16)
+    order = np.argsort(batches.texts_of(0)[0])
+    return jax.tree.map(lambda x: x[order], batches.batch(0))
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +92,10 @@ def losses_of(model):
     def losses(params, batch, where, eps):
         model = merge(graphdef, params)
         encoded = encode(model, batch, KEYS, CLEAN)
-        posterior = Posterior(encoded.mean, encoded.logvar)
-        shape = posterior.mean.shape
-        placed = jnp.zeros(shape).at[tuple(where)].set(eps)
-        rec, length = reconstruction(model, batch, posterior.at(placed), None, CLEAN)
-        return (rec / length)[tuple(where)], kl_per_dimension(posterior).sum(-1)[tuple(where)]
+        places = where[0] * batch.lengths.shape[1] + where[1]
+        noise = jnp.zeros(encoded.posterior.mean.shape).at[places].set(eps)
+        rec, length = reconstruction(model, batch, encoded.posterior.at(noise), None, CLEAN)
+        return (rec / length)[places], kl_per_dimension(encoded.posterior).sum(-1)[places]
 
     return losses
 
@@ -126,7 +126,7 @@ def test_losses_and_gradients_of_every_text_are_those_of_it_alone(model, plain, 
     weighted = lambda *args: sum(weight * loss for weight, loss in zip((1.0, 0.3), losses(*args)))  # noqa: E731
     both = jax.jit(lambda *args: (losses(*args), jax.jacrev(weighted)(*args)))
     params = split(model)[1]
-    expected, expected_grads = both(params, plain, np.arange(11)[None], EPS)
+    expected, expected_grads = both(params, plain, np.stack([np.arange(11), np.zeros(11, int)]), EPS)
     found, found_grads = both(params, batch, places(place_of), EPS)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b)
@@ -136,8 +136,8 @@ def test_losses_and_gradients_of_every_text_are_those_of_it_alone(model, plain, 
             *({path: g[text] for path, g in grads.items()} for grads in (found_grads, expected_grads))
         )
     # One text by itself, without any padding.
-    one = Batch(TEXTS.encoder_ids[4][None], TEXTS.decoder_ids[4][None], np.array([len(TEXTS.decoder_ids[4])]))
-    alone = jax.jit(losses)(params, one, np.zeros((1, 1), int), EPS[4:5])
+    one = Batch.of_texts(TEXTS.encoder_ids[4][None], TEXTS.decoder_ids[4][None], np.array([len(TEXTS.decoder_ids[4])]))
+    alone = jax.jit(losses)(params, one, np.zeros((2, 1), int), EPS[4:5])
     for a, b in zip(found, alone, strict=True):
         assert_close(a[4:5], b)
 
@@ -148,16 +148,16 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
     params = split(model)[1]
     expected = losses(params, batch, places(place_of), EPS)
     batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=20)
-    batches.most, batches.shape = place_of.shape[1], (40, 24)  # rows with room for what is swapped
+    batches.texts_per_row, batches.shape = place_of.shape[1], (40, 24)  # rows with room for what is swapped
     turned = [[text for text in row[::-1] if text >= 0] for row in place_of[[2, 0, 3, 1]]]
     swapped = [list(row) for row in turned]
     swapped[0][-1], swapped[1][0] = swapped[1][0], swapped[0][-1]
     for rows in (turned, swapped):
-        batches._packed = lambda step, rows=rows: rows
+        batches._rows_of = lambda step, rows=rows: rows
         where = np.full(place_of.shape, -1)
         for row, texts in enumerate(rows):
             where[row, : len(texts)] = texts
-        for a, b in zip(losses(params, batches[0], places(where), EPS), expected, strict=True):
+        for a, b in zip(losses(params, batches.batch(0), places(where), EPS), expected, strict=True):
             assert_close(a, b)
 
 
@@ -168,13 +168,13 @@ def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch, mode)
     monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=jnp.float32: jnp.zeros(shape, dtype))
     graphdef, params = split(model)
     batch, _ = packed
-    run = jax.jit(gradient, static_argnums=(1, 5))
+    run = jax.jit(gradient, static_argnums=(1, 4))
     # On the total, free bits of nothing are the whole KL, whatever the parts.
     config = dataclasses.replace(CLEAN, free_bits=FreeBitsConfig(mode=mode, target=0.0 if mode == "total" else 1e-3))
     in_parts = dataclasses.replace(config, accumulate=2, remat="full", logits_chunk=10)
-    key, beta = jax.random.key(0), jnp.float32(0.3)
-    expected, expected_logs = run(params, graphdef, plain, key, beta, config)
-    found, logs = run(params, graphdef, batch, key, beta, in_parts)
+    context = StepContext(jax.random.key(0), jnp.float32(0.3))
+    expected, expected_logs = run(params, graphdef, plain, context, config)
+    found, logs = run(params, graphdef, batch, context, in_parts)
     assert logs.keys() == expected_logs.keys()
     for name, number in expected_logs.items():
         np.testing.assert_allclose(logs[name], number, rtol=1e-5, err_msg=name)
@@ -183,10 +183,10 @@ def test_a_packed_step_is_the_plain_one(model, plain, packed, monkeypatch, mode)
 
 def test_clamped_free_bits_take_the_mean_over_texts(packed):
     batch, _ = packed
-    is_text = batch.lengths > 0
-    kl = np.where(is_text[..., None], np.random.default_rng(0).uniform(0, 2, (*is_text.shape, 3)), np.nan)
-    config = dataclasses.replace(CLEAN, free_bits=FreeBitsConfig(mode="clamp", target=1.0))
-    found = free_bits_kl(jnp.asarray(kl), config, mean_over_texts(batch))
+    is_text = (batch.lengths > 0).reshape(-1)
+    kl = np.where(is_text[:, None], np.random.default_rng(0).uniform(0, 2, (len(is_text), 3)), np.nan)
+    mean = functools.partial(mean_over_texts, is_text=is_text)
+    found = free_bits_kl(jnp.asarray(kl), FreeBitsConfig(mode="clamp", target=1.0), mean)
     assert found.shape == is_text.shape
     np.testing.assert_allclose(found, np.maximum(kl[is_text].mean(0), 1.0).sum(), rtol=1e-6)
 
@@ -195,7 +195,7 @@ def test_clamped_free_bits_take_the_mean_over_texts(packed):
 def test_noise_stays_within_a_text(settings):
     texts = texts_of(3, 400, vocab=(4000, 60))
     batches = PackedBatches(texts, 100, pad_id=PAD, row_length=40)
-    batch = batches[0]
+    batch = batches.batch(0)
     ids, segments = jnp.asarray(batch.encoder_ids), Segments(batch.encoder_segments, batch.encoder_starts)
     special = (ids == CLS) | (ids == SEP)
     noise = jax.jit(token_noise, static_argnums=(2, 3))
@@ -239,15 +239,13 @@ def test_rows_hold_whole_texts_and_little_else():
     batches = PackedBatches(texts, 8, pad_id=PAD, row_length=128, seed=3)
     assert (batches.padding <= 0.05).all()
     (S, T), real = batches.shape, np.zeros(2)
-    for step in range(batches.per_epoch):
-        batch = batches[step]
-        assert (
-            isinstance(batch, PackedBatch) and batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T)
-        )
-        rows = iter(batches.rows(step)[0])
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        assert batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T)
+        rows = iter(batches.texts_of(step)[0])
         for row in range(8):
             s = t = 0
-            for place in range(batches.most):
+            for place in range(batches.texts_per_row):
                 if not batch.lengths[row, place]:
                     continue
                 text = next(rows)
@@ -263,7 +261,7 @@ def test_rows_hold_whole_texts_and_little_else():
             assert (batch.decoder_ids[row, t:] == PAD).all() and not batch.decoder_segments[row, t:].any()
             real += s, t
         assert np.maximum(batch.lengths - 1, 0).sum() == (batch.decoder_segments > 0).sum()
-    np.testing.assert_allclose(1 - real / (batches.per_epoch * 8 * np.array([S, T])), batches.padding, atol=0.01)
+    np.testing.assert_allclose(1 - real / (batches.steps_per_epoch * 8 * np.array([S, T])), batches.padding, atol=0.01)
 
 
 def test_an_epoch_shows_every_text_once():
@@ -271,8 +269,10 @@ def test_an_epoch_shows_every_text_once():
     batches = PackedBatches(texts, 8, pad_id=PAD, row_length=128)
     epochs = []
     for epoch in range(3):
-        shown = np.concatenate([batches.rows(epoch * batches.per_epoch + i)[0] for i in range(batches.per_epoch)])
-        assert len(set(shown)) == len(shown) > 1000 - 8 * batches.most  # all but rows that fill no batch
+        shown = np.concatenate(
+            [batches.texts_of(epoch * batches.steps_per_epoch + i)[0] for i in range(batches.steps_per_epoch)]
+        )
+        assert len(set(shown)) == len(shown) > 1000 - 8 * batches.texts_per_row  # all but rows that fill no batch
         epochs.append(shown)
     assert (epochs[0][:50] != epochs[1][:50]).any()
     in_rows = [{frozenset(row) for row in batches._shuffled(epoch)} for epoch in (0, 1)]
@@ -283,13 +283,13 @@ def test_a_batch_depends_on_seed_and_step_alone():
     make = lambda seed: PackedBatches(texts_of(5, 300), 4, pad_id=PAD, row_length=40, seed=seed)  # noqa: E731
     batches, again, other = make(5), make(5), make(6)
     for step in [41, 3, 0, 3, 19]:
-        assert all((a == b).all() for a, b in zip(again[step], batches[step], strict=True))
-    assert any(set(other.rows(step)[0]) != set(batches.rows(step)[0]) for step in range(4))
+        assert all((a == b).all() for a, b in zip(again.batch(step), batches.batch(step), strict=True))
+    assert any(set(other.texts_of(step)[0]) != set(batches.texts_of(step)[0]) for step in range(4))
 
 
 def test_fewer_rows_than_a_batch():
     batches = PackedBatches(texts_of(0, 3), 5, pad_id=PAD, row_length=24)
-    assert set(batches.rows(0)[0]) == {0, 1, 2} and (batches[7].lengths.sum(1) > 0).all()
+    assert set(batches.texts_of(0)[0]) == {0, 1, 2} and (batches.batch(7).lengths.sum(1) > 0).all()
 
 
 def test_what_does_not_fit_a_row():
@@ -324,13 +324,13 @@ def trained(mesh_config, tmp_path, steps=4, rows=8):
     mesh = make_mesh(mesh_config, rows)
     model = abstract_model(model_config)
     abstract = abstract_state(model, config, mesh)
-    state = first_state(abstract, model_config, config, tmp_path)
+    state = initial_state(abstract, model_config, config, tmp_path)
     step = make_train_step(split(model)[0], config, abstract)
     losses = []
     with jax.set_mesh(mesh):
-        step = step.lower(state, batches[0]).compile()
+        step = step.lower(state, batches.batch(0)).compile()
         for i in range(steps):
-            batch = jax.device_put(batches[i], step.input_shardings[0][1])
+            batch = jax.device_put(batches.batch(i), step.input_shardings[0][1])
             state, logs = step(state, batch)
             losses.append([float(logs[name]) for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g")])
     return np.array(losses), state, step.as_text()

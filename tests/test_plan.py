@@ -30,7 +30,7 @@ from davae_jax.planning.plan import (
 )
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.flops import forward_products, model_flops
-from davae_jax.training.objective import gradient
+from davae_jax.training.objective import StepContext, gradient
 from davae_jax.training.presets import PRESETS
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step
@@ -158,7 +158,7 @@ def test_work_is_what_xla_counts(remat, chunk):
     )
     config = with_(model=model, remat=remat, logits_chunk=chunk, data=DataConfig(max_length=128))
     graphdef, params = split(abstract_model(model))
-    step = jax.jit(lambda p, batch, key: gradient(p, graphdef, batch, key, jnp.float32(1), config)[0])
+    step = jax.jit(lambda p, batch, key: gradient(p, graphdef, batch, StepContext(key, jnp.float32(1)), config)[0])
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted = step.lower(params, batch_shapes(config, B), key).cost_analysis()["flops"]
     products = forward_products(config, ONE)

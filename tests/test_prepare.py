@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from test_train import TINY, metrics_of, train
@@ -20,15 +21,16 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 from davae_jax.cli.main import main
 from davae_jax.data import readers as inputs
 from davae_jax.data.build_shards import Task, _finish, _tokenizers, make_shards
-from davae_jax.data.prefetch import prefetch
+from davae_jax.data.prefetch import read_ahead
 from davae_jax.data.readers import LONGEST_LINE, find_files, pieces_of, read_piece
-from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts, permuted
+from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permuted
 from davae_jax.data.shards import Prepared, id_dtype, ids_of, record_of
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.presets import DEMO
-from davae_jax.training.setup import batches_of, model_config, prepare_tokenizers, read_corpus, truncation_mismatch
+from davae_jax.training.setup import load_corpus, make_batches, truncation_mismatch
+from davae_jax.training.vocabularies import model_config, prepare_tokenizers
 from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -364,11 +366,11 @@ def prepared(tokenizer_folder, tmp_path_factory):
 
 
 def batches_with(prepared, batch_size=8, **kwargs):
-    return PreparedBatches(prepared, batch_size, **{"pad_id": 301, "buckets": 3, "seed": 5} | kwargs)
+    return ShardBatches(prepared, batch_size, **{"pad_id": 301, "buckets": 3, "seed": 5} | kwargs)
 
 
 def assert_equal(a, b):
-    assert all(x.shape == y.shape and (x == y).all() for x, y in zip(a, b, strict=True))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000, 4097])
@@ -394,22 +396,23 @@ def test_the_permutations_are_shuffles():
 
 def test_an_epoch_shows_every_text_once(prepared):
     batches = batches_with(prepared)
-    assert (batches.count, batches.per_epoch) == (247, 30)
+    assert (batches.count, batches.steps_per_epoch) == (247, 30)
     for epoch in range(2):
-        rows = np.concatenate([batches.rows(epoch * 30 + i)[0] for i in range(30)])
+        rows = np.concatenate([batches.texts_of(epoch * 30 + i)[0] for i in range(30)])
         assert len(set(rows)) == 240  # of 247, seven wait
-    shown = {int(row) for step in range(300) for row in batches.rows(step)[0]}
+    shown = {int(row) for step in range(300) for row in batches.texts_of(step)[0]}
     assert shown == set(range(247))
 
 
 def test_batches_hold_the_records_padded(prepared):
     batches, shapes = batches_with(prepared), set()
     for step in range(30):
-        rows, (S, T) = batches.rows(step)
-        batch = batches[step]
-        assert batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T)
+        rows, (S, T) = batches.texts_of(step)
+        batch = batches.batch(step)
+        assert batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T - 1)
         shapes.add((S, T))
-        for row, e, d, n in zip(rows, *batch, strict=True):
+        ids = np.concatenate([batch.decoder_ids[:, :1], batch.decoder_targets], axis=1)
+        for row, e, d, n in zip(rows, batch.encoder_ids, ids, batch.lengths[:, 0], strict=True):
             encoder_row, decoder_row = prepared[int(row)]
             assert n == len(decoder_row) and (d[:n] == decoder_row).all() and (d[n:] == 301).all()
             assert (e[: len(encoder_row)] == encoder_row).all() and (e[len(encoder_row) :] == 0).all()
@@ -418,22 +421,25 @@ def test_batches_hold_the_records_padded(prepared):
 
 def test_a_batch_depends_on_seed_and_step_alone(prepared):
     batches, again = batches_with(prepared), batches_with(prepared)
-    uninterrupted = [batches[step] for step in range(40)]
+    uninterrupted = [batches.batch(step) for step in range(40)]
     for step in [37, 3, 4, 5, 0, 3]:  # as after a resume, forwards and back
-        assert_equal(again[step], uninterrupted[step])
+        assert_equal(again.batch(step), uninterrupted[step])
     other = batches_with(prepared, seed=6)
-    assert any((other.rows(step)[0] != batches.rows(step)[0]).any() for step in range(4))
-    assert any((batches.rows(step)[0] != batches.rows(step + 30)[0]).any() for step in range(4))  # epochs differ
+    assert any((other.texts_of(step)[0] != batches.texts_of(step)[0]).any() for step in range(4))
+    assert any(
+        (batches.texts_of(step)[0] != batches.texts_of(step + 30)[0]).any() for step in range(4)
+    )  # epochs differ
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_together_read_the_one_process_batch(processes, prepared):
     """From step 17 on, in background threads."""
     whole, own = batches_with(prepared), 8 // processes
-    coming = [prefetch(batches_with(prepared), [(i * own, (i + 1) * own)], 17, threads=4) for i in range(processes)]
+    ranges = [(i * own, (i + 1) * own) for i in range(processes)]
+    upcoming = [read_ahead(batches_with(prepared), [rows], 17, threads=4) for rows in ranges]
     for step in range(17, 35):
-        parts = [part for process in coming for part in next(process).values()]
-        assert_equal([np.concatenate(x) for x in zip(*parts, strict=True)], whole[step])
+        parts = [part for process in upcoming for part in next(process).values()]
+        assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole.batch(step))
         assert all(len(batch.lengths) == own for batch in parts)
 
 
@@ -442,7 +448,7 @@ def test_shorter_texts_only(prepared):
     limit = sorted(lengths)[100]
     batches = batches_with(prepared, max_length=limit)
     assert batches.count == sum(n <= limit for n in lengths) and batches.too_long == 247 - batches.count
-    shown = {int(row) for step in range(300) for row in batches.rows(step)[0]}
+    shown = {int(row) for step in range(300) for row in batches.texts_of(step)[0]}
     assert shown == {i for i, n in enumerate(lengths) if n <= limit}
     with pytest.raises(InputError, match="holds no text of at most 3 tokens"):
         batches_with(prepared, max_length=3)
@@ -454,7 +460,7 @@ def test_shorter_texts_only(prepared):
 
 def test_fewer_texts_than_a_batch(prepared):
     batches = batches_with(prepared, batch_size=256)
-    assert set(batches.rows(0)[0]) == set(range(247)) and len(batches[7].lengths) == 256
+    assert set(batches.texts_of(0)[0]) == set(range(247)) and len(batches.batch(7).lengths) == 256
 
 
 def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
@@ -486,16 +492,16 @@ def config_of(folder, **kwargs):
 
 def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_path):
     config = config_of(prepared.folder, seed=5)
-    corpus = read_corpus(config)
+    corpus = load_corpus(config)
     prepare_tokenizers(config, tmp_path, corpus)
     model = model_config(config, tmp_path)
     tokenizers = load_tokenizers(tmp_path, model)
-    batches = batches_of(config, corpus, tokenizers, model)
-    text = sentences(100)[int(batches.rows(0)[0][0])] if batches.rows(0)[0][0] < 100 else None
-    lengths = [len(prepared[int(i)][1]) for i in batches.rows(0)[0]]
-    assert batches[0].lengths.tolist() == lengths
+    batches = make_batches(config, corpus, tokenizers, model)
+    text = sentences(100)[int(batches.texts_of(0)[0][0])] if batches.texts_of(0)[0][0] < 100 else None
+    lengths = [len(prepared[int(i)][1]) for i in batches.texts_of(0)[0]]
+    assert batches.batch(0).lengths[:, 0].tolist() == lengths
     if text is not None:
-        assert batches[0].decoder_ids[0, 1 : lengths[0]].tolist() == tokenizers[1].encode(text)
+        assert batches.batch(0).decoder_ids[0, 1 : lengths[0]].tolist() == tokenizers[1].encode(text)
     assert corpus.digest == prepared.digest
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
@@ -523,7 +529,7 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
     assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60
     # Runs are told where they read such texts in another way.
     of = lambda folder, **data: truncation_mismatch(  # noqa: E731
-        TrainConfig(data=DataConfig(train=folder, **data)), read_corpus(TrainConfig(data=DataConfig(train=folder)))
+        TrainConfig(data=DataConfig(train=folder, **data)), load_corpus(TrainConfig(data=DataConfig(train=folder)))
     )
     assert of(found.folder, segment_length=8) is None and of(left_out.folder) is None
     assert "was prepared with --cut" in of(found.folder)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_train import ROOT, TEXTS, TINY, environment, metrics_of, newest_of, started, text_file, tiny  # noqa: F401
 
-from davae_jax.data.batches import Batches
-from davae_jax.data.prefetch import local_row_ranges, make_global_batch, prefetch
+from davae_jax.data.batches import TextBatches
+from davae_jax.data.prefetch import local_row_ranges, prefetch
 from davae_jax.data.tokenize import tokenize
 from davae_jax.parallel.config import DistributedConfig
 from davae_jax.parallel.multihost import check_alone, local_devices
@@ -375,13 +375,14 @@ def test_each_device_gets_its_own_rows():
 
     ids = Ids()
     texts = tokenize(TEXTS, ids, ids, max_length=20, source="")
-    batches = Batches(texts, 16, pad_id=0, buckets=2)
+    batches = TextBatches(texts, 16, pad_id=0, buckets=2)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     spans = local_row_ranges(sharding, 16)
     assert spans == [(0, 4), (4, 8), (8, 12), (12, 16)]
-    for step, parts in zip(range(3, 3 + batches.per_epoch), prefetch(batches, spans, 3, threads=0), strict=False):
-        for whole, laid_out in zip(batches[step], make_global_batch(parts, 16, sharding), strict=True):
+    for step, batch in zip(range(3, 3 + batches.steps_per_epoch), prefetch(batches, sharding, 3), strict=False):
+        pairs = zip(jax.tree.leaves(batches.batch(step)), jax.tree.leaves(batch), strict=True)
+        for whole, laid_out in pairs:
             np.testing.assert_array_equal(whole, laid_out)
             for shard in laid_out.addressable_shards:
                 assert len(shard.data) == 4

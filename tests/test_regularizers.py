@@ -29,7 +29,8 @@ import davae_jax
 import davae_jax.parallel.multihost
 from davae_jax.cli.plan import PlanCommand
 from davae_jax.cli.train import parse_train
-from davae_jax.data.packing import PackedBatch, PackedBatches
+from davae_jax.data.batches import Batch
+from davae_jax.data.packing import PackedBatches
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.model.latent import Posterior, kl_per_dimension
 from davae_jax.model.losses import adversarial_losses
@@ -72,10 +73,10 @@ from davae_jax.training.config import (
     differences,
     to_dict,
 )
-from davae_jax.training.objective import free_bits_kl, latent_batch
+from davae_jax.training.objective import StepContext, free_bits_kl, latent_batch
 from davae_jax.training.optimizers import make_optimizer
 from davae_jax.training.state import abstract_state, init_state
-from davae_jax.training.step import decoder_waits, freeze_decoder_update, make_train_step, not_finite_in
+from davae_jax.training.step import describe_non_finite, freeze_decoder_update, is_encoder_only_step, make_train_step
 from davae_jax.utils.errors import InputError
 
 KEY = jax.random.key(5)
@@ -608,13 +609,13 @@ def test_every_mesh_gives_the_same_values():
     mean, logvar, z, prior = (jnp.asarray(x) for x in rng.normal(size=(4, B, P, L)).astype(np.float32))
     lengths = rng.integers(0, 2, (B, P)).astype(np.int32)
     targets, segments = rng.integers(0, V, (B, 4)), rng.integers(0, P + 1, (B, 4))
-    batch = PackedBatch(None, None, None, None, targets, segments * (lengths[:, :1] > 0), lengths)
+    batch = Batch(None, None, targets, lengths, decoder_segments=segments * (lengths[:, :1] > 0))
     own = {name: own_of(one) for name, one in BUILT_IN.items() if isinstance(one, Learned)}
 
     def loss(arrays, batch, own):
-        mean, logvar, z, prior = arrays
-        latents = latent_batch(batch, Posterior(mean, logvar), z, prior)
-        latents = latents._replace(step=3, steps=10, key=KEY, corpus_size=50)
+        mean, logvar, z, prior = (x.reshape(-1, L) for x in arrays)
+        latents = latent_batch(batch, Posterior(mean, logvar), z, prior, StepContext(KEY, 1.0, 3, 50), CONFIG)
+        latents = latents._replace(steps=10)
         total, adversaries, logs = penalty(BUILT_IN, latents, own)
         return total + adversaries, logs
 
@@ -632,16 +633,18 @@ def test_every_mesh_gives_the_same_values():
 
 def test_nothing_in_an_empty_place_reaches_a_gradient():
     lengths = np.array([[3, 0], [4, 5]], np.int32)
-    batch = PackedBatch(None, None, None, None, np.ones((2, 3), int), np.array([[1, 1, 0], [1, 2, 2]]), lengths)
-    bad = jnp.where(jnp.asarray(lengths)[..., None] > 0, 0.3, jnp.nan) * jnp.ones(L)
+    segments = np.array([[1, 1, 0], [1, 2, 2]])
+    batch = Batch(None, None, np.ones((2, 3), int), lengths, decoder_segments=segments)
+    bad = jnp.where(jnp.asarray(lengths).reshape(-1, 1) > 0, 0.3, jnp.nan) * jnp.ones(L)
+    context = StepContext(KEY, 1.0, 0, 9)
 
     def loss(x):
-        latents = latent_batch(batch, Posterior(x, x), x, jnp.ones_like(x))
-        return penalty({"tcvae": TCVAE(weight=1.0)}, latents._replace(step=0, steps=1, key=KEY, corpus_size=9), {})[0]
+        latents = latent_batch(batch, Posterior(x, x), x, jnp.ones_like(x), context, CONFIG)
+        return penalty({"tcvae": TCVAE(weight=1.0)}, latents._replace(steps=1), {})[0]
 
     value, grad = jax.jit(jax.value_and_grad(loss))(bad)
-    assert np.isfinite(value) and np.isfinite(grad).all() and not np.asarray(grad)[0, 1].any()
-    of_target = latent_batch(batch, Posterior(bad, bad), bad, bad).text_of_target
+    assert np.isfinite(value) and np.isfinite(grad).all() and not np.asarray(grad)[1].any()
+    of_target = latent_batch(batch, Posterior(bad, bad), bad, bad, context, CONFIG).text_of_target
     assert of_target.tolist() == [[0, 0, -1], [2, 3, 3]]
 
 
@@ -664,7 +667,7 @@ def taken(batches, mesh_config=None):
     with mesh:
         for i in range(3):
             states.append(jax.device_get(state))
-            state, found = step(state, batches[i])
+            state, found = step(state, batches.batch(i))
             logs.append({name: float(x) for name, x in found.items() if not x.ndim})
     return step, [*states, jax.device_get(state)], logs
 
@@ -690,7 +693,7 @@ def test_a_step_with_regularizers(one_device):
     assert states[0].regularizers.keys() == states[0].regularizer_optimizers.keys() == {"wgan", "bag_of_words"}
 
 
-def test_the_decoder_waits(one_device):
+def test_the_is_encoder_only_step(one_device):
     """Of every two steps the first is the encoder's alone, of 8 until the fourth; nor do the decoder's moments move."""
     _, states, _ = one_device
     moments = lambda state: [  # noqa: E731
@@ -699,7 +702,7 @@ def test_the_decoder_waits(one_device):
     moved = [changed(a.params["decoder"], b.params["decoder"]) for a, b in itertools.pairwise(states)]
     assert moved == [False, True, False] and len(moments(states[0])) > 10
     assert [changed(moments(a), moments(b)) for a, b in itertools.pairwise(states)] == moved
-    waits = [bool(decoder_waits(jnp.int32(i), 8, LaggingConfig(encoder_steps=2, until=0.5))) for i in range(8)]
+    waits = [bool(is_encoder_only_step(jnp.int32(i), 8, LaggingConfig(encoder_steps=2, until=0.5))) for i in range(8)]
     assert waits == [True, True, False, True, False, False, False, False]
 
 
@@ -711,12 +714,12 @@ def test_what_waits_is_as_if_it_had_not_been(name):
     params = {half: {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)} for half in ("decoder", "encoder")}
     draw = lambda: jax.tree.map(lambda w: jnp.asarray(0.01 * rng.normal(size=w.shape), w.dtype), params)  # noqa: E731
     still = lambda grads: grads | {"decoder": jax.tree.map(jnp.zeros_like, grads["decoder"])}  # noqa: E731
-    optimizer, plain = make_optimizer(config, 10, halves=True), make_optimizer(config, 10)
+    optimizer, plain = make_optimizer(config, 10, separate_decoder=True), make_optimizer(config, 10)
     state, alone = optimizer.init(params), plain.init({"decoder": params["decoder"]})
     for waits in (True, True, True, False, False, True, False):
         grads = draw()
         updates, after = optimizer.update(still(grads) if waits else grads, state, params)
-        updates, state = freeze_decoder_update(jnp.bool_(waits), updates, (state, after))
+        updates, state = freeze_decoder_update(jnp.bool_(waits), updates, state, after)
         if waits:
             assert not updates["decoder"]["w"].any() and updates["encoder"]["w"].any()
             continue
@@ -734,7 +737,7 @@ def test_what_is_saved_is_gone_on_with(one_device, batches, tmp_path):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states[0])
     state = jax.device_get(Checkpoints(tmp_path, keep=1).restore(like)[0])
     for i in (1, 2):
-        state, _ = step(state, batches[i])
+        state, _ = step(state, batches.batch(i))
     assert not changed(state, states[3])
     stored = ocp.load_checkpointables(tmp_path / "checkpoints" / "1")
     assert stored["params"].keys() == {"encoder", "decoder", "discriminator"}
@@ -765,7 +768,7 @@ def test_parts_of_a_batch(batches):
     config = dataclasses.replace(CONFIG, accumulate=2)
     graphdef, params = split(abstract_model(MODEL))
     state = jax.eval_shape(partial(init_state, config=config), params)
-    after, logs = jax.eval_shape(make_train_step(graphdef, config, None, 60), state, batches[0])
+    after, logs = jax.eval_shape(make_train_step(graphdef, config, None, 60), state, batches.batch(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert logs.keys() >= {"wgan", "wgan/adversary", "bag_of_words", "mmd", "rec"}
 
@@ -777,7 +780,7 @@ def test_what_is_off_is_not_traced(batches):
 
     def program(config):
         state = jax.eval_shape(partial(init_state, config=config), params)
-        return str(jax.make_jaxpr(make_train_step(graphdef, config))(state, batches[0])), state
+        return str(jax.make_jaxpr(make_train_step(graphdef, config))(state, batches.batch(0))), state
 
     plain, state = program(off)
     assert program(dataclasses.replace(off, regularizers=options(mmd=MMD(scales=(3.0,)))))[0] == plain
@@ -977,7 +980,7 @@ def test_the_documents_example(train, tmp_path, monkeypatch):
 
 def test_what_is_not_finite_is_named():
     fine = {"rec": 1.0, "loss": 2.0, "loss_d": 1.0, "grad_norm": 3.0, "mmd": 0.1, "wgan": 0.1, "wgan/adversary": 2.0}
-    said = lambda **bad: not_finite_in(fine | bad, {"mmd", "wgan"})  # noqa: E731
+    said = lambda **bad: describe_non_finite(fine | bad, {"mmd", "wgan"})  # noqa: E731
     nan, inf = math.nan, math.inf
     assert said() is None
     assert said(mmd=nan, loss=nan, grad_norm=nan) == "regularizer mmd is nan"

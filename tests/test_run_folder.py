@@ -10,7 +10,7 @@ from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.config import digest_of
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run_folder import open_run
-from davae_jax.training.setup import read_corpus
+from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
 
 TEXTS = [f"第{i}句。" for i in range(300)]
@@ -32,7 +32,7 @@ def of(train, valid=None, **changes):
 
 
 def opened(folder, config):
-    open_run(folder, config, read_corpus(config))
+    open_run(folder, config, load_corpus(config))
 
 
 def begun(folder, config):

@@ -8,7 +8,8 @@ import pytest
 from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.presets import DEMO
-from davae_jax.training.setup import model_config, prepare_tokenizers, read_corpus
+from davae_jax.training.setup import load_corpus
+from davae_jax.training.vocabularies import model_config, prepare_tokenizers
 from davae_jax.utils.errors import InputError
 
 CHARACTERS = [chr(0x4E00 + i) for i in range(1500)]  # more than the demo's corpus has, or a tokenizer's defaults take
@@ -24,7 +25,7 @@ def config(tmp_path):
 
 
 def test_the_default_tokenizers_know_every_character(config, tmp_path):
-    corpus = read_corpus(config)
+    corpus = load_corpus(config)
     prepare_tokenizers(config, tmp_path, corpus._replace(train=corpus.train + CHARACTERS))
     encoder, decoder = load_tokenizers(tmp_path, model_config(config, tmp_path))
     text = "".join(CHARACTERS[700:750])
@@ -36,13 +37,13 @@ def test_the_default_tokenizers_know_every_character(config, tmp_path):
 def test_too_few_pieces_name_the_option(config, tmp_path):
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, pieces=600))
     with pytest.raises(InputError, match=r"--data.pieces 600: the texts have \d+ different characters; give more") as e:
-        prepare_tokenizers(few, tmp_path, read_corpus(config))
+        prepare_tokenizers(few, tmp_path, load_corpus(config))
     assert e.value.exit_code == 2
 
 
 def test_what_is_measured_on_was_never_trained_on(config):
     """All copies of a text are kept apart, and every other line is trained on, under its own number."""
-    corpus = read_corpus(config)
+    corpus = load_corpus(config)
     lines = config.data.train.read_text(encoding="utf-8").splitlines()
     assert len(corpus.held_out) == 3  # 1 % of 300
     assert not set(corpus.held_out) & set(corpus.train)
@@ -53,7 +54,7 @@ def test_what_is_measured_on_was_never_trained_on(config):
 
 def test_texts_that_the_encoder_would_cut_are_left_out(config, tmp_path):
     """130 positions, doubled special tokens: 126 characters fit. A decoder's pieces may hold more than one each."""
-    prepare_tokenizers(config, tmp_path, read_corpus(config)._replace(train=CHARACTERS))
+    prepare_tokenizers(config, tmp_path, load_corpus(config)._replace(train=CHARACTERS))
     tokenizers = load_tokenizers(tmp_path, model_config(config, tmp_path))
     fits, cut = "".join(CHARACTERS[:126]), "".join(CHARACTERS[:127])
     assert filter_by_length([fits, cut, " "], *tokenizers, 1000) == [fits]

@@ -14,7 +14,7 @@ from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh, partition_spec
 from davae_jax.training.config import AdversarialConfig, DataConfig, OptimizerConfig, TrainConfig
-from davae_jax.training.setup import first_state
+from davae_jax.training.initial_state import initial_state
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step
 from davae_jax.utils.errors import InputError
@@ -42,7 +42,7 @@ def batch_of(step):
     decoder_ids[place >= lengths[:, None]] = CONFIG.pad_token_id
     decoder_ids[:, 0] = CONFIG.bos_token_id
     decoder_ids[np.arange(B), lengths - 1] = CONFIG.end_token_id
-    return Batch(*(x.astype(np.int32) for x in (encoder_ids, decoder_ids, lengths)))
+    return Batch.of_texts(*(x.astype(np.int32) for x in (encoder_ids, decoder_ids, lengths)))
 
 
 def trained(mesh_config, tmp_path, config=TRAIN):
@@ -50,7 +50,7 @@ def trained(mesh_config, tmp_path, config=TRAIN):
     mesh = make_mesh(mesh_config, B, config.accumulate)
     model = abstract_model(MODEL)
     abstract = abstract_state(model, config, mesh)
-    state = first_state(abstract, MODEL, config, tmp_path)
+    state = initial_state(abstract, MODEL, config, tmp_path)
     step = make_train_step(split(model)[0], config, abstract)
     losses = []
     with jax.set_mesh(mesh):

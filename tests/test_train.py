@@ -336,19 +336,19 @@ def test_told_to_end_before_the_first_step(text_file, tmp_path):
 IN_A_CALLBACK = """
 import gc, signal, sys, time
 sys.path.insert(0, ".")
-import train
-from davae_jax.training import setup as setup_run
-from davae_jax.cli.base import leave
+from davae_jax.cli.base import exit_with
+from davae_jax.cli.train import main
+from davae_jax.training import setup
 def collecting(phase, info):
     gc.callbacks.clear()
     signal.raise_signal(signal.SIGTERM)
-def read_corpus(config):
+def read_corpus(*files):
     gc.callbacks[:] = [collecting]
     gc.collect()
     for _ in range(400):  # Python may miss a signal that comes right before a long sleep
         time.sleep(0.1)
-setup_run.read_corpus = read_corpus
-leave(train.main)
+setup.read_corpus = read_corpus
+exit_with(main)
 """
 
 

@@ -14,18 +14,15 @@ from davae_jax.data.batches import Batch
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.training.config import AdversarialConfig, FreeBitsConfig, NoiseConfig, TrainConfig
-from davae_jax.training.objective import free_bits_kl, gradient, objective
+from davae_jax.training.objective import StepContext, free_bits_kl, gradient, objective
 from davae_jax.training.optimizers import make_optimizer, skip_spikes
 from davae_jax.training.state import init_state
 from davae_jax.training.step import make_train_step
 
 KEY = jax.random.key(3)
 END, PAD, BOS = CONFIG.end_token_id, CONFIG.pad_token_id, CONFIG.bos_token_id
-BATCH = Batch(
-    np.array([[2, 9, 8, 7, 3], [2, 5, 3, 0, 0]], np.int32),
-    np.array([[BOS, 4, 5, 6, END], [BOS, 7, END, PAD, PAD]], np.int32),
-    np.array([5, 3], np.int32),
-)
+DECODER_IDS = np.array([[BOS, 4, 5, 6, END], [BOS, 7, END, PAD, PAD]], np.int32)
+BATCH = Batch.of_texts(np.array([[2, 9, 8, 7, 3], [2, 5, 3, 0, 0]], np.int32), DECODER_IDS, np.array([5, 3], np.int32))
 # No dropout, so that the formula can be worked out beside it.
 MODEL = dataclasses.replace(
     CONFIG,
@@ -48,8 +45,10 @@ def model():
 
 def value(model, config, beta=0.3, batch=BATCH, key=KEY):
     graphdef, params = split(model)
-    loss, logs = jax.jit(objective, static_argnums=(1, 5))(params, graphdef, batch, key, jnp.float32(beta), config)
-    return float(loss), {name: np.asarray(v, np.float64) for name, v in logs.items()}
+    context = StepContext(key, jnp.float32(beta))
+    terms = jax.jit(objective, static_argnums=(1, 4))(params, graphdef, batch, context, config)
+    logs = terms.logs | {"loss": terms.model_loss}
+    return float(terms.total), {name: np.asarray(v, np.float64) for name, v in logs.items()}
 
 
 def test_the_objective_is_its_formula(model):
@@ -59,7 +58,7 @@ def test_the_objective_is_its_formula(model):
     posterior = model.encode(BATCH.encoder_ids)
     keys = jax.random.split(KEY, 6)
     z = posterior.sample(keys[3])
-    log_p = np.asarray(jax.nn.log_softmax(model.decode(BATCH.decoder_ids, z)[0]))
+    log_p = np.asarray(jax.nn.log_softmax(model.decode(DECODER_IDS, z)[0]))
     targets = [[4, 5, 6, END], [7, END]]  # the end token is trained, padding is not
     rec = [-np.mean([log_p[row, t, i] for t, i in enumerate(ids)]) for row, ids in enumerate(targets)]
     kl = np.asarray(kl_per_dimension(posterior)).sum(-1)
@@ -81,10 +80,10 @@ def test_without_length_weighting_a_text_counts_whole(model):
 
 
 def test_padding_changes_nothing(model):
-    wide = Batch(
+    wide = Batch.of_texts(
         np.pad(BATCH.encoder_ids, ((0, 0), (0, 3))),
-        np.pad(BATCH.decoder_ids, ((0, 0), (0, 3)), constant_values=PAD),
-        BATCH.lengths,
+        np.pad(DECODER_IDS, ((0, 0), (0, 3)), constant_values=PAD),
+        BATCH.lengths[:, 0],
     )
     assert value(model, CLEAN, batch=wide)[0] == pytest.approx(value(model, CLEAN)[0], rel=1e-5)
 
@@ -92,7 +91,7 @@ def test_padding_changes_nothing(model):
 def test_free_bits():
     kl_BL = jnp.array([[0.2, 0.6, 3.0], [0.4, 0.8, 0.0]])
     count = lambda mode, target: np.asarray(  # noqa: E731
-        free_bits_kl(kl_BL, with_(free_bits=FreeBitsConfig(mode=mode, target=target)))
+        free_bits_kl(kl_BL, FreeBitsConfig(mode=mode, target=target))
     )
     np.testing.assert_allclose(count("off", 0.5), [3.8, 1.2], rtol=1e-6)
     np.testing.assert_allclose(count("hard", 0.5), [3.6, 0.8], rtol=1e-6)  # each text by itself
@@ -115,7 +114,7 @@ def test_the_latent_at_every_layer_or_at_the_first_alone(model):
         dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, latent_every_layer=False)), scale=4.0
     )
     z = jax.random.normal(KEY, (2, MODEL.latent_size))
-    ids = BATCH.decoder_ids
+    ids = DECODER_IDS
     every = model.decode(ids, z)[0]
     only_first = once.decode(ids, z)[0]
     assert np.abs(every - only_first).max() > 1e-3
@@ -131,8 +130,8 @@ def test_the_latent_at_every_layer_or_at_the_first_alone(model):
 
 def gradients(model, config):
     graphdef, params = split(model)
-    return jax.jit(jax.grad(objective, has_aux=True), static_argnums=(1, 5))(
-        params, graphdef, BATCH, KEY, jnp.float32(0.3), config
+    return jax.jit(gradient, static_argnums=(1, 4))(
+        params, graphdef, BATCH, StepContext(KEY, jnp.float32(0.3)), config
     )[0]
 
 
@@ -171,12 +170,13 @@ def test_logits_in_parts_are_never_whole(model):
     V = 90
     odd = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab_size=V))
     graphdef, params = split(abstract_model(odd))
-    ids = np.tile(BATCH.decoder_ids, (1, 8))
-    batch = Batch(BATCH.encoder_ids, ids, np.array([40, 30], np.int32))
+    ids = np.tile(DECODER_IDS, (1, 8))
+    batch = Batch.of_texts(BATCH.encoder_ids, ids, np.array([40, 30], np.int32))
 
     def whole(chunk):
-        traced = jax.make_jaxpr(jax.grad(objective, has_aux=True), static_argnums=(1, 5))
-        program = str(traced(params, graphdef, batch, KEY, jnp.float32(0.3), with_(logits_chunk=chunk)))
+        context = StepContext(KEY, jnp.float32(0.3))
+        traced = jax.make_jaxpr(gradient, static_argnums=(1, 4))
+        program = str(traced(params, graphdef, batch, context, with_(logits_chunk=chunk)))
         return f"[2,39,{V}]" in program or f"[2,40,{V}]" in program
 
     assert whole(128) and not whole(8)
@@ -188,14 +188,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(model):
     params = jax.tree.map(jnp.array, params)
     L = MODEL.latent_size
     # The log-variances' rows: tanh of a saturated pooler is ±1, so that large weights of one sign make them −∞-like.
-    batch = Batch(*(np.concatenate([x, x[::-1]]) for x in BATCH))
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), BATCH)
     config = with_(batch_size=4)
     params["encoder"]["pooler"]["bias"] = params["encoder"]["pooler"]["bias"] + 20.0
     posterior = params["encoder"]["posterior"]["weight"]
     params["encoder"]["posterior"]["weight"] = posterior.at[L:].set(-3.0)
-    run = jax.jit(gradient, static_argnums=(1, 5))
+    run = jax.jit(gradient, static_argnums=(1, 4))
     (whole, logs), (parts, parts_logs) = (
-        run(params, graphdef, batch, KEY, jnp.float32(0.3), with_(config, accumulate=n)) for n in (1, 2)
+        run(params, graphdef, batch, StepContext(KEY, jnp.float32(0.3)), with_(config, accumulate=n)) for n in (1, 2)
     )
     assert float(parts_logs["rec"]) == pytest.approx(float(logs["rec"]), rel=1e-5)
     for name in ("encoder", "decoder"):

@@ -1,16 +1,20 @@
-"""The command line of `train.py`: a preset, and any field of `TrainConfig` as an option."""
+"""`train.py`: a preset and any field of `TrainConfig` as an option; trains, and says how to go on."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import shutil
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from davae_jax.cli.base import parse_options
+from davae_jax.cli.base import INTERRUPTED, exit_with, parse_options, run_cli
 from davae_jax.regularizers import check_known, load_plugin, options_type
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
@@ -76,3 +80,74 @@ def plugins_in(argv: Sequence[str]) -> Iterator[Path]:
 def describe(preset: str, description: str) -> str:
     others = ", ".join(f"{name} ({text.rstrip('.')})" for name, (text, _) in PRESETS.items() if name != preset)
     return f"Trains a DAVAE. Preset {preset}: {description} Other presets, as the first word: {others}."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `train.py`. Returns the exit code: 0, 2 for bad arguments, 130 if interrupted, 1 for a failure."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = [arg for arg in argv if arg != "--debug"]  # on an error, prints the traceback as well
+    received_signals: list[int] = []
+
+    def interrupt(number, frame):
+        received_signals.append(number)
+        raise KeyboardInterrupt
+
+    def work() -> int:
+        from davae_jax.parallel.multihost import naming_the_lost
+
+        with naming_the_lost():
+            try:
+                return train_from_command_line(options)
+            except Exception:
+                if received_signals:  # a library turned the interrupt into an error of its own
+                    raise KeyboardInterrupt from None
+                raise
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = run_cli(work, "train.py", debug="--debug" in argv)
+        if multihost := sys.modules.get("davae_jax.parallel.multihost"):  # else it ended before JAX was imported
+            multihost.end(code)
+        return code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train_from_command_line(argv: Sequence[str]) -> int:
+    """Parses the options, trains, and prints what to do next. Returns the exit code."""
+    if (parsed := parse_train(argv)) is None:
+        return 0
+    preset, config = parsed
+    config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
+
+    from davae_jax.parallel import multihost
+    from davae_jax.training.loop import train
+
+    multihost.connect(config.distributed)
+    result = train(config)
+    if result.interrupted:
+        multihost.barrier("all processes have saved", config.distributed.timeout)  # process 0 ends what connects them
+        if multihost.is_process_zero():
+            print(f"interrupted after step {result.step}; to go on: {resume_command(argv)}", file=sys.stderr)
+        return INTERRUPTED
+    if multihost.is_process_zero():
+        run = result.run
+        print(f"{run.checkpoints.last}: complete")
+        davae = _program("davae", str(Path(sys.executable).with_name("davae")))
+        print(f"next: {shlex.join([davae, 'generate', '--model', str(run.folder), run.corpus.example])}")
+    return 0
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """Returns the command line that goes on with an interrupted run."""
+    return shlex.join([_program("python", sys.executable), sys.argv[0], *argv])
+
+
+def _program(name: str, path: str) -> str:
+    """Returns how this environment's program is called: by its path where its name means nothing or another program."""
+    return name if shutil.which(name) == path or not Path(path).exists() else path
+
+
+if __name__ == "__main__":
+    exit_with(main)

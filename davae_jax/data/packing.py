@@ -75,12 +75,12 @@ class PackedBatches:
             encoder_ids, decoder_ids, decoder_targets, lengths, encoder_segments, encoder_starts, decoder_segments
         )
 
-    def texts_of(self, step: int) -> np.ndarray:
-        """Returns the indices of the texts in a step's batch, row by row."""
-        return np.concatenate(self._rows_of(step))
+    def texts_of(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the indices of the texts in a step's batch, row by row, and the rows' lengths (S, T)."""
+        return np.concatenate(self._rows_of(step)), self.shape
 
     def describe(self, step: int) -> str:
-        return self.texts.where(self.texts_of(step))
+        return self.texts.where(self.texts_of(step)[0])
 
     def summary(self) -> str:
         encoder, decoder = self.padding

@@ -22,17 +22,24 @@ def prefetch(source: BatchSource, sharding: NamedSharding, first_step: int, thre
       sharding: how the rows of a batch are split over the devices.
       threads: number of grain's reading threads; 0 reads a batch when it is asked for, right for texts in memory.
     """
-    parts = _BatchParts(source, local_row_ranges(sharding, source.batch_size))
-    if threads:
-        import grain
+    ranges = local_row_ranges(sharding, source.batch_size)
+    for parts in read_ahead(source, ranges, first_step, threads):
+        yield make_global_batch(parts, source.batch_size, sharding)
 
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        upcoming = iter(grain.MapDataset.source(parts).to_iter_dataset(options))
-        upcoming.set_state({"next_index": first_step})
-    else:
-        upcoming = map(parts.__getitem__, itertools.count(first_step))
-    for ranges in upcoming:
-        yield make_global_batch(ranges, source.batch_size, sharding)
+
+def read_ahead(
+    source: BatchSource, ranges: Sequence[RowRange], first_step: int, threads: int
+) -> Iterator[dict[RowRange, Batch]]:
+    """Yields these rows of the batches of `first_step` and of all later steps; see `prefetch`."""
+    parts = _BatchParts(source, ranges)
+    if not threads:
+        return map(parts.__getitem__, itertools.count(first_step))
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    upcoming = iter(grain.MapDataset.source(parts).to_iter_dataset(options))
+    upcoming.set_state({"next_index": first_step})
+    return upcoming
 
 
 class _BatchParts:

@@ -24,9 +24,9 @@ from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import RULES, make_abstract_mesh
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import _share, forward_products, longest_rows
-from davae_jax.training.objective import objective
-from davae_jax.training.setup import vocabularies, with_vocabularies
+from davae_jax.training.objective import StepContext, objective
 from davae_jax.training.state import TrainState, abstract_state
+from davae_jax.training.vocabularies import expected_vocabularies, with_vocabularies
 
 FLOAT32 = 4  # bytes
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and what lies between arrays
@@ -213,7 +213,9 @@ def _kept(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDtypeSt
     graphdef, params = split(abstract_model(config.model, dtype=config.dtype))
 
     def residuals(params, batch, key):
-        return jax.vjp(lambda p: objective(p, graphdef, batch, key, jnp.float32(1), config)[0], params)[1]
+        return jax.vjp(lambda p: objective(p, graphdef, batch, StepContext(key, jnp.float32(1)), config).total, params)[
+            1
+        ]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     leaves = jax.tree.leaves(jax.eval_shape(residuals, params, batch_shapes(config, ROWS), key))
@@ -305,8 +307,8 @@ def state_of(config: TrainConfig, mesh: AbstractMesh) -> TrainState:
 
 
 def planned(config: TrainConfig, preset: str) -> tuple[TrainConfig, str]:
-    """(the config with the vocabularies that a run will have, whose these are): `setup_run.vocabularies`."""
-    entries, pieces, whose = vocabularies(config, preset)
+    """(the config with the vocabularies that a run will have, whose these are): `expected_vocabularies`."""
+    entries, pieces, whose = expected_vocabularies(config, preset)
     return dataclasses.replace(config, model=with_vocabularies(config.model, entries, pieces)), whose
 
 
@@ -314,7 +316,7 @@ def batch_shapes(config: TrainConfig, rows: int) -> Batch:
     """The widest batch of so many texts."""
     S, T = longest_rows(config)
     ids = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    return Batch(ids((rows, S)), ids((rows, T + 1)), ids((rows,)))
+    return Batch(ids((rows, S)), ids((rows, T)), ids((rows, T)), ids((rows, 1)))
 
 
 def _rows(config: TrainConfig, mesh: dict[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""Noise on what the encoder reads: on the embeddings (one of the model card's five measures) and on the tokens."""
+"""Noise on the encoder's input: on the tokens, and on the embeddings (one of the model card's five measures)."""
 
 from __future__ import annotations
 
@@ -23,37 +23,38 @@ def token_noise(
 
     Args:
       ids: padded with 0.
-      special: tokens that stay as they are, where they are, [CLS] and [SEP]; those in front and those behind.
+      special: the tokens [CLS] and [SEP] at a text's beginning and end; they stay unchanged and in place.
       vocab_size: substitutes are uniform over the ids 1 … vocab_size − 1.
       segments: where rows hold several texts, each of which keeps its place.
     """
     if not (config.drop or config.substitute or config.shuffle):
         return ids
     S = ids.shape[1]
-    key_drop, key_which, key_new, key_shuffle = jax.random.split(key, 4)
+    key_drop, key_replace, key_substitute, key_shuffle = jax.random.split(key, 4)
     is_word = (ids > 0) & ~special
     dropped = is_word & jax.random.bernoulli(key_drop, config.drop, ids.shape)
-    replaced = is_word & jax.random.bernoulli(key_which, config.substitute, ids.shape)
-    ids = jnp.where(replaced, jax.random.randint(key_new, ids.shape, 1, vocab_size), ids)
+    replaced = is_word & jax.random.bernoulli(key_replace, config.substitute, ids.shape)
+    ids = jnp.where(replaced, jax.random.randint(key_substitute, ids.shape, 1, vocab_size), ids)
 
-    place = jnp.arange(S) + jnp.where(is_word, jax.random.uniform(key_shuffle, ids.shape) * (config.shuffle + 1), 0.0)
-    # What stands behind all words stays there: 2S is past every shuffled place that matters for the order.
+    shift = jax.random.uniform(key_shuffle, ids.shape) * (config.shuffle + 1)
+    position = jnp.arange(S) + jnp.where(is_word, shift, 0.0)
+    # Special tokens behind the words stay behind them: they are moved past every position that a word can reach.
     if segments is None:
         is_behind = jnp.arange(S) >= jnp.argmax(is_word, axis=1)[:, None]
     else:
         last_word = lax.cummax(jnp.where(is_word, jnp.arange(S), -1), axis=1)
         is_behind = last_word >= jnp.arange(S) - segments.places()
     is_behind &= ~is_word
-    place = jnp.where(is_behind, place + S + config.shuffle + 1, place)
-    place = jnp.where(dropped | (ids == 0), jnp.inf, place)
+    position = jnp.where(is_behind, position + S + config.shuffle + 1, position)
+    position = jnp.where(dropped | (ids == 0), jnp.inf, position)
     if segments is None:
-        order = jnp.argsort(place, axis=1, stable=True)
+        order = jnp.argsort(position, axis=1, stable=True)
     else:
         text = jnp.where(segments.of_token > 0, segments.of_token, S + 1)
-        order = jnp.lexsort((place, text), axis=1)
+        order = jnp.lexsort((position, text), axis=1)
     return jnp.take_along_axis(jnp.where(dropped, 0, ids), order, axis=1)
 
 
 def embedding_noise(key: jax.Array, shape: tuple[int, int, int], config: NoiseConfig) -> Float[Array, "B S D"] | None:
-    """N(0, σ²) for every embedding, or None where σ is 0."""
+    """Returns N(0, σ²) noise for every embedding, or None where σ is 0."""
     return config.embedding * jax.random.normal(key, shape) if config.embedding else None

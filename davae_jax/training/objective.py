@@ -34,8 +34,8 @@ class StepContext(NamedTuple):
     beta: Float[Array, ""]  # weight of the KL
     step: Int[Array, ""] | int = 0  # steps taken so far
     corpus_size: int | None = None  # number of training texts, which some regularizers need
-    # What sums over texts are divided by; None: the batch's number of texts. With gradient accumulation it is the number
-    # of texts that a part has on average, so that the mean of the parts' gradients is the whole batch's.
+    # What sums over texts are divided by; None: the batch's number of texts. With gradient accumulation it is the
+    # number of texts that a part has on average, so that the mean of the parts' gradients is the whole batch's.
     texts: Float[Array, ""] | None = None
 
 
@@ -194,7 +194,7 @@ def reconstruction(
     (B, P), T = batch.lengths.shape, ids.shape[1]
     if batch.decoder_segments is None:
         mask = segments > 0
-        if config.data.segment_length and T > config.data.segment_length:
+        if config.data.segment_length and config.data.segment_length < T:
             rec = reconstruction_in_segments(model.decoder, ids, targets, mask, latent, key, config)
             return rec, jnp.maximum(mask.sum(1), 1)
         output = model.decoder(ids, latent, key=key, remat=config.remat)

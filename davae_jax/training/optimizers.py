@@ -14,9 +14,7 @@ from davae_jax.training.config import OptimizerConfig
 from davae_jax.training.schedules import learning_rate
 
 
-def make_optimizer(
-    config: OptimizerConfig, steps: int, separate_decoder: bool = False
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, separate_decoder: bool = False) -> optax.GradientTransformation:
     """Returns clipping by the global norm, followed by the update. Matrices decay; biases and LayerNorms never do.
 
     Args:

@@ -1,10 +1,10 @@
-"""A run's folder.
+"""Opening a run's folder: a new one, or one that was made with the same config, texts and tokenizers.
 
-train.json       everything the run was told, and digests of its texts and plugins
+train.json       the resolved config, and hashes of the texts and plugins
 config.json      the model; with vocab.txt and spiece.model beside it, every `davae` command reads the folder
-checkpoints/     one folder a step (`run_checkpoints.py`)
-metrics.jsonl    a line every few steps; the same values go to TensorBoard's event files in `events/` (`run_log.py`)
-held_out.jsonl   losses of held-out texts, a line a checkpoint
+checkpoints/     one folder a step (`checkpointer.py`)
+metrics.jsonl    one line every few steps; the same values are in TensorBoard's event files in `events/` (`run_log.py`)
+held_out.jsonl   losses of the held-out texts, one line a checkpoint
 samples.jsonl    what the model wrote along the way
 profile/         a trace, where one was asked for
 """
@@ -17,35 +17,43 @@ from pathlib import Path
 from typing import Any
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, complete_checkpoints
+from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import digest_of
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import PLACES, TrainConfig, differences, to_dict
-from davae_jax.training.setup import Corpus
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import is_partial, remove_partial, write_json
 
+# Hashes in train.json, and the option whose file they are of.
+CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
+
 
 def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Makes the folder or checks that what stands there was made with the same config, texts and tokenizers. Of these
-    the contents count, and not where they lie: the data's order means nothing on other texts.
+    """Makes a run's folder, or checks that an existing one can be continued.
+
+    Texts, tokenizers and plugins are compared by their contents, not by where they lie. A folder without a checkpoint
+    may change: its run begins anew.
 
     Raises:
-      InputError: it was not (exit code 2, the options named), or it cannot be written.
+      InputError: the folder was made with another config (exit code 2; the message names the options), holds other
+        files, or cannot be written.
     """
     stored = path / "train.json"
     try:
-        values = to_dict(config) | {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
-        values |= {"digest_of_plugins": [digest_of(plugin) for plugin in config.plugin]} if config.plugin else {}
+        values = to_dict(config)
+        values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
+        if config.plugin:
+            values["digest_of_plugins"] = [digest_of(plugin) for plugin in config.plugin]
         path.mkdir(parents=True, exist_ok=True)
         if stored.exists():
             old = json.loads(stored.read_text(encoding="utf-8"))
-            changed = changes(old, values) + other_tokenizers(config, path)
+            changed = changed_options(old, values) + changed_tokenizers(config, path)
             if changed and complete_checkpoints(path):
                 raise InputError(
                     f"{path}: was made with another config: {', '.join(changed)}; give another --run-dir", exit_code=2
                 )
-            if changed or differences(old, values):  # nothing was learnt yet: begin anew
-                _forget(path)
+            if changed or differences(old, values):
+                _remove_preparations(path)
         elif not all(is_partial(file) for file in path.iterdir()):
             raise InputError(f"{path}: holds files, but no run (no train.json); give another --run-dir", exit_code=2)
         write_json(stored, values)
@@ -54,31 +62,31 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
         raise InputError(f"{path}: cannot be used as a run's folder ({e})") from e
 
 
-def _forget(path: Path) -> None:
-    """Removes what a run has prepared, unless it has learnt something by now."""
+def _remove_preparations(path: Path) -> None:
+    """Removes what an earlier start has prepared, unless there is a checkpoint that was trained with it."""
     if not complete_checkpoints(path):
         for name in (CONFIG_FILE, *TOKENIZER_FILES):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / "init", ignore_errors=True)
 
 
-CONTENTS = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the options in which two train.json differ, with both values.
 
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The options of two runs that differ, places aside; a digest that the older one lacks is not compared."""
-    found = differences(old, new, besides=(*PLACES, *CONTENTS))
-    for half, place in old.get("init", {}).items():
-        if (place is None) != (new["init"][half] is None):
-            found.append(f"init.{half} ({place}, now {new['init'][half]})")
-    for name, option in CONTENTS.items():
+    Of paths only the contents count. A hash that the older file lacks is not compared.
+    """
+    changed = differences(old, new, besides=(*PLACES, *CONTENT_HASHES))
+    for part, source in old.get("init", {}).items():
+        if (source is None) != (new["init"][part] is None):
+            changed.append(f"init.{part} ({source}, now {new['init'][part]})")
+    for name, option in CONTENT_HASHES.items():
         if name in old and old[name] != new[name]:
-            found.append(f"{option} (other contents)")
-    return found
+            changed.append(f"{option} (other contents)")
+    return changed
 
 
-def other_tokenizers(config: TrainConfig, path: Path) -> list[str]:
-    """The option, where it names files that are not the run's own."""
+def changed_tokenizers(config: TrainConfig, path: Path) -> list[str]:
+    """Returns the option --tokenizers where it names files that differ from the run's own."""
     if config.tokenizers is None:
         return []
     pairs = [(config.tokenizers / name, path / name) for name in TOKENIZER_FILES]

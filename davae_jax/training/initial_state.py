@@ -1,0 +1,73 @@
+"""The state before the first step: freshly drawn weights, or those of a pretrained encoder and decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from davae_jax.checkpoints.pretrained import from_pretrained
+from davae_jax.checkpoints.run_folder import CONFIG_FILE
+from davae_jax.checkpoints.warm_start import format_report, warm_start
+from davae_jax.model.config import DAVAEConfig
+from davae_jax.model.davae import DAVAE, InitKeys, split
+from davae_jax.training.config import TrainConfig
+from davae_jax.training.state import TrainState, init_state
+
+INIT_FOLDER = "init"  # in the run's folder: the checkpoint that a warm start begins from
+# Settings of a pretrained part that the run decides: no tensor's shape depends on them.
+RUNTIME_FIELDS = {
+    "encoder": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+    "decoder": [
+        *["embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"],
+        *["latent_every_layer", "latent_initializer_scale", "max_memory_length"],
+    ],
+}
+
+
+def is_warm_start(config: TrainConfig) -> bool:
+    """Returns whether the run begins from a pretrained encoder or decoder."""
+    return bool(config.init.encoder or config.init.decoder)
+
+
+def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> None:
+    """Writes the checkpoint that a warm start begins from into the run's folder, and prints what was taken from where.
+
+    Does nothing where it is there.
+    """
+    if (folder / INIT_FOLDER).exists():
+        return
+    settings = folder / "init.json"
+    model.to_json(settings)
+    sources = dataclasses.asdict(config.init)
+    report = warm_start(folder / INIT_FOLDER, config=settings, seed=config.seed, **sources)
+    settings.unlink()
+    print(format_report(report, sources))
+
+
+def warm_start_config(model: DAVAEConfig, folder: Path) -> DAVAEConfig:
+    """Returns the config of a warm start: sizes from the pretrained parts, `RUNTIME_FIELDS` from the run."""
+    pretrained = DAVAEConfig.from_json(folder / INIT_FOLDER / CONFIG_FILE)
+    parts = {
+        part: dataclasses.replace(
+            getattr(pretrained, part), **{name: getattr(getattr(model, part), name) for name in names}
+        )
+        for part, names in RUNTIME_FIELDS.items()
+    }
+    return dataclasses.replace(pretrained, **parts)
+
+
+def initial_state(abstract: TrainState, model: DAVAEConfig, config: TrainConfig, folder: Path) -> TrainState:
+    """Returns the state before the first step, every array made where `abstract` says that it lies."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    if is_warm_start(config):
+        params = split(from_pretrained(folder / INIT_FOLDER, mesh=shardings.step.mesh))[1]
+        return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params)
+
+    def draw(key):
+        return init_state(split(DAVAE(model, rngs=InitKeys(key)))[1], config)
+
+    # In one compiled program: drawing weight by weight, thousands of small programs take longer.
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))

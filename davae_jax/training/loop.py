@@ -1,0 +1,91 @@
+"""A training run from its first to its last step. Start reading here.
+
+The run is set up (`setup.py`), takes its steps (`step.py`), of which each minimises the objective (`objective.py`), and
+ends with an evaluation. What happens now and then (samples, checkpoints) are hooks (`hooks.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from davae_jax.data.batches import Batch
+from davae_jax.data.prefetch import prefetch
+from davae_jax.data.shards import THREADS
+from davae_jax.parallel.multihost import any_process_requested_stop, is_process_zero
+from davae_jax.regularizers import RegularizerError
+from davae_jax.training.config import TrainConfig
+from davae_jax.training.hooks import Hook, Profiler, default_hooks
+from davae_jax.training.reporting import StepValues, announce, evaluate, log_metrics
+from davae_jax.training.setup import Run, set_up
+from davae_jax.training.state import TrainState
+from davae_jax.training.step import Logs
+from davae_jax.utils.errors import InputError
+from davae_jax.utils.signals import StopRequest
+
+
+class TrainResult(NamedTuple):
+    run: Run
+    state: TrainState
+    step: int  # steps taken in all
+    interrupted: bool  # whether a signal ended the run before it was through
+
+
+def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
+    """Trains a model; goes on where a run in the same folder stopped.
+
+    Args:
+      hooks: called before the run's own (`hooks.default_hooks`).
+
+    Raises:
+      InputError: something the user gave cannot be used, or a loss or gradient is not finite.
+    """
+    started = time.perf_counter()
+    run, state = set_up(config)
+    announce(run, state)
+    with StopRequest() as stop, run.checkpoints, run.log:
+        result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
+    if not result.interrupted and config.log.figures and run.corpus.held_out:
+        evaluate(run, result.state, started)
+    return result
+
+
+def take_steps(run: Run, state: TrainState, hooks: Sequence[Hook], stop: StopRequest) -> TrainResult:
+    """Takes the run's remaining steps, until the last one or until a stop is requested."""
+    steps, step = run.config.steps, run.first_step
+    batches = prefetch(run.batches, run.batch_sharding, step, threads=THREADS if run.corpus.prepared else 0)
+    profiler, unlogged, last = Profiler(run), None, step == steps
+    with tqdm(total=steps, initial=step, unit="step", disable=None if is_process_zero() else True) as bar:
+        while not last:
+            step += 1
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            profiler.before_step(step)
+            state, values = take_step(run, state, batch, step)
+            if unlogged:  # the step before: its values are read while the devices compute this one
+                log_metrics(run, unlogged, bar)
+            unlogged = StepValues(step, values, batch.shape, waited)
+            bar.update()
+            last = any_process_requested_stop(stop.requested, step) or step == steps
+            profiler.after_step(step, state, last)
+            if due := [hook for hook in hooks if hook.is_due(step, last)]:
+                log_metrics(run, unlogged, bar)
+                unlogged = None
+                for hook in due:
+                    hook(run, state, step)
+                run.log.restart_clock()
+    return TrainResult(run, state, step, interrupted=step < steps)
+
+
+def take_step(run: Run, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Logs]:
+    """Starts the computation of a step and returns the next state and the values to log, not waiting for either."""
+    try:
+        with jax.set_mesh(run.mesh):
+            return run.take_step(state, batch)
+    except RegularizerError as e:
+        raise InputError(f"step {step}: {e}") from e

@@ -1,0 +1,131 @@
+"""The tokenizers of a run, and what they decide of the model: the sizes of its embedding tables and its special ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from davae_jax.checkpoints.hub import resolve_source
+from davae_jax.data.corpus import Corpus
+from davae_jax.model.config import DAVAEConfig, EncoderConfig
+from davae_jax.tokenizers.decoder import count_pieces
+from davae_jax.tokenizers.encoder import read_vocabulary
+from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
+from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import write_bytes
+from davae_jax.utils.shapes import round_up
+
+DEMO_DECODER_VOCAB_SIZE, DECODER_VOCAB_SIZE = 600, 8000  # where the config leaves it open
+TOKENIZER_TEXTS = 50_000  # number of texts, at most, that tokenizers are trained on
+
+
+def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
+    """Puts vocab.txt and spiece.model into the run's folder, unless they are there.
+
+    They come from the prepared texts, from --tokenizers, from the pretrained encoder and decoder, or are trained on the
+    corpus, in this order.
+
+    Raises:
+      InputError: a folder that is named has none, or others than the texts were prepared with.
+    """
+    trainers = (
+        partial(train_wordpiece, entries=config.data.entries),
+        partial(train_sentencepiece, pieces=decoder_vocab_size(config)),
+    )
+    pretrained = (config.init.encoder, config.init.decoder)
+    for name, pretrained_part, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
+        if (folder / name).is_file():
+            continue
+        source = config.tokenizers or (resolve_source(pretrained_part) if pretrained_part else None)
+        if corpus.prepared:
+            _check_same_file(corpus.prepared.folder / name, source and source / name)
+            source = corpus.prepared.folder
+        if source is None:
+            write_bytes(folder / name, trainer(corpus.train[:TOKENIZER_TEXTS]))
+        elif (source / name).is_file():
+            write_bytes(folder / name, (source / name).read_bytes())
+        else:
+            raise InputError(f"{source / name}: no such file; give a folder that has it with --tokenizers", exit_code=2)
+
+
+def _check_same_file(prepared: Path, given: Path | None) -> None:
+    """Raises InputError where another tokenizer is asked for than the one that the texts were prepared with."""
+    if given and given.is_file() and prepared.is_file() and given.read_bytes() != prepared.read_bytes():
+        raise InputError(
+            f"{given}: differs from the tokenizer that {prepared.parent} was prepared with; "
+            f"prepare the texts with --tokenizers {given.parent}",
+            exit_code=2,
+        )
+
+
+def model_config(config: TrainConfig, folder: Path) -> DAVAEConfig:
+    """Returns the model's config, completed with what the tokenizers in the run's folder and the loss decide."""
+    vocab, spiece = (folder / name for name in TOKENIZER_FILES)
+    vocabulary = read_vocabulary(vocab)
+    cls_id, sep_id = (vocabulary.index(token) if token in vocabulary else 0 for token in ("[CLS]", "[SEP]"))
+    model = with_vocabularies(config.model, len(vocabulary), count_pieces(spiece))
+    return dataclasses.replace(
+        model,
+        cls_token_id=cls_id,
+        sep_token_id=sep_id,
+        fb_mode=1 if config.free_bits.mode == "hard" else 0,
+        dim_target_kl=config.free_bits.target,
+        length_weighted_loss=config.length_weighted,
+        # Texts as long as the training texts can be generated.
+        max_out_length=max(model.max_out_length, config.data.max_length),
+    )
+
+
+def with_vocabularies(model: DAVAEConfig, encoder_vocab_size: int, decoder_vocab_size: int) -> DAVAEConfig:
+    """Returns the config for tokenizers of these sizes.
+
+    Embedding tables have a multiple of 64 rows; the decoder's three special tokens follow its SentencePiece pieces.
+    """
+    n = decoder_vocab_size
+    return dataclasses.replace(
+        model,
+        encoder=dataclasses.replace(model.encoder, vocab_size=round_up(encoder_vocab_size, 64)),
+        decoder=dataclasses.replace(model.decoder, vocab_size=round_up(n + 3, 64)),
+        **dict(end_token_id=n, pad_token_id=n + 1, bos_token_id=n + 2),
+    )
+
+
+def decoder_vocab_size(config: TrainConfig) -> int:
+    """Returns the size of the decoder's vocabulary where its tokenizer is trained."""
+    return config.data.pieces or (DEMO_DECODER_VOCAB_SIZE if config.data.train is None else DECODER_VOCAB_SIZE)
+
+
+def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, str]:
+    """Returns the sizes of the encoder's and the decoder's vocabulary before a run exists, and where they come from.
+
+    The third value is for people to read. Tokenizers are looked for where a run would find them, as far as these places
+    are on this machine.
+    """
+    pretrained = config.init.encoder, config.init.decoder
+    vocab, spiece = (
+        _find_tokenizer_file(config, name, part) for name, part in zip(TOKENIZER_FILES, pretrained, strict=True)
+    )
+    encoder_size = len(read_vocabulary(vocab)) if vocab else config.data.entries
+    # A plan need not name the texts, and the demo's texts are used by the demo alone.
+    other_texts = preset != "demo" and config.data.train is None
+    trained = config.data.pieces or DECODER_VOCAB_SIZE if other_texts else decoder_vocab_size(config)
+    decoder_size = count_pieces(spiece) if spiece else trained
+    if vocab and spiece:
+        folders = " and ".join(dict.fromkeys([str(vocab.parent), str(spiece.parent)]))
+        return encoder_size, decoder_size, f"those of {folders}"
+    sizes_given = config.data.pieces is not None or config.data.entries != DataConfig.entries
+    if preset != "demo" and not (vocab or spiece or sizes_given):
+        published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
+        return *published, "the published ones, for --tokenizers; without it a run trains its own"
+    one = f"one of {(vocab or spiece).parent}, the other " if vocab or spiece else ""
+    return encoder_size, decoder_size, f"{one}trained on the texts, and may become smaller"
+
+
+def _find_tokenizer_file(config: TrainConfig, name: str, pretrained: str | None) -> Path | None:
+    if config.tokenizers:
+        return config.tokenizers / name
+    folders = (config.data.train, pretrained and Path(pretrained))
+    return next((folder / name for folder in folders if folder and (folder / name).is_file()), None)
