@@ -287,7 +287,7 @@ def test_davae_alone(davae):
         ("analogy x y z --repetition-penalty 0", "--repetition-penalty must be above 0 and finite in float32, not 0.0"),
         ("generate x --std-scale -1", "--std-scale must be a number of 0 or more, not -1.0"),
         ("generate x --std-scale inf", "--std-scale must be a number of 0 or more, not inf"),
-        ("generate x --input y", "give texts or --input, not both"),
+        ("generate x --input y", "--input cannot be given together with texts"),
         ("interpolate x y --steps 1", "--steps must be 2 (both ends) to 10000, not 1"),
         ("interpolate x y --steps 10000000000", "--steps must be 2 (both ends) to 10000, not 10000000000"),
         ("interpolate x", "needs 2 texts, not 1"),
@@ -357,7 +357,7 @@ def test_bad_inputs(davae, model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as Python does where it is closed
     result = davae("reconstruct", *model)
     assert result.code == 2
-    assert result.err == "davae reconstruct: error: no text given: name some, or give --input FILE\n"
+    assert result.err == "davae reconstruct: error: --input or texts must be given\n"
 
 
 def test_bad_models(davae, tiny_checkpoint, tmp_path):

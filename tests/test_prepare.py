@@ -284,8 +284,8 @@ def test_other_settings_are_refused(prepare, tmp_path):
     other = prepare(path, max_length=64)
     assert other.code == 2
     assert other.err.strip() == (
-        f"davae prepare: error: {tmp_path / 'out'}: was prepared otherwise: max_length (512, now 64); "
-        "give another --output"
+        f"davae prepare: error: --output {tmp_path / 'out'} was prepared with other settings: "
+        "max_length (512, now 64); give another folder"
     )
     os.utime(path, (1, 1))
     changed = prepare(path)
@@ -333,7 +333,7 @@ def test_options_and_columns_that_cannot_be(prepare, tmp_path):
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
     foreign = text_file(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
-    assert refused.code == 2 and "holds files, but nothing prepared" in refused.err
+    assert refused.code == 2 and "holds files, but no prepare.json" in refused.err
 
 
 def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
@@ -507,7 +507,7 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
     shutil.copytree(tokenizer_folder, other)
     make_spiece(other, 200)
     (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match=r"spiece.model: is not what .* was prepared with; prepare with --tokenizers"):
+    with pytest.raises(InputError, match=r"spiece.model is not what .* was prepared with; prepare with --tokenizers"):
         prepare_tokenizers(config_of(prepared.folder, tokenizers=other), tmp_path / "run", corpus)
 
 
@@ -544,7 +544,7 @@ def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_pat
     (folder / "prepare.json").write_text(json.dumps(before), encoding="utf-8")
     assert prepare(path).code == 0
     again = prepare(path, cut=True)
-    assert again.code == 2 and "was prepared otherwise: cut (False, now True)" in again.err
+    assert again.code == 2 and "was prepared with other settings: cut (False, now True)" in again.err
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_a_refusal_of_process_0_is_that_of_all(text_file, tmp_path):  # noqa: F8
     folder.mkdir()
     (folder / "foreign.txt").touch()
     found = ended(begun(2, 1, text_file, folder, "--mesh.fsdp", 2), seconds=120)
-    said = f"train.py: error: {folder}: holds files, but no run (no train.json); give another --run-dir"
+    said = f"train.py: error: --run-dir {folder} holds files but no run (there is no train.json); give another folder"
     assert lines_of(found) == [(2, [said])] * 2
     found = ended(begun(2, 1, text_file, tmp_path / "new", "--mesh.fsdp", 2, "--data.pieces", 12), seconds=120)
     assert [code for code, *_ in found] == [2, 2] and found[0][2] == found[1][2]

@@ -835,15 +835,21 @@ def test_what_can_be_registered():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--regularizers.foo.weight", "1"], "--regularizers.foo.weight: no regularizer 'foo'; known: bag-of-words, "),
+        (
+            ["--regularizers.foo.weight", "1"],
+            "--regularizers.foo.weight names no regularizer 'foo'; known: ",
+        ),
         (["--regularizers.mmd.kernel", "cubic"], "--regularizers.mmd.kernel"),
         (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight must be 0 or more and finite, not -1.0"),
         (["--regularizers.mmd.wieght", "1"], "--regularizers.mmd.wieght"),
         (["--regularizers.bag-of-words.hidden", "-1"], "--regularizers.bag-of-words.hidden must be at least 0, not -1"),
         (["--plugin", "missing.py"], "--plugin missing.py: no such file"),
-        (["--plugin"], "--plugin: give a Python file"),
+        (["--plugin"], "--plugin must be a Python file"),
         (["--posterior.mean-scale", "-1"], "--posterior.mean-scale must be 0 or more"),
-        (["--posterior.mean-scale", "1", "--batch-size", "4", "--accumulate", "4"], "one text has no deviation"),
+        (
+            ["--posterior.mean-scale", "1", "--batch-size", "4", "--accumulate", "4"],
+            "needs a larger batch",
+        ),
     ],
 )
 def test_bad_options(argv, said):

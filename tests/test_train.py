@@ -405,9 +405,8 @@ def test_another_config_in_the_same_folder(run, text_file):
     options = ["--steps", 8, "--beta.max", 0.5, "--log.every", 1, "--adversarial.weight", 0.1]
     code, _, err = tiny(text_file, folder, *options)
     assert code == 2
-    assert err == (
-        f"train.py: error: {folder}: was made with another config: beta.max (0.03, now 0.5); give another --run-dir\n"
-    )
+    changed = "beta.max (0.03, now 0.5)"
+    assert err == f"train.py: error: --run-dir {folder} was made with another config: {changed}; give another folder\n"
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
 
 
@@ -421,7 +420,9 @@ def test_other_texts_under_the_same_name(run, text_file):
     finally:
         text_file.write_bytes(before)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith(f"train.py: error: {folder}: was made with another config: data.train (other contents)")
+    assert err.startswith(
+        f"train.py: error: --run-dir {folder} was made with another config: data.train (other contents)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -434,7 +435,7 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["dmo"], "dmo"),
         (["--free-bits.target", "-1"], "--free-bits.target"),
         (["--seed", "-1"], "--seed must be a whole number from 0 to 2³² − 1, not -1"),
-        (["--data.valid", "x.txt"], "--data.valid: is of use only with --data.train"),
+        (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
         (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
     ],
 )

@@ -13,7 +13,7 @@ from davae_jax.cli.text import GreedyCommand
 from davae_jax.data.texts import read_texts
 from davae_jax.inference.text_vae import check_radius
 from davae_jax.model.latent import combine
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import OptionError
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class Neighbours(GreedyCommand):
         super().check()
         check_radius(self.radius, name="--radius")
         if self.n < 1:
-            raise InputError(f"--n must be at least 1, not {self.n}", exit_code=2)
+            raise OptionError("--n", f"must be at least 1, not {self.n}")
 
     def results(self) -> list[dict]:
         texts, label = self.read()
@@ -110,4 +110,4 @@ def check_numbers(numbers: tuple[float, ...], name: str) -> None:
     """Raises InputError where there are none, or one is not finite."""
     if not numbers or not all(map(np.isfinite, numbers)):
         said = " ".join(map(str, numbers)) or "nothing"
-        raise InputError(f"{name} must be finite numbers, not {said}", exit_code=2)
+        raise OptionError(name, f"must be finite numbers, not {said}")

@@ -23,7 +23,7 @@ from davae_jax.inference.generation import check_max_length, sampling_settings
 from davae_jax.inference.text_vae import TextVAE, check_std_scale, check_steps, greedy_by_default
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.latent import analogy, interpolate, spherical
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_text
 
 
@@ -88,13 +88,13 @@ class _TextCommand(Command):
     def check(self) -> None:
         """Raises InputError on an option that cannot be, before anything is read or loaded."""
         if self.batch_size < 1:
-            raise InputError(f"--batch-size must be at least 1, not {self.batch_size}", exit_code=2)
+            raise OptionError("--batch-size", f"must be at least 1, not {self.batch_size}")
         if self.max_length is not None:
             _as_option(lambda: check_max_length(self.max_length))
         settings = {name: value for name, value in self.sampling().items() if name != "max_length"}
         _as_option(lambda: sampling_settings(DAVAEConfig(), **settings))
         if self.texts and self.input:
-            raise InputError("give texts or --input, not both", exit_code=2)
+            raise OptionError("--input", "cannot be given together with texts")
         for number, text in enumerate(self.texts, 1):
             _require_utf8(text, f"text {number}")
         if self.output:
@@ -117,7 +117,7 @@ class _TextCommand(Command):
         if self.texts:
             return list(self.texts), "text {}".format
         if not self.input and (sys.stdin is None or sys.stdin.isatty()):
-            raise InputError("no text given: name some, or give --input FILE", exit_code=2)
+            raise OptionError("--input", "or texts must be given")
         name = str(self.input or "standard input")
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
         return read_lines(data, name), f"{name}: line {{}}".format
@@ -172,12 +172,11 @@ def _require_utf8(text: str, what: str) -> None:
 
 
 def _as_option(check: Callable[[], object]) -> None:
-    """Runs a check whose message begins with a setting's name, and has it name the option instead."""
+    """Runs a check of an argument; where it fails, the error names the option of the same name instead."""
     try:
         check()
-    except InputError as e:
-        name, rest = str(e).split(" ", 1)
-        raise InputError(f"--{name.replace('_', '-')} {rest}", exit_code=2) from None
+    except OptionError as e:
+        raise OptionError(f"--{e.option.replace('_', '-')}", e.reason) from None
 
 
 @dataclass(kw_only=True)
@@ -207,8 +206,8 @@ class Generate(_TextCommand):
         if self.prompt is not None:
             try:
                 vae.check([self.prompt], **self.sampling())
-            except InputError as e:
-                raise InputError(str(e).replace("prompt 1", "--prompt", 1), exit_code=2) from None
+            except OptionError as e:
+                raise OptionError("--prompt" if e.option == "prompt 1" else e.option, e.reason) from None
         latent = vae.encode(texts, seed=self.seed, std_scale=self.std_scale)
         generated = vae.generate(latent, prompts, seed=self.seed, **self.sampling())
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
@@ -228,7 +227,7 @@ class Sample(_TextCommand):
     def check(self) -> None:
         super().check()
         if self.n < 1:
-            raise InputError(f"--n must be at least 1, not {self.n}", exit_code=2)
+            raise OptionError("--n", f"must be at least 1, not {self.n}")
 
     def results(self) -> list[dict]:
         return [{"sample": text} for text in self.load().sample(self.n, seed=self.seed, **self.sampling())]

@@ -18,7 +18,7 @@ from davae_jax.cli.base import INTERRUPTED, exit_with, parse_options, run_cli
 from davae_jax.regularizers import check_known, load_plugin, options_type
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import OptionError
 
 
 def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
@@ -71,7 +71,7 @@ def plugins_in(argv: Sequence[str]) -> Iterator[Path]:
     for arg, following in zip(argv, [*argv[1:], ""]):
         if arg == "--plugin":
             if not following or following.startswith("--"):
-                raise InputError("--plugin: give a Python file", exit_code=2)
+                raise OptionError("--plugin", "must be a Python file")
             yield Path(following)
         elif arg.startswith("--plugin="):
             yield Path(arg.partition("=")[2])

@@ -32,7 +32,7 @@ from davae_jax.tokenizers.decoder import DecoderTokenizer, count_pieces
 from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, OptionError, first_line
 from davae_jax.utils.files import atomic_write, is_partial, remove_partial, write_bytes, write_json, write_text
 from davae_jax.utils.settings import changed_settings
 
@@ -73,13 +73,12 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
                     (folder / name).unlink(missing_ok=True)
             elif changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-                raise InputError(
-                    f"{folder}: was prepared otherwise: {', '.join(changed[:3])}{more}; give another --output",
-                    exit_code=2,
+                raise OptionError(
+                    "--output",
+                    f"{folder} was prepared with other settings: {', '.join(changed[:3])}{more}; give another folder",
                 )
         elif any(path.name != PARTS and not is_partial(path) for path in folder.iterdir()):
-            said = f"{folder}: holds files, but nothing prepared (no {SETTINGS}); give another --output"
-            raise InputError(said, exit_code=2)
+            raise OptionError("--output", f"{folder} holds files, but no {SETTINGS}; give another folder")
         write_json(stored, settings)
         for place in (folder, folder / PARTS):
             remove_partial(place)
@@ -113,8 +112,8 @@ def _put_tokenizers(folder: Path, given: Path | None, settings: dict[str, Any], 
         sizes = settings["tokenizers"]
         try:
             trained = train_wordpiece(texts, sizes["entries"]), train_sentencepiece(texts, sizes["pieces"])
-        except InputError as e:
-            raise InputError(str(e).replace("--data.", "--"), exit_code=e.exit_code) from e
+        except OptionError as e:  # here the options have no section
+            raise OptionError(e.option.replace("--data.", "--"), e.reason) from e
         for name, data in zip(TOKENIZER_FILES, trained, strict=True):
             write_bytes(folder / name, data)
     _tokenizers(str(folder), settings["encoder_positions"])  # raises if they are damaged

@@ -24,7 +24,7 @@ from davae_jax.model.davae import split
 from davae_jax.model.latent import Posterior, interpolate
 from davae_jax.parallel.sharding import shard_batch
 from davae_jax.tokenizers.decoder import END, UNK
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 
 ACTIVE = 0.01  # variance of a dimension's means above which it is active (Burda et al. 2016)
 PRIOR_SAMPLES = 1000  # at most
@@ -67,10 +67,10 @@ def evaluate(
     """
     given = list(texts)
     if samples < 1:
-        raise InputError(f"samples must be at least 1, not {samples}", exit_code=2)
+        raise OptionError("samples", f"must be at least 1, not {samples}")
     for name, values in (labels or {}).items():
         if len(values) != len(given):
-            raise InputError(f"labels: {len(values)} of {name!r} for {len(given)} texts", exit_code=2)
+            raise OptionError("labels", f"of {name!r} are {len(values)}, for {len(given)} texts")
     whole, ended = without_end_tokens(given, source)
     kept = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
     rows = kept.lines - 1

@@ -26,7 +26,7 @@ from davae_jax.model.config import DAVAEConfig, check_sampling
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.decoder import Decoder
 from davae_jax.parallel.sharding import shard_batch
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.shapes import power_of_two
 
 LONGEST = 1 << 16  # tokens of a text; keys and values of more would fill any machine
@@ -130,7 +130,7 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
 def check_max_length(max_length: int) -> None:
     """Raises InputError (exit code 2) on a number of tokens that cannot be."""
     if not 1 <= max_length <= LONGEST:
-        raise InputError(f"max_length must be 1 to {LONGEST}, not {max_length}", exit_code=2)
+        raise OptionError("max_length", f"must be 1 to {LONGEST}, not {max_length}")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:
@@ -147,7 +147,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAV
             problem = f"holds the id {bad[0]}, outside the vocabulary of {config.decoder.vocab_size}"
         else:
             continue
-        raise InputError(f"prompt {row} {problem}", exit_code=2)
+        raise OptionError(f"prompt {row}", problem)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "mode", "prefill"))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import ConfigError, InputError, OptionError
 from davae_jax.utils.files import write_json
 
 # A field that the command line of a training run does not offer: the tokenizers or another option decide it.
@@ -44,9 +44,9 @@ class EncoderConfig:
         _require_heads_divide("encoder", self)
         _require_probability("encoder", self, "hidden_dropout_prob attention_probs_dropout_prob")
         if self.hidden_act != "gelu":
-            raise InputError(f"config: encoder.hidden_act is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
+            raise ConfigError("encoder", "hidden_act", f"is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
         if self.pad_token_id != 0:
-            raise InputError("config: encoder.pad_token_id must be 0: the attention mask is `ids > 0`")
+            raise ConfigError("encoder", "pad_token_id", "must be 0: the attention mask is `ids > 0`")
         _require_positive_eps("encoder", self)
 
 
@@ -77,15 +77,15 @@ class DecoderConfig:
         _require_heads_divide("decoder", self)
         _require_probability("decoder", self, "embedding_dropout_prob attention_dropout_prob output_dropout_prob")
         if self.hidden_size % 2:
-            raise InputError(f"config: decoder.hidden_size is {self.hidden_size}; sines and cosines need an even width")
+            raise ConfigError("decoder", "hidden_size", f"is {self.hidden_size}; sines and cosines need an even width")
         if not 0 <= self.latent_initializer_scale < math.inf:
-            scale = self.latent_initializer_scale
-            raise InputError(f"config: decoder.latent_initializer_scale is {scale}; it must be 0 or more and finite")
+            reason = f"is {self.latent_initializer_scale}; it must be 0 or more and finite"
+            raise ConfigError("decoder", "latent_initializer_scale", reason)
         if self.max_memory_length < 0:
-            raise InputError(f"config: decoder.max_memory_length is {self.max_memory_length}; it cannot be negative")
+            raise ConfigError("decoder", "max_memory_length", f"is {self.max_memory_length}; it cannot be negative")
         _require_positive_eps("decoder", self)
         if self.extra.get("relative_encoding", True) is not True:
-            raise InputError("config: decoder.relative_encoding must be true; no other decoder is known")
+            raise ConfigError("decoder", "relative_encoding", "must be true; no other decoder is known")
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,14 @@ class DAVAEConfig:
     def __post_init__(self):
         _require_positive("", self, "latent_size max_out_length")
         if self.fb_mode not in (0, 1, 2):
-            raise InputError(f"config: fb_mode is {self.fb_mode!r}; it must be 0, 1 or 2")
+            raise ConfigError("", "fb_mode", f"is {self.fb_mode!r}; it must be 0, 1 or 2")
         if not self.std_scale >= 0:
-            raise InputError(f"config: std_scale is {self.std_scale!r}; it cannot be negative")
+            raise ConfigError("", "std_scale", f"is {self.std_scale!r}; it cannot be negative")
         _require_ids(self, "cls_token_id sep_token_id end_token_id pad_token_id bos_token_id")
-        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, where="config: ")
+        try:
+            check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        except OptionError as e:
+            raise ConfigError("", e.option, e.reason) from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DAVAEConfig:
@@ -150,8 +153,8 @@ class DAVAEConfig:
         parts = {}
         for name, part in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
             if not isinstance(values.get(name), dict):
-                raise InputError(f"config: the section {name!r} is missing")
-            parts[name] = _from_dict(part, values.pop(name), f"{name}.", _REQUIRED[name])
+                raise ConfigError("", name, "is missing; it is a section of its own")
+            parts[name] = _from_dict(part, values.pop(name), name, _REQUIRED[name])
         config = _from_dict(cls, values, "", _REQUIRED[""], **parts)
         return config
 
@@ -170,8 +173,8 @@ class DAVAEConfig:
         values = read_json(path)
         try:
             return cls.from_dict(values)
-        except InputError as e:
-            raise InputError(f"{path}: {str(e).removeprefix('config: ')}") from None
+        except ConfigError as e:
+            raise ConfigError(e.section, e.field, e.reason, file=path) from None
         except OverflowError:
             raise InputError(f"{path}: holds a number too large to be meant") from None
 
@@ -209,36 +212,34 @@ _REQUIRED = {
 }
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float, *, where: str = "") -> None:
-    """Raises InputError (exit code 2) where a sampling setting makes no sense."""
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    """Raises OptionError, with the argument's name, for the first sampling setting that is out of its range."""
     smallest, largest = 1e-30, 1e30  # with these, what a float32 logit becomes is a float32 still
     if not smallest <= temperature <= largest:
-        problem = f"temperature must be above 0 and finite in float32, not {temperature}"
-    elif top_k < 0 or top_k != int(top_k):
-        problem = f"top_k must be a whole number of 0 (off) or more, not {top_k}"
-    elif not 0 <= top_p <= 1:
-        problem = f"top_p must lie in [0, 1], not {top_p}"
-    elif not smallest <= repetition_penalty <= largest:
-        problem = f"repetition_penalty must be above 0 and finite in float32, not {repetition_penalty}"
-    else:
-        return
-    raise InputError(where + problem, exit_code=2)
+        raise OptionError("temperature", f"must be above 0 and finite in float32, not {temperature}")
+    if top_k < 0 or top_k != int(top_k):
+        raise OptionError("top_k", f"must be a whole number of 0 (off) or more, not {top_k}")
+    if not 0 <= top_p <= 1:
+        raise OptionError("top_p", f"must lie in [0, 1], not {top_p}")
+    if not smallest <= repetition_penalty <= largest:
+        raise OptionError("repetition_penalty", f"must be above 0 and finite in float32, not {repetition_penalty}")
 
 
-def _from_dict(cls, values: dict[str, Any], prefix: str, required: list[str], **parts):
-    if missing := [prefix + name for name in required if values.get(name) is None]:
-        raise InputError(f"config: missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **parts):
+    if missing := [name for name in required if values.get(name) is None]:
+        first, *others = missing
+        raise ConfigError(section, first, "is missing" + (f", and so are {', '.join(others)}" if others else ""))
     types = {name: kind for name, kind in get_type_hints(cls).items() if name != "extra"}
     known, extra = dict(parts), {}
     for name, value in values.items():
         if name in types and value is not None:
-            known[name] = _checked(value, types[name], prefix + name)
+            known[name] = _checked(value, types[name], section, name)
         else:
             extra[name] = value
     return cls(**known, extra=extra)
 
 
-def _checked(value, kind: type, name: str):
+def _checked(value, kind: type, section: str, name: str):
     """`value` as the field's type; JSON writes 1.0 as 1 and some writers write 12 as 12.0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int and is_number and value == int(value):
@@ -249,7 +250,7 @@ def _checked(value, kind: type, name: str):
         return value
     if kind is str and isinstance(value, str):
         return value
-    raise InputError(f"config: {name} is {value!r}, not a {kind.__name__}")
+    raise ConfigError(section, name, f"is {value!r}, not of type {kind.__name__}")
 
 
 def _to_dict(config) -> dict[str, Any]:
@@ -266,18 +267,18 @@ def _to_dict(config) -> dict[str, Any]:
 def _require_positive(part: str, config, names: str) -> None:
     for name in names.split():
         if getattr(config, name) < 1:
-            raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must be at least 1")
+            raise ConfigError(part, name, f"is {getattr(config, name)}; it must be at least 1")
 
 
 def _require_positive_eps(part: str, config) -> None:
     if not config.layer_norm_eps > 0:
-        raise InputError(f"config: {part}.layer_norm_eps is {config.layer_norm_eps}; it must be above 0")
+        raise ConfigError(part, "layer_norm_eps", f"is {config.layer_norm_eps}; it must be above 0")
 
 
 def _require_probability(part: str, config, names: str) -> None:
     for name in names.split():
         if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must lie in [0, 1)")
+            raise ConfigError(part, name, f"is {getattr(config, name)}; it must lie in [0, 1)")
 
 
 def _require_ids(config, names: str) -> None:
@@ -285,19 +286,13 @@ def _require_ids(config, names: str) -> None:
     # are checked against the model when they are loaded.
     for name in names.split():
         if getattr(config, name) < 0:
-            raise InputError(f"config: {name} is {getattr(config, name)}; an id cannot be negative")
+            raise ConfigError("", name, f"is {getattr(config, name)}; an id cannot be negative")
 
 
 def _require_heads_divide(part: str, config) -> None:
     if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"config: {part}.num_attention_heads {config.num_attention_heads} does not divide "
-            f"{part}.hidden_size {config.hidden_size}"
-        )
-
-
-def _dotted(part: str, name: str) -> str:
-    return f"{part}.{name}" if part else name
+        reason = f"{config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
+        raise ConfigError(part, "num_attention_heads", reason)
 
 
 # What of a layer is kept for the backward pass; the rest is computed again.

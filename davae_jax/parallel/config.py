@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from davae_jax.utils.errors import InputError, check_options
+from davae_jax.utils.errors import OptionError, check_options
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MeshConfig:
     def __post_init__(self):
         check_options(self, "mesh.", "data fsdp tensor", lambda n: n >= 1 or n == -1, "be at least 1, or -1")
         if [self.data, self.fsdp, self.tensor].count(-1) > 1:
-            raise InputError("--mesh.data, --mesh.fsdp, --mesh.tensor: one alone can be -1", exit_code=2)
+            raise OptionError("--mesh.data", "--mesh.fsdp and --mesh.tensor: only one of them can be -1")
 
     def shape(self, devices: int) -> dict[str, int]:
         """The size of each axis on so many devices. Raises InputError (exit code 2) if they do not fit."""
@@ -35,8 +35,8 @@ class MeshConfig:
         given = math.prod(size for size in sizes.values() if size > 0)
         filled = {name: devices // given if size == -1 else size for name, size in sizes.items()}
         if math.prod(filled.values()) != devices:
-            said = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
-            raise InputError(f"{said}: does not fit {devices} devices", exit_code=2)
+            reason = f"{self.data} --mesh.fsdp {self.fsdp} --mesh.tensor {self.tensor}: does not fit {devices} devices"
+            raise OptionError("--mesh.data", reason)
         return filled
 
 
@@ -67,14 +67,16 @@ class DistributedConfig:
         if where == (None, None, None):
             return
         if None in where:
-            names = "--distributed.coordinator, --distributed.num-processes, --distributed.process-id"
             alone = ", or the coordinator alone under an MPI that says the rest" if coordinator else ""
-            raise InputError(f"{names}: give all three or none{alone}", exit_code=2)
+            raise OptionError(
+                "--distributed.coordinator",
+                f"--distributed.num-processes and --distributed.process-id: give all three or none{alone}",
+            )
         check_options(self, "distributed.", "num_processes", lambda _: n >= 1, "be at least 1")
         if not 0 <= process < n:
-            raise InputError(f"--distributed.process-id must be from 0 to {n - 1}, not {process}", exit_code=2)
+            raise OptionError("--distributed.process-id", f"must be from 0 to {n - 1}, not {process}")
         if not re.fullmatch(r".+:\d+", coordinator):
-            raise InputError(f"--distributed.coordinator must be HOST:PORT, not {coordinator}", exit_code=2)
+            raise OptionError("--distributed.coordinator", f"must be HOST:PORT, not {coordinator}")
 
     def where(self, environ: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
         """(coordinator, number of processes, this one), what is not given taken from an MPI launcher's variables."""

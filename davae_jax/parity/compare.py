@@ -53,7 +53,7 @@ from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, split
 from davae_jax.parity import values as sides
 from davae_jax.parity.values import Batch, Step, Values
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 
 Dtype = Literal["float32", "bfloat16"]
 IGNORED = "gradient of key and relative biases"
@@ -136,13 +136,11 @@ def compare(
     if name_table(config) != name_table(twin_config):
         raise InputError(f"{folder} and {twin_folder}: their {CONFIG_FILE} give tensors of different shapes")
     if batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, not {batch_size}", exit_code=2)
+        raise OptionError("--batch-size", f"must be at least 1, not {batch_size}")
     longest = config.encoder.max_position_embeddings
     length = min(48, longest) if length is None else length
     if not sides.SEGMENTS <= length <= longest:
-        raise InputError(
-            f"--length must be {sides.SEGMENTS} to {longest}, the encoder's positions, not {length}", exit_code=2
-        )
+        raise OptionError("--length", f"must be {sides.SEGMENTS} to {longest}, the encoder's positions, not {length}")
     batch = sides.make_batch(config, batch_size, length, seed)
     bar = tqdm(total=12 if gradients else 9, disable=None, leave=False)
 

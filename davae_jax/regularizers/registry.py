@@ -27,7 +27,7 @@ from davae_jax.regularizers.protocol import (
     Sizes,
     weight_at,
 )
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, OptionError, first_line
 
 REGISTRY: dict[str, type[Regularizer]] = {}
 # Names that mean something else in the logs.
@@ -92,8 +92,9 @@ def check_known(name: str, option: str = "") -> None:
         known = ", ".join(sorted(REGISTRY))
         if option:  # spelled as there
             name, known = name.replace("_", "-"), known.replace("_", "-")
-        prefix = f"{option}: " if option else ""
-        raise InputError(f"{prefix}no regularizer {name!r}; known: {known}; others by --plugin FILE.py", exit_code=2)
+        raise OptionError(
+            option or "regularizers", f"names no regularizer {name!r}; known: {known}; others by --plugin FILE.py"
+        )
 
 
 def active(options: Any) -> dict[str, Regularizer]:
@@ -112,12 +113,12 @@ def load_plugin(path: Path) -> None:
       InputError: there is none (exit code 2), or its import fails.
     """
     if not path.is_file():
-        raise InputError(f"--plugin {path}: no such file", exit_code=2)
+        raise OptionError("--plugin", f"{path}: no such file")
     # Of the file's own: the same one again takes the place of the first.
     name = f"davae_jax_plugin_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
-        raise InputError(f"--plugin {path}: not a Python file", exit_code=2)
+        raise OptionError("--plugin", f"{path}: not a Python file")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     known = dict(REGISTRY)
     try:

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, OptionError, first_line
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -55,8 +55,8 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
         )
     except RuntimeError as e:
         if fewest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
-            said = f"--data.pieces {pieces}: the texts have {fewest[1]} different characters; give more pieces"
-            raise InputError(said, exit_code=2) from e
+            reason = f"{pieces}: the texts have {fewest[1]} different characters; give more pieces"
+            raise OptionError("--data.pieces", reason) from e
         # Short or uniform texts have fewer merges to offer; the message says how many pieces they are good for.
         if most := re.search(r"set it to a value <= (\d+)", str(e)):
             return train_sentencepiece(texts, int(most[1]))

@@ -15,7 +15,7 @@ import tyro
 from davae_jax.model.config import DAVAEConfig, Remat
 from davae_jax.parallel.config import DistributedConfig, MeshConfig
 from davae_jax.regularizers import active, options_type
-from davae_jax.utils.errors import InputError, check_options
+from davae_jax.utils.errors import OptionError, check_options
 from davae_jax.utils.settings import changed_settings
 
 BUILT_IN = options_type()  # the command line's has those of plugins as well
@@ -70,11 +70,11 @@ class DataConfig:
         check_options(self, "data.", "pieces", lambda n: n is None or n >= 10, "be at least 10")
         check_options(self, "data.", "entries", lambda n: n >= 10, "be at least 10")
         if self.pack and self.buckets is not None:
-            raise InputError("--data.buckets: is of use only without --data.pack", exit_code=2)
+            raise OptionError("--data.buckets", "is used only without --data.pack")
         if self.pack and self.segment_length is not None:
-            raise InputError("--data.segment-length: is of use only without --data.pack", exit_code=2)
+            raise OptionError("--data.segment-length", "is used only without --data.pack")
         if self.valid is not None and self.train is None:
-            raise InputError("--data.valid: is of use only with --data.train", exit_code=2)
+            raise OptionError("--data.valid", "is used only with --data.train")
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class BetaConfig:
         check_options(self, "beta.", "start max", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
         check_options(self, "beta.", "cycles", lambda n: n >= 1, "be at least 1")
         if not (self.ratio_zero >= 0 and self.ratio_increase >= 0 and self.ratio_zero + self.ratio_increase <= 1):
-            raise InputError(
-                f"--beta.ratio-zero {self.ratio_zero} and --beta.ratio-increase {self.ratio_increase}: "
-                "must be 0 or more, and 1 at most together",
-                exit_code=2,
+            raise OptionError(
+                "--beta.ratio-zero",
+                f"{self.ratio_zero} and --beta.ratio-increase {self.ratio_increase} must be 0 or more, and their sum "
+                "at most 1",
             )
 
 
@@ -281,8 +281,11 @@ class LogConfig:
 
     def __post_init__(self):
         check_options(self, "log.", "every checkpoint keep", lambda n: n >= 1, "be at least 1")
-        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise InputError("--profile-steps: give the first and the last step, such as 10 12", exit_code=2)
+        steps = self.profile_steps
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise OptionError(
+                "--profile-steps", f"must be a first and a last step, such as 10 12, not {' '.join(map(str, steps))}"
+            )
         check_options(self, "log.", "samples held_out figures", lambda n: n >= 0, "be at least 0")
 
 
@@ -343,12 +346,12 @@ class TrainConfig:
     def __post_init__(self):
         check_options(self, "", "steps batch_size accumulate logits_chunk", lambda n: n >= 1, "be at least 1")
         if self.batch_size % self.accumulate:
-            raise InputError(
-                f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}", exit_code=2
+            raise OptionError(
+                "--batch-size", f"must be a multiple of --accumulate {self.accumulate}, not {self.batch_size}"
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be a whole number from 0 to 2³² − 1")
         if self.posterior.mean_scale and not self.data.pack and self.batch_size == self.accumulate:
-            raise InputError("--posterior.mean-scale: one text has no deviation; give a larger batch", exit_code=2)
+            raise OptionError("--posterior.mean-scale", "needs a larger batch: a single text has no standard deviation")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

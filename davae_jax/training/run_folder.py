@@ -21,7 +21,7 @@ from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import digest_of
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import PLACES, TrainConfig, differences, to_dict
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import is_partial, remove_partial, write_json
 
 # Hashes in train.json, and the option whose file they are of.
@@ -49,13 +49,15 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
             old = json.loads(stored.read_text(encoding="utf-8"))
             changed = changed_options(old, values) + changed_tokenizers(config, path)
             if changed and complete_checkpoints(path):
-                raise InputError(
-                    f"{path}: was made with another config: {', '.join(changed)}; give another --run-dir", exit_code=2
+                raise OptionError(
+                    "--run-dir", f"{path} was made with another config: {', '.join(changed)}; give another folder"
                 )
             if changed or differences(old, values):
                 _remove_preparations(path)
         elif not all(is_partial(file) for file in path.iterdir()):
-            raise InputError(f"{path}: holds files, but no run (no train.json); give another --run-dir", exit_code=2)
+            raise OptionError(
+                "--run-dir", f"{path} holds files but no run (there is no train.json); give another folder"
+            )
         write_json(stored, values)
         remove_partial(path)
     except (OSError, json.JSONDecodeError) as e:

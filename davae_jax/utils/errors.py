@@ -1,4 +1,4 @@
-"""The one exception for input that is wrong, so that the command line can print it as one line."""
+"""The exceptions for wrong input. The command line prints them as one line."""
 
 import os
 import re
@@ -18,12 +18,54 @@ class InputError(ValueError):
         self.exit_code = exit_code
 
 
+class OptionError(InputError):
+    """An option of the command line, or an argument of a Python function, has a value that it cannot have.
+
+    The message is the option followed by the reason, so the reason reads on from it: "must be at least 1, not 0".
+
+    Attributes:
+      option: the name as it was given, "--beta.max" or "max_length".
+      reason: what is wrong with its value.
+    """
+
+    def __init__(self, option: str, reason: str, *, exit_code: int = 2):
+        super().__init__(f"{option} {reason}", exit_code=exit_code)
+        self.option = option
+        self.reason = reason
+
+
+class ConfigError(InputError):
+    """A field of a model's configuration is missing or has a value that it cannot have.
+
+    Attributes:
+      section: the part of the configuration, "encoder" or "decoder"; "" is the configuration itself.
+      field: the field's name within the section.
+      reason: what is wrong; the message is the field followed by the reason.
+    """
+
+    def __init__(self, section: str, field: str, reason: str, *, file: Any = "config"):
+        super().__init__(f"{file}: {section}{'.' if section else ''}{field} {reason}")
+        self.section = section
+        self.field = field
+        self.reason = reason
+
+
 def check_options(config: Any, section: str, names: str, fits: Callable[[Any], bool], must: str) -> None:
-    """Raises InputError, which names the option and says what it must be, for the first of these fields that is not."""
+    """Checks fields of an options dataclass.
+
+    Args:
+      config: the dataclass.
+      section: what the options' names begin with, "beta."; "" for options without a section.
+      names: the fields to check, separated by spaces.
+      fits: whether a value is allowed.
+      must: completes "must …" in the message: "be at least 1".
+
+    Raises:
+      OptionError: for the first field whose value does not fit.
+    """
     for name in names.split():
         if not fits(value := getattr(config, name)):
-            option = f"--{section}{name.replace('_', '-')}"
-            raise InputError(f"{option} must {must}, not {value}", exit_code=2)
+            raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
 
 
 def first_line(error: Exception) -> str:
