@@ -260,22 +260,30 @@ def test_davae_alone(davae):
 
 
 @pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("sample --tempratur 3", "--tempratur"),
+        ("sample x", "x"),
+        ("generate x --n 3", "--n"),
+        ("sample --n x", "--n"),
+        ("sample --n 1.5", "--n"),
+        ("combine --weights 1 x", "--weights"),
+        ("sample --top-p much", "--top-p"),
+        ("sample --n", "--n"),
+        ("sample --dtype int8", "--dtype"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed(davae, argv, named):
+    """tyro's own message, which names the option."""
+    name, *rest = argv.split(" ")
+    result = davae(name, *rest, "--model", "/nowhere")
+    assert (result.code, result.out) == (2, "")
+    assert named in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("sample --tempratur 3", "Unrecognized options: --tempratur, 3 (davae sample --help)"),
-        ("sample x", "Unrecognized options: x (davae sample --help)"),
-        ("generate x --n 3", "Unrecognized options: --n, 3 (davae generate --help)"),
-        ("sample --n x", "--n: cannot read 'x' as INT (davae sample --help)"),
-        ("sample --n 1.5", "--n: cannot read '1.5' as INT (davae sample --help)"),
-        ("combine --weights 1 x", "--weights: cannot read '1', 'x' as FLOAT (davae combine --help)"),
-        ("sample --top-p much", "--top-p: cannot read 'much' as FLOAT (davae sample --help)"),
-        ("reconstruct x --top-k 1.5", "--top-k: cannot read '1.5' as INT (davae reconstruct --help)"),
-        ("sample --n", "Missing value for argument '--n'. Expected 1 values. (davae sample --help)"),
-        (
-            "sample --dtype int8",
-            "invalid choice 'int8' for argument '--dtype'. Expected one of ('float32', 'bfloat16')."
-            " (davae sample --help)",
-        ),
         ("sample --n 0", "--n must be at least 1, not 0"),
         ("sample --batch-size 0", "--batch-size must be at least 1, not 0"),
         ("sample --max-length 0", "--max-length must be 1 to 65536, not 0"),
@@ -309,15 +317,9 @@ def test_bad_arguments(davae, argv, message):
 @pytest.mark.parametrize("name", TEXT_COMMANDS)
 def test_a_model_is_needed(davae, name):
     result = davae(name)
-    assert result.code == 2
-    assert result.err == (
-        f"davae {name}: error: Missing from davae {name}: --model STR Converted checkpoint, published folder, or"
-        f" Hugging Face repo id. (required) (davae {name} --help)\n"
-    )
+    assert (result.code, result.out) == (2, "") and "--model" in result.err
     result = davae(name, "--modle", "x")
-    assert result.code == 2
-    assert result.err.endswith(f"(required); Unrecognized options: --modle x (davae {name} --help)\n")
-    assert result.err.count("\n") == 1
+    assert (result.code, result.out) == (2, "") and "--model" in result.err and "--modle" in result.err
 
 
 @pytest.mark.parametrize(
@@ -539,7 +541,7 @@ def test_interrupt(old):
     os.mkfifo(pipe)
     # The tests may run as a shell's background job, which ignores interrupts and hands that on.
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program += "; from davae_jax.cli.base import main; sys.exit(main())"
+    program += "; from davae_jax.cli.main import main; sys.exit(main())"
     process = started(sys.executable, "-c", program, "reconstruct", "--model", "x", "--input", pipe, "--output", old)
     with open(pipe, "wb"):  # opens once the command reads from it
         process.send_signal(signal.SIGINT)

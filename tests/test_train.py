@@ -441,8 +441,7 @@ def test_other_texts_under_the_same_name(run, text_file):
 )
 def test_bad_options(argv, said):
     code, out, err = train(*argv)
-    assert code == 2 and out == "" and said in err
-    assert err.startswith("train.py: error: ") and err.count("\n") == 1
+    assert code == 2 and out == "" and said in err and "Traceback" not in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text_file, tmp_path):

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from davae_jax.cli.base import INTERRUPTED, Command
+from davae_jax.cli.base import Command
 from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.train import parse_train
 from davae_jax.evaluation.comparison import Results, format_table, statistics
@@ -41,6 +41,7 @@ from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_json, write_text
+from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 PROGRAM = Path(__file__).parent.parent / "train.py"
 MEASURES = "evaluation.json"  # in a run's folder, when all is done
@@ -72,9 +73,13 @@ class Compare(Command):
 
     def run(self) -> int:
         study = read_study(self.study)
+        with interrupt_on_signals():  # the run that is training then saves
+            return self.compare(study)
+
+    def compare(self, study: Study) -> int:
+        """Trains and measures what is missing, and writes the comparison. Returns the exit code."""
         if not PROGRAM.is_file():
             raise InputError(f"{PROGRAM}: no such file; `davae compare` trains by it and works in a checkout only")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run under way saves
         found: Results = {name: {} for name in study.settings}
         failed, written = [], time.monotonic()
         # A seed after the other, so that all settings can be compared when the first seed is through.
