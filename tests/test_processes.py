@@ -145,9 +145,11 @@ def test_a_refusal_of_process_0_is_that_of_all(text_file, tmp_path):  # noqa: F8
     found = ended(begun(2, 1, text_file, folder, "--mesh.fsdp", 2), seconds=120)
     said = f"train.py: error: --run-dir {folder} holds files but no run (there is no train.json); give another folder"
     assert lines_of(found) == [(2, [said])] * 2
-    found = ended(begun(2, 1, text_file, tmp_path / "new", "--mesh.fsdp", 2, "--data.pieces", 12), seconds=120)
+    found = ended(
+        begun(2, 1, text_file, tmp_path / "new", "--mesh.fsdp", 2, "--data.decoder-vocab-size", 12), seconds=120
+    )
     assert [code for code, *_ in found] == [2, 2] and found[0][2] == found[1][2]
-    assert "train.py: error: --data.pieces 12: " in found[0][2] and found[0][2].count("\n") == 1
+    assert "train.py: error: --data.decoder-vocab-size 12: " in found[0][2] and found[0][2].count("\n") == 1
 
 
 def test_a_killed_process_is_named(text_file, tmp_path):  # noqa: F811

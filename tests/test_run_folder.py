@@ -7,9 +7,9 @@ import pytest
 
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
-from davae_jax.training.config import digest_of
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run_folder import open_run
+from davae_jax.training.saved_config import digest_of
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
 
@@ -129,7 +129,8 @@ def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
 
 
 def prepared(config, output):
-    argv = ["--input", config.data.train, "--output", output, "--pieces", 60, "--entries", 80, "--workers", 1]
+    argv = ["--input", config.data.train, "--output", output, "--workers", 1]
+    argv += ["--decoder-vocab-size", 60, "--encoder-vocab-size", 80]
     assert main(["prepare", *map(str, argv)]) == 0
 
 

@@ -26,8 +26,8 @@ TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") fo
 # As small as the program takes it: what is tested is the program, not what the model learns.
 SMALLEST = {
     "batch-size": 4,
-    "data.pieces": 60,
-    "data.entries": 80,
+    "data.decoder-vocab-size": 60,
+    "data.encoder-vocab-size": 80,
     "data.buckets": 1,
     "model.latent-size": 4,
     "model.encoder.hidden-size": 16,

@@ -8,11 +8,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import tyro
 
+from davae_jax.cli.renamed import replace_renamed
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
@@ -21,13 +22,15 @@ from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 class Command:
     """The base class of every command. A subclass declares its options as fields and does its work in `run`."""
 
+    renamed_options: ClassVar[Mapping[str, str]] = {}  # old name → today's
+
     debug: bool = False
     """On an error, print the traceback as well."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
         """Returns the command with its options, or None if the help text was asked for. Raises as `parse_options`."""
-        return parse_options(cls, argv, prog)
+        return parse_options(cls, argv, prog, renamed=cls.renamed_options)
 
     def run(self) -> int | None:
         """Does the work. Returns the exit code; None is 0."""
@@ -41,11 +44,14 @@ class ParseError(InputError):
         super().__init__(f"the options cannot be parsed ({prog} --help)", exit_code=2)
 
 
-def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options: Any) -> Any:
+def parse_options(
+    command: type, argv: Sequence[str], prog: str, *, renamed: Mapping[str, str] | None = None, **tyro_options: Any
+) -> Any:
     """Parses a command line with tyro.
 
     Args:
       command: a dataclass whose fields are the options.
+      renamed: old names of options, which are replaced by today's.
       tyro_options: further arguments of `tyro.cli`: `default`, `description`.
 
     Returns:
@@ -55,8 +61,9 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
       ParseError: an option is unknown, missing or cannot be read. tyro has printed a message that names it.
       OptionError: the dataclass does not allow a value.
     """
+    argv = replace_renamed(argv, renamed or {})
     try:
-        return tyro.cli(command, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **tyro_options)
+        return tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **tyro_options)
     except SystemExit as e:
         if e.code:
             raise ParseError(prog) from None

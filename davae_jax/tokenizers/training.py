@@ -55,8 +55,8 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
         )
     except RuntimeError as e:
         if fewest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
-            reason = f"{pieces}: the texts have {fewest[1]} different characters; give more pieces"
-            raise OptionError("--data.pieces", reason) from e
+            reason = f"{pieces}: the texts have {fewest[1]} different characters; give a larger vocabulary"
+            raise OptionError("--data.decoder-vocab-size", reason) from e
         # Short or uniform texts have fewer merges to offer; the message says how many pieces they are good for.
         if most := re.search(r"set it to a value <= (\d+)", str(e)):
             return train_sentencepiece(texts, int(most[1]))
