@@ -37,6 +37,11 @@ class Command:
         raise NotImplementedError
 
 
+def option_hint(metavar: str, default: str) -> Any:
+    """Returns an annotation for an option whose default is None: how its value and its default appear in the help."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 class ParseError(InputError):
     """Options cannot be parsed. What is wrong with them has already been printed on standard error."""
 

@@ -55,8 +55,8 @@ def add_plugin_options(argv: Sequence[str], default: TrainConfig) -> TrainConfig
     for path in _plugin_paths(argv):
         load_plugin(path)
     for arg in argv:
-        if match := re.match(r"(--regularizers\.([^.=]+))", arg):
-            check_registered(match[2].replace("-", "_"), option=arg.partition("=")[0])
+        if match := re.match(r"--regularizers\.([^.=]+)", arg):
+            check_registered(match[1].replace("-", "_"), option=arg.partition("=")[0])
     given = default.regularizers
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     return dataclasses.replace(default, regularizers=config_with_plugins()(**values))
