@@ -18,7 +18,10 @@ from tokenizer_fixtures import sentences
 from davae_jax import TextVAE
 from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
+from davae_jax.cli.renamed import replace_renamed
+from davae_jax.cli.train import parse_train
 from davae_jax.data.texts import read_lines
+from davae_jax.utils.errors import OptionError
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
 LATENT_COMMANDS = ["attribute", "neighbours", "combine"]  # what they write is in test_latent_tools.py
@@ -312,6 +315,25 @@ def test_bad_arguments(davae, argv, message):
     result = davae(name, *rest, "--model", "/nowhere")
     assert (result.code, result.out) == (2, "")
     assert result.err == f"davae {name}: error: {message}\n"
+
+
+def test_old_names_of_options_still_work(capsys):
+    _, config = parse_train(["randeng-1b", "--data.pieces", "700", "--data.entries=900"])
+    assert (config.data.decoder_vocab_size, config.data.encoder_vocab_size) == (700, 900)
+    lines = ["--data.pieces is now --data.decoder-vocab-size", "--data.entries is now --data.encoder-vocab-size"]
+    assert capsys.readouterr().err.splitlines() == lines
+    # Only where they were options: a text may look like one.
+    assert replace_renamed(["--cut", "--", "--cut"], "davae prepare") == ["--truncate", "--", "--cut"]
+    assert replace_renamed(["--cut"], "davae generate") == ["--cut"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--model.encoder.hidden-size", 7), ("--model.top-p", 2), ("--model.decoder.num-layers", 0)]
+)
+def test_fields_of_the_model_are_named_as_options(option, value):
+    with pytest.raises(OptionError) as e:
+        parse_train([option, str(value)])
+    assert e.value.exit_code == 2 and e.value.option.startswith("--model.")
 
 
 @pytest.mark.parametrize("name", TEXT_COMMANDS)

@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,7 @@ from davae_jax.regularizers import (
 )
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import epps_pulley, random_directions
+from davae_jax.regularizers.registry import ENTRY_POINTS
 from davae_jax.regularizers.terms import _key_of, init_regularizer_params
 from davae_jax.training.checkpointer import Checkpoints, _leaves
 from davae_jax.training.config import (
@@ -898,6 +900,34 @@ def test_a_plan_takes_the_options_of_a_plugin(tmp_path, registry):
     assert active(command.config.regularizers)["bad"].weight == 2
     with pytest.raises(InputError, match="no regularizer 'foo'"):
         PlanCommand.parse(["--regularizers.foo.weight", "2"], "davae plan")
+
+
+def test_installed_packages_may_have_regularizers(registry, monkeypatch):
+    """Their entry points name the classes; a package that cannot be imported is left out with a warning."""
+    REGISTRY.pop("installed", None)
+
+    @register("installed")
+    @dataclasses.dataclass(frozen=True)
+    class Installed(SIGReg):
+        target: float = 1.0
+
+    del REGISTRY["installed"]
+    broken = EntryPoint("broken", "nowhere_at_all:Class", ENTRY_POINTS)
+    installed = SimpleNamespace(name="installed", value="package:Installed", load=lambda: Installed)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [broken, installed] if group else [])
+    argv = ["--regularizers.installed.weight", "2", "--regularizers.installed.target", "0.5"]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="regularizer broken of nowhere_at_all:Class: ModuleNotFoundError"):
+            _, config = parse_train(argv)
+        assert active(config.regularizers) == {"installed": Installed(weight=2.0, target=0.5)}
+        assert to_dict(config)["regularizers"]["installed"]["target"] == 0.5
+        del REGISTRY["installed"]  # as `davae compare` does between settings
+
+
+def test_options_are_static_without_plugins():
+    _, config = parse_train([])
+    assert type(config) is TrainConfig and type(config.regularizers) is RegularizersConfig
+    assert [field.name for field in dataclasses.fields(RegularizersConfig)] == list(BUILT_IN)
 
 
 def test_a_run_is_that_of_the_same_regularizers():

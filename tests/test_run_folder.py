@@ -107,9 +107,16 @@ def test_folders_of_an_older_version_go_on(config, tmp_path):
     folder = begun(tmp_path / "run", config)
     values = json.loads((folder / "train.json").read_text())
     del values["digest_of_held_out"]
+    # And it called vocabulary sizes otherwise.
+    values["data"]["pieces"] = values["data"].pop("decoder_vocab_size")
+    values["data"]["entries"] = values["data"].pop("encoder_vocab_size")
     (folder / "train.json").write_text(json.dumps(values))
     opened(folder, config)
-    assert "digest_of_held_out" in json.loads((folder / "train.json").read_text())
+    stored = json.loads((folder / "train.json").read_text())
+    assert "digest_of_held_out" in stored and "pieces" not in stored["data"]
+    values["data"]["entries"] = 4321
+    (folder / "train.json").write_text(json.dumps(values))
+    assert refusal(folder, config) == "data.encoder_vocab_size (4321, now 8000)"
 
 
 def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):

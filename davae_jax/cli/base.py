@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -22,15 +23,13 @@ from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 class Command:
     """The base class of every command. A subclass declares its options as fields and does its work in `run`."""
 
-    renamed_options: ClassVar[Mapping[str, str]] = {}  # old name → today's
-
     debug: bool = False
     """On an error, print the traceback as well."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
         """Returns the command with its options, or None if the help text was asked for. Raises as `parse_options`."""
-        return parse_options(cls, argv, prog, renamed=cls.renamed_options)
+        return parse_options(cls, argv, prog)
 
     def run(self) -> int | None:
         """Does the work. Returns the exit code; None is 0."""
@@ -49,14 +48,12 @@ class ParseError(InputError):
         super().__init__(f"the options cannot be parsed ({prog} --help)", exit_code=2)
 
 
-def parse_options(
-    command: type, argv: Sequence[str], prog: str, *, renamed: Mapping[str, str] | None = None, **tyro_options: Any
-) -> Any:
+def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options: Any) -> Any:
     """Parses a command line with tyro.
 
     Args:
       command: a dataclass whose fields are the options.
-      renamed: old names of options, which are replaced by today's.
+      prog: the program's name in messages. Its options that were renamed are accepted under their old names too.
       tyro_options: further arguments of `tyro.cli`: `default`, `description`.
 
     Returns:
@@ -64,15 +61,22 @@ def parse_options(
 
     Raises:
       ParseError: an option is unknown, missing or cannot be read. tyro has printed a message that names it.
-      OptionError: the dataclass does not allow a value.
+      InputError: the dataclass does not allow a value. tyro would print this error in a frame of its own and exit.
     """
-    argv = replace_renamed(argv, renamed or {})
+    argv = replace_renamed(argv, prog)
+    message = io.StringIO()
     try:
-        return tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **tyro_options)
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **tyro_options)
     except SystemExit as e:
-        if e.code:
-            raise ParseError(prog) from None
-        return None
+        if not e.code:
+            return None
+        cause: BaseException | None = e
+        while cause := cause.__context__:
+            if isinstance(cause, InputError):
+                raise cause from None
+        sys.stderr.write(message.getvalue())
+        raise ParseError(prog) from None
 
 
 def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from davae_jax.cli.base import Command, parse_options
-from davae_jax.cli.renamed import TRAIN_OPTIONS
 from davae_jax.cli.train import add_plugin_options, naming_model_options
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.training.config import TrainConfig
@@ -55,7 +54,7 @@ class PlanCommand(Command):
             prog = f"{prog} {preset}"
         default = cls(config=add_plugin_options(argv, PRESETS[preset][1]), preset=preset)
         with naming_model_options():
-            return parse_options(cls, argv, prog, renamed=TRAIN_OPTIONS, default=default)
+            return parse_options(cls, argv, prog, default=default)
 
     def run(self) -> None:
         from davae_jax.planning.plan import make_plan, planned

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from davae_jax.cli.base import exit_with, parse_options, run_cli
-from davae_jax.cli.renamed import TRAIN_OPTIONS
 from davae_jax.regularizers import check_registered, config_with_plugins, load_installed, load_plugin
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
@@ -37,7 +36,6 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
             TrainConfig,
             argv,
             f"train.py {preset}",
-            renamed=TRAIN_OPTIONS,
             default=add_plugin_options(argv, settings),
             description=_describe(preset, description),
         )
