@@ -82,7 +82,7 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         f"{config.batch_size} texts of {longest} tokens a step"
         + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
-        *(["rows are taken as one text each: packed ones may be longer for the encoder"] if config.data.pack else []),
+        *(["each row is counted as one text; packed rows may be longer for the encoder"] if config.data.pack else []),
         f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
         f"{model.encoder.vocab_size:,} and {model.decoder.vocab_size:,} rows of tokens: {tokenizers}",
         "",

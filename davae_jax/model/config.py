@@ -1,4 +1,4 @@
-"""The configuration of a DAVAE: the published config.json, read as it is and written back with nothing lost."""
+"""The configuration of a DAVAE: reads the published config.json as it is and writes it back without losing anything."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import tyro
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
 from davae_jax.utils.files import write_json
 
-# A field that the command line of a training run does not offer: the tokenizers or another option decide it.
+# A field without an option on the command line of train.py: the tokenizers or another option determine it.
 T_ = TypeVar("T_")
 Hidden = Annotated[T_, tyro.conf.Suppress]
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """BERT. The defaults are BERT-base, Chinese, as published."""
+    """A BERT encoder. The defaults are the published ones, BERT-base Chinese."""
 
     vocab_size: Hidden[int] = 21128
     hidden_size: int = 768
@@ -52,7 +52,8 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Transformer-XL with relative positions and a recurrent memory. The defaults are the published 1.1 B ones."""
+    """A Transformer-XL decoder with relative positions and a recurrent memory. The defaults are the published ones,
+    with 1.1 billion weights."""
 
     vocab_size: Hidden[int] = 50048
     num_layers: int = 32
@@ -67,9 +68,9 @@ class DecoderConfig:
     latent_every_layer: bool = True
     initializer_range: float = 0.02
     latent_initializer_scale: float = 1.0
-    """Of the map from the latent, times initializer_range. At 1 a latent's noise is √L times as large as a token's
-    embedding until that is learnt away; a decoder that has to learn a language too, or knows one, should begin near 0.
-    """
+    """Factor of initializer_range for the projection of the latent. At 1, the noise of the latent is initially √L times
+    as large as a token embedding. Use a value near 0 for a decoder that has to learn a language as well, or that is
+    pretrained."""
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -90,38 +91,38 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class DAVAEConfig:
-    """The whole model. Sampling fields default to what the published program falls back to when a config lacks them."""
+    """The configuration of the whole model. Sampling fields default to the fallbacks of the published program."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latent_size: int = 256
-    """Dimensions of the latent."""
+    """Number of latent dimensions."""
 
     # Loss.
     fb_mode: Hidden[int] = 1
     dim_target_kl: Hidden[float] = 1.0
     length_weighted_loss: Hidden[bool] = True
 
-    # Sampling, where a command is not told otherwise.
+    # Defaults of the commands for sampling.
     temperature: float = 1.0
-    """Of sampling: logits are divided by it."""
+    """Default sampling temperature: logits are divided by it."""
 
     top_k: int = 50
-    """Of sampling: only so many of the likeliest tokens; 0 is off."""
+    """Default number of most likely tokens to sample from; 0 is off."""
 
     top_p: float = 1.0
-    """Of sampling: only the likeliest tokens of this probability together; 0 is off."""
+    """Default for nucleus sampling: total probability of the most likely tokens to sample from; 0 is off."""
 
     repetition_penalty: float = 1.0
-    """Of sampling: above 1, tokens that were there already are less likely."""
+    """Default repetition penalty: above 1, tokens that the text contains already become less likely."""
 
     std_scale: float = 1.0
-    """Of a text's latent: the posterior's deviation is multiplied by it; 0 is the mean."""
+    """Default factor of the posterior's standard deviation when a text is varied; 0 uses the posterior mean."""
 
     max_out_length: int = 100
-    """Tokens of a generated text at most."""
+    """Default maximum number of tokens of a generated text."""
 
-    # Special tokens: two of the encoder's, three of the decoder's.
+    # Special tokens: two of the encoder, three of the decoder.
     cls_token_id: Hidden[int] = 101
     sep_token_id: Hidden[int] = 102
     end_token_id: Hidden[int] = 50000
@@ -144,10 +145,10 @@ class DAVAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DAVAEConfig:
-        """Reads the parsed config.json. Keys that mean nothing here are kept in `extra`, part by part.
+        """Reads a parsed config.json. Unknown keys of each section are kept in its `extra`.
 
         Raises:
-          InputError: a field that fixes a shape is missing, or a value cannot be.
+          ConfigError: a field that determines a shape is missing, or a value is not allowed.
         """
         values = dict(values)
         parts = {}
@@ -155,11 +156,10 @@ class DAVAEConfig:
             if not isinstance(values.get(name), dict):
                 raise ConfigError("", name, "is missing; it is a section of its own")
             parts[name] = _from_dict(part, values.pop(name), name, _REQUIRED[name])
-        config = _from_dict(cls, values, "", _REQUIRED[""], **parts)
-        return config
+        return _from_dict(cls, values, "", _REQUIRED[""], **parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`: plain values only."""
+        """Returns the configuration as plain values: the inverse of `from_dict`."""
         return _to_dict(self)
 
     @classmethod
@@ -167,8 +167,8 @@ class DAVAEConfig:
         """Reads a config.json.
 
         Raises:
-          InputError: the file is missing, is not JSON, lacks a field that fixes a shape, or holds a value that
-            cannot be; the message names the file.
+          InputError: the file is missing, is not JSON, lacks a field that determines a shape, or holds a value that is
+            not allowed; the message names the file.
         """
         values = read_json(path)
         try:
@@ -176,7 +176,7 @@ class DAVAEConfig:
         except ConfigError as e:
             raise ConfigError(e.section, e.field, e.reason, file=path) from None
         except OverflowError:
-            raise InputError(f"{path}: holds a number too large to be meant") from None
+            raise InputError(f"{path}: holds a number that is too large") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
@@ -184,7 +184,7 @@ class DAVAEConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The values of a config.json. Raises InputError naming the file where it is missing or no JSON object."""
+    """Reads a config.json. Raises InputError naming the file if it is missing or holds no JSON object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-# What a config.json must say itself: the fields that fix a tensor's shape, and the memory's length.
+# Fields that a config.json must have: those that determine the shape of a tensor, and the length of the memory.
 _REQUIRED = {
     "encoder": [
         "vocab_size",
@@ -214,7 +214,7 @@ _REQUIRED = {
 
 def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises OptionError, with the argument's name, for the first sampling setting that is out of its range."""
-    smallest, largest = 1e-30, 1e30  # with these, what a float32 logit becomes is a float32 still
+    smallest, largest = 1e-30, 1e30  # within these, a float32 logit stays finite in float32
     if not smallest <= temperature <= largest:
         raise OptionError("temperature", f"must be above 0 and finite in float32, not {temperature}")
     if top_k < 0 or top_k != int(top_k):
@@ -226,6 +226,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float, repetition_pena
 
 
 def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **parts):
+    """Builds a section from its parsed values, or with `parts`, its sections, the whole configuration."""
     if missing := [name for name in required if values.get(name) is None]:
         first, *others = missing
         raise ConfigError(section, first, "is missing" + (f", and so are {', '.join(others)}" if others else ""))
@@ -233,14 +234,14 @@ def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], *
     known, extra = dict(parts), {}
     for name, value in values.items():
         if name in types and value is not None:
-            known[name] = _checked(value, types[name], section, name)
+            known[name] = _convert(value, types[name], section, name)
         else:
             extra[name] = value
     return cls(**known, extra=extra)
 
 
-def _checked(value, kind: type, section: str, name: str):
-    """`value` as the field's type; JSON writes 1.0 as 1 and some writers write 12 as 12.0."""
+def _convert(value, kind: type, section: str, name: str):
+    """Returns a value as the field's type. JSON writes 1.0 as 1, and some programs write 12 as 12.0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int and is_number and value == int(value):
         return int(value)
@@ -282,8 +283,8 @@ def _require_probability(part: str, config, names: str) -> None:
 
 
 def _require_ids(config, names: str) -> None:
-    # Not held against the vocabularies: a model without tokenizers may be smaller than the published ids. Tokenizers
-    # are checked against the model when they are loaded.
+    # Ids are not compared with the vocabulary sizes here, because a model without tokenizers may have a smaller
+    # vocabulary than the published ids. Tokenizers are compared with the model when they are loaded.
     for name in names.split():
         if getattr(config, name) < 0:
             raise ConfigError("", name, f"is {getattr(config, name)}; an id cannot be negative")
@@ -295,5 +296,5 @@ def _require_heads_divide(part: str, config) -> None:
         raise ConfigError(part, "num_attention_heads", reason)
 
 
-# What of a layer is kept for the backward pass; the rest is computed again.
+# What a layer keeps for the backward pass (gradient checkpointing); everything else is recomputed.
 Remat = Literal["none", "dots", "full"]

@@ -7,10 +7,13 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: a file, a folder, an option, a text.
+    """An input of the user is wrong: a file, a folder, an option, a text.
 
-    The message is one line, names the file or option, and says what to do where that is not obvious.
-    The command line prints it without a traceback and exits with `exit_code`: 2 for a bad argument, 1 for the rest.
+    The message is one line that names the file or option, and says what to do unless that is obvious. Programs print it
+    without a traceback.
+
+    Attributes:
+      exit_code: what a program exits with: 2 for bad arguments, 1 for anything else.
     """
 
     def __init__(self, message: str, *, exit_code: int = 1):
@@ -69,15 +72,15 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, for a message of one line."""
+    """Returns the first line of another library's error, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def system_reason(error: Exception) -> str | None:
-    """What the operating system said, where the error comes from it; None for any other error."""
+    """Returns the operating system's reason for an error, or None if the error does not come from it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # TensorStore, safetensors and PyTorch have types of their own for a disk that is full.
+    # TensorStore, safetensors and PyTorch raise their own exceptions when the disk is full.
     if code := re.search(r"os_error_code='(\d+)'|os error (\d+)", str(error)):
         return os.strerror(int(code[1] or code[2]))
     return "is the disk full?" if "inline_container" in str(error) else None
