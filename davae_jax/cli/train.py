@@ -128,12 +128,12 @@ def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """Returns the command line that goes on with an interrupted run."""
+    """Returns the command line that resumes an interrupted run."""
     return shlex.join([_program("python", sys.executable), sys.argv[0], *argv])
 
 
 def _program(name: str, path: str) -> str:
-    """Returns how this environment's program is called: by its path where its name means nothing or another program."""
+    """Returns how to call a program of this environment: by its path if its name means nothing or another program."""
     return name if shutil.which(name) == path or not Path(path).exists() else path
 
 
