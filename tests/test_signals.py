@@ -1,10 +1,10 @@
 """Signals: as KeyboardInterrupt, and as a request to stop."""
 
 import signal
+import time
 
 import pytest
 
-from davae_jax.utils import signals
 from davae_jax.utils.signals import SIGNALS, StopRequest, interrupt_on_signals
 
 
@@ -32,14 +32,12 @@ def test_an_error_that_a_library_makes_of_an_interrupt():
 
 
 def test_the_first_signal_asks_for_a_stop_and_a_later_one_interrupts(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    monkeypatch.setattr(StopRequest, "SAME_SIGNAL_SECONDS", 0.2)
     with StopRequest() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
-        now += 0.5
         signal.raise_signal(signal.SIGINT)  # the same one, sent to the process as well
-        now += 1.0
+        time.sleep(0.3)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
