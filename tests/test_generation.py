@@ -67,8 +67,8 @@ def test_a_mesh_divides_the_rows(shape, tiny_checkpoint, monkeypatch):
         programs.append(run.lower(*args, **kwargs).compile())
         return run(*args, **kwargs)
 
-    run = generation._generate
-    monkeypatch.setattr(generation, "_generate", compiled)
+    run = generation.run_decoding_loop
+    monkeypatch.setattr(generation, "run_decoding_loop", compiled)
     latent = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
     mesh = make_mesh(MeshConfig(*shape), 32)
     alone, together = (

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from davae_jax import generate
-from davae_jax.inference import generation
+from davae_jax.inference import decoding
 from davae_jax.inference.sampling import next_token_probs
 from davae_jax.model.davae import merge, split
 
@@ -37,14 +37,14 @@ def cached_logits(graphdef, params, latent, tokens):
     """Logits after each token, one token at a time through the cache: [T, B, V]."""
     decoder = merge(graphdef, params).decoder
     batch, length = tokens.shape
-    r_layers = generation.relative_keys(decoder, length)
+    r_layers = decoding.relative_keys(decoder, length)
 
     def step(cache, position):
         ids = lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
-        final, cache = generation.cached_step(decoder, ids, decoder.latent_term(latent), cache, r_layers, position)
+        final, cache = decoding.cached_step(decoder, ids, decoder.latent_term(latent), cache, r_layers, position)
         return cache, decoder.logits(final[:, 0])
 
-    return lax.scan(step, generation.empty_cache(decoder, batch, length), jnp.arange(length))[1]
+    return lax.scan(step, decoding.empty_cache(decoder, batch, length), jnp.arange(length))[1]
 
 
 @pytest.mark.parametrize("name", ["small", "memory"])

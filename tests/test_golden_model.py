@@ -8,7 +8,7 @@ import pytest
 from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.davae import merge, split
-from davae_jax.model.latent import Posterior, deterministic, hard_free_bits_kl, kl_per_dimension
+from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension, with_unit_variance
 from davae_jax.model.losses import adversarial_losses, published_loss, reconstruction_nll
 
 HIDDEN = 1e-4  # largest |difference| of hidden states and logits
@@ -52,7 +52,7 @@ def test_kl(case):
     kl = kl_per_dimension(posterior)
     np.testing.assert_allclose(kl.sum(-1), io["kl"], rtol=LOSS)
     np.testing.assert_allclose(hard_free_bits_kl(kl, model.config.dim_target_kl), io["kl_free_bits"], rtol=LOSS)
-    fixed = deterministic(posterior)
+    fixed = with_unit_variance(posterior)
     np.testing.assert_allclose(kl_per_dimension(fixed).sum(-1), io["kl_deterministic"], rtol=LOSS)
     assert_close(fixed.at(io["eps"]), io["latent_z_deterministic"])
 

@@ -12,25 +12,20 @@ The loop is compiled per bucket (batch, length and prefill rounded up to powers 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from davae_jax.inference.sampling import count_ids, filter_logits, penalized_log_probs, traceable
-from davae_jax.model.attention import visible_keys
+from davae_jax.inference.decoding import run_decoding_loop
+from davae_jax.inference.sampling import canonical_settings
 from davae_jax.model.config import DAVAEConfig, check_sampling
-from davae_jax.model.davae import DAVAE, merge, split
-from davae_jax.model.decoder import Decoder
+from davae_jax.model.davae import DAVAE, split
 from davae_jax.parallel.sharding import shard_batch
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.shapes import power_of_two
 
-LONGEST = 1 << 16  # tokens of a text; keys and values of more would fill any machine
-Cache = list[tuple[Array, Array]]  # keys and values [B, N, K, H] of each layer
+LENGTH_LIMIT = 1 << 16  # tokens of a text; keys and values of more would fill any machine
 
 
 def generate(
@@ -101,7 +96,7 @@ def generate(
     graphdef, params = split(model)
     # Over a mesh each device has its part of the rows, and with them of the cache.
     latent, tokens, lengths, done = shard_batch((latent, tokens, lengths, np.arange(B) >= n), params)
-    tokens, lengths = _generate(
+    tokens, lengths = run_decoding_loop(
         graphdef,
         params,
         latent,
@@ -124,13 +119,13 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     settings = {name: getattr(config, name) if value is None else value for name, value in given.items()}
     check_sampling(**settings)
-    return traceable(**settings)
+    return canonical_settings(**settings)
 
 
 def check_max_length(max_length: int) -> None:
     """Raises InputError (exit code 2) on a number of tokens that cannot be."""
-    if not 1 <= max_length <= LONGEST:
-        raise InputError(f"max_length must be 1 to {LONGEST}, not {max_length}", exit_code=2)
+    if not 1 <= max_length <= LENGTH_LIMIT:
+        raise InputError(f"max_length must be 1 to {LENGTH_LIMIT}, not {max_length}", exit_code=2)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:
@@ -148,109 +143,3 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAV
         else:
             continue
         raise InputError(f"prompt {row} {problem}", exit_code=2)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "mode", "prefill"))
-def _generate(
-    graphdef,
-    params,
-    latent,
-    tokens,
-    prompt_lengths,
-    *,
-    done,
-    start,
-    max_length,
-    key,
-    first_row,
-    settings,
-    mode,
-    prefill,
-) -> tuple[Int[Array, "B C"], Int[Array, "B"]]:
-    """Fills `tokens` in place of what follows each prompt; returns them with each row's length, end token left out.
-
-    start: the position of the last token that all prompts have. done: rows to leave alone.
-    """
-    model = merge(graphdef, params)
-    decoder, end = model.decoder, model.config.end_token_id
-    B, C = tokens.shape
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(B))
-    latent_term = decoder.latent_term(latent)
-    r_layers = relative_keys(decoder, C)
-    cache = empty_cache(decoder, B, C)
-    if prefill:
-        # Rows of the cache past the shared prompt hold filler; each is written anew before any query sees it.
-        _, cache = cached_step(decoder, tokens[:, :prefill], latent_term, cache, r_layers, 0)
-    counts = count_ids(tokens, jnp.broadcast_to(jnp.arange(C) <= start, tokens.shape), model.config.decoder.vocab_size)
-
-    def unfinished(state):
-        position, _, _, done, _, _ = state
-        return (position + 1 < max_length) & ~done.all()
-
-    def step(state):
-        position, tokens, lengths, done, counts, cache = state
-        current = lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
-        final, cache = cached_step(decoder, current, latent_term, cache, r_layers, position)
-        drawn = choose(decoder.logits(final[:, 0]), counts, keys, position, settings, mode)
-        following = lax.dynamic_slice_in_dim(tokens, position + 1, 1, axis=1)[:, 0]
-        drawn = jnp.where(position + 1 < prompt_lengths, following, drawn)
-        tokens = lax.dynamic_update_slice_in_dim(tokens, drawn[:, None], position + 1, axis=1)
-        done = done | (drawn == end)
-        lengths = jnp.where(done, lengths, jnp.maximum(lengths, position + 2))
-        counts = counts.at[jnp.arange(B), drawn].add(1)
-        return position + 1, tokens, lengths, done, counts, cache
-
-    state = (jnp.asarray(start), tokens, prompt_lengths, done, counts, cache)
-    _, tokens, lengths, _, _, _ = lax.while_loop(unfinished, step, state)
-    return tokens, lengths
-
-
-def cached_step(
-    decoder: Decoder, ids: Int[Array, "B T"], latent_term, cache: Cache, r_layers: list[Array], position
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Reads T tokens that stand at `position` and after; returns the final hidden states and the filled cache."""
-    T, C = ids.shape[1], cache[0][0].shape[2]
-    visible = visible_keys(T, C, offset=position)
-    x = decoder.embedding(ids) + latent_term
-    new_cache = []
-    for i, layer in enumerate(decoder.layers):
-        with jax.named_scope(f"layer_{i}"):
-            # Of all distances, those that the cache's columns have from the last of the T queries.
-            r_NKH = lax.dynamic_slice_in_dim(r_layers[i], C - T - position, C, axis=1)
-            x, layer_cache = layer(
-                x,
-                r_NKH,
-                decoder.r_w_bias[...],
-                decoder.r_r_bias[...],
-                visible,
-                cache=cache[i],
-                position=position,
-            )
-            x = x + decoder.after_layer(latent_term)
-        new_cache.append(layer_cache)
-    return decoder.norm(x), new_cache
-
-
-def relative_keys(decoder: Decoder, capacity: int) -> list[Float[Array, "N 2C H"]]:
-    """r of the distances C−1 … −C for each layer; the negative ones are filler for columns not yet written."""
-    features = decoder.position_features(jnp.arange(capacity - 1, -capacity - 1, -1))
-    return [layer.relative_keys(features) for layer in decoder.layers]
-
-
-def empty_cache(decoder: Decoder, batch: int, capacity: int) -> Cache:
-    heads, width = decoder.r_w_bias.shape
-    shape = (batch, heads, capacity, width)
-    dtype = decoder.layers[0].dtype
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in decoder.layers]
-
-
-def choose(logits: Float[Array, "B V"], counts, keys, position, settings: dict, mode: str) -> Int[Array, "B"]:
-    """The next id of each row. Greedy is top_k 1: only the best id is left, so no other setting matters."""
-    if mode == "greedy":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / settings["temperature"]
-    if mode == "filtered":
-        logits = filter_logits(logits, settings["top_k"], settings["top_p"])
-    log_probs = penalized_log_probs(logits, counts, settings["repetition_penalty"])
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    return jax.vmap(jax.random.categorical)(step_keys, log_probs).astype(jnp.int32)

@@ -35,11 +35,13 @@ def next_token_probs(
       InputError: a setting out of its range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
-    settings = traceable(temperature, top_k, top_p, repetition_penalty)
+    settings = canonical_settings(temperature, top_k, top_p, repetition_penalty)
     return _next_token_probs(jnp.asarray(logits), jnp.asarray(previous_ids), *settings.values())
 
 
-def traceable(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, float | int]:
+def canonical_settings(
+    temperature: float, top_k: int, top_p: float, repetition_penalty: float
+) -> dict[str, float | int]:
     """The settings as numbers that keep their meaning in float32 and int32, one type each.
 
     A whole number where a fraction stood before would compile a caller's loop anew.
@@ -66,11 +68,11 @@ def filter_logits(logits: Float[Array, "B V"], top_k, top_p) -> Float[Array, "B 
     of the nucleus's ties with it, the first ones by id (as a stable sort would leave them).
     """
     V = logits.shape[-1]
-    floor = smallest_cut(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k - 1, V))
+    floor = smallest_threshold(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k - 1, V))
     logits = jnp.where(logits < floor, -jnp.inf, logits)
 
     probs = jax.nn.softmax(logits, axis=-1)
-    cut = smallest_cut(logits, probs, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
+    cut = smallest_threshold(logits, probs, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
     above, ties = logits > cut, logits == cut
     mass_above = jnp.where(above, probs, 0).sum(-1, keepdims=True)
     ties_before = jnp.cumsum(ties, axis=-1) - 1
@@ -78,7 +80,7 @@ def filter_logits(logits: Float[Array, "B V"], top_k, top_p) -> Float[Array, "B 
     return jnp.where(stays, logits, -jnp.inf)
 
 
-def smallest_cut(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit) -> Float[Array, "B 1"]:
+def smallest_threshold(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit) -> Float[Array, "B 1"]:
     """The smallest value in a row above which the weights sum to `limit` at most; −inf if all of them do.
 
     Bisection over the float32 numbers themselves, in their order: 32 halvings leave one.
@@ -87,20 +89,20 @@ def smallest_cut(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit) ->
     def halve(_, bounds):
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # rounded down, without overflow
-        fits = jnp.where(x > _float_of(middle), weights, 0).sum(-1, keepdims=True) <= limit
+        fits = jnp.where(x > _order_to_float(middle), weights, 0).sum(-1, keepdims=True) <= limit
         return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
 
-    ends = (jnp.full((x.shape[0], 1), _order_of(end), jnp.int32) for end in (-np.inf, np.inf))
-    return _float_of(lax.fori_loop(0, 32, halve, tuple(ends))[1])
+    ends = (jnp.full((x.shape[0], 1), _float_to_order(end), jnp.int32) for end in (-np.inf, np.inf))
+    return _order_to_float(lax.fori_loop(0, 32, halve, tuple(ends))[1])
 
 
-def _order_of(x: float) -> np.int32:
+def _float_to_order(x: float) -> np.int32:
     """The place of a float32 among all of them: a smaller number has a smaller place."""
     bits = np.float32(x).view(np.int32)
     return bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)
 
 
-def _float_of(order: Int[Array, "..."]) -> Float[Array, "..."]:
+def _order_to_float(order: Int[Array, "..."]) -> Float[Array, "..."]:
     bits = jnp.where(order >= 0, order, order ^ 0x7FFFFFFF)
     return lax.bitcast_convert_type(bits, jnp.float32)
 

@@ -20,8 +20,7 @@ from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.inference.generation import check_prompts, generate, sampling_settings
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE
-from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours
-from davae_jax.model.latent import spherical as great_arc
+from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours, slerp
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import END, DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
@@ -83,7 +82,7 @@ class TextVAE:
 
         Warns, naming the text, where one is empty, wholly unknown, or cut.
         """
-        all_ids = self.encoder_tokenizer.encode(_as_list(texts))
+        all_ids = self.encoder_tokenizer.encode(_check_texts(texts))
         for i, ids in enumerate(all_ids, 1):
             if problem := self.encoder_tokenizer.problem(ids):
                 warnings.warn(f"{self.label(i)}: {problem}", stacklevel=2)
@@ -91,7 +90,7 @@ class TextVAE:
 
     def decoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """SentencePiece ids as published, the end token last."""
-        return [self.decoder_tokenizer.encode(text) for text in _as_list(texts)]
+        return [self.decoder_tokenizer.encode(text) for text in _check_texts(texts)]
 
     def decode_ids(self, ids: Sequence[Sequence[int]], *, clean: bool = False) -> list[str]:
         """Decoder ids to text; `clean` applies the published clean-up, as all generated text gets."""
@@ -100,7 +99,7 @@ class TextVAE:
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """`<bos>` and the prompt's pieces. Raises InputError on a prompt that holds the end token."""
-        prompts = _as_list(prompts)
+        prompts = _check_texts(prompts)
         for i, prompt in enumerate(prompts, 1):
             if END in prompt:
                 raise InputError(f"prompt {i} holds the end token {END}", exit_code=2)
@@ -111,7 +110,7 @@ class TextVAE:
     def posterior(self, texts: Sequence[str]) -> Posterior:
         """Mean and log-variance of each text, NumPy arrays [n, L]."""
         parts = [(np.asarray(p.mean)[:n], np.asarray(p.logvar)[:n]) for p, _, n in self._posteriors(texts)]
-        means, logvars = zip(*parts, strict=True) if parts else ([self._no_latents()], [self._no_latents()])
+        means, logvars = zip(*parts, strict=True) if parts else ([self._empty_latents()], [self._empty_latents()])
         return Posterior(np.concatenate(means), np.concatenate(logvars))
 
     def encode(
@@ -126,16 +125,16 @@ class TextVAE:
 
         eps is drawn from the seed unless given; std_scale defaults to the config's (1.5 as published), 0 is the mean.
         """
-        texts = _as_list(texts)
+        texts = _check_texts(texts)
         std_scale = self.config.std_scale if std_scale is None else check_std_scale(std_scale)
-        eps = self._normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
+        eps = self._standard_normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
             raise InputError(f"eps is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}", exit_code=2)
-        latents = [self._no_latents()]
+        latents = [self._empty_latents()]
         for posterior, start, n in self._posteriors(texts):
             noise = np.zeros(posterior.mean.shape, np.float32)
             noise[:n] = eps[start : start + n]
-            latents.append(np.asarray(_at(posterior, noise, std_scale))[:n])
+            latents.append(np.asarray(_scaled_latents(posterior, noise, std_scale))[:n])
         return np.concatenate(latents)
 
     def _posteriors(self, texts: Sequence[str]) -> Iterator[tuple[Posterior, int, int]]:
@@ -153,7 +152,7 @@ class TextVAE:
                 batch[row, : len(row_ids)] = row_ids
             yield self.model.encode(batch), start, len(part)
 
-    def _no_latents(self) -> np.ndarray:
+    def _empty_latents(self) -> np.ndarray:
         return np.zeros((0, self.config.latent_size), np.float32)
 
     # Texts from latents.
@@ -166,7 +165,7 @@ class TextVAE:
         ids = self.check(prompts, **sampling)
         if ids is not None and len(ids) != len(latent):
             raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
-        key = _stream(seed, "draw")
+        key = _purpose_key(seed, "draw")
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
             part = None if ids is None else ids[start:stop]
@@ -179,7 +178,7 @@ class TextVAE:
         self, texts: Sequence[str], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
     ) -> list[str]:
         """A variation of each text: encode, draw a latent (std_scale from the config), generate. As published."""
-        texts = _as_list(texts)
+        texts = _check_texts(texts)
         self.check(prompts, **sampling)
         if prompts is not None and len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts for {len(texts)} texts", exit_code=2)
@@ -195,7 +194,7 @@ class TextVAE:
         """n texts from the prior: z ~ N(0, I). The first of them are the same however many there are."""
         if n < 0:
             raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
-        return self.generate(self._normal(n, seed), seed=seed, **sampling)
+        return self.generate(self._standard_normal(n, seed), seed=seed, **sampling)
 
     def interpolate(
         self, a: str, b: str, steps: int, *, spherical: bool = False, seed: int = 0, **sampling
@@ -203,7 +202,7 @@ class TextVAE:
         """`steps` texts along the straight line, or the great arc, from a's posterior mean to b's, both included."""
         check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
-        line = (great_arc if spherical else interpolate)(mean_a, mean_b, steps)
+        line = (slerp if spherical else interpolate)(mean_a, mean_b, steps)
         return self.generate(line, seed=seed, **greedy_by_default(sampling))
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
@@ -213,7 +212,7 @@ class TextVAE:
 
     def combine(self, texts: Sequence[str], weights: Sequence[float], *, seed: int = 0, **sampling) -> str:
         """The text of Σ weight · mean(text): with weights ½, ½ what lies between two, with −1, 1, 1 their analogy."""
-        texts = _as_list(texts)
+        texts = _check_texts(texts)
         if len(texts) != len(weights) or not texts:
             raise InputError(f"{len(weights)} weights for {len(texts)} texts", exit_code=2)
         latent = combine(self.encode(texts, std_scale=0.0), weights)
@@ -221,7 +220,7 @@ class TextVAE:
 
     def attribute_vector(self, having: Sequence[str], lacking: Sequence[str]) -> Float[np.ndarray, "L"]:
         """What texts that have an attribute have on average more than texts that lack it: a direction of the latent."""
-        having, lacking = _as_list(having), _as_list(lacking)
+        having, lacking = _check_texts(having), _check_texts(lacking)
         if not having or not lacking:
             raise InputError("an attribute needs a text that has it and one that lacks it", exit_code=2)
         return np.asarray(attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking))))
@@ -256,12 +255,12 @@ class TextVAE:
         self, latent: Float[np.ndarray, "k L"], n: int, radius: float, *, seed: int = 0
     ) -> Float[np.ndarray, "k*n L"]:
         """n latents at the distance `radius` from each, side by side; in each place the same directions."""
-        key = _stream(seed, "latent")
-        return np.concatenate([self._no_latents(), *(np.asarray(neighbours(z, n, radius, key)) for z in latent)])
+        key = _purpose_key(seed, "latent")
+        return np.concatenate([self._empty_latents(), *(np.asarray(neighbours(z, n, radius, key)) for z in latent)])
 
-    def _normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
+    def _standard_normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
         """Standard normal noise; row i is the same however many rows there are."""
-        return np.asarray(_normal_rows(_stream(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
+        return np.asarray(_normal_rows(_purpose_key(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
 
     def check(
         self, prompts: Sequence[str] | None = None, *, max_length: int | None = None, **settings
@@ -308,7 +307,7 @@ def check_radius(radius: float, *, name: str = "radius") -> float:
 
 
 @jax.jit
-def _at(posterior: Posterior, eps, std_scale):
+def _scaled_latents(posterior: Posterior, eps, std_scale):
     return posterior.at(eps, std_scale)
 
 
@@ -318,13 +317,13 @@ def _normal_rows(key: jax.Array, rows: int, latent_size: int):
     return jax.vmap(lambda k: jax.random.normal(k, (latent_size,)))(keys)
 
 
-def _stream(seed: int, purpose: str) -> jax.Array:
+def _purpose_key(seed: int, purpose: str) -> jax.Array:
     """A key for one purpose of a seed, so that the latent's noise and the tokens' draws share nothing."""
     # A key holds 32 bits of its seed. JAX drops the others of a 64-bit seed too, and stops at larger ones.
     return jax.random.fold_in(jax.random.key(seed % 2**32), ["latent", "draw"].index(purpose))
 
 
-def _as_list(texts: Sequence[str]) -> list[str]:
+def _check_texts(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("give a list of texts, not one text")
     texts = list(texts)

@@ -43,7 +43,7 @@ def relative_shift(scores: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
     return padded.reshape(B, N, K + 1, T)[:, :, 1:].reshape(B, N, T, K)
 
 
-def visible_keys(T: int, K: int, *, offset, window: int | None = None, first=0) -> Bool[Array, "T K"]:
+def causal_mask(T: int, K: int, *, offset, window: int | None = None, first=0) -> Bool[Array, "T K"]:
     """Which keys each query sees: 0 ≤ distance (< window), distance = (i + offset) − j, and j not before `first`."""
     j = jnp.arange(K)
     distance = jnp.arange(T)[:, None] + offset - j

@@ -133,8 +133,8 @@ def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.fl
 
 def weight_axes(model: nnx.Module) -> Params:
     """The logical axis names of every weight, in the layout of the params."""
-    return nnx.to_pure_dict(jax.tree.map(_axes_of, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    return nnx.to_pure_dict(jax.tree.map(_with_axes, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
-def _axes_of(variable: nnx.Variable):
+def _with_axes(variable: nnx.Variable):
     return variable.replace(variable.get_metadata("axes"))

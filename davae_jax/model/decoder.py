@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from davae_jax.model.attention import relative_attention, visible_keys
+from davae_jax.model.attention import causal_mask, relative_attention
 from davae_jax.model.config import DecoderConfig, Remat
 from davae_jax.model.layers import (
     Buffer,
@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
         key_position, key_input, *layer_keys = split_keys(key, 2 + len(self.layers))
         distances = jnp.arange(C + T - 1, -1, -1)
         features = dropout(self.position_features(distances), self.dropout_rate, key_position)
-        visible = visible_keys(
+        visible = causal_mask(
             T,
             C + T,
             offset=C,
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
                     biases = self.r_w_bias[...], self.r_r_bias[...]
                     return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
 
-                x = apply_remat(run, remat)(x) + self.after_layer(latent_term)
+                x = apply_remat(run, remat)(x) + self.post_layer_term(latent_term)
             hidden.append(x)
         return DecoderOutput(tuple(hidden), self.norm(x))
 
@@ -147,7 +147,7 @@ class Decoder(nnx.Module):
         projected = self.latent_projection(latent)
         return projected[:, None, :] if segments is None else gather_per_token(projected, segments)
 
-    def after_layer(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
+    def post_layer_term(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
         """What is added after a layer: the latent's term, or 0 where the config tells it to the first layer alone."""
         return latent_term if self.latent_every_layer else 0.0
 

@@ -65,8 +65,8 @@ class Encoder(nnx.Module):
         """
         keys = split_keys(key, len(self.layers) + 1)
         with jax.named_scope("embeddings"):
-            places = jnp.arange(ids.shape[1]) if segments is None else segments.places()
-            h = self.word(ids) + self.position(places) + self.token_type(jnp.zeros((), jnp.int32))
+            positions = jnp.arange(ids.shape[1]) if segments is None else segments.positions()
+            h = self.word(ids) + self.position(positions) + self.token_type(jnp.zeros((), jnp.int32))
             h = dropout(self.norm(h), self.dropout_rate, keys[0])
             if embedding_noise is not None:
                 h = h + embedding_noise.astype(h.dtype)
@@ -74,7 +74,7 @@ class Encoder(nnx.Module):
         # Padding is masked by adding −10000 to its keys' scores, as published.
         visible = (ids > 0)[:, None, None, :]
         if segments is not None:
-            visible &= same_segment(segments.of_token)
+            visible &= same_segment(segments.segment_ids)
         score_bias = jnp.where(visible, 0.0, -10000.0)
         hidden = [h]
         for i, layer in enumerate(self.layers):

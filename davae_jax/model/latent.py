@@ -36,7 +36,7 @@ def hard_free_bits_kl(kl: Float[Array, "B L"], dim_target_kl: float) -> Float[Ar
     return jnp.where(kl > dim_target_kl, kl, 0).sum(-1)
 
 
-def deterministic(posterior: Posterior) -> Posterior:
+def with_unit_variance(posterior: Posterior) -> Posterior:
     """fb_mode 2: the log-variance replaced by 0, so the latent has unit noise and KL = ½ Σ mean²."""
     return Posterior(posterior.mean, jnp.zeros_like(posterior.logvar))
 
@@ -47,7 +47,7 @@ def interpolate(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) 
     return (1 - weight) * a + weight * b
 
 
-def spherical(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
+def slerp(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
     """`steps` latents on the great arc from a to b, both ends included (Shoemake 1985; for latents White 2016).
 
     Where a and b are of one length, so are all between them, while the straight line passes nearer to the origin, where

@@ -131,13 +131,13 @@ def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
 class Segments(NamedTuple):
     """Where each text is in rows that hold up to P of them, one behind the other."""
 
-    of_token: Int[Array, "B S"]  # 1 … P, the number of a token's text; 0 is padding
+    segment_ids: Int[Array, "B S"]  # 1 … P, the number of a token's text; 0 is padding
     starts: Int[Array, "B P"]  # each text's first place
 
-    def places(self) -> Int[Array, "B S"]:
+    def positions(self) -> Int[Array, "B S"]:
         """Each token's place in its own text, from 0; padding's is 0."""
-        starts = gather_per_token(self.starts[..., None], self.of_token)[..., 0]
-        return jnp.where(self.of_token > 0, jnp.arange(self.of_token.shape[1]) - starts, 0)
+        starts = gather_per_token(self.starts[..., None], self.segment_ids)[..., 0]
+        return jnp.where(self.segment_ids > 0, jnp.arange(self.segment_ids.shape[1]) - starts, 0)
 
 
 def gather_per_token(of_texts: Float[Array, "B P D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:

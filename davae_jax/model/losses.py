@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.decoder import Decoder
-from davae_jax.model.latent import Posterior, deterministic, hard_free_bits_kl, kl_per_dimension
+from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension, with_unit_variance
 
 
 def published_loss(
@@ -55,7 +55,7 @@ def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mo
     encoded = model.encoder(encoder_ids)
     posterior = Posterior(encoded.mean, encoded.logvar)
     if fb_mode == 2:
-        posterior = deterministic(posterior)
+        posterior = with_unit_variance(posterior)
     kl_BL = kl_per_dimension(posterior)
     kl = hard_free_bits_kl(kl_BL, model.config.dim_target_kl) if fb_mode == 1 else kl_BL.sum(-1)
 

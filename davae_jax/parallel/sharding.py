@@ -41,15 +41,15 @@ def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
     Raises:
       InputError: the devices or the batch cannot be divided so (exit code 2).
     """
-    return jax.make_mesh(*_axes_of_mesh(config, batch_size, accumulate, jax.device_count()))
+    return jax.make_mesh(*_mesh_axes(config, batch_size, accumulate, jax.device_count()))
 
 
 def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int, accumulate: int = 1) -> AbstractMesh:
     """The mesh of a machine that is not there, of so many devices. Raises as `make_mesh`."""
-    return AbstractMesh(*_axes_of_mesh(config, batch_size, accumulate, devices))
+    return AbstractMesh(*_mesh_axes(config, batch_size, accumulate, devices))
 
 
-def _axes_of_mesh(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
+def _mesh_axes(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
     """Sizes, names and types of the axes."""
     shape = config.shape(devices)
     parts = math.prod(shape[axis] for axis in RULES["batch"])
