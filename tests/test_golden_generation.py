@@ -37,7 +37,7 @@ def cached_logits(graphdef, params, latent, tokens):
     """Logits after each token, one token at a time through the cache: [T, B, V]."""
     decoder = merge(graphdef, params).decoder
     batch, length = tokens.shape
-    r_layers = decoding.relative_keys(decoder, length)
+    r_layers = decoding.all_relative_keys(decoder, length)
 
     def step(cache, position):
         ids = lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)

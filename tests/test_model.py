@@ -13,7 +13,7 @@ from small_model import CONFIG, counted_compilations, new_model
 
 from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.weights import flat_params, flatten
-from davae_jax.model import decoder, encoder
+from davae_jax.model import attention, decoder, encoder
 from davae_jax.model.davae import merge, split, weight_axes
 from davae_jax.model.layers import dropout
 
@@ -87,12 +87,13 @@ def test_dropout_places(model, inputs, monkeypatch):
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return x
 
+    monkeypatch.setattr(attention, "dropout", record)
     monkeypatch.setattr(encoder, "dropout", record)
     monkeypatch.setattr(decoder, "dropout", record)
     ids, latent = inputs
     model.encoder(ids, key=jax.random.key(0))
-    hidden, attention = ((2, 12, 16), 0.1), ((2, 2, 12, 12), 0.1)
-    assert places == [hidden, attention, hidden, hidden]
+    hidden, probs = ((2, 12, 16), 0.1), ((2, 2, 12, 12), 0.1)
+    assert places == [hidden, probs, hidden, hidden]
     assert len(set(keys)) == 4
 
     places.clear(), keys.clear()

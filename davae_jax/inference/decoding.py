@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from davae_jax.inference.sampling import count_ids, filter_logits, penalized_log_probs
 from davae_jax.model.attention import causal_mask
 from davae_jax.model.davae import merge
-from davae_jax.model.decoder import Decoder
+from davae_jax.model.decoder import Decoder, DecoderLayer
 
 KeyValueCache = list[tuple[Array, Array]]  # keys and values [B, N, K, H] of each layer
 
@@ -43,7 +43,7 @@ def run_decoding_loop(
     B, C = tokens.shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(B))
     latent_term = decoder.latent_term(latent)
-    r_layers = relative_keys(decoder, C)
+    r_layers = all_relative_keys(decoder, C)
     cache = empty_cache(decoder, B, C)
     if prefill:
         # Rows of the cache past the shared prompt hold filler; each is written anew before any query sees it.
@@ -73,32 +73,31 @@ def run_decoding_loop(
 
 
 def cached_step(
-    decoder: Decoder, ids: Int[Array, "B T"], latent_term, cache: KeyValueCache, r_layers: list[Array], position
+    decoder: Decoder,
+    ids: Int[Array, "B T"],
+    latent_term: Float[Array, "B 1 D"] | float,
+    cache: KeyValueCache,
+    relative_keys: list[Float[Array, "N 2C H"]],
+    position: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-    """Reads T tokens that stand at `position` and after; returns the final hidden states and the filled cache."""
+    """Reads T tokens, the first of which stands at `position`. Returns the final hidden states and the filled cache.
+
+    relative_keys: of each layer, from `all_relative_keys`.
+    """
     T, C = ids.shape[1], cache[0][0].shape[2]
-    visible = causal_mask(T, C, offset=position)
-    x = decoder.embedding(ids) + latent_term
-    new_cache = []
-    for i, layer in enumerate(decoder.layers):
-        with jax.named_scope(f"layer_{i}"):
-            # Of all distances, those that the cache's columns have from the last of the T queries.
-            r_NKH = lax.dynamic_slice_in_dim(r_layers[i], C - T - position, C, axis=1)
-            x, layer_cache = layer(
-                x,
-                r_NKH,
-                decoder.r_w_bias[...],
-                decoder.r_r_bias[...],
-                visible,
-                cache=cache[i],
-                position=position,
-            )
-            x = x + decoder.post_layer_term(latent_term)
-        new_cache.append(layer_cache)
-    return decoder.norm(x), new_cache
+    mask = causal_mask(T, C, offset=position)
+
+    def apply_layer(i: int, layer: DecoderLayer, x: Float[Array, "B T D"]):
+        # Column j of the cache is at the distance position + T − 1 − j from the last of the T queries.
+        r_NKH = lax.dynamic_slice_in_dim(relative_keys[i], C - T - position, C, axis=1)
+        biases = decoder.r_w_bias[...], decoder.r_r_bias[...]
+        return layer(x, r_NKH, *biases, mask, cache=cache[i], position=position)
+
+    output, cache = decoder.apply_layers(ids, latent_term, apply_layer)
+    return output.final, cache
 
 
-def relative_keys(decoder: Decoder, capacity: int) -> list[Float[Array, "N 2C H"]]:
+def all_relative_keys(decoder: Decoder, capacity: int) -> list[Float[Array, "N 2C H"]]:
     """r of the distances C−1 … −C for each layer; the negative ones are filler for columns not yet written."""
     features = decoder.position_features(jnp.arange(capacity - 1, -capacity - 1, -1))
     return [layer.relative_keys(features) for layer in decoder.layers]

@@ -9,7 +9,8 @@ of the distance. Positions enter by distance only, so the keys and values of pas
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,44 +92,74 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         segments: Int[Array, "B T"] | None = None,
     ) -> DecoderOutput:
-        """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
+        """Reads T new tokens that follow the memory.
 
-        A key turns dropout on: on the position features, the input, and twice in each layer.
-
-        remat: `layers.apply_remat`.
-        segments: where rows hold up to P texts, which one each token is of (1 … P, 0 is padding). Then the latent is
-          [B, P, L], a token sees its own text alone, and there is no memory.
+        Args:
+          latent: one for each row, or None for a plain language model.
+          memory: the recurrent memory of the tokens before these; None at the beginning of a text.
+          window: None lets a query see all keys up to its own; "published" only the T most recent ones.
+          key: turns dropout on: on the position features, on the input, and twice in each layer.
+          remat: what of a layer is saved for the backward pass (`layers.apply_remat`).
+          segments: for rows that hold up to P texts, the number of each token's text (1 … P; 0 is padding). The latent
+            is then [B, P, L], a token sees only tokens of its own text, and there is no memory.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
         key_position, key_input, *layer_keys = split_keys(key, 2 + len(self.layers))
         distances = jnp.arange(C + T - 1, -1, -1)
         features = dropout(self.position_features(distances), self.dropout_rate, key_position)
-        visible = causal_mask(
+        mask = causal_mask(
             T,
             C + T,
             offset=C,
             window=T if window == "published" else None,
-            first=0 if memory is None else C - memory.length,
+            first_key=0 if memory is None else C - memory.length,
         )
         if segments is not None:
-            visible = visible & same_segment(segments)
-        latent_term = self.latent_term(latent, segments)
+            mask = mask & same_segment(segments)
+
+        def apply_layer(i: int, layer: DecoderLayer, x: Float[Array, "B T D"]):
+            def run(x):
+                r_NKH = layer.relative_keys(features)
+                past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
+                biases = self.r_w_bias[...], self.r_r_bias[...]
+                return layer(x, r_NKH, *biases, mask, past=past, key=layer_keys[i])[0]
+
+            return apply_remat(run, remat)(x), None
+
+        return self.apply_layers(ids, self.latent_term(latent, segments), apply_layer, input_key=key_input)[0]
+
+    def apply_layers(
+        self,
+        ids: Int[Array, "B T"],
+        latent_term: Float[Array, "B #T D"] | float,
+        apply_layer: Callable[[int, DecoderLayer, Float[Array, "B T D"]], tuple[Float[Array, "B T D"], Any]],
+        *,
+        input_key: jax.Array | None = None,
+    ) -> tuple[DecoderOutput, list]:
+        """Runs the decoder's parts in their order: embedding + latent, each layer + latent, final LayerNorm.
+
+        Training and cached decoding both call this method, and differ only in how they apply a layer.
+
+        Args:
+          latent_term: what `latent_term` returns.
+          apply_layer: called as `apply_layer(i, layer, x)`. It returns the output of layer i, the latent not yet added,
+            and anything else that the caller wants from the layer (cached decoding: its keys and values).
+          input_key: turns dropout on the input on.
+
+        Returns:
+          The hidden states, and a list of the second values that `apply_layer` returned.
+        """
         x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
-        x = dropout(x, self.dropout_rate, key_input)
-        hidden = [x]
+        x = dropout(x, self.dropout_rate, input_key)
+        hidden, extras = [x], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-
-                def run(x, layer=layer, i=i):
-                    r_NKH = layer.relative_keys(features)
-                    past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
-                    biases = self.r_w_bias[...], self.r_r_bias[...]
-                    return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
-
-                x = apply_remat(run, remat)(x) + self.post_layer_term(latent_term)
+                x, extra = apply_layer(i, layer, x)
+                x = x + self.post_layer_term(latent_term)
             hidden.append(x)
-        return DecoderOutput(tuple(hidden), self.norm(x))
+            extras.append(extra)
+        return DecoderOutput(tuple(hidden), self.norm(x)), extras
 
     def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the tied embedding."""
@@ -216,7 +247,7 @@ class DecoderLayer(nnx.Module):
         r_NKH: Float[Array, "N K H"],
         r_w_bias: Float[Array, "N H"],
         r_r_bias: Float[Array, "N H"],
-        visible: Bool[Array, "*#BN T K"],
+        mask: Bool[Array, "*#BN T K"],
         *,
         past: tuple[Array, Array] | None = None,
         cache: tuple[Array, Array] | None = None,
@@ -236,7 +267,7 @@ class DecoderLayer(nnx.Module):
             k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=2) for c, n in zip(cache, (k, v), strict=True))
             # Else XLA's CPU backend writes the updated cache twice: once to keep and once to read.
             k, v = lax.optimization_barrier((k, v))
-        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, visible).swapaxes(1, 2).reshape(x_BTD.shape)
+        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, mask).swapaxes(1, 2).reshape(x_BTD.shape)
         attended = constrain(self.attention_out(context), "batch", None, None)
         x = x_BTD + dropout(attended, self.dropout_rate, key_attention)
         inner = constrain(self.mlp_in(self.mlp_norm(x)), "batch", None, "mlp")

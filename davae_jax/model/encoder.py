@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from davae_jax.model.attention import dot_product_attention
 from davae_jax.model.config import EncoderConfig, Remat
 from davae_jax.model.layers import (
     Embedding,
@@ -121,10 +122,9 @@ class EncoderLayer(nnx.Module):
             constrain(f(x_BSD).reshape(B, S, self.num_heads, -1), "batch", None, "head", None)
             for f in (self.query, self.key, self.value)
         )
-        scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
-        probs = jax.nn.softmax(scores * q.shape[-1] ** -0.5 + score_bias, axis=-1)
-        probs = dropout(probs, self.attention_dropout_rate, key_probs).astype(v.dtype)
-        context = jnp.einsum("bnqk,bknh->bqnh", probs, v).reshape(B, S, D)
+        context = dot_product_attention(
+            q, k, v, score_bias, dropout_rate=self.attention_dropout_rate, key=key_probs
+        ).reshape(B, S, D)
         attended = constrain(self.attention_out(context), "batch", None, None)
         x = self.attention_norm(x_BSD + dropout(attended, self.dropout_rate, key_attention))
         inner = constrain(self.mlp_in(x), "batch", None, "mlp")
