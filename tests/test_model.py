@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from small_model import CONFIG, counted_compilations, new_model
@@ -14,8 +15,8 @@ from small_model import CONFIG, counted_compilations, new_model
 from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.weights import flat_params, flatten
 from davae_jax.model import attention, decoder, encoder
-from davae_jax.model.davae import merge, split, weight_axes
-from davae_jax.model.layers import dropout
+from davae_jax.model.davae import merge, split, trainable_mask, weight_axes, zero_buffers
+from davae_jax.model.layers import Buffer, dropout
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,30 @@ def test_published_size():
     abstract = nnx.eval_shape(lambda: DAVAE(DAVAEConfig(), rngs=nnx.Rngs(0)))
     weights = jax.tree.leaves(split(nnx.state(abstract, nnx.Param))[1])
     assert sum(w.size for w in weights) == 1_249_094_657
+
+
+def test_buffers_are_told_by_their_type():
+    """No optimizer moves a buffer, whatever its name and shape; weight decay would move a matrix without a gradient."""
+    model = new_model()
+    model.encoder.table = Buffer(jnp.ones((3, 2)), axes=(None, None))
+    graphdef, params = split(model)
+    trainable = trainable_mask(merge(graphdef, params))
+    buffers = [path for path, is_trained in flatten(trainable).items() if not is_trained]
+    assert sorted(buffers) == ["decoder.inv_freq", "encoder.table"]
+    assert jax.tree.structure(trainable) == jax.tree.structure(params)
+
+    @jax.jit
+    def step(params):
+        grads = zero_buffers(trainable, jax.tree.map(jnp.ones_like, params))
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return grads, optax.apply_updates(params, zero_buffers(trainable, updates))
+
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
+    grads, after = map(flatten, step(params))
+    for path, before in flatten(params).items():
+        is_buffer = path in buffers
+        assert (np.asarray(grads[path]) == (0 if is_buffer else 1)).all()
+        assert (np.asarray(after[path]) == np.asarray(before)).all() == is_buffer, path
 
 
 def test_dropout_function():

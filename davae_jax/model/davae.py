@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -132,9 +133,29 @@ def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.fl
 
 
 def weight_axes(model: nnx.Module) -> Params:
-    """The logical axis names of every weight, in the layout of the params."""
-    return nnx.to_pure_dict(jax.tree.map(_with_axes, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    """Returns the logical axis names of each weight and buffer, in the layout of the params."""
+    return _map_variables(lambda variable: variable.get_metadata("axes"), model)
 
 
-def _with_axes(variable: nnx.Variable):
-    return variable.replace(variable.get_metadata("axes"))
+def trainable_mask(model: nnx.Module) -> Params:
+    """Returns, in the layout of the params, True for each weight (`nnx.Param`) and False for each `Buffer`.
+
+    The params hold both, and so do the optimizer's moments and the checkpoints. Only the type of a variable says
+    whether it is trained.
+    """
+    return _map_variables(lambda variable: isinstance(variable, nnx.Param), model)
+
+
+def zero_buffers(trainable: Params, updates: Params) -> Params:
+    """Returns gradients or updates in the layout of the params, with zeros for what is not trained.
+
+    trainable: from `trainable_mask`.
+    """
+    return jax.tree.map(lambda is_trained, x: x if is_trained else jnp.zeros_like(x), trainable, updates)
+
+
+def _map_variables(function: Callable[[nnx.Variable], Any], model: nnx.Module) -> Params:
+    """Returns the function's value for each variable of a module, in the layout of the params."""
+    state = nnx.state(model)
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(function(v)), state, is_leaf=is_variable))

@@ -25,7 +25,7 @@ INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a confi
 
 
 class Buffer(nnx.Variable):
-    """A stored array that is not trained and never cast with the model's dtype."""
+    """A stored array that is not trained (`davae.trainable_mask`) and never cast to the model's dtype."""
 
 
 def param(shape: tuple[int, ...], axes: Axes, *, init, rngs: nnx.Rngs, dtype) -> nnx.Param:
