@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         window: Window = None,
         key: jax.Array | None = None,
         remat: Remat = "none",
-        segments: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> DecoderOutput:
         """Reads T new tokens that follow the memory.
 
@@ -108,8 +108,8 @@ class Decoder(nnx.Module):
           window: None lets a query see all keys up to its own; "published" only the T most recent ones.
           key: turns dropout on: on the position features, on the input, and twice in each layer.
           remat: what of a layer is saved for the backward pass (`layers.apply_remat`).
-          segments: for rows that hold up to P texts, the number of each token's text (1 … P; 0 is padding). The latent
-            is then [B, P, L], a token sees only tokens of its own text, and there is no memory.
+          segment_ids: for rows that hold up to P texts, the number of each token's text (1 … P; 0 is padding). The
+            latent is then [B, P, L], a token sees only tokens of its own text, and there is no memory.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -123,8 +123,8 @@ class Decoder(nnx.Module):
             window=T if window == "published" else None,
             first_key=0 if memory is None else C - memory.length,
         )
-        if segments is not None:
-            mask = mask & same_segment(segments)
+        if segment_ids is not None:
+            mask = mask & same_segment(segment_ids)
 
         def apply_layer(i: int, layer: DecoderLayer, x: Float[Array, "B T D"]):
             def run(x):
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
 
             return apply_remat(run, remat)(x), None
 
-        return self.apply_layers(ids, self.latent_term(latent, segments), apply_layer, input_key=key_input)[0]
+        return self.apply_layers(ids, self.latent_term(latent, segment_ids), apply_layer, input_key=key_input)[0]
 
     def apply_layers(
         self,
@@ -175,16 +175,16 @@ class Decoder(nnx.Module):
             return constrain(self.embedding.logits(final), "batch", *[None] * (final.ndim - 2), "vocab")
 
     def latent_term(
-        self, latent: Float[Array, "B L"] | None, segments: Int[Array, "B T"] | None = None
+        self, latent: Float[Array, "B L"] | None, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B #T D"] | float:
         """Returns the term that is added to each token's state before the first layer; 0 without a latent.
 
-        With `segments` the latent is [B, P, L], and each token gets the term of its own text.
+        With `segment_ids` the latent is [B, P, L], and each token gets the term of its own text.
         """
         if latent is None:
             return 0.0
         projected = self.latent_projection(latent)
-        return projected[:, None, :] if segments is None else gather_per_token(projected, segments)
+        return projected[:, None, :] if segment_ids is None else gather_per_token(projected, segment_ids)
 
     def post_layer_term(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
         """Returns the term that is added after each layer: `latent_term`, or 0 if not `config.latent_every_layer`."""

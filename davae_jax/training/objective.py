@@ -202,7 +202,7 @@ def reconstruction(
         length = mask.sum(1)
         if config.data.segment_length and ids.shape[1] > config.data.segment_length:
             return in_segments(model.decoder, ids, targets, mask, latent, key, config), length
-    output = model.decoder(ids, latent, key=key, remat=config.remat, segments=segments)
+    output = model.decoder(ids, latent, key=key, remat=config.remat, segment_ids=segments)
     return chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk), length
 
 
