@@ -22,7 +22,7 @@ from davae_jax.data.texts import read_lines
 from davae_jax.inference.generation import check_max_length, sampling_settings
 from davae_jax.inference.text_vae import TextVAE, check_std_scale, check_steps, greedy_by_default
 from davae_jax.model.config import DAVAEConfig
-from davae_jax.model.latent import analogy, interpolate, spherical
+from davae_jax.model.latent import analogy, interpolate, slerp
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_text
 
@@ -282,7 +282,7 @@ class Interpolate(GreedyCommand):
         pairs, label = self.columns(2)
         vae = self.load(label)
         means = means_of(vae, pairs)
-        along = spherical if self.spherical else interpolate
+        along = slerp if self.spherical else interpolate
         latents = along(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
         texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **self.sampling())
         return [

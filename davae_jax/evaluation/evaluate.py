@@ -18,7 +18,7 @@ from davae_jax.evaluation import bootstrap, metrics, ngram, probes, text_metrics
 from davae_jax.evaluation.caveats import warnings_of
 from davae_jax.evaluation.figures import bleu
 from davae_jax.evaluation.per_text import PerText, per_text
-from davae_jax.inference.generation import LONGEST
+from davae_jax.inference.generation import LENGTH_LIMIT
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.davae import split
 from davae_jax.model.latent import Posterior, interpolate
@@ -72,7 +72,7 @@ def evaluate(
         if len(values) != len(given):
             raise InputError(f"labels: {len(values)} of {name!r} for {len(given)} texts", exit_code=2)
     whole, ended = without_end_tokens(given, source)
-    kept = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LONGEST, source=source)
+    kept = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LENGTH_LIMIT, source=source)
     rows = kept.lines - 1
     originals = [given[i] for i in rows]
     labels = {name: [str(values[i]) for i in rows] for name, values in (labels or {}).items()}

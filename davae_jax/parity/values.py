@@ -19,7 +19,7 @@ from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.from_torch import checked_rows, read_state
 from davae_jax.checkpoints.run_folder import weights_path
 from davae_jax.checkpoints.to_torch import published_state
-from davae_jax.model.attention import visible_keys
+from davae_jax.model.attention import causal_mask
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.latent import Posterior, kl_per_dimension
@@ -249,8 +249,8 @@ def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: str, step: Step) -
     step("JAX: decoder in isolation")
     T = b.decoder_ids.shape[1]
     latent_term = decoder.latent_term(twin["latent"])
-    features, visible = decoder.position_features(jnp.arange(T - 1, -1, -1)), visible_keys(T, T, offset=0)
-    shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, decoder.after_layer(latent_term)
+    features, visible = decoder.position_features(jnp.arange(T - 1, -1, -1)), causal_mask(T, T, offset=0)
+    shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, decoder.post_layer_term(latent_term)
     values["decoder input"] = decoder.embedding(b.decoder_ids) + latent_term
     x = given("decoder input")
     for i, layer in enumerate(decoder.layers):
