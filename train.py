@@ -120,7 +120,7 @@ def train(argv: list[str]) -> int | None:
         model_config = setup_run.warm_started(model_config, run_dir)
     tokenizers = load_tokenizers(run_dir, model_config)
     batches = setup_run.batches_of(config, corpus, tokenizers, model_config)
-    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.cut)
+    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.cut)
     corpus = corpus._replace(held_out=held_out)
     run_on_process_zero("the model's config", lambda: model_config.to_json(run_dir / CONFIG_FILE))
 

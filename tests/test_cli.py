@@ -18,7 +18,7 @@ from tokenizer_fixtures import sentences
 from davae_jax import TextVAE
 from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
-from davae_jax.data.texts import read_lines
+from davae_jax.data.texts import decode_lines
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
 LATENT_COMMANDS = ["attribute", "neighbours", "combine"]  # what they write is in test_latent_tools.py
@@ -154,7 +154,7 @@ def test_texts_may_come_from_anywhere(davae, model, tmp_path, standard_input):
     ],
 )
 def test_lines_end_at_line_feeds(data, lines):
-    assert read_lines(data, "name") == lines
+    assert decode_lines(data, "name") == lines
 
 
 def test_odd_lines_come_through(davae, model, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from davae_jax.data.batches import Batches
 from davae_jax.data.texts import read_texts
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.errors import InputError
 
 PAD = 9
@@ -13,7 +13,7 @@ PAD = 9
 
 def texts_of(lengths):
     """Row i is filled with i + 10, its decoder row as long as given, its encoder row two longer."""
-    return Texts(
+    return TokenizedTexts(
         [np.full(n + 2, i + 10) for i, n in enumerate(lengths)],
         [np.full(n, i + 10) for i, n in enumerate(lengths)],
         np.arange(1, len(lengths) + 1),

@@ -19,11 +19,11 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
 from davae_jax.data import readers as inputs
-from davae_jax.data.build_shards import Task, _finish, _tokenizers, make_shards
+from davae_jax.data.build_shards import ShardTask, cached_tokenizers, merge_shards, write_shards
 from davae_jax.data.prefetch import prefetch
-from davae_jax.data.readers import LONGEST_LINE, find_files, pieces_of, read_piece
+from davae_jax.data.readers import LONGEST_LINE, find_files, read_slice, split_into_slices
 from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts, permuted
-from davae_jax.data.shards import Prepared, id_dtype, ids_of, record_of
+from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
@@ -117,7 +117,7 @@ KINDS = ["txt", "txt.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", 
 def test_every_kind_of_input_gives_the_ids_that_training_on_text_gives(kind, prepare, tmp_path):
     result = prepare(write_kind(tmp_path / "in", kind))
     assert (result.code, result.err.strip()) == (0, "")
-    expected = tokenize(TEXTS, *_tokenizers(str(result.folder), 512), max_length=512, source="")
+    expected = tokenize(TEXTS, *cached_tokenizers(str(result.folder), 512), max_length=512, source="")
     assert records_of(result.folder) == [
         (e.tolist(), d.tolist()) for e, d in zip(expected.encoder_ids, expected.decoder_ids, strict=True)
     ]
@@ -131,13 +131,13 @@ def test_every_kind_of_input_gives_the_ids_that_training_on_text_gives(kind, pre
 @pytest.mark.parametrize("largest", [60_000, 70_000])
 def test_records_of_two_and_of_four_bytes(largest):
     dtype = id_dtype(largest)
-    record = record_of([1, 2, largest], [largest, 5], dtype)
+    record = encode_record([1, 2, largest], [largest, 5], dtype)
     assert len(record) == 6 * (2 if largest == 60_000 else 4)
-    assert [ids.tolist() for ids in ids_of(record, dtype)] == [[1, 2, largest], [largest, 5]]
+    assert [ids.tolist() for ids in decode_record(record, dtype)] == [[1, 2, largest], [largest, 5]]
 
 
 def lines_of(pieces, field="text"):
-    return [line for piece in pieces for chunk in read_piece(piece, field) for line in chunk.lines]
+    return [line for piece in pieces for chunk in read_slice(piece, field) for line in chunk.lines]
 
 
 @pytest.mark.parametrize("at_most", [1, 7, 100, 5000, 1 << 30])
@@ -145,7 +145,7 @@ def test_pieces_of_a_file_are_its_lines_each_once(at_most, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff一\n\n二\u2028二\r\n".encode() + b"\xff\n" + "三\n".encode() * 20 + b"last")
     wanted = ["一", "", "二\u2028二", None, *["三"] * 20, "last"]
-    pieces = pieces_of(path, at_most)
+    pieces = split_into_slices(path, at_most)
     assert [line.text for line in lines_of(pieces)] == wanted
     assert sum(piece.size for piece in pieces) == pytest.approx(path.stat().st_size, abs=len(pieces))
 
@@ -153,7 +153,7 @@ def test_pieces_of_a_file_are_its_lines_each_once(at_most, tmp_path):
 @pytest.mark.parametrize("at_most", [1, 4000, 1 << 30])
 def test_pieces_of_a_parquet_file(at_most, tmp_path):
     path = write_kind(tmp_path / "in", "parquet") / "train-00000.parquet"
-    pieces = pieces_of(path, at_most)
+    pieces = split_into_slices(path, at_most)
     assert [line.text for line in lines_of(pieces)] == TEXTS
     assert len(pieces) == {1: 5, 1 << 30: 1}.get(at_most, len(pieces))
 
@@ -161,7 +161,7 @@ def test_pieces_of_a_parquet_file(at_most, tmp_path):
 def test_a_line_without_end_is_passed_over(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n" + b"x" * (LONGEST_LINE + 5) + b"\ntwo\n")
-    assert [(line.text, line.problem) for line in lines_of(pieces_of(path, 1 << 30))] == [
+    assert [(line.text, line.problem) for line in lines_of(split_into_slices(path, 1 << 30))] == [
         ("one", None),
         (None, "is longer than 16 MiB"),
         ("two", None),
@@ -177,21 +177,21 @@ def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokeni
         folder = tmp_path / name
         shutil.copytree(tokenizer_folder, folder)
         (folder / "parts").mkdir()
-        return Task(str(folder), 0, *pieces_of(path, 2000), "text", 512, 512, False, 0.1, 2000)
+        return ShardTask(str(folder), 0, *split_into_slices(path, 2000), "text", 512, 512, False, 0.1, 2000)
 
     whole, again = task("whole"), task("again")
-    make_shards(whole)
+    write_shards(whole)
     shards = sorted(path.name for path in Path(whole.folder).glob("*.arrayrecord"))
     assert len(shards) > 3 and shards[2] == "00000-0002.arrayrecord"
-    make_shards(again)
+    write_shards(again)
     for made in [*Path(again.folder).glob("00000-0002.*"), *Path(again.folder, "parts").glob("00000-0002.*")]:
         made.unlink()
-    make_shards(again)
+    write_shards(again)
     for task in (whole, again):
-        _finish(Path(task.folder), [task], {"inputs": {str(path): ""}})
+        merge_shards(Path(task.folder), [task], {"inputs": {str(path): ""}})
     assert manifest_of(Path(whole.folder)) == manifest_of(Path(again.folder))
     kept = Prepared(Path(whole.folder)).held_out()
-    expected = tokenize(TEXTS, *_tokenizers(whole.folder, 512), max_length=512, source="")
+    expected = tokenize(TEXTS, *cached_tokenizers(whole.folder, 512), max_length=512, source="")
     pairs = zip(TEXTS, expected.decoder_ids, strict=True)
     trained = [row.tolist() for text, row in pairs if text not in set(kept)]
     assert [row for _, row in records_of(Path(again.folder))] == trained
@@ -228,7 +228,7 @@ def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
     distinct = set(TEXTS) | {"今天很好。"}
     assert len(set(held_out)) == len(held_out) and 30 < len(held_out) < 90  # of about 300
     assert set(held_out) <= distinct
-    _, decoder = _tokenizers(str(result.folder), 512)
+    _, decoder = cached_tokenizers(str(result.folder), 512)
     trained = {tuple(row) for _, row in records_of(result.folder)}
     assert trained == {(decoder.bos_id, *decoder.encode(text)) for text in distinct - set(held_out)}
     counts = manifest_of(result.folder)["counts"]
@@ -238,7 +238,7 @@ def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
 def test_tokenizers_are_trained_where_none_are_given(prepare, tmp_path):
     result = prepare(text_file(tmp_path / "a.txt"), tokenizers=None, pieces=200, entries=150)
     assert result.code == 0
-    encoder, decoder = _tokenizers(str(result.folder), 512)
+    encoder, decoder = cached_tokenizers(str(result.folder), 512)
     assert 100 < encoder.size <= 150 and 100 < decoder.size <= 200
     assert decoder.decode(Prepared(result.folder)[7][1][1:-1]) == TEXTS[7]
     few = prepare(tmp_path / "a.txt", tokenizers=None, pieces=20, output=tmp_path / "few")
@@ -516,8 +516,8 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
     assert manifest_of(found.folder)["counts"] | {"encoder_tokens": 0, "decoder_tokens": 0} == (
         manifest_of(left_out.folder)["counts"] | dict(too_long=0, texts=25, encoder_tokens=0, decoder_tokens=0)
     )
-    encoder, decoder = _tokenizers(str(found.folder), 30)
-    whole = tokenize(documents, encoder, decoder, max_length=2000, source="", cut=True)
+    encoder, decoder = cached_tokenizers(str(found.folder), 30)
+    whole = tokenize(documents, encoder, decoder, max_length=2000, source="", truncate=True)
     expected = [(whole.encoder_ids[i].tolist(), whole.decoder_ids[i].tolist()) for i in range(25)]
     assert sorted(records_of(found.folder)) == sorted(expected)
     assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60

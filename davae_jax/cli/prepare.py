@@ -14,19 +14,19 @@ import tyro
 from davae_jax.cli.base import Command
 from davae_jax.data.build_shards import (
     HELD_OUT_BYTES,
-    HELD_OUT_PART,
+    HELD_OUT_FRACTION,
     MIB,
     PARTS,
-    Task,
-    _cores,
-    _finish,
-    _open_folder,
-    _put_tokenizers,
-    _sha256,
-    _summary,
-    _work_through,
+    ShardTask,
+    available_cores,
+    file_sha256,
+    format_summary,
+    merge_shards,
+    open_folder,
+    prepare_tokenizers,
+    run_tasks,
 )
-from davae_jax.data.readers import find_files, pieces_of
+from davae_jax.data.readers import find_files, split_into_slices
 from davae_jax.data.shards import MANIFEST
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, check_options, system_reason
@@ -91,27 +91,27 @@ class Prepare(Command):
         check_options(self, "", "held_out", lambda x: x is None or 0 <= x < 1, "be at least 0 and below 1")
         files = find_files(self.input)
         settings = self.settings(files)
-        _open_folder(self.output, settings)
+        open_folder(self.output, settings)
         try:
             self.prepare(files, settings)
         except OSError as e:  # a read that fails is an InputError already
             raise InputError(f"{e.filename or self.output}: cannot be written ({system_reason(e)})") from e
         shutil.rmtree(self.output / PARTS, ignore_errors=True)
         counts = json.loads((self.output / MANIFEST).read_text(encoding="utf-8"))["counts"]
-        print(_summary(self.output, counts))
+        print(format_summary(self.output, counts))
 
     def prepare(self, files: list[Path], settings: dict[str, Any]) -> None:
         """Makes what is not there yet."""
         folder = self.output
         if not (folder / MANIFEST).exists():
-            pieces = [piece for file in files for piece in pieces_of(file, settings["shard_size"])]
-            _put_tokenizers(folder, self.tokenizers, settings, pieces)
+            pieces = [piece for file in files for piece in split_into_slices(file, settings["shard_size"])]
+            prepare_tokenizers(folder, self.tokenizers, settings, pieces)
             tasks = [
-                Task(str(folder), n, piece, **{name: settings[name] for name in Task._fields[3:]})
+                ShardTask(str(folder), n, piece, **{name: settings[name] for name in ShardTask._fields[3:]})
                 for n, piece in enumerate(pieces)
             ]
-            _work_through(tasks, self.workers or _cores())
-            _finish(folder, tasks, settings)
+            run_tasks(tasks, self.workers or available_cores())
+            merge_shards(folder, tasks, settings)
 
     def settings(self, files: list[Path]) -> dict[str, Any]:
         """What decides the result, as prepare.json and the manifest have it."""
@@ -121,7 +121,7 @@ class Prepare(Command):
         if self.tokenizers is None:
             tokenizers = {"pieces": self.pieces, "entries": self.entries}
         else:
-            tokenizers = {name: _sha256(self.tokenizers / name) for name in TOKENIZER_FILES}
+            tokenizers = {name: file_sha256(self.tokenizers / name) for name in TOKENIZER_FILES}
         when = {name: datetime.fromtimestamp(stat.st_mtime, UTC).isoformat() for name, stat in found.items()}
         return {
             "inputs": {name: f"{stat.st_size} bytes of {when[name]}" for name, stat in found.items()},
@@ -129,7 +129,9 @@ class Prepare(Command):
             "max_length": self.max_length,
             "encoder_positions": self.encoder_positions,
             "cut": self.cut,
-            "held_out": min(HELD_OUT_PART, HELD_OUT_BYTES / max(1, size)) if self.held_out is None else self.held_out,
+            "held_out": min(HELD_OUT_FRACTION, HELD_OUT_BYTES / max(1, size))
+            if self.held_out is None
+            else self.held_out,
             "shard_size": shard_size,
             "tokenizers": tokenizers,
         }

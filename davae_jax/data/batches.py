@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.shapes import round_up
 
 
@@ -34,7 +34,7 @@ class Batches:
 
     def __init__(
         self,
-        texts: Texts,
+        texts: TokenizedTexts,
         batch_size: int,
         *,
         pad_id: int,

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from davae_jax.data.readers import Chunk, Piece, read_piece
-from davae_jax.data.shards import FORMAT, MANIFEST, WRITER_OPTIONS, id_dtype, record_of
-from davae_jax.data.tokenize import rows_of
+from davae_jax.data.readers import Chunk, FileSlice, read_slice
+from davae_jax.data.shards import FORMAT, MANIFEST, WRITER_OPTIONS, encode_record, id_dtype
+from davae_jax.data.tokenize import encode_texts
 from davae_jax.tokenizers.decoder import DecoderTokenizer, count_pieces
 from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
@@ -39,16 +39,16 @@ from davae_jax.utils.settings import changed_settings
 SETTINGS, PARTS = "prepare.json", "parts"
 BAD_LINES = 1000  # that are listed, the first ones
 TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26  # at most, to train tokenizers on; taken from all over the input
-HELD_OUT_PART, HELD_OUT_BYTES = 0.01, 1 << 24
+HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.01, 1 << 24
 MIB = 1 << 20
 
 
-class Task(NamedTuple):
+class ShardTask(NamedTuple):
     """A piece, and all that a worker has to know to make its shards."""
 
     folder: str
     number: int
-    piece: Piece
+    piece: FileSlice
     field: str
     max_length: int
     encoder_positions: int
@@ -60,7 +60,7 @@ class Task(NamedTuple):
 # ---- before: the folder, the tokenizers
 
 
-def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
+def open_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes the folder, or checks that what stands there is of the same settings. Raises InputError if it is not."""
     stored = folder / SETTINGS
     try:
@@ -89,7 +89,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -100,14 +100,14 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _put_tokenizers(folder: Path, given: Path | None, settings: dict[str, Any], pieces: list[Piece]) -> None:
+def prepare_tokenizers(folder: Path, given: Path | None, settings: dict[str, Any], pieces: list[FileSlice]) -> None:
     """vocab.txt and spiece.model into the folder: those given, or new ones."""
     missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
     if missing and given is not None:
         for name in missing:
             write_bytes(folder / name, (given / name).read_bytes())
     elif missing:
-        texts = _sample(pieces, settings["field"], settings["held_out"])
+        texts = sample_texts(pieces, settings["field"], settings["held_out"])
         if not texts:
             raise InputError(f"{pieces[0].file}: holds no text to train tokenizers on (--field {settings['field']})")
         sizes = settings["tokenizers"]
@@ -117,18 +117,18 @@ def _put_tokenizers(folder: Path, given: Path | None, settings: dict[str, Any], 
             raise InputError(str(e).replace("--data.", "--"), exit_code=e.exit_code) from e
         for name, data in zip(TOKENIZER_FILES, trained, strict=True):
             write_bytes(folder / name, data)
-    _tokenizers(str(folder), settings["encoder_positions"])  # raises if they are damaged
+    cached_tokenizers(str(folder), settings["encoder_positions"])  # raises if they are damaged
 
 
-def _sample(pieces: list[Piece], field: str, held_out: float) -> list[str]:
+def sample_texts(pieces: list[FileSlice], field: str, held_out: float) -> list[str]:
     """Texts from the beginning of every piece, so many in all that memory and time are bounded."""
     n, size = -(-TOKENIZER_TEXTS // len(pieces)), -(-TOKENIZER_BYTES // len(pieces))
     found = []
     for piece in pieces:
         left, bytes_left = n, size
-        for chunk in read_piece(piece, field):
+        for chunk in read_slice(piece, field):
             texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:left]
-            found += [text for text in texts if not _is_held_out(text, held_out)]
+            found += [text for text in texts if not is_held_out(text, held_out)]
             left, bytes_left = left - len(texts), bytes_left - chunk.text_bytes
             if left <= 0 or bytes_left <= 0:
                 break
@@ -136,7 +136,7 @@ def _sample(pieces: list[Piece], field: str, held_out: float) -> list[str]:
 
 
 @functools.cache
-def _tokenizers(folder: str, positions: int) -> tuple[EncoderTokenizer, DecoderTokenizer]:
+def cached_tokenizers(folder: str, positions: int) -> tuple[EncoderTokenizer, DecoderTokenizer]:
     """With the ids that a run gives the special tokens (`setup_run.model_config`)."""
     vocab, spiece = (Path(folder) / name for name in TOKENIZER_FILES)
     entries, n = read_vocabulary(vocab), count_pieces(spiece)
@@ -145,29 +145,29 @@ def _tokenizers(folder: str, positions: int) -> tuple[EncoderTokenizer, DecoderT
     return encoder, DecoderTokenizer(folder, end_id=n, pad_id=n + 1, bos_id=n + 2)
 
 
-def _is_held_out(text: str, part: float) -> bool:
+def is_held_out(text: str, part: float) -> bool:
     """By the text itself, so that all its copies go together and no order or list matters."""
-    return int.from_bytes(_digest(text)) < part * 2**64
+    return int.from_bytes(text_hash(text)) < part * 2**64
 
 
-def _digest(text: str) -> bytes:
+def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
 
 # ---- the work, in processes
 
 
-def _cores() -> int:
+def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _work_through(tasks: list[Task], workers: int) -> None:
+def run_tasks(tasks: list[ShardTask], workers: int) -> None:
     total = sum(task.piece.size for task in tasks)
     bar = tqdm(total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False)
     with bar:
         if min(workers, len(tasks)) == 1:
             for task in tasks:
-                make_shards(task, bar.update)
+                write_shards(task, bar.update)
             return
         # Not forked: the threads of what is imported here would not survive that.
         context = multiprocessing.get_context("spawn")
@@ -207,17 +207,17 @@ def _begin(done, stop) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _make_shards(task: Task) -> None:
+def _make_shards(task: ShardTask) -> None:
     def report(n: float) -> None:
         if _stop.is_set():
             raise _Stopped
         with _done.get_lock():
             _done.value += n
 
-    make_shards(task, report)
+    write_shards(task, report)
 
 
-def make_shards(task: Task, report: Callable[[float], Any] = lambda n: None) -> None:
+def write_shards(task: ShardTask, report: Callable[[float], Any] = lambda n: None) -> None:
     """Makes the shards of a piece that are not there yet. `report` is told how many bytes of the file that was."""
     past = 0.0
 
@@ -228,7 +228,7 @@ def make_shards(task: Task, report: Callable[[float], Any] = lambda n: None) -> 
             report(task.piece.size * (chunk.done - past))
             past = chunk.done
 
-    chunks = counted(read_piece(task.piece, task.field))
+    chunks = counted(read_slice(task.piece, task.field))
     line = 1  # of the piece, with which the next shard begins
     for part in itertools.count():
         name = f"{task.number:05}-{part:04}"
@@ -239,7 +239,7 @@ def make_shards(task: Task, report: Callable[[float], Any] = lambda n: None) -> 
                 for _ in itertools.islice(chunks, stats["chunks"]):
                     pass
         else:
-            stats, chunks = _make_shard(name, chunks, line, task)
+            stats, chunks = _write_shard(name, chunks, line, task)
             write_json(notes, stats)
         if stats["last"]:
             break
@@ -247,13 +247,13 @@ def make_shards(task: Task, report: Callable[[float], Any] = lambda n: None) -> 
     report(task.piece.size * (1.0 - past))
 
 
-def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tuple[dict, Iterator[Chunk]]:
+def _write_shard(name: str, chunks: Iterator[Chunk], line: int, task: ShardTask) -> tuple[dict, Iterator[Chunk]]:
     """Makes one shard of the next chunks. Returns what is known of it, and the chunks that are left."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder = Path(task.folder)
     path = folder / f"{name}.arrayrecord"
-    encoder, decoder = _tokenizers(task.folder, task.encoder_positions)
+    encoder, decoder = cached_tokenizers(task.folder, task.encoder_positions)
     dtype = id_dtype(max(encoder.size, decoder.size + 2))
     stats = dict.fromkeys(("lines", "chunks", "texts", "held_out", "blank", "too_long", "bad"), 0)
     stats |= dict(encoder_tokens=0, decoder_tokens=0, file=task.piece.file, number=task.number, bad_lines=[])
@@ -273,15 +273,15 @@ def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tu
                             stats["blank"] += 1
                         else:
                             texts.append((number, text))
-                    rows = rows_of([text for _, text in texts], encoder, decoder, task.max_length, task.cut)
+                    rows = encode_texts([text for _, text in texts], encoder, decoder, task.max_length, task.cut)
                     for (number, text), row in zip(texts, rows, strict=True):
                         if row is None:
                             stats["too_long"] += 1
-                        elif _is_held_out(text, task.held_out):
+                        elif is_held_out(text, task.held_out):
                             stats["held_out"] += 1
                             kept_apart[text] = None
                         else:
-                            writer.write(record_of(*row, dtype))
+                            writer.write(encode_record(*row, dtype))
                             table.extend((number, len(row[0]), len(row[1])))
                     stats["lines"] += len(chunk.lines)
                     stats["chunks"] += 1
@@ -298,7 +298,7 @@ def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tu
         stats["texts"] = len(columns)
         stats["encoder_tokens"] = int(columns[:, 1].sum())
         stats["decoder_tokens"] = int(columns[:, 2].sum()) - len(columns)  # those that are trained: all but bos
-        stats["bytes"], stats["sha256"] = file.stat().st_size, _sha256(file)
+        stats["bytes"], stats["sha256"] = file.stat().st_size, file_sha256(file)
         with atomic_write(folder / f"{name}.npy") as other, other.open("wb") as out:
             np.save(out, columns)
         write_text(folder / PARTS / f"{name}.jsonl", "".join(map(_json_line, kept_apart)))
@@ -317,7 +317,7 @@ def _json_line(text: str) -> str:
 # ---- after: what the shards' notes say, put together
 
 
-def _finish(folder: Path, tasks: list[Task], settings: dict[str, Any]) -> None:
+def merge_shards(folder: Path, tasks: list[ShardTask], settings: dict[str, Any]) -> None:
     """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and the manifest last."""
     names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
     counts = dict.fromkeys(("lines", "texts", "held_out", "blank", "too_long", "bad"), 0)
@@ -344,14 +344,16 @@ def _finish(folder: Path, tasks: list[Task], settings: dict[str, Any]) -> None:
                 (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     write_text(folder / "bad_lines.jsonl", "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad_lines))
     if not shards:
-        raise InputError(f"{', '.join(settings['inputs'])}: {_left_out(counts) or 'holds no text'}; nothing is left")
+        raise InputError(
+            f"{', '.join(settings['inputs'])}: {excluded_texts(counts) or 'holds no text'}; nothing is left"
+        )
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
-    encoder, decoder = _tokenizers(tasks[0].folder, tasks[0].encoder_positions)
+    encoder, decoder = cached_tokenizers(tasks[0].folder, tasks[0].encoder_positions)
     manifest = {
         "format": FORMAT,
         "settings": settings,
-        "tokenizers": {name: _sha256(folder / name) for name in TOKENIZER_FILES},
+        "tokenizers": {name: file_sha256(folder / name) for name in TOKENIZER_FILES},
         "dtype": id_dtype(max(encoder.size, decoder.size + 2)).str,
         "counts": counts,
         "shards": shards,
@@ -366,7 +368,7 @@ def _write_held_out(folder: Path, names: list[str]) -> int:
         with (folder / PARTS / f"{name}.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 text = json.loads(line)["text"]
-                texts[_digest(text)[::-1]] = text
+                texts[text_hash(text)[::-1]] = text
     with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
         out.writelines(_json_line(texts[digest]) for digest in sorted(texts))
     return len(texts)
@@ -402,13 +404,13 @@ def _write_order(folder: Path, shards: list[dict]) -> None:
         np.save(out, np.stack([found, counts[found], longest[found]], axis=1))
 
 
-def _left_out(counts: dict[str, int]) -> str:
+def excluded_texts(counts: dict[str, int]) -> str:
     words = {"blank": "blank", "too_long": "too long", "bad": "bad lines (bad_lines.jsonl)", "held_out": "held out"}
     return ", ".join(f"{counts[name]:,} {word}" for name, word in words.items() if counts[name])
 
 
-def _summary(folder: Path, counts: dict[str, int]) -> str:
-    left_out = _left_out(counts)
+def format_summary(folder: Path, counts: dict[str, int]) -> str:
+    left_out = excluded_texts(counts)
     return (
         f"{folder}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} tokens of the decoder, "
         f"{counts['encoder_tokens']:,} of the encoder" + (f"; not among them: {left_out}" if left_out else "")

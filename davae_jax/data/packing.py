@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.shapes import round_up
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class PackedBatches:
     the corpus, so that both sides fill alike.
     """
 
-    def __init__(self, texts: Texts | PreparedTexts, batch_size: int, *, pad_id: int, row_length: int, seed: int = 0):
+    def __init__(
+        self, texts: TokenizedTexts | PreparedTexts, batch_size: int, *, pad_id: int, row_length: int, seed: int = 0
+    ):
         """batch_size: rows. row_length: decoder slots of a row, of which a text takes one less than it has ids.
 
         Keeps about 100 bytes a text in memory.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from davae_jax.data.texts import json_text
+from davae_jax.data.texts import parse_json_text
 from davae_jax.utils.errors import InputError, first_line
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -26,7 +26,7 @@ LONGEST_LINE = 1 << 24  # bytes; what is longer is no line of text, and would ha
 CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
 
 
-class Piece(NamedTuple):
+class FileSlice(NamedTuple):
     """A part of a file that is read in one go.
 
     Plain and JSON lines: those that begin in the bytes from `start` to `end`. Parquet: the row groups from `start` to
@@ -100,28 +100,29 @@ def _kind(path: Path) -> str | None:
     return "text" if name.endswith(LINE_SUFFIXES) else None
 
 
-def _is_packed(path: Path) -> bool:
+def _is_compressed(path: Path) -> bool:
     return path.name.lower().endswith(PACKED_SUFFIXES)
 
 
-def pieces_of(path: Path, at_most: int) -> list[Piece]:
+def split_into_slices(path: Path, at_most: int) -> list[FileSlice]:
     """The pieces of a file: of `at_most` bytes where it can be divided. Raises InputError where it cannot be read."""
     with _reading(path):
         size = path.stat().st_size
         if _kind(path) == "parquet":
             bounds = _row_groups(path, at_most)
-        elif _is_packed(path) or _kind(path) == "arrow":
-            return [Piece(str(path), 0, None, size)]
+        elif _is_compressed(path) or _kind(path) == "arrow":
+            return [FileSlice(str(path), 0, None, size)]
         else:
             n = max(1, -(-size // at_most))
             bounds = [size * i // n for i in range(n + 1)]
     whole = max(1, bounds[-1] - bounds[0])
     return [
-        Piece(str(path), start, end, round(size * (end - start) / whole)) for start, end in itertools.pairwise(bounds)
+        FileSlice(str(path), start, end, round(size * (end - start) / whole))
+        for start, end in itertools.pairwise(bounds)
     ]
 
 
-def read_piece(piece: Piece, field: str) -> Iterator[Chunk]:
+def read_slice(piece: FileSlice, field: str) -> Iterator[Chunk]:
     """All lines of a piece. A table's rows count as lines.
 
     Raises:
@@ -147,9 +148,9 @@ class _reading:
             raise InputError(f"{self.path}: cannot be read ({reason})") from error
 
 
-def _read_lines(piece: Piece, path: Path, field: str) -> Iterator[Chunk]:
+def _read_lines(piece: FileSlice, path: Path, field: str) -> Iterator[Chunk]:
     is_json = _kind(path) == "json"
-    with path.open("rb") as raw, _unpacked(raw, path) as file:
+    with path.open("rb") as raw, _decompressed(raw, path) as file:
         lines, text_bytes, first = [], 0, piece.start == 0
         for data in _lines_between(file, piece):
             if first and data is not None:
@@ -164,7 +165,7 @@ def _read_lines(piece: Piece, path: Path, field: str) -> Iterator[Chunk]:
             yield Chunk(lines, text_bytes, 1.0)
 
 
-def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     match path.suffix.lower():
         case ".gz":
             return gzip.GzipFile(fileobj=raw)
@@ -202,7 +203,7 @@ class _ZstdStream(io.RawIOBase):
         return n
 
 
-def _lines_between(file: BinaryIO, piece: Piece) -> Iterator[bytes | None]:
+def _lines_between(file: BinaryIO, piece: FileSlice) -> Iterator[bytes | None]:
     """The lines that begin in the piece, without their end; None for one that is too long."""
     place = piece.start
     if place:  # the line that begins before belongs to the piece before
@@ -230,7 +231,7 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
-def _part_read(raw: BinaryIO, piece: Piece) -> float:
+def _part_read(raw: BinaryIO, piece: FileSlice) -> float:
     end = piece.size if piece.end is None else piece.end
     return min(1.0, (raw.tell() - piece.start) / max(1, end - piece.start))
 
@@ -245,7 +246,7 @@ def _line(data: bytes | None, field: str | None) -> Line:
     if field is None:
         return Line(text)
     try:
-        return Line(json_text(text, field))
+        return Line(parse_json_text(text, field))
     except ValueError as e:
         return Line(None, str(e).lstrip(": "))
 
@@ -262,7 +263,7 @@ def _row_groups(path: Path, at_most: int) -> list[int]:
     return bounds if bounds[-1] == metadata.num_row_groups > 0 else [*bounds, metadata.num_row_groups]
 
 
-def _read_parquet(piece: Piece, path: Path, field: str) -> Iterator[Chunk]:
+def _read_parquet(piece: FileSlice, path: Path, field: str) -> Iterator[Chunk]:
     file = _import("pyarrow.parquet", path).ParquetFile(path)
     _check_column(file.schema_arrow, path, field)
     groups = range(piece.start, piece.end)
@@ -273,7 +274,7 @@ def _read_parquet(piece: Piece, path: Path, field: str) -> Iterator[Chunk]:
         yield _chunk_of(batch.column(field), done / rows)
 
 
-def _read_arrow(piece: Piece, path: Path, field: str) -> Iterator[Chunk]:
+def _read_arrow(piece: FileSlice, path: Path, field: str) -> Iterator[Chunk]:
     """Arrow's file format and its stream format, which the `datasets` library writes."""
     pyarrow = _import("pyarrow", path)
     with pyarrow.OSFile(str(path)) as raw:  # not mapped: what has been read should not count as memory

@@ -38,14 +38,14 @@ FORMAT = 1
 WRITER_OPTIONS = "group_size:16,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 THREADS = 4  # that read ahead
-HELD_OUT_AT_MOST = 10_000  # texts that are measured on
+MAX_HELD_OUT_TEXTS = 10_000  # texts that are measured on
 
 
-def record_of(encoder_ids: Sequence[int], decoder_ids: Sequence[int], dtype: np.dtype) -> bytes:
+def encode_record(encoder_ids: Sequence[int], decoder_ids: Sequence[int], dtype: np.dtype) -> bytes:
     return np.array([len(encoder_ids), *encoder_ids, *decoder_ids], dtype).tobytes()
 
 
-def ids_of(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def decode_record(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """(encoder ids, decoder ids) of a record."""
     numbers = np.frombuffer(record, dtype)
     n = int(numbers[0])
@@ -111,7 +111,7 @@ class Prepared:
                 reader = self._readers[n]
                 reader.seek(i - self._first[n])
                 record = reader.read()
-            return ids_of(record, self.dtype)
+            return decode_record(record, self.dtype)
         except (RuntimeError, ValueError, IndexError, OSError) as e:
             raise InputError(f"{path}: record {i - self._first[n]} cannot be read ({first_line(e)})") from e
 
@@ -145,7 +145,7 @@ class Prepared:
         path = self.folder / "held_out.jsonl"
         try:
             with path.open(encoding="utf-8") as file:
-                return [json.loads(line)["text"] for line in itertools.islice(file, HELD_OUT_AT_MOST)]
+                return [json.loads(line)["text"] for line in itertools.islice(file, MAX_HELD_OUT_TEXTS)]
         except (OSError, ValueError, KeyError) as e:
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
 

@@ -18,7 +18,7 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
         data = path.read_bytes()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    lines = read_lines(data, str(path))
+    lines = decode_lines(data, str(path))
     if not any(line.strip() for line in lines):
         raise InputError(f"{path}: holds no text")
     if path.suffix not in (".jsonl", ".json"):
@@ -26,7 +26,7 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
     texts = []
     for number, line in enumerate(lines, 1):
         try:
-            texts.append(json_text(line, field))
+            texts.append(parse_json_text(line, field))
         except ValueError as e:
             raise InputError(f"{path}: line {number}{e}") from None
     if not any(text.strip() for text in texts):
@@ -34,7 +34,7 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
     return texts
 
 
-def json_text(line: str, field: str) -> str:
+def parse_json_text(line: str, field: str) -> str:
     """The field of a line of JSON; of a blank line, an empty text.
 
     Raises:
@@ -55,7 +55,7 @@ def json_text(line: str, field: str) -> str:
     return text
 
 
-def read_lines(data: bytes, name: str) -> list[str]:
+def decode_lines(data: bytes, name: str) -> list[str]:
     """The lines of UTF-8 bytes, split at line feeds alone. Raises InputError naming a line that is not UTF-8."""
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":

@@ -12,10 +12,10 @@ from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.utils.errors import InputError
 
-CHUNK = 1000  # texts tokenized at once
+TEXTS_PER_CALL = 1000  # texts tokenized at once
 
 
-class Texts(NamedTuple):
+class TokenizedTexts(NamedTuple):
     """Tokenized texts. Row i is line `lines[i]` of `source`, counted from 1."""
 
     encoder_ids: list[np.ndarray]
@@ -45,22 +45,22 @@ def tokenize(
     *,
     max_length: int,
     source: str,
-    cut: bool = False,
-) -> Texts:
+    truncate: bool = False,
+) -> TokenizedTexts:
     """Ids of all texts but the blank ones and those too long: for the encoder's positions, or of more than `max_length`
     decoder ids, bos and end counted.
 
-    cut: texts that are too long for the encoder alone are kept, of its ids those that fit.
+    truncate: texts that are too long for the encoder alone are kept, of its ids those that fit.
 
     Raises:
       InputError: nothing is left.
     """
     encoder_rows, decoder_rows, lines, too_long = [], [], [], 0
     with tqdm(total=len(texts), desc="tokenize", unit="text", disable=None, leave=False) as bar:
-        for start in range(0, len(texts), CHUNK):
-            part = texts[start : start + CHUNK]
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            part = texts[start : start + TEXTS_PER_CALL]
             filled = [i for i, text in enumerate(part) if text.strip()]
-            rows = rows_of([part[i] for i in filled], encoder, decoder, max_length, cut=cut)
+            rows = encode_texts([part[i] for i in filled], encoder, decoder, max_length, truncate=truncate)
             for i, row in zip(filled, rows, strict=True):
                 if row is None:
                     too_long += 1
@@ -72,28 +72,28 @@ def tokenize(
     if not lines:
         longest = f"{max_length} tokens (or {encoder.max_ids} of the encoder's)"
         raise InputError(f"{source}: holds only blank texts and texts of more than {longest}")
-    return Texts(encoder_rows, decoder_rows, np.array(lines), too_long, source)
+    return TokenizedTexts(encoder_rows, decoder_rows, np.array(lines), too_long, source)
 
 
-def rows_of(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
+def encode_texts(
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, truncate: bool = False
 ) -> Iterator[tuple[list[int], list[int]] | None]:
     """The encoder's and the decoder's ids of each text, as a batch has them; None of a text that is too long.
 
-    cut: as `tokenize`.
+    truncate: as `tokenize`.
     """
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
-        was_cut = ids[-2] != encoder.sep_id and not cut  # the inner one of two is lost when a text is cut
+        was_cut = ids[-2] != encoder.sep_id and not truncate  # the inner one of two is lost when a text is cut
         row = None if was_cut else [decoder.bos_id, *decoder.encode(text)]
         yield None if row is None or len(row) > max_length else (ids, row)
 
 
 def filter_by_length(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, truncate: bool = False
 ) -> list[str]:
     """Those of the texts that `tokenize` would keep."""
     try:
-        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", cut=cut)
+        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", truncate=truncate)
     except InputError:
         return []
     return [texts[i - 1] for i in kept.lines]

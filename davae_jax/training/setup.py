@@ -111,7 +111,7 @@ def batches_of(
     longest, common = config.data.max_length, _batching(config, model)
     texts = None
     if corpus.prepared is None:
-        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, cut=config.data.cut)
+        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, truncate=config.data.cut)
         texts = texts._replace(lines=corpus.lines[texts.lines - 1])
     if config.data.pack:
         positions = model.encoder.max_position_embeddings
@@ -130,7 +130,7 @@ def held_out_batches(
     config: TrainConfig, texts: list[str], tokenizers: tuple[EncoderTokenizer, DecoderTokenizer], model: DAVAEConfig
 ) -> Batches:
     """Batches of one shape, of texts that fit, each as large as a part of a training batch."""
-    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", cut=config.data.cut)
+    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", truncate=config.data.cut)
     common = _batching(config, model) | dict(batch_size=config.batch_size // config.accumulate)
     return Batches(rows, encoder_positions=model.encoder.max_position_embeddings, **common)
 
@@ -146,7 +146,7 @@ def prepare_tokenizers(config: TrainConfig, run_dir: Path, corpus: Corpus) -> No
     Raises:
       InputError: a folder that is named has none, or others than the texts were prepared with.
     """
-    sizes = dict(entries=config.data.entries), dict(pieces=pieces_of(config))
+    sizes = dict(vocab_size=config.data.entries), dict(vocab_size=pieces_of(config))
     trained = partial(train_wordpiece, **sizes[0]), partial(train_sentencepiece, **sizes[1])
     halves = (config.init.encoder, config.init.decoder)
     for name, half, train in zip(TOKENIZER_FILES, halves, trained, strict=True):
