@@ -19,10 +19,12 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
 from davae_jax.data import readers as inputs
-from davae_jax.data.build_shards import ShardTask, cached_tokenizers, merge_shards, write_shards
+from davae_jax.data.line_readers import LONGEST_LINE
 from davae_jax.data.prefetch import prefetch
-from davae_jax.data.readers import LONGEST_LINE, find_files, read_slice, split_into_slices
+from davae_jax.data.readers import find_files, read_slice, split_into_slices
 from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts, permuted
+from davae_jax.data.shard_index import merge_shards
+from davae_jax.data.shard_writer import ShardTask, cached_tokenizers, write_shards
 from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers

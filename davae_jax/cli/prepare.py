@@ -12,22 +12,12 @@ from typing import Annotated, Any
 import tyro
 
 from davae_jax.cli.base import Command
-from davae_jax.data.build_shards import (
-    HELD_OUT_BYTES,
-    HELD_OUT_FRACTION,
-    MIB,
-    PARTS,
-    ShardTask,
-    available_cores,
-    file_sha256,
-    format_summary,
-    merge_shards,
-    open_folder,
-    prepare_tokenizers,
-    run_tasks,
-)
+from davae_jax.data.build_shards import HELD_OUT_BYTES, HELD_OUT_FRACTION, open_folder, prepare_tokenizers
 from davae_jax.data.readers import find_files, split_into_slices
+from davae_jax.data.shard_index import format_summary, merge_shards
+from davae_jax.data.shard_writer import MIB, PARTS, ShardTask, file_sha256
 from davae_jax.data.shards import MANIFEST
+from davae_jax.data.worker_pool import available_cores, run_tasks
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, check_options, system_reason
 

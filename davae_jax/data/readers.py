@@ -5,14 +5,21 @@ Memory is that of a chunk of lines (of Parquet, a row group), whatever the file'
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
-from davae_jax.data.texts import parse_json_text
+from davae_jax.data.line_readers import (
+    CHUNK_BYTES,
+    CHUNK_LINES,
+    Chunk,
+    FileSlice,
+    _decompressed,
+    _line,
+    _lines_between,
+    _part_read,
+)
+from davae_jax.data.table_readers import _read_arrow, _read_parquet, _row_groups
 from davae_jax.utils.errors import InputError, first_line
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -22,34 +29,6 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 KNOWN = f"{', '.join(LINE_SUFFIXES)}, each also with {' or '.join(PACKED_SUFFIXES)}; {', '.join(TABLE_SUFFIXES)}"
 # What lies beside the data in a Hugging Face dataset folder.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-LONGEST_LINE = 1 << 24  # bytes; what is longer is no line of text, and would have to be held in memory
-CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
-
-
-class FileSlice(NamedTuple):
-    """A part of a file that is read in one go.
-
-    Plain and JSON lines: those that begin in the bytes from `start` to `end`. Parquet: the row groups from `start` to
-    `end`. What cannot be entered in the middle: the whole file, and `end` is None.
-    """
-
-    file: str
-    start: int
-    end: int | None
-    size: int  # bytes of the file, for the progress bar
-
-
-class Line(NamedTuple):
-    """A text, or what is wrong with the line."""
-
-    text: str | None
-    problem: str | None = None
-
-
-class Chunk(NamedTuple):
-    lines: list[Line]
-    text_bytes: int
-    done: float  # what part of the piece has been read, from 0 to 1
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -163,156 +142,3 @@ def _read_lines(piece: FileSlice, path: Path, field: str) -> Iterator[Chunk]:
                 lines, text_bytes = [], 0
         if lines:
             yield Chunk(lines, text_bytes, 1.0)
-
-
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.GzipFile(fileobj=raw)
-        case ".zst":
-            zstandard = _import("zstandard", path)
-            return io.BufferedReader(_ZstdStream(raw, zstandard), CHUNK_BYTES)
-    return raw
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of all frames of a file. The library's own reader takes a cut file for a short one."""
-
-    def __init__(self, raw: BinaryIO, zstandard: Any):
-        self._raw, self._new = raw, zstandard.ZstdDecompressor
-        self._frame = self._new().decompressobj()
-        self._packed, self._ready, self._begun = b"", b"", False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            packed = self._packed or self._raw.read(1 << 17)
-            self._packed = b""
-            if not packed:
-                if self._begun:
-                    raise EOFError("the compressed file ends too early")
-                return 0
-            self._ready, self._begun = self._frame.decompress(packed), True
-            if self._frame.eof:
-                self._packed, self._begun = self._frame.unused_data, False
-                self._frame = self._new().decompressobj()
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
-
-
-def _lines_between(file: BinaryIO, piece: FileSlice) -> Iterator[bytes | None]:
-    """The lines that begin in the piece, without their end; None for one that is too long."""
-    place = piece.start
-    if place:  # the line that begins before belongs to the piece before
-        file.seek(place - 1)
-        place += _skip_line(file) - 1
-    while piece.end is None or place < piece.end:
-        data = file.readline(LONGEST_LINE)
-        if not data:
-            return
-        place += len(data)
-        if len(data) == LONGEST_LINE and not data.endswith(b"\n"):
-            place += _skip_line(file)
-            yield None
-        else:
-            yield data.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line; returns how many bytes that were."""
-    skipped = 0
-    while data := file.readline(LONGEST_LINE):
-        skipped += len(data)
-        if data.endswith(b"\n"):
-            break
-    return skipped
-
-
-def _part_read(raw: BinaryIO, piece: FileSlice) -> float:
-    end = piece.size if piece.end is None else piece.end
-    return min(1.0, (raw.tell() - piece.start) / max(1, end - piece.start))
-
-
-def _line(data: bytes | None, field: str | None) -> Line:
-    if data is None:
-        return Line(None, f"is longer than {LONGEST_LINE >> 20} MiB")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return Line(None, "is not UTF-8")
-    if field is None:
-        return Line(text)
-    try:
-        return Line(parse_json_text(text, field))
-    except ValueError as e:
-        return Line(None, str(e).lstrip(": "))
-
-
-def _row_groups(path: Path, at_most: int) -> list[int]:
-    """The row groups that pieces begin with, and the number of all."""
-    metadata = _import("pyarrow.parquet", path).ParquetFile(path).metadata
-    bounds, size = [0], 0
-    for i in range(metadata.num_row_groups):
-        size += metadata.row_group(i).total_byte_size
-        if size >= at_most:
-            bounds.append(i + 1)
-            size = 0
-    return bounds if bounds[-1] == metadata.num_row_groups > 0 else [*bounds, metadata.num_row_groups]
-
-
-def _read_parquet(piece: FileSlice, path: Path, field: str) -> Iterator[Chunk]:
-    file = _import("pyarrow.parquet", path).ParquetFile(path)
-    _check_column(file.schema_arrow, path, field)
-    groups = range(piece.start, piece.end)
-    rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-    done = 0
-    for batch in file.iter_batches(batch_size=CHUNK_LINES, row_groups=groups, columns=[field]):
-        done += batch.num_rows
-        yield _chunk_of(batch.column(field), done / rows)
-
-
-def _read_arrow(piece: FileSlice, path: Path, field: str) -> Iterator[Chunk]:
-    """Arrow's file format and its stream format, which the `datasets` library writes."""
-    pyarrow = _import("pyarrow", path)
-    with pyarrow.OSFile(str(path)) as raw:  # not mapped: what has been read should not count as memory
-        if raw.read(6) == b"ARROW1":
-            reader = pyarrow.ipc.open_file(raw)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            raw.seek(0)
-            reader = batches = pyarrow.ipc.open_stream(raw)
-        _check_column(reader.schema, path, field)
-        for batch in batches:
-            for start in range(0, batch.num_rows, CHUNK_LINES):
-                column = batch.column(field).slice(start, CHUNK_LINES)
-                yield _chunk_of(column, min(1.0, raw.tell() / piece.size))
-
-
-def _check_column(schema: Any, path: Path, field: str) -> None:
-    if field not in schema.names:
-        raise InputError(f"{path}: has no column {field!r}, but {', '.join(schema.names)}; name one with --field")
-    kind = schema.field(field).type
-    if "string" not in str(getattr(kind, "value_type", kind)):
-        raise InputError(f"{path}: the column {field!r} holds no texts, but {kind}")
-
-
-def _chunk_of(column: Any, done: float) -> Chunk:
-    import pyarrow
-
-    # As bytes: a column may hold what is not UTF-8.
-    cells = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
-    lines = [Line(None, "holds no text") if cell is None else _line(cell, None) for cell in cells]
-    return Chunk(lines, sum(len(cell or b"") for cell in cells), done)
-
-
-def _import(name: str, path: Path) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.split(".")[0]
-        raise InputError(f"{path}: reading it needs the package {package}: pip install 'davae-jax[data]'") from None
