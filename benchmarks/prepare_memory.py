@@ -62,7 +62,7 @@ def measure(folder: Path, scale: int, texts: int) -> dict:
     if not tokenizers.exists():
         first = folder.parent / "first.txt"
         write_corpus(first, min(texts, 10_000))
-        run([*command, "--input", first, "--output", tokenizers, "--pieces", 600, "--workers", 1])
+        run([*command, "--input", first, "--output", tokenizers, "--decoder-vocab-size", 600, "--workers", 1])
     began = time.perf_counter()
     options = ["--tokenizers", tokenizers, "--workers", 1]
     prepare_mb, _ = run([*command, "--input", corpus, "--output", output, *options])

@@ -18,13 +18,13 @@ from test_train import TINY, metrics_of, train
 from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
-from davae_jax.data import readers as inputs
-from davae_jax.data.line_readers import LONGEST_LINE
+from davae_jax.data import line_readers
+from davae_jax.data.line_readers import MAX_LINE_BYTES
 from davae_jax.data.prefetch import prefetch
 from davae_jax.data.readers import find_files, read_slice, split_into_slices
 from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts, permuted
 from davae_jax.data.shard_index import merge_shards
-from davae_jax.data.shard_writer import ShardTask, cached_tokenizers, write_shards
+from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
 from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
@@ -119,7 +119,7 @@ KINDS = ["txt", "txt.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", 
 def test_every_kind_of_input_gives_the_ids_that_training_on_text_gives(kind, prepare, tmp_path):
     result = prepare(write_kind(tmp_path / "in", kind))
     assert (result.code, result.err.strip()) == (0, "")
-    expected = tokenize(TEXTS, *cached_tokenizers(str(result.folder), 512), max_length=512, source="")
+    expected = tokenize(TEXTS, *load_new_tokenizers(str(result.folder), 512), max_length=512, source="")
     assert records_of(result.folder) == [
         (e.tolist(), d.tolist()) for e, d in zip(expected.encoder_ids, expected.decoder_ids, strict=True)
     ]
@@ -162,7 +162,7 @@ def test_pieces_of_a_parquet_file(at_most, tmp_path):
 
 def test_a_line_without_end_is_passed_over(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"one\n" + b"x" * (LONGEST_LINE + 5) + b"\ntwo\n")
+    path.write_bytes(b"one\n" + b"x" * (MAX_LINE_BYTES + 5) + b"\ntwo\n")
     assert [(line.text, line.problem) for line in lines_of(split_into_slices(path, 1 << 30))] == [
         ("one", None),
         (None, "is longer than 16 MiB"),
@@ -172,14 +172,16 @@ def test_a_line_without_end_is_passed_over(tmp_path):
 
 def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokenizer_folder, tmp_path, monkeypatch):
     """And a start behind the second of them makes the same third."""
-    monkeypatch.setattr(inputs, "CHUNK_LINES", 20)
+    monkeypatch.setattr(line_readers, "CHUNK_LINES", 20)
     path = write_kind(tmp_path / "in", "txt.gz")
 
     def task(name):
         folder = tmp_path / name
         shutil.copytree(tokenizer_folder, folder)
         (folder / "parts").mkdir()
-        return ShardTask(str(folder), 0, *split_into_slices(path, 2000), "text", 512, 512, False, 0.1, 2000)
+        return ShardTask(
+            str(folder), 0, *split_into_slices(path, 2000), ShardSettings("text", 512, 512, False, 0.1, 2000)
+        )
 
     whole, again = task("whole"), task("again")
     write_shards(whole)
@@ -190,10 +192,10 @@ def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokeni
         made.unlink()
     write_shards(again)
     for task in (whole, again):
-        merge_shards(Path(task.folder), [task], {"inputs": {str(path): ""}})
+        merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512})
     assert manifest_of(Path(whole.folder)) == manifest_of(Path(again.folder))
     kept = Prepared(Path(whole.folder)).held_out()
-    expected = tokenize(TEXTS, *cached_tokenizers(whole.folder, 512), max_length=512, source="")
+    expected = tokenize(TEXTS, *load_new_tokenizers(whole.folder, 512), max_length=512, source="")
     pairs = zip(TEXTS, expected.decoder_ids, strict=True)
     trained = [row.tolist() for text, row in pairs if text not in set(kept)]
     assert [row for _, row in records_of(Path(again.folder))] == trained
@@ -230,7 +232,7 @@ def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
     distinct = set(TEXTS) | {"今天很好。"}
     assert len(set(held_out)) == len(held_out) and 30 < len(held_out) < 90  # of about 300
     assert set(held_out) <= distinct
-    _, decoder = cached_tokenizers(str(result.folder), 512)
+    _, decoder = load_new_tokenizers(str(result.folder), 512)
     trained = {tuple(row) for _, row in records_of(result.folder)}
     assert trained == {(decoder.bos_id, *decoder.encode(text)) for text in distinct - set(held_out)}
     counts = manifest_of(result.folder)["counts"]
@@ -238,13 +240,13 @@ def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
 
 
 def test_tokenizers_are_trained_where_none_are_given(prepare, tmp_path):
-    result = prepare(text_file(tmp_path / "a.txt"), tokenizers=None, pieces=200, entries=150)
+    result = prepare(text_file(tmp_path / "a.txt"), tokenizers=None, decoder_vocab_size=200, encoder_vocab_size=150)
     assert result.code == 0
-    encoder, decoder = cached_tokenizers(str(result.folder), 512)
+    encoder, decoder = load_new_tokenizers(str(result.folder), 512)
     assert 100 < encoder.size <= 150 and 100 < decoder.size <= 200
     assert decoder.decode(Prepared(result.folder)[7][1][1:-1]) == TEXTS[7]
-    few = prepare(tmp_path / "a.txt", tokenizers=None, pieces=20, output=tmp_path / "few")
-    assert few.code == 2 and few.err.startswith("davae prepare: error: --pieces 20: the texts have ")
+    few = prepare(tmp_path / "a.txt", tokenizers=None, decoder_vocab_size=20, output=tmp_path / "few")
+    assert few.code == 2 and few.err.startswith("davae prepare: error: --decoder-vocab-size 20: the texts have ")
     assert prepare(tmp_path / "a.txt", output=tmp_path / "few").code == 0  # nothing stood there yet
 
 
@@ -284,7 +286,7 @@ def test_other_settings_are_refused(prepare, tmp_path):
     other = prepare(path, max_length=64)
     assert other.code == 2
     assert other.err.strip() == (
-        f"davae prepare: error: {tmp_path / 'out'}: was prepared otherwise: max_length (512, now 64); "
+        f"davae prepare: error: {tmp_path / 'out'}: was prepared with other settings: max_length (512, now 64); "
         "give another --output"
     )
     os.utime(path, (1, 1))
@@ -298,7 +300,7 @@ def test_other_settings_are_refused(prepare, tmp_path):
     [
         (lambda p: p / "none.txt", 2, "none.txt: no such file or folder"),
         (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; known: .txt, .jsonl"),
-        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: holds no file of a known kind"),
+        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: holds no file of a known format"),
         (lambda p: (p / "a.txt").write_text("\n \n") and p / "a.txt", 1, "2 blank; nothing is left"),
         (lambda p: (p / "a.txt").touch() or p / "a.txt", 1, "holds no text; nothing is left"),
         (lambda p: (p / "a.txt.gz").write_bytes(b"text") and p / "a.txt.gz", 1, "a.txt.gz: cannot be read (Not a gzip"),
@@ -324,16 +326,16 @@ def test_a_compressed_file_that_was_cut(kind, prepare, tmp_path):
 
 def test_options_and_columns_that_cannot_be(prepare, tmp_path):
     table = write_kind(tmp_path / "in", "parquet") / "train-00000.parquet"
-    assert "has no column 'body', but text, id; name one with --field" in prepare(table, field="body").err
-    assert "the column 'id' holds no texts, but int64" in prepare(table, field="id", output=tmp_path / "b").err
+    assert "has no column 'body'; its columns are text, id; choose one with --field" in prepare(table, field="body").err
+    assert "the column 'id' holds int64, not text" in prepare(table, field="id", output=tmp_path / "b").err
     text_file(tmp_path / "in" / "a.txt")
     mixed = prepare(tmp_path / "in", output=tmp_path / "c")
-    assert mixed.code == 2 and "holds files of several kinds (parquet, text); name the files" in mixed.err
+    assert mixed.code == 2 and "holds files of several formats (parquet, text); give the files themselves" in mixed.err
     assert "--workers must be at least 1, not 0" in prepare(table, workers=0).err
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
     foreign = text_file(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
-    assert refused.code == 2 and "holds files, but nothing prepared" in refused.err
+    assert refused.code == 2 and "holds files, but no prepared texts" in refused.err
 
 
 def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
@@ -469,13 +471,13 @@ def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
         Prepared(folder)
     assert str(error.value) == f"{shard}: a shard of the manifest cannot be read (No such file or directory)"
     shard.write_bytes(data[:-1])
-    with pytest.raises(InputError, match=rf"has {len(data) - 1} bytes, and {len(data)} in the manifest"):
+    with pytest.raises(InputError, match=rf"has {len(data) - 1} bytes, but {len(data)} in the manifest"):
         Prepared(folder)
     shard.write_bytes(bytes(len(data)))
     with pytest.raises(InputError, match=r"00001-0000.arrayrecord: record 1 cannot be read \("):
         Prepared(folder)[101]
     (folder / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"holds no manifest.json; `davae prepare` makes it when all is done"):
+    with pytest.raises(InputError, match=r"holds no manifest.json; `davae prepare` writes it when all shards are done"):
         Prepared(folder)
 
 
@@ -508,17 +510,17 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
 
 
 def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder, tmp_path):
-    """Left out, or with --cut kept: the encoder gets the beginning, the decoder all."""
+    """Left out, or with --truncate kept: the encoder gets the beginning, the decoder all."""
     documents = [" ".join(TEXTS[i : i + 12]) for i in range(0, 240, 12)] + TEXTS[:5]
     path = text_file(tmp_path / "a.txt", documents)
     small = dict(encoder_positions=30, max_length=2000)
     left_out = prepare(path, **small, output=tmp_path / "left out")
     assert manifest_of(left_out.folder)["counts"]["too_long"] == 20
-    found = prepare(path, **small, cut=True)
+    found = prepare(path, **small, truncate=True)
     assert manifest_of(found.folder)["counts"] | {"encoder_tokens": 0, "decoder_tokens": 0} == (
         manifest_of(left_out.folder)["counts"] | dict(too_long=0, texts=25, encoder_tokens=0, decoder_tokens=0)
     )
-    encoder, decoder = cached_tokenizers(str(found.folder), 30)
+    encoder, decoder = load_new_tokenizers(str(found.folder), 30)
     whole = tokenize(documents, encoder, decoder, max_length=2000, source="", truncate=True)
     expected = [(whole.encoder_ids[i].tolist(), whole.decoder_ids[i].tolist()) for i in range(25)]
     assert sorted(records_of(found.folder)) == sorted(expected)
@@ -528,8 +530,8 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
         TrainConfig(data=DataConfig(train=folder, **data)), read_corpus(TrainConfig(data=DataConfig(train=folder)))
     )
     assert of(found.folder, segment_length=8) is None and of(left_out.folder) is None
-    assert "was prepared with --cut" in of(found.folder)
-    assert "was prepared without --cut" in of(left_out.folder, segment_length=8)
+    assert "was prepared with --truncate" in of(found.folder)
+    assert "was prepared without --truncate" in of(left_out.folder, segment_length=8)
 
 
 def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_path):
@@ -539,8 +541,8 @@ def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_pat
     assert before.pop("cut") is False
     (folder / "prepare.json").write_text(json.dumps(before), encoding="utf-8")
     assert prepare(path).code == 0
-    again = prepare(path, cut=True)
-    assert again.code == 2 and "was prepared otherwise: cut (False, now True)" in again.err
+    again = prepare(path, truncate=True)
+    assert again.code == 2 and "was prepared with other settings: truncate (False, now True)" in again.err
 
 
 @pytest.mark.slow
@@ -548,7 +550,7 @@ def test_a_run_on_prepared_documents(tokenizer_folder, tmp_path):
     """In segments, with the memory."""
     documents = [" ".join(sentences(200)[i : i + 4]) for i in range(0, 200, 4)]
     path = text_file(tmp_path / "a.txt", documents)
-    argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder, "--cut"]
+    argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder, "--truncate"]
     assert main([*map(str, argv), "--held-out", "0.1", "--max-length", "400", "--encoder-positions", "20"]) == 0
     longest = Prepared(tmp_path / "out").lengths()[0][-1]
     sizes = ["--data.max-length", longest, "--data.segment-length", 16, "--model.decoder.max-memory-length", 16]

@@ -142,7 +142,7 @@ def label_of(line: str, field: str, where: str) -> str:
     try:
         return parse_json_text(line, field)
     except ValueError as e:
-        raise InputError(f"{where}{e}") from None
+        raise InputError(f"{where}: {e}") from None
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:

@@ -1,103 +1,215 @@
-"""`davae prepare`: texts → tokenised shards that a run reads in any order (prepared.py says how they lie).
+"""Tokenizes texts into shards, which a training run reads in any order (`shards.py` describes the files).
 
-The input is divided into pieces, which worker processes go through; a piece makes one shard, or several where its file
-cannot be entered in the middle. A shard and what is known of it appear under their names when they are whole, so a
-second start goes on behind the last of them. When all are there, their notes in `parts/` become the manifest.
+The input files are split into slices, and worker processes write the shards of each slice (`shard_writer.py`). A
+shard and its statistics appear under their names when they are complete, so the same call continues interrupted work
+after the last complete shard. When all shards are there, `shard_index.py` writes the manifest.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from davae_jax.data.line_readers import FileSlice
-from davae_jax.data.readers import read_slice
+from davae_jax.data.readers import find_files, read_slice, split_into_slices
+from davae_jax.data.shard_index import merge_shards
 from davae_jax.data.shard_writer import (
     PARTS,
-    SETTINGS,
-    cached_tokenizers,
+    ShardSettings,
+    ShardTask,
     is_held_out,
+    load_new_tokenizers,
+    write_shards,
 )
-from davae_jax.data.shards import MANIFEST
+from davae_jax.data.shards import MANIFEST, from_stored_names, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
-from davae_jax.utils.errors import InputError
-from davae_jax.utils.files import is_partial, remove_partial, write_bytes, write_json
+from davae_jax.utils.errors import InputError, system_reason
+from davae_jax.utils.files import file_sha256, is_partial, remove_partial, write_bytes, write_json
 from davae_jax.utils.settings import changed_settings
+from davae_jax.utils.worker_pool import available_cores, run_tasks
 
-TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26  # at most, to train tokenizers on; taken from all over the input
+SETTINGS = "prepare.json"
+# At most so many texts and bytes train tokenizers; they are taken from the beginning of every slice.
+TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26
+# The default fraction of held-out texts, less where they would come to more than so many bytes.
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.01, 1 << 24
+MIB = 1 << 20
 
 
-# ---- before: the folder, the tokenizers
+class VocabularySizes(NamedTuple):
+    """The sizes of the vocabularies of tokenizers that are to be trained."""
+
+    decoder_vocab_size: int
+    encoder_vocab_size: int
 
 
-def open_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or checks that what stands there is of the same settings. Raises InputError if it is not."""
-    stored = folder / SETTINGS
+def build_shards(
+    inputs: Sequence[Path],
+    output: Path,
+    settings: ShardSettings,
+    tokenizers: Path | VocabularySizes,
+    workers: int | None = None,
+) -> dict[str, int]:
+    """Tokenizes texts into shards, or completes the work of an interrupted call with the same arguments.
+
+    Args:
+      inputs: files, or folders of files of one format.
+      output: the folder for the result.
+      settings: what the shards contain. `held_out` may be None: a hundredth of the texts, and less of large inputs.
+        `shard_size` may be None: a 256th of the input, from 1 MiB to 1024 MiB.
+      tokenizers: a folder with vocab.txt and spiece.model, or the sizes of tokenizers that are trained on a sample of
+        the texts.
+      workers: the number of worker processes, which does not change the result; None: one for each core.
+
+    Returns:
+      The counts in the manifest: texts, tokens, and for each reason the texts that were left out.
+
+    Raises:
+      InputError: an input cannot be read, the output cannot be written or was made with other settings, the
+        tokenizers cannot be used, or no text is left.
+    """
+    files = find_files(inputs)
+    settings = _with_defaults(settings, sum(file.stat().st_size for file in files))
+    stored = to_stored_names(
+        {
+            "inputs": _describe_inputs(files),
+            **settings._asdict(),
+            "tokenizers": _describe_tokenizers(tokenizers),
+        }
+    )
+    _open_folder(output, stored)
+    try:
+        if not (output / MANIFEST).exists():
+            slices = [part for file in files for part in split_into_slices(file, settings.shard_size)]
+            _provide_tokenizers(output, tokenizers, slices, settings)
+            tasks = [ShardTask(str(output), n, part, settings) for n, part in enumerate(slices)]
+            _run_with_progress(tasks, workers or available_cores())
+            merge_shards(output, stored)
+    except OSError as e:  # of a file that is written; a reader's errors are InputErrors
+        raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
+    shutil.rmtree(output / PARTS, ignore_errors=True)
+    return json.loads((output / MANIFEST).read_text(encoding="utf-8"))["counts"]
+
+
+def _with_defaults(settings: ShardSettings, input_bytes: int) -> ShardSettings:
+    """Returns the settings with the values of those that are None, which depend on the size of the input."""
+    held_out, shard_size = settings.held_out, settings.shard_size
+    if held_out is None:
+        held_out = min(HELD_OUT_FRACTION, HELD_OUT_BYTES / max(1, input_bytes))
+    if shard_size is None:
+        shard_size = min(max(input_bytes // 256, MIB), 1024 * MIB)
+    return settings._replace(held_out=held_out, shard_size=shard_size)
+
+
+def _describe_tokenizers(tokenizers: Path | VocabularySizes) -> dict[str, Any]:
+    """Returns the hashes of the tokenizers' files, or the sizes of those to be trained."""
+    if isinstance(tokenizers, VocabularySizes):
+        return tokenizers._asdict()
+    return {name: file_sha256(tokenizers / name) for name in TOKENIZER_FILES}
+
+
+def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
+    """Returns the size and the time of modification of every file: whoever changes a file changes the settings."""
+    stats = {str(file): file.stat() for file in files}
+    return {
+        name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}"
+        for name, stat in stats.items()
+    }
+
+
+def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:
+    total = sum(task.file_slice.size for task in tasks)
+    with tqdm(
+        total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False
+    ) as bar:
+        run_tasks(write_shards, tasks, workers, bar)
+
+
+# ---- prepare.json
+
+
+def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
+    """Makes the output folder, or checks that an existing one was made with the same settings.
+
+    Args:
+      stored: the content of prepare.json.
+
+    Raises:
+      InputError: the folder was made with other settings, holds other files (exit code 2), or cannot be written.
+    """
+    path = folder / SETTINGS
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        if stored.exists():
-            before = {"cut": False} | json.loads(stored.read_text(encoding="utf-8"))  # there was no --cut once
-            changed = changed_settings(before, settings)
-            if changed and not (folder / MANIFEST).exists() and not any((folder / PARTS).glob("*.json")):
-                for name in TOKENIZER_FILES:  # nothing was prepared yet: begin anew
-                    (folder / name).unlink(missing_ok=True)
-            elif changed:
-                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-                raise InputError(
-                    f"{folder}: was prepared otherwise: {', '.join(changed[:3])}{more}; give another --output",
-                    exit_code=2,
-                )
-        elif any(path.name != PARTS and not is_partial(path) for path in folder.iterdir()):
-            said = f"{folder}: holds files, but nothing prepared (no {SETTINGS}); give another --output"
-            raise InputError(said, exit_code=2)
-        write_json(stored, settings)
-        for place in (folder, folder / PARTS):
-            remove_partial(place)
+        if path.exists():
+            # Folders of the first versions do not have the setting "cut".
+            _check_settings(folder, {"cut": False} | json.loads(path.read_text(encoding="utf-8")), stored)
+        elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
+            reason = f"holds files, but no prepared texts (no {SETTINGS}); give another --output"
+            raise InputError(f"{folder}: {reason}", exit_code=2)
+        write_json(path, stored)
+        for parent in (folder, folder / PARTS):
+            remove_partial(parent)
     except (OSError, ValueError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
 
 
-def prepare_tokenizers(folder: Path, given: Path | None, settings: dict[str, Any], pieces: list[FileSlice]) -> None:
-    """vocab.txt and spiece.model into the folder: those given, or new ones."""
+def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises InputError where settings have changed and shards exist. Removes the tokenizers where none do."""
+    changed = changed_settings(from_stored_names(before), from_stored_names(now))
+    if not changed:
+        return
+    if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; give another --output"
+        raise InputError(f"{folder}: {reason}", exit_code=2)
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+# ---- tokenizers
+
+
+def _provide_tokenizers(
+    folder: Path, tokenizers: Path | VocabularySizes, slices: list[FileSlice], settings: ShardSettings
+) -> None:
+    """Puts vocab.txt and spiece.model into the folder, copied or trained, unless they are already there."""
     missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
-    if missing and given is not None:
-        for name in missing:
-            write_bytes(folder / name, (given / name).read_bytes())
-    elif missing:
-        texts = sample_texts(pieces, settings["field"], settings["held_out"])
+    if missing and isinstance(tokenizers, VocabularySizes):
+        texts = sample_texts(slices, settings.field, settings.held_out)
         if not texts:
-            raise InputError(f"{pieces[0].file}: holds no text to train tokenizers on (--field {settings['field']})")
-        sizes = settings["tokenizers"]
-        try:
-            trained = train_wordpiece(texts, sizes["entries"]), train_sentencepiece(texts, sizes["pieces"])
-        except InputError as e:
-            raise InputError(str(e).replace("--data.", "--"), exit_code=e.exit_code) from e
-        for name, data in zip(TOKENIZER_FILES, trained, strict=True):
+            raise InputError(f"{slices[0].file}: holds no text to train tokenizers on (--field {settings.field})")
+        vocab = train_wordpiece(texts, tokenizers.encoder_vocab_size)
+        spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size")
+        for name, data in zip(TOKENIZER_FILES, (vocab, spiece), strict=True):
             write_bytes(folder / name, data)
-    cached_tokenizers(str(folder), settings["encoder_positions"])  # raises if they are damaged
+    else:
+        for name in missing:
+            write_bytes(folder / name, (tokenizers / name).read_bytes())
+    load_new_tokenizers(str(folder), settings.encoder_positions)  # raises InputError where they are damaged
 
 
-def sample_texts(pieces: list[FileSlice], field: str, held_out: float) -> list[str]:
-    """Texts from the beginning of every piece, so many in all that memory and time are bounded."""
-    n, size = -(-TOKENIZER_TEXTS // len(pieces)), -(-TOKENIZER_BYTES // len(pieces))
-    found = []
-    for piece in pieces:
-        left, bytes_left = n, size
-        for chunk in read_slice(piece, field):
-            texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:left]
-            found += [text for text in texts if not is_held_out(text, held_out)]
-            left, bytes_left = left - len(texts), bytes_left - chunk.text_bytes
-            if left <= 0 or bytes_left <= 0:
+def sample_texts(slices: list[FileSlice], field: str, held_out: float) -> list[str]:
+    """Returns texts from the beginning of every slice, without the held-out ones, to train tokenizers on.
+
+    Their number and their size are bounded, and so are memory and time.
+    """
+    texts_per_slice, bytes_per_slice = -(-TOKENIZER_TEXTS // len(slices)), -(-TOKENIZER_BYTES // len(slices))
+    sample = []
+    for file_slice in slices:
+        texts_left, bytes_left = texts_per_slice, bytes_per_slice
+        for chunk in read_slice(file_slice, field):
+            texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:texts_left]
+            sample += [text for text in texts if not is_held_out(text, held_out)]
+            texts_left, bytes_left = texts_left - len(texts), bytes_left - chunk.text_bytes
+            if texts_left <= 0 or bytes_left <= 0:
                 break
-    return found
-
-
-# ---- the work, in processes
-
-
-# ---- after: what the shards' notes say, put together
+    return sample

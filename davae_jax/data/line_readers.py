@@ -1,4 +1,7 @@
-"""Reads plain text and JSON Lines, also compressed."""
+"""Reads files of one text a line, plain text or JSON Lines, also compressed.
+
+Memory holds a chunk of lines, whatever the size of the file.
+"""
 
 from __future__ import annotations
 
@@ -11,112 +14,75 @@ from typing import Any, BinaryIO, NamedTuple
 from davae_jax.data.texts import parse_json_text
 from davae_jax.utils.errors import InputError
 
-LONGEST_LINE = 1 << 24  # bytes; what is longer is no line of text, and would have to be held in memory
-
-
+MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, because it would have to be held in memory
 CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
 
 
 class FileSlice(NamedTuple):
-    """A part of a file that is read in one go.
+    """A part of an input file that one worker reads.
 
-    Plain and JSON lines: those that begin in the bytes from `start` to `end`. Parquet: the row groups from `start` to
-    `end`. What cannot be entered in the middle: the whole file, and `end` is None.
+    The unit of `start` and `end` depends on the format: bytes for lines (a slice has the lines that begin in it), row
+    groups for Parquet. `end` is None for a format that can only be read from its beginning; the slice is then the
+    whole file.
     """
 
     file: str
     start: int
     end: int | None
-    size: int  # bytes of the file, for the progress bar
+    size: int  # bytes of the file that the slice covers, for the progress bar
 
 
 class Line(NamedTuple):
-    """A text, or what is wrong with the line."""
+    """A line's text, or None and the problem with the line."""
 
     text: str | None
     problem: str | None = None
 
 
 class Chunk(NamedTuple):
+    """Consecutive lines of a slice."""
+
     lines: list[Line]
     text_bytes: int
-    done: float  # what part of the piece has been read, from 0 to 1
+    fraction_read: float  # of the slice, from 0 to 1
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.GzipFile(fileobj=raw)
-        case ".zst":
-            zstandard = _import("zstandard", path)
-            return io.BufferedReader(_ZstdStream(raw, zstandard), CHUNK_BYTES)
-    return raw
+def read_plain_lines(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
+    """Yields the lines of a slice of plain text; `field` is not used."""
+    return _read_lines(file_slice, None)
 
 
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of all frames of a file. The library's own reader takes a cut file for a short one."""
-
-    def __init__(self, raw: BinaryIO, zstandard: Any):
-        self._raw, self._new = raw, zstandard.ZstdDecompressor
-        self._frame = self._new().decompressobj()
-        self._packed, self._ready, self._begun = b"", b"", False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            packed = self._packed or self._raw.read(1 << 17)
-            self._packed = b""
-            if not packed:
-                if self._begun:
-                    raise EOFError("the compressed file ends too early")
-                return 0
-            self._ready, self._begun = self._frame.decompress(packed), True
-            if self._frame.eof:
-                self._packed, self._begun = self._frame.unused_data, False
-                self._frame = self._new().decompressobj()
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
+def read_json_lines(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
+    """Yields the texts in `field` of each line of a slice of JSON Lines."""
+    return _read_lines(file_slice, field)
 
 
-def _lines_between(file: BinaryIO, piece: FileSlice) -> Iterator[bytes | None]:
-    """The lines that begin in the piece, without their end; None for one that is too long."""
-    place = piece.start
-    if place:  # the line that begins before belongs to the piece before
-        file.seek(place - 1)
-        place += _skip_line(file) - 1
-    while piece.end is None or place < piece.end:
-        data = file.readline(LONGEST_LINE)
-        if not data:
-            return
-        place += len(data)
-        if len(data) == LONGEST_LINE and not data.endswith(b"\n"):
-            place += _skip_line(file)
-            yield None
-        else:
-            yield data.removesuffix(b"\n").removesuffix(b"\r")
+def _read_lines(file_slice: FileSlice, field: str | None) -> Iterator[Chunk]:
+    path = Path(file_slice.file)
+    with path.open("rb") as raw, _decompress(raw, path) as file:
+        lines, text_bytes, at_start_of_file = [], 0, file_slice.start == 0
+        for data in _lines_in(file_slice, file):
+            if at_start_of_file and data is not None:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            at_start_of_file = False
+            lines.append(parse_line(data, field))
+            text_bytes += len(data or b"")
+            if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
+                yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
+                lines, text_bytes = [], 0
+        if lines:
+            yield Chunk(lines, text_bytes, 1.0)
 
 
-def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line; returns how many bytes that were."""
-    skipped = 0
-    while data := file.readline(LONGEST_LINE):
-        skipped += len(data)
-        if data.endswith(b"\n"):
-            break
-    return skipped
+def parse_line(data: bytes | None, field: str | None) -> Line:
+    """Returns the text of one line.
 
-
-def _part_read(raw: BinaryIO, piece: FileSlice) -> float:
-    end = piece.size if piece.end is None else piece.end
-    return min(1.0, (raw.tell() - piece.start) / max(1, end - piece.start))
-
-
-def _line(data: bytes | None, field: str | None) -> Line:
+    Args:
+      data: the line without its line feed; None for one longer than MAX_LINE_BYTES.
+      field: the field with the text, where the line is JSON; None for plain text.
+    """
     if data is None:
-        return Line(None, f"is longer than {LONGEST_LINE >> 20} MiB")
+        return Line(None, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -129,11 +95,94 @@ def _line(data: bytes | None, field: str | None) -> Line:
         return Line(None, str(e).lstrip(": "))
 
 
-def _import(name: str, path: Path) -> Any:
-    import importlib
+def _lines_in(file_slice: FileSlice, file: BinaryIO) -> Iterator[bytes | None]:
+    """Yields the lines that begin in the slice, without their line ends; None for a line that is too long."""
+    position = file_slice.start
+    if position:  # a line that begins before the slice belongs to the previous one
+        file.seek(position - 1)
+        position += _skip_line(file) - 1
+    while file_slice.end is None or position < file_slice.end:
+        data = file.readline(MAX_LINE_BYTES)
+        if not data:
+            return
+        position += len(data)
+        if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
+            position += _skip_line(file)
+            yield None
+        else:
+            yield data.removesuffix(b"\n").removesuffix(b"\r")
 
+
+def _skip_line(file: BinaryIO) -> int:
+    """Reads to the end of the line. Returns the number of bytes read."""
+    skipped = 0
+    while data := file.readline(MAX_LINE_BYTES):
+        skipped += len(data)
+        if data.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _fraction_read(raw: BinaryIO, file_slice: FileSlice) -> float:
+    end = file_slice.size if file_slice.end is None else file_slice.end
+    return min(1.0, (raw.tell() - file_slice.start) / max(1, end - file_slice.start))
+
+
+# ---- compressed files
+
+
+def _decompress(raw: BinaryIO, path: Path) -> BinaryIO:
+    """Returns the file itself, or a stream of its decompressed bytes where the suffix says that it is compressed."""
+    open_stream = DECOMPRESSORS.get(path.suffix.lower())
+    return open_stream(raw) if open_stream else raw
+
+
+def _open_gzip(raw: BinaryIO) -> BinaryIO:
+    return gzip.GzipFile(fileobj=raw)
+
+
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
     try:
-        return importlib.import_module(name)
+        import zstandard
     except ImportError:
-        package = name.split(".")[0]
-        raise InputError(f"{path}: reading it needs the package {package}: pip install 'davae-jax[data]'") from None
+        raise missing_package(raw.name, "zstandard") from None
+    return io.BufferedReader(_ZstdStream(raw, zstandard.ZstdDecompressor), CHUNK_BYTES)
+
+
+DECOMPRESSORS = {".gz": _open_gzip, ".zst": _open_zstd}
+
+
+def missing_package(file: Any, package: str) -> InputError:
+    """Returns the error for a format that needs a package which is not installed."""
+    return InputError(f"{file}: reading it needs the package {package}: pip install 'davae-jax[data]'")
+
+
+class _ZstdStream(io.RawIOBase):
+    """The decompressed bytes of all frames of a file.
+
+    zstandard's own reader does not tell a truncated file from a complete one; this one raises EOFError.
+    """
+
+    def __init__(self, raw: BinaryIO, new_decompressor: Any):
+        self._raw, self._new_decompressor = raw, new_decompressor
+        self._frame = new_decompressor().decompressobj()
+        self._compressed, self._decompressed, self._inside_frame = b"", b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._decompressed:
+            compressed = self._compressed or self._raw.read(1 << 17)
+            self._compressed = b""
+            if not compressed:
+                if self._inside_frame:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            self._decompressed, self._inside_frame = self._frame.decompress(compressed), True
+            if self._frame.eof:
+                self._compressed, self._inside_frame = self._frame.unused_data, False
+                self._frame = self._new_decompressor().decompressobj()
+        n = min(len(buffer), len(self._decompressed))
+        buffer[:n], self._decompressed = self._decompressed[:n], self._decompressed[n:]
+        return n

@@ -146,7 +146,7 @@ def prepare_tokenizers(config: TrainConfig, run_dir: Path, corpus: Corpus) -> No
     Raises:
       InputError: a folder that is named has none, or others than the texts were prepared with.
     """
-    sizes = dict(vocab_size=config.data.entries), dict(vocab_size=pieces_of(config))
+    sizes = dict(vocab_size=config.data.entries), dict(vocab_size=pieces_of(config), option="--data.pieces")
     trained = partial(train_wordpiece, **sizes[0]), partial(train_sentencepiece, **sizes[1])
     halves = (config.init.encoder, config.init.decoder)
     for name, half, train in zip(TOKENIZER_FILES, halves, trained, strict=True):
@@ -226,12 +226,13 @@ def _tokenizer_file(config: TrainConfig, name: str, half: str | None) -> Path | 
 
 def truncation_mismatch(config: TrainConfig, corpus: Corpus) -> str | None:
     """Where training reads long texts in another way than they were prepared for, for a warning."""
-    if corpus.prepared is None or corpus.prepared.manifest["settings"].get("cut", False) == config.data.cut:
+    if corpus.prepared is None or corpus.prepared.truncated == config.data.cut:
         return None
     if config.data.cut:
-        return f"{corpus.source}: was prepared without --cut, so texts too long for the encoder are not in it"
+        return f"{corpus.source}: was prepared without --truncate, so texts too long for the encoder are not in it"
     return (
-        f"{corpus.source}: was prepared with --cut, for --data.segment-length: the encoder sees long texts' beginnings"
+        f"{corpus.source}: was prepared with --truncate, for --data.segment-length: "
+        "the encoder sees only the beginning of long texts"
     )
 
 
