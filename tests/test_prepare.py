@@ -1,6 +1,5 @@
 """`davae prepare`, and the batches of what it makes."""
 
-import gzip
 import json
 import os
 import resource
@@ -14,14 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from input_files import FORMATS, TEXTS, write_input, write_texts
 from test_train import TINY, metrics_of, train
 from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
 from davae_jax.data import line_readers
-from davae_jax.data.line_readers import MAX_LINE_BYTES
 from davae_jax.data.prefetch import prefetch
-from davae_jax.data.readers import find_files, read_slice, split_into_slices
+from davae_jax.data.readers import split_into_slices
 from davae_jax.data.shard_batches import PreparedBatches, PreparedTexts, permuted
 from davae_jax.data.shard_index import merge_shards
 from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
@@ -34,7 +33,6 @@ from davae_jax.training.setup import batches_of, model_config, prepare_tokenizer
 from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-TEXTS = sentences(300)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +45,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def prepare(capsys, tokenizer_folder, tmp_path):
-    """Runs the command in this process, into tmp_path/out unless told otherwise."""
+    """Runs the command in this process, by default into tmp_path/out."""
 
     def call(*paths, output=tmp_path / "out", tokenizers=tokenizer_folder, **options):
         options = {"workers": 1, "held_out": 0} | options
@@ -62,11 +60,6 @@ def prepare(capsys, tokenizer_folder, tmp_path):
     return call
 
 
-def text_file(path, texts=TEXTS):
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    return path
-
-
 def records_of(folder):
     prepared = Prepared(folder)
     return [tuple(ids.tolist() for ids in prepared[i]) for i in range(len(prepared))]
@@ -76,48 +69,12 @@ def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
-# What the shards hold.
+# The contents of shards.
 
 
-def write_kind(folder, kind):
-    """The texts in a file, or a dataset's folder, of this kind."""
-    folder.mkdir()
-    pa = pytest.importorskip("pyarrow") if kind in ("parquet", "arrow", "arrow-file") else None
-    rows = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
-    match kind:
-        case "txt":
-            return text_file(folder / "a.txt")
-        case "txt.gz":
-            (folder / "a.txt.gz").write_bytes(gzip.compress("\r\n".join(TEXTS).encode()))
-            return folder / "a.txt.gz"
-        case "jsonl" | "folder":
-            (folder / "a.jsonl").write_bytes(rows)
-            (folder / "README.md").write_text("no data", encoding="utf-8")
-            return folder if kind == "folder" else folder / "a.jsonl"
-        case "jsonl.gz":
-            (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows[:5000]) + gzip.compress(rows[5000:]))
-        case "jsonl.zst":
-            compress = pytest.importorskip("zstandard").ZstdCompressor().compress
-            (folder / "a.jsonl.zst").write_bytes(compress(rows[:5000]) + compress(rows[5000:]))  # two frames
-        case "parquet":
-            table = pa.table({"text": TEXTS, "id": range(len(TEXTS))})
-            pytest.importorskip("pyarrow.parquet").write_table(table, folder / "train-00000.parquet", row_group_size=70)
-        case _:  # a folder as the `datasets` library saves it
-            table = pa.table({"text": TEXTS})
-            new = pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file
-            with new(folder / "data-00000-of-00001.arrow", table.schema) as writer:
-                writer.write_table(table, max_chunksize=70)
-            (folder / "state.json").write_text("{}", encoding="utf-8")
-            (folder / "dataset_info.json").write_text("{}", encoding="utf-8")
-    return folder
-
-
-KINDS = ["txt", "txt.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrow-file", "folder"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_input_gives_the_ids_that_training_on_text_gives(kind, prepare, tmp_path):
-    result = prepare(write_kind(tmp_path / "in", kind))
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_gives_the_ids_that_training_on_text_gives(format_name, prepare, tmp_path):
+    result = prepare(write_input(tmp_path / "in", format_name))
     assert (result.code, result.err.strip()) == (0, "")
     expected = tokenize(TEXTS, *load_new_tokenizers(str(result.folder), 512), max_length=512, source="")
     assert records_of(result.folder) == [
@@ -138,42 +95,10 @@ def test_records_of_two_and_of_four_bytes(largest):
     assert [ids.tolist() for ids in decode_record(record, dtype)] == [[1, 2, largest], [largest, 5]]
 
 
-def lines_of(pieces, field="text"):
-    return [line for piece in pieces for chunk in read_slice(piece, field) for line in chunk.lines]
-
-
-@pytest.mark.parametrize("at_most", [1, 7, 100, 5000, 1 << 30])
-def test_pieces_of_a_file_are_its_lines_each_once(at_most, tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff一\n\n二\u2028二\r\n".encode() + b"\xff\n" + "三\n".encode() * 20 + b"last")
-    wanted = ["一", "", "二\u2028二", None, *["三"] * 20, "last"]
-    pieces = split_into_slices(path, at_most)
-    assert [line.text for line in lines_of(pieces)] == wanted
-    assert sum(piece.size for piece in pieces) == pytest.approx(path.stat().st_size, abs=len(pieces))
-
-
-@pytest.mark.parametrize("at_most", [1, 4000, 1 << 30])
-def test_pieces_of_a_parquet_file(at_most, tmp_path):
-    path = write_kind(tmp_path / "in", "parquet") / "train-00000.parquet"
-    pieces = split_into_slices(path, at_most)
-    assert [line.text for line in lines_of(pieces)] == TEXTS
-    assert len(pieces) == {1: 5, 1 << 30: 1}.get(at_most, len(pieces))
-
-
-def test_a_line_without_end_is_passed_over(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\n" + b"x" * (MAX_LINE_BYTES + 5) + b"\ntwo\n")
-    assert [(line.text, line.problem) for line in lines_of(split_into_slices(path, 1 << 30))] == [
-        ("one", None),
-        (None, "is longer than 16 MiB"),
-        ("two", None),
-    ]
-
-
-def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokenizer_folder, tmp_path, monkeypatch):
-    """And a start behind the second of them makes the same third."""
+def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_path, monkeypatch):
+    """Work that continues after the second shard writes the same third shard."""
     monkeypatch.setattr(line_readers, "CHUNK_LINES", 20)
-    path = write_kind(tmp_path / "in", "txt.gz")
+    path = write_input(tmp_path / "in", "txt.gz")
 
     def task(name):
         folder = tmp_path / name
@@ -183,26 +108,26 @@ def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokeni
             str(folder), 0, *split_into_slices(path, 2000), ShardSettings("text", 512, 512, False, 0.1, 2000)
         )
 
-    whole, again = task("whole"), task("again")
-    write_shards(whole)
-    shards = sorted(path.name for path in Path(whole.folder).glob("*.arrayrecord"))
+    uninterrupted, continued = task("uninterrupted"), task("continued")
+    write_shards(uninterrupted)
+    shards = sorted(path.name for path in Path(uninterrupted.folder).glob("*.arrayrecord"))
     assert len(shards) > 3 and shards[2] == "00000-0002.arrayrecord"
-    write_shards(again)
-    for made in [*Path(again.folder).glob("00000-0002.*"), *Path(again.folder, "parts").glob("00000-0002.*")]:
-        made.unlink()
-    write_shards(again)
-    for task in (whole, again):
+    write_shards(continued)
+    for file in [*Path(continued.folder).glob("00000-0002.*"), *Path(continued.folder, "parts").glob("00000-0002.*")]:
+        file.unlink()
+    write_shards(continued)
+    for task in (uninterrupted, continued):
         merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512})
-    assert manifest_of(Path(whole.folder)) == manifest_of(Path(again.folder))
-    kept = Prepared(Path(whole.folder)).held_out()
-    expected = tokenize(TEXTS, *load_new_tokenizers(whole.folder, 512), max_length=512, source="")
+    assert manifest_of(Path(uninterrupted.folder)) == manifest_of(Path(continued.folder))
+    held_out = Prepared(Path(uninterrupted.folder)).held_out()
+    expected = tokenize(TEXTS, *load_new_tokenizers(uninterrupted.folder, 512), max_length=512, source="")
     pairs = zip(TEXTS, expected.decoder_ids, strict=True)
-    trained = [row.tolist() for text, row in pairs if text not in set(kept)]
-    assert [row for _, row in records_of(Path(again.folder))] == trained
+    trained = [row.tolist() for text, row in pairs if text not in set(held_out)]
+    assert [row for _, row in records_of(Path(continued.folder))] == trained
 
 
 def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
-    """Texts with 60 bytes or more are blank, too long, or bad for one reason each; lines count from a file's first."""
+    """Every line is blank, too long, or bad for one reason; line numbers count from the beginning of a file."""
     lines = [json.dumps({"text": text}) for text in TEXTS[:3]]
     bad = ["not json", '{"body": 1}', '{"text": 3}', '{"text": "\\ud83d"}', '["text"]']
     (tmp_path / "a.jsonl").write_text("\n".join([lines[0], *bad, "", lines[1], '{"text": " "}']), encoding="utf-8")
@@ -224,9 +149,9 @@ def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
     assert prepared.where([2, 0, 1]) == f"lines 1, 8 of {a}; lines 1 of {b}"
 
 
-def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
-    """All copies of a text are kept apart, whatever file they stand in."""
-    files = [text_file(tmp_path / "a.txt"), text_file(tmp_path / "b.txt", [*TEXTS[::-1], "今天很好。"])]
+def test_held_out_texts_are_not_in_the_shards(prepare, tmp_path):
+    """All copies of a text are held out, in whichever file they are."""
+    files = [write_texts(tmp_path / "a.txt"), write_texts(tmp_path / "b.txt", [*TEXTS[::-1], "今天很好。"])]
     result = prepare(*files, held_out=0.2)
     held_out = Prepared(result.folder).held_out()
     distinct = set(TEXTS) | {"今天很好。"}
@@ -240,17 +165,17 @@ def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
 
 
 def test_tokenizers_are_trained_where_none_are_given(prepare, tmp_path):
-    result = prepare(text_file(tmp_path / "a.txt"), tokenizers=None, decoder_vocab_size=200, encoder_vocab_size=150)
+    result = prepare(write_texts(tmp_path / "a.txt"), tokenizers=None, decoder_vocab_size=200, encoder_vocab_size=150)
     assert result.code == 0
     encoder, decoder = load_new_tokenizers(str(result.folder), 512)
     assert 100 < encoder.size <= 150 and 100 < decoder.size <= 200
     assert decoder.decode(Prepared(result.folder)[7][1][1:-1]) == TEXTS[7]
     few = prepare(tmp_path / "a.txt", tokenizers=None, decoder_vocab_size=20, output=tmp_path / "few")
     assert few.code == 2 and few.err.startswith("davae prepare: error: --decoder-vocab-size 20: the texts have ")
-    assert prepare(tmp_path / "a.txt", output=tmp_path / "few").code == 0  # nothing stood there yet
+    assert prepare(tmp_path / "a.txt", output=tmp_path / "few").code == 0  # that folder has no shard yet
 
 
-# Killed, started again, refused.
+# Interrupted work, and folders that are refused.
 
 
 def contents(folder):
@@ -258,7 +183,7 @@ def contents(folder):
 
 
 def test_killed_and_started_again_gives_the_same_bytes(prepare, tokenizer_folder, tmp_path):
-    files = [text_file(tmp_path / f"{i:02}.txt", sentences(1000, seed=i)) for i in range(8)]
+    files = [write_texts(tmp_path / f"{i:02}.txt", sentences(1000, seed=i)) for i in range(8)]
     command = [sys.executable, "-m", "davae_jax.cli", "prepare", "--input", *files, "--tokenizers", tokenizer_folder]
     command += ["--output", tmp_path / "killed", "--workers", 2, "--held-out", 0]
     killed = subprocess.Popen(list(map(str, command)), env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT)
@@ -272,13 +197,13 @@ def test_killed_and_started_again_gives_the_same_bytes(prepare, tokenizer_folder
     assert len(before) >= 3
     assert prepare(*files, output=tmp_path / "killed").code == 0
     assert prepare(*files, output=tmp_path / "whole").code == 0
-    kept = sum(path.stat().st_mtime_ns == when for path, when in before.items())
-    assert kept >= 3  # a shard whose notes were not yet written is made anew
+    unchanged = sum(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert unchanged >= 3  # a shard without statistics is written again
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_other_settings_are_refused(prepare, tmp_path):
-    path = text_file(tmp_path / "a.txt")
+    path = write_texts(tmp_path / "a.txt")
     assert prepare(path).code == 0
     before = contents(tmp_path / "out")
     again = prepare(path)
@@ -286,8 +211,8 @@ def test_other_settings_are_refused(prepare, tmp_path):
     other = prepare(path, max_length=64)
     assert other.code == 2
     assert other.err.strip() == (
-        f"davae prepare: error: {tmp_path / 'out'}: was prepared with other settings: max_length (512, now 64); "
-        "give another --output"
+        f"davae prepare: error: --output {tmp_path / 'out'} was prepared with other settings: "
+        "max_length (512, now 64); give another folder"
     )
     os.utime(path, (1, 1))
     changed = prepare(path)
@@ -296,7 +221,7 @@ def test_other_settings_are_refused(prepare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "code", "said"),
+    ("make", "code", "message"),
     [
         (lambda p: p / "none.txt", 2, "none.txt: no such file or folder"),
         (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; known: .txt, .jsonl"),
@@ -308,39 +233,39 @@ def test_other_settings_are_refused(prepare, tmp_path):
         (lambda p: (p / "a.arrow").write_bytes(b"ARROW1") and p / "a.arrow", 1, "a.arrow: cannot be read ("),
     ],
 )
-def test_inputs_that_cannot_be_used(make, code, said, prepare, tmp_path):
+def test_unusable_inputs(make, code, message, prepare, tmp_path):
     result = prepare(make(tmp_path))
-    assert result.code == code and said in result.err and result.err.strip().count("\n") == 0
+    assert result.code == code and message in result.err and result.err.strip().count("\n") == 0
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
-def test_a_compressed_file_that_was_cut(kind, prepare, tmp_path):
-    folder = write_kind(tmp_path / "in", kind)
-    path = folder / f"a.{kind}"
+@pytest.mark.parametrize("format_name", ["jsonl.gz", "jsonl.zst"])
+def test_a_truncated_compressed_file(format_name, prepare, tmp_path):
+    folder = write_input(tmp_path / "in", format_name)
+    path = folder / f"a.{format_name}"
     path.write_bytes(path.read_bytes()[:-20])
     result = prepare(folder)
     assert result.code == 1 and f"{path}: cannot be read (" in result.err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_options_and_columns_that_cannot_be(prepare, tmp_path):
-    table = write_kind(tmp_path / "in", "parquet") / "train-00000.parquet"
+def test_invalid_options_and_columns(prepare, tmp_path):
+    table = write_input(tmp_path / "in", "parquet") / "train-00000.parquet"
     assert "has no column 'body'; its columns are text, id; choose one with --field" in prepare(table, field="body").err
     assert "the column 'id' holds int64, not text" in prepare(table, field="id", output=tmp_path / "b").err
-    text_file(tmp_path / "in" / "a.txt")
+    write_texts(tmp_path / "in" / "a.txt")
     mixed = prepare(tmp_path / "in", output=tmp_path / "c")
     assert mixed.code == 2 and "holds files of several formats (parquet, text); give the files themselves" in mixed.err
     assert "--workers must be at least 1, not 0" in prepare(table, workers=0).err
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
-    foreign = text_file(tmp_path / "foreign.txt").parent
+    foreign = write_texts(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
-    assert refused.code == 2 and "holds files, but no prepared texts" in refused.err
+    assert refused.code == 2 and "holds files, but no prepare.json" in refused.err
 
 
-def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
+def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    path = text_file(tmp_path / "a.txt", ["".join(sentences(10, seed=i)) for i in range(1500)])
+    path = write_texts(tmp_path / "a.txt", ["".join(sentences(10, seed=i)) for i in range(1500)])
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))  # bytes of a file
     try:
         result = prepare(path)
@@ -352,7 +277,7 @@ def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
         f"davae prepare: error: {shard}: cannot be written (File too large)",
     )
     assert not list((tmp_path / "out").glob("*record*")) and not list((tmp_path / "out").glob(".*"))
-    assert prepare(path).code == 0  # room was made
+    assert prepare(path).code == 0  # there is room again
 
 
 # The batches.
@@ -361,7 +286,7 @@ def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
 @pytest.fixture(scope="session")
 def prepared(tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    files = [text_file(folder / f"{i}.txt", sentences(n, seed=i)) for i, n in enumerate((100, 3, 144))]
+    files = [write_texts(folder / f"{i}.txt", sentences(n, seed=i)) for i, n in enumerate((100, 3, 144))]
     argv = ["prepare", "--input", *files, "--output", folder / "out", "--tokenizers", tokenizer_folder]
     assert main([*map(str, argv), "--workers", "1", "--held-out", "0"]) == 0
     return Prepared(folder / "out")
@@ -509,10 +434,10 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
         prepare_tokenizers(config_of(prepared.folder, tokenizers=other), tmp_path / "run", corpus)
 
 
-def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder, tmp_path):
-    """Left out, or with --truncate kept: the encoder gets the beginning, the decoder all."""
+def test_documents_that_are_too_long_for_the_encoder(prepare, tokenizer_folder, tmp_path):
+    """They are left out; with --truncate the encoder gets their beginning and the decoder all of them."""
     documents = [" ".join(TEXTS[i : i + 12]) for i in range(0, 240, 12)] + TEXTS[:5]
-    path = text_file(tmp_path / "a.txt", documents)
+    path = write_texts(tmp_path / "a.txt", documents)
     small = dict(encoder_positions=30, max_length=2000)
     left_out = prepare(path, **small, output=tmp_path / "left out")
     assert manifest_of(left_out.folder)["counts"]["too_long"] == 20
@@ -525,7 +450,7 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
     expected = [(whole.encoder_ids[i].tolist(), whole.decoder_ids[i].tolist()) for i in range(25)]
     assert sorted(records_of(found.folder)) == sorted(expected)
     assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60
-    # Runs are told where they read such texts in another way.
+    # A training run that reads such texts in another way gets a warning.
     of = lambda folder, **data: truncation_mismatch(  # noqa: E731
         TrainConfig(data=DataConfig(train=folder, **data)), read_corpus(TrainConfig(data=DataConfig(train=folder)))
     )
@@ -534,8 +459,8 @@ def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder,
     assert "was prepared without --truncate" in of(left_out.folder, segment_length=8)
 
 
-def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_path):
-    path = text_file(tmp_path / "a.txt")
+def test_a_folder_without_the_setting_cut_is_continued(prepare, tmp_path):
+    path = write_texts(tmp_path / "a.txt")
     folder = prepare(path).folder
     before = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
     assert before.pop("cut") is False
@@ -549,7 +474,7 @@ def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_pat
 def test_a_run_on_prepared_documents(tokenizer_folder, tmp_path):
     """In segments, with the memory."""
     documents = [" ".join(sentences(200)[i : i + 4]) for i in range(0, 200, 4)]
-    path = text_file(tmp_path / "a.txt", documents)
+    path = write_texts(tmp_path / "a.txt", documents)
     argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder, "--truncate"]
     assert main([*map(str, argv), "--held-out", "0.1", "--max-length", "400", "--encoder-positions", "20"]) == 0
     longest = Prepared(tmp_path / "out").lengths()[0][-1]
@@ -563,7 +488,7 @@ def test_a_run_on_prepared_documents(tokenizer_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_prepared_texts_resumes_bit_for_bit(tokenizer_folder, tmp_path):
-    path = text_file(tmp_path / "a.txt", [text[:9] for text in sentences(200)])
+    path = write_texts(tmp_path / "a.txt", [text[:9] for text in sentences(200)])
     argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder]
     assert main([*map(str, argv), "--held-out", "0.1"]) == 0
     options = ["--data.train", tmp_path / "out", *TINY, "--log.every", 1]
@@ -586,10 +511,3 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
     assert ten["texts"] > 9 * one["texts"]
     for what in ("prepare_mb", "read_mb"):
         assert ten[what] < 1.1 * one[what]
-
-
-def test_find_files(tmp_path):
-    (tmp_path / ".cache").mkdir()
-    for name in ("b.jsonl", "a.jsonl.gz", ".cache/c.jsonl", "dataset_info.json"):
-        (tmp_path / name).touch()
-    assert find_files([tmp_path, tmp_path / "b.jsonl"]) == [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"]

@@ -151,8 +151,8 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
             # Folders of the first versions do not have the setting "cut".
             _check_settings(folder, {"cut": False} | json.loads(path.read_text(encoding="utf-8")), stored)
         elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
-            reason = f"holds files, but no prepared texts (no {SETTINGS}); give another --output"
-            raise InputError(f"{folder}: {reason}", exit_code=2)
+            reason = f"holds files, but no {SETTINGS}; give another folder"
+            raise InputError(f"--output {folder} {reason}", exit_code=2)
         write_json(path, stored)
         for parent in (folder, folder / PARTS):
             remove_partial(parent)
@@ -169,8 +169,8 @@ def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
         return
     if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; give another --output"
-        raise InputError(f"{folder}: {reason}", exit_code=2)
+        reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; give another folder"
+        raise InputError(f"--output {folder} {reason}", exit_code=2)
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
 
