@@ -205,7 +205,7 @@ def test_warnings_name_file_and_line(davae, model, tmp_path, standard_input):
     said = (
         "line 2: the text is empty or only white space",
         "line 3: the encoder knows no character of the text",
-        f"line 4: the text is longer than {MAX_IDS} ids and was cut",
+        f"line 4: the text is longer than {MAX_IDS} ids and was truncated",
     )
     result = davae("reconstruct", *model, "--input", file)
     assert result.code == 0

@@ -1,4 +1,4 @@
-"""Reading texts, and the batch of every step."""
+"""Reading texts, and the batches of every step."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_lines_and_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\n \n", "holds no text"),
@@ -96,11 +96,11 @@ def test_lines_and_json_lines(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' holds half of a surrogate pair"),
     ],
 )
-def test_what_cannot_be_read(name, data, said, tmp_path):
+def test_unreadable_texts(name, data, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(InputError) as error:
         read_texts(path)
-    assert str(error.value) == f"{path}: {said}"
+    assert str(error.value) == f"{path}: {message}"
     with pytest.raises(InputError, match=r"missing\.txt: cannot be read"):
         read_texts(tmp_path / "missing.txt")

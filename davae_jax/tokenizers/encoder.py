@@ -86,7 +86,7 @@ class EncoderTokenizer:
         if all(i == self.unk_id for i in body):
             return "the encoder knows no character of the text"
         if self.is_truncated(ids):
-            return f"the text is longer than {self.max_ids} ids and was cut"
+            return f"the text is longer than {self.max_ids} ids and was truncated"
         return None
 
 
