@@ -200,7 +200,7 @@ def test_the_example_runs(tiny_checkpoint, monkeypatch, capsys):
     texts = demo_corpus.make_corpus()
     monkeypatch.setattr(demo_corpus, "make_corpus", lambda: texts._replace(held_out=texts.held_out[:310]))
     monkeypatch.setattr(sys, "argv", ["latent_tools.py", str(tiny_checkpoint)])
-    with pytest.warns(UserWarning, match="cut"):
+    with pytest.warns(UserWarning, match="truncated"):
         runpy.run_path(str(EXAMPLE))
     out = capsys.readouterr().out
     parts = re.findall(r"^(\S.*)\n((?:  [✓✗].*\n)+)", out, re.MULTILINE)

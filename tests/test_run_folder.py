@@ -129,7 +129,18 @@ def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
 
 
 def prepared(config, output):
-    argv = ["--input", config.data.train, "--output", output, "--pieces", 60, "--entries", 80, "--workers", 1]
+    argv = [
+        "--input",
+        config.data.train,
+        "--output",
+        output,
+        "--decoder-vocab-size",
+        60,
+        "--encoder-vocab-size",
+        80,
+        "--workers",
+        1,
+    ]
     assert main(["prepare", *map(str, argv)]) == 0
 
 

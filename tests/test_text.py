@@ -34,7 +34,7 @@ def test_golden_ids(published, golden):
     assert [str(w.message) for w in caught] == [
         "text 4: the text is empty or only white space",
         "text 10: the encoder knows no character of the text",
-        "text 15: the text is longer than 510 ids and was cut",
+        "text 15: the text is longer than 510 ids and was truncated",
     ]
     assert published.decoder_ids(golden["texts"]) == golden["decoder_encode"]
     assert published.prompt_ids(golden["simulate_prompts"]) == golden["simulate_prompt_ids"]
@@ -184,7 +184,7 @@ WARNINGS = [
     "text 2: the text is empty or only white space",
     "text 4: the encoder knows no character of the text",
     "text 5: the text is empty or only white space",
-    f"text 6: the text is longer than {MAX_IDS} ids and was cut",
+    f"text 6: the text is longer than {MAX_IDS} ids and was truncated",
 ]
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from davae_jax.cli.base import Command
 from davae_jax.cli.text import check_output, write_whole
 from davae_jax.data import demo_corpus
-from davae_jax.data.texts import json_text, read_lines, read_texts
+from davae_jax.data.texts import decode_lines, parse_json_text, read_texts
 from davae_jax.evaluation.evaluate import evaluate
 from davae_jax.evaluation.table import as_json, format_table
 from davae_jax.inference.text_vae import TextVAE
@@ -121,7 +121,7 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
         if given and path.suffix not in (".jsonl", ".json"):
             raise InputError(f"{option}: {path} has no fields; give JSON Lines (.jsonl)", exit_code=2)
     texts = read_texts(path, field or "text")
-    lines = read_lines(path.read_bytes(), str(path)) if labels else []
+    lines = decode_lines(path.read_bytes(), str(path)) if labels else []
     read = {name: [label_of(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels}
     return Data(texts, read, None, str(path))
 
@@ -140,9 +140,9 @@ def label_of(line: str, field: str, where: str) -> str:
     if not isinstance(values[field], str):
         return str(values[field])
     try:
-        return json_text(line, field)
+        return parse_json_text(line, field)
     except ValueError as e:
-        raise InputError(f"{where}{e}") from None
+        raise InputError(f"{where}: {e}") from None
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:

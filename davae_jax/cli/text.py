@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from davae_jax.cli.base import Command
-from davae_jax.data.texts import read_lines
+from davae_jax.data.texts import decode_lines
 from davae_jax.inference.generation import check_max_length, sampling_settings
 from davae_jax.inference.text_vae import TextVAE, check_std_scale, check_steps, greedy_by_default
 from davae_jax.model.config import DAVAEConfig
@@ -120,7 +120,7 @@ class _TextCommand(Command):
             raise InputError("no text given: name some, or give --input FILE", exit_code=2)
         name = str(self.input or "standard input")
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
-        return read_lines(data, name), f"{name}: line {{}}".format
+        return decode_lines(data, name), f"{name}: line {{}}".format
 
     def columns(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
         """Groups of n texts: those on the command line are one group; in a file, tabs part the texts of each line."""

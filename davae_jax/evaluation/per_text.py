@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from davae_jax.data.batches import pad_rows
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.evaluation import metrics
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.latent import Posterior, kl_per_dimension
@@ -39,7 +39,7 @@ class PerText(NamedTuple):
 
 
 def per_text(
-    model: DAVAE, texts: Texts, *, samples: int, seed: int, batch_size: int, progress: bool = False
+    model: DAVAE, texts: TokenizedTexts, *, samples: int, seed: int, batch_size: int, progress: bool = False
 ) -> PerText:
     """The model's numbers of each text. They do not depend on the batches, but for rounding: a text's draws follow from
     the seed and its line."""

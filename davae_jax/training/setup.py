@@ -101,7 +101,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         model = warm_start_config(model, folder)
     tokenizers = load_tokenizers(folder, model)
     batches = make_batches(config, corpus, tokenizers, model)
-    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.cut)
+    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.cut)
     corpus = corpus._replace(held_out=held_out)
     run_on_process_zero("the model's config", lambda: model.to_json(folder / CONFIG_FILE))
 
@@ -161,7 +161,7 @@ def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, mo
     common = dict(batch_size=config.batch_size, pad_id=model.pad_token_id, seed=config.seed)
     texts = None
     if corpus.prepared is None:
-        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, cut=config.data.cut)
+        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, truncate=config.data.cut)
         texts = texts._replace(lines=corpus.lines[texts.lines - 1])
     if config.data.pack:
         texts = texts or PreparedTexts(corpus.prepared, longest, positions)
@@ -182,7 +182,7 @@ def held_out_batches(
     texts = texts[: config.log.held_out]
     if not texts:
         return []
-    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", cut=config.data.cut)
+    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", truncate=config.data.cut)
     source = TextBatches(
         rows,
         config.batch_size // config.accumulate,
@@ -196,7 +196,7 @@ def held_out_batches(
 
 def truncation_mismatch(config: TrainConfig, corpus: Corpus) -> str | None:
     """Returns a warning where long texts were prepared in another way than they are trained on, or None."""
-    if corpus.prepared is None or corpus.prepared.manifest["settings"].get("cut", False) == config.data.cut:
+    if corpus.prepared is None or corpus.prepared.truncated == config.data.cut:
         return None
     if config.data.cut:
         return f"{corpus.source}: was prepared without --truncate, so it lacks the texts too long for the encoder"
