@@ -109,7 +109,7 @@ def test_the_table_is_the_published_file(config):
     table = name_table(DAVAEConfig.from_dict(config))
     published = tensor_shapes(config)
     published.pop(POSITION_IDS)
-    assert [(row.name, row.name_shape) for row in table] == list(published.items())
+    assert [(row.name, row.file_shape) for row in table] == list(published.items())
     assert len({row.path for row in table}) == len(table)
 
 
@@ -128,7 +128,7 @@ def test_values_are_the_files_bit_for_bit(name, converted):
     state, config = state_of(name), DAVAEConfig.from_dict(config_of(name))
     table = [row for row in name_table(config) if row.name in state]
     arrays = stored(converted(name))
-    assert_same(arrays, {row.path: state[row.name].reshape(row.path_shape) for row in table})
+    assert_same(arrays, {row.path: state[row.name].reshape(row.model_shape) for row in table})
     assert ("decoder.inv_freq" in arrays) == (INV_FREQ in state) == (name == "small")
 
 
@@ -399,7 +399,7 @@ def test_nothing_is_left_of_an_interrupted_conversion(error, tmp_path, tiny, mon
         if row.path == "decoder.layers.1.mlp_in.weight":
             assert any(tmp_path.rglob("params*"))  # something has been written
             raise error("midway")
-        return array.reshape(row.path_shape)
+        return array.reshape(row.model_shape)
 
     monkeypatch.setattr(names.NameRow, "to_model", to_model)
     there = tmp_path / "there"
@@ -574,7 +574,7 @@ import jax
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 import davae_jax
-from davae_jax.checkpoints.weights import params_of
+from davae_jax.checkpoints.weights import flat_params
 converted, published = sys.argv[1:]
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 one = davae_jax.from_pretrained(converted)
@@ -585,8 +585,8 @@ np.testing.assert_allclose(many.encode(ids).mean, z, atol=1e-5)
 np.testing.assert_allclose(many.decode(ids, z)[0], one.decode(ids, z)[0], atol=1e-5)
 np.testing.assert_allclose(many.discriminate(z), one.discriminate(z), atol=1e-5)
 for model in (many, direct):
-    arrays = params_of(model)
-    for path, array in params_of(one).items():
+    arrays = flat_params(model)
+    for path, array in flat_params(one).items():
         assert len(array.sharding.device_set) == 1 and len(arrays[path].sharding.device_set) == 8, path
         assert np.array_equal(array, arrays[path]), path
     pieces = {path: a.addressable_shards[0].data.size / a.size for path, a in arrays.items()}

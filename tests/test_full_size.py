@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 import davae_jax
 from davae_jax.checkpoints.published_names import name_table
-from davae_jax.checkpoints.torch_file import read
+from davae_jax.checkpoints.torch_file import read_tensors
 from davae_jax.checkpoints.weights import load_weights, stored_shapes
 from davae_jax.model.davae import merge, split
 from davae_jax.model.losses import published_loss, reconstruction_nll
@@ -67,13 +67,13 @@ def test_conversion_memory_and_size(full_checkpoint, converted):
 
 def test_conversion_is_bit_exact(full_checkpoint, converted):
     folder, _ = converted
-    state = read(full_checkpoint / "pytorch_model.bin")
+    state = read_tensors(full_checkpoint / "pytorch_model.bin")
     table = {row.path: row for row in name_table(davae_jax.DAVAEConfig.from_json(folder / "config.json"))}
     for path in ("decoder.layers.31.qkv_weight", "encoder.layers.11.mlp_in.weight", "decoder.inv_freq"):
         row, dtype = table[path], stored_shapes(folder / "params")[path].dtype
         assert dtype == np.float16
     here = SingleDeviceSharding(jax.local_devices()[0])
-    targets = {path: jax.ShapeDtypeStruct(row.path_shape, np.float16, sharding=here) for path, row in table.items()}
+    targets = {path: jax.ShapeDtypeStruct(row.model_shape, np.float16, sharding=here) for path, row in table.items()}
     for path, array in load_weights(folder / "params", targets).items():
         row = table[path]
         assert np.array_equal(row.to_file(np.asarray(array)), state[row.name]), path

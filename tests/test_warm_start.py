@@ -30,7 +30,13 @@ from tokenizer_fixtures import make_vocab
 import davae_jax
 from davae_jax import DAVAE, DAVAEConfig
 from davae_jax.checkpoints.to_torch import export
-from davae_jax.checkpoints.warm_start import draw, modules, read_decoder, read_encoder, warm_start
+from davae_jax.checkpoints.warm_start import (
+    covering_modules,
+    initialize_weights,
+    read_decoder,
+    read_encoder,
+    warm_start,
+)
 from davae_jax.checkpoints.weights import flat_params, unflatten
 from davae_jax.cli.base import run_command
 from davae_jax.cli.main import main
@@ -124,7 +130,7 @@ def drawn_in_groups(monkeypatch):
         groups.append(paths)
         return {path: np.zeros(1, np.float32) for path in paths}
 
-    monkeypatch.setattr("davae_jax.checkpoints.warm_start.draw", stand_in)
+    monkeypatch.setattr("davae_jax.checkpoints.warm_start.initialize_weights", stand_in)
     return groups
 
 
@@ -151,10 +157,10 @@ def test_the_encoder_computes_what_transformers_computes(model, masked_lm):
 
 
 def test_bare_names_and_the_pooler(bare_bert, model):
-    taken = read_encoder(bare_bert[0], model.config)
-    assert {path for path in taken if "pooler" in path} == {"encoder.pooler.weight", "encoder.pooler.bias"}
+    loaded = read_encoder(bare_bert[0], model.config)
+    assert {path for path in loaded if "pooler" in path} == {"encoder.pooler.weight", "encoder.pooler.bias"}
     graphdef, _ = split(model)
-    params = flat_params(model) | {path: jnp.asarray(array) for path, array in taken.items()}
+    params = flat_params(model) | {path: jnp.asarray(array) for path, array in loaded.items()}
     assert_encodes_like(merge(graphdef, unflatten(params)), bare_bert[1])
 
 
@@ -169,14 +175,14 @@ def test_the_decoder_without_latent_is_the_transformer_xl(model, golden_arrays):
 def test_taken_weights_keep_their_bits(started, transformer_xl, masked_lm):
     arrays = stored(started[0])
     config = DAVAEConfig.from_json(started[0] / "config.json")
-    taken = read_encoder(masked_lm[0], config) | read_decoder(transformer_xl, config)
-    assert_same({path: arrays[path] for path in taken}, taken)
+    loaded = read_encoder(masked_lm[0], config) | read_decoder(transformer_xl, config)
+    assert_same({path: arrays[path] for path in loaded}, loaded)
     state = masked_lm[1].state_dict()
     assert same_bits(arrays["encoder.layers.1.query.weight"], state["encoder.layer.1.attention.self.query.weight"])
     assert arrays["encoder.word.weight"].dtype == np.float32
     assert arrays["decoder.embedding.weight"].dtype == np.float16
     assert same_bits(arrays["decoder.inv_freq"], state_of("small")[INV_FREQ])
-    assert {a.dtype for path, a in arrays.items() if path not in taken} == {np.dtype(np.float32)}
+    assert {a.dtype for path, a in arrays.items() if path not in loaded} == {np.dtype(np.float32)}
 
 
 def test_names_of_2018(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
@@ -188,8 +194,8 @@ def test_names_of_2018(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
     state |= {"cls.predictions.bias": torch.zeros(120), "cls.predictions.transform.LayerNorm.gamma": torch.ones(24)}
     folder = publish(tmp_path / "old", state, BERT)
     report = warm_start(tmp_path / "new", encoder=folder, decoder=transformer_xl, latent_size=L)
-    assert report.left_out["encoder"] == ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma"]
-    assert report.left_out["decoder"] == []
+    assert report.unused["encoder"] == ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma"]
+    assert report.unused["decoder"] == []
     config = DAVAEConfig.from_json(tmp_path / "new" / "config.json")
     ours, theirs = read_encoder(folder, config), read_encoder(bare_bert[0], config)
     assert_same(ours, {path: array.astype(np.float16) for path, array in theirs.items()})
@@ -211,7 +217,7 @@ def test_frequencies_may_be_absent(masked_lm, tmp_path):
 def test_the_rest_is_a_new_models(started):
     folder, report = started
     config, arrays = DAVAEConfig.from_json(folder / "config.json"), stored(folder)
-    assert set(report.drawn) == {
+    assert set(report.initialized) == {
         "encoder.pooler.weight",
         "encoder.pooler.bias",
         "encoder.posterior.weight",
@@ -221,30 +227,30 @@ def test_the_rest_is_a_new_models(started):
         "discriminator.output.weight",
         "discriminator.output.bias",
     }
-    assert set(report.drawn) | {path for paths in report.taken.values() for path in paths} == arrays.keys()
+    assert set(report.initialized) | {path for paths in report.loaded.values() for path in paths} == arrays.keys()
 
     @jax.jit
     def new_model():
         params = flat_params(DAVAE(config, rngs=nnx.Rngs(3)))
-        return {path: params[path] for path in report.drawn}
+        return {path: params[path] for path in report.initialized}
 
     for path, array in new_model().items():
         np.testing.assert_allclose(arrays[path], array, rtol=1e-5, atol=1e-8)
-    paths = [path for path in report.drawn if path.startswith("encoder.")]
-    other = draw(config, paths, seed=4)
+    paths = [path for path in report.initialized if path.startswith("encoder.")]
+    other = initialize_weights(config, paths, seed=4)
     assert not np.allclose(other["encoder.posterior.weight"], arrays["encoder.posterior.weight"])
 
 
 def test_a_part_without_a_source_is_drawn_piece_by_piece(
     masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups
 ):
-    for part, source, drawn in (
+    for part, source, initialized in (
         ("encoder", masked_lm[0], ["encoder.pooler", "encoder.posterior", "decoder", "discriminator"]),
         ("decoder", transformer_xl, ["encoder", "decoder.latent_projection", "discriminator"]),
     ):
         report = warm_start(tmp_path / part, config=config_file, **{part: source})
-        assert modules(report.drawn, report.taken[part] + report.drawn) == drawn
-        assert [path for group in drawn_in_groups for path in group] == report.drawn
+        assert covering_modules(report.initialized, report.loaded[part] + report.initialized) == initialized
+        assert [path for group in drawn_in_groups for path in group] == report.initialized
         assert not [group for group in drawn_in_groups if len({path.split(".")[0] for path in group}) > 1]
         assert ["decoder.embedding.weight"] in drawn_in_groups or part == "decoder"  # 320 MB, by itself
         drawn_in_groups.clear()
@@ -253,15 +259,15 @@ def test_a_part_without_a_source_is_drawn_piece_by_piece(
 def test_the_latents_map_can_begin_small(masked_lm, transformer_xl, config_file, tmp_path):
     """A half says nothing of it, the config does."""
     values = json.loads(config_file.read_text(encoding="utf-8"))
-    drawn = {}
+    initialized = {}
     for scale in (1.0, 0.01):
         values["decoder"]["latent_initializer_scale"] = scale
         (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
         folder = tmp_path / str(scale)
         warm_start(folder, encoder=masked_lm[0], decoder=transformer_xl, config=tmp_path / "config.json", seed=3)
-        drawn[scale] = stored(folder)["decoder.latent_projection.weight"]
-    np.testing.assert_allclose(drawn[0.01], 0.01 * drawn[1.0], rtol=1e-5)
-    assert 0.01 < drawn[1.0].std() < 0.03  # initializer_range is 0.02
+        initialized[scale] = stored(folder)["decoder.latent_projection.weight"]
+    np.testing.assert_allclose(initialized[0.01], 0.01 * initialized[1.0], rtol=1e-5)
+    assert 0.01 < initialized[1.0].std() < 0.03  # initializer_range is 0.02
 
 
 # What comes of it
@@ -298,10 +304,10 @@ def test_it_exports_to_the_published_layout(started, model, tmp_path):
 
 def test_modules():
     every = ["a.b.c", "a.b.d", "a.e", "f.0.g", "f.1.g", "h"]
-    assert modules(["a.b.c", "a.b.d"], every) == ["a.b"]
-    assert modules(["a.b.c", "a.b.d", "a.e", "f.1.g"], every) == ["a", "f.1"]
-    assert modules(["a.b.d", "h"], every) == ["a.b.d", "h"]
-    assert modules([], every) == []
+    assert covering_modules(["a.b.c", "a.b.d"], every) == ["a.b"]
+    assert covering_modules(["a.b.c", "a.b.d", "a.e", "f.1.g"], every) == ["a", "f.1"]
+    assert covering_modules(["a.b.d", "h"], every) == ["a.b.d", "h"]
+    assert covering_modules([], every) == []
 
 
 # What does not fit

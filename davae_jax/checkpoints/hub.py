@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.torch_file import TORCH_FILES
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
-
-TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors needs no PyTorch
-
 
 HUB_PATTERNS = [CONFIG_FILE, *TORCH_FILES, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
 

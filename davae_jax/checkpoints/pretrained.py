@@ -51,9 +51,9 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     if stored := weights_path(folder):
         arrays = load_weights(stored, targets)
     else:
-        from davae_jax.checkpoints.from_torch import read_arrays
+        from davae_jax.checkpoints.published_state import read_published_weights
 
-        arrays = _place(read_arrays(folder, config), targets)
+        arrays = _place(read_published_weights(folder, config), targets)
     if (missing := targets.keys() - arrays.keys()) == {"decoder.inv_freq"}:
         # A source without the stored frequencies: the published program computes them, and so does a fresh decoder.
         arrays |= _place([("decoder.inv_freq", inverse_frequencies(config.decoder.hidden_size))], targets)

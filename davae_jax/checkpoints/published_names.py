@@ -76,15 +76,15 @@ REST = [
 class NameRow(NamedTuple):
     name: str  # in the published file
     path: str  # in the model
-    name_shape: tuple[int, ...]
-    path_shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    model_shape: tuple[int, ...]
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
         """Both transforms are views. "three": the file stacks q, k and v as [3D, …], the model keeps [3, D, …]."""
-        return array.reshape(self.path_shape)
+        return array.reshape(self.model_shape)
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(self.name_shape)
+        return array.reshape(self.file_shape)
 
 
 def name_table(config: DAVAEConfig) -> list[NameRow]:

@@ -63,7 +63,7 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
     table = name_table(config)
     here = SingleDeviceSharding(jax.local_devices()[0])
     dtypes = {row.path: stored[row.path].dtype if row.path in stored else np.float32 for row in table}
-    targets = {row.path: jax.ShapeDtypeStruct(row.path_shape, dtypes[row.path], sharding=here) for row in table}
+    targets = {row.path: jax.ShapeDtypeStruct(row.model_shape, dtypes[row.path], sharding=here) for row in table}
     arrays = load_weights(path, targets)
     extras = stored_metadata(path)
     if path.name == PARAMS_FOLDER and "buffers" not in extras:

@@ -13,9 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from davae_jax.checkpoints.hub import TORCH_FILES
 from davae_jax.utils.errors import InputError
 
+TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors needs no PyTorch
 SAFETENSORS_DTYPES = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
@@ -29,7 +29,7 @@ SAFETENSORS_DTYPES = {
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
-def find(folder: Path) -> Path:
+def find_weights_file(folder: Path) -> Path:
     """The weights file of a folder: model.safetensors, else pytorch_model.bin. `folder` may be the file itself."""
     if folder.is_file():
         return folder
@@ -39,7 +39,7 @@ def find(folder: Path) -> Path:
     raise InputError(f"{folder}: holds no {' and no '.join(TORCH_FILES)}")
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint, memory-mapped: a page is read when it is touched.
 
     Raises:

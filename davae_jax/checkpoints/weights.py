@@ -39,7 +39,7 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
         raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     with quiet_orbax():
         try:
-            arrays = flatten(ocp.load(path.absolute(), nest(wanted), checkpointable_name=_part(path)))
+            arrays = flatten(ocp.load(path.absolute(), nest(wanted), checkpointable_name=_checkpointable_name(path)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
     if bad := [p for p, finite in _are_finite(arrays).items() if not finite]:
@@ -104,7 +104,7 @@ def nest(flat: FlatParams, key=str) -> Params:
     return params
 
 
-def _part(path: Path) -> str:
+def _checkpointable_name(path: Path) -> str:
     """Which part of an Orbax checkpoint the weights are; a run's hold the optimizers' states beside them."""
     return PARAMS_FOLDER if path.parent.name == CHECKPOINTS_FOLDER else "AUTO"
 
@@ -114,7 +114,7 @@ def _metadata(path: Path):
 
     with quiet_orbax():
         try:
-            metadata = ocp.metadata(path.absolute(), _part(path))
+            metadata = ocp.metadata(path.absolute(), _checkpointable_name(path))
         except Exception as e:  # not a checkpoint, or one that was cut off
             raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
     if metadata.metadata is None:

@@ -340,7 +340,7 @@ def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
     """
     folder = Path(folder)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)  # fills in what a config.json may leave out
-    return build_twin(config.to_dict(), torch_file.read(torch_file.find(folder)), dtype)
+    return build_twin(config.to_dict(), torch_file.read_tensors(torch_file.find_weights_file(folder)), dtype)
 
 
 def build_twin(config: dict, state: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Twin:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from davae_jax.checkpoints import torch_file
-from davae_jax.checkpoints.from_torch import checked_rows, read_state
+from davae_jax.checkpoints.published_state import checked_name_table, read_published_state
 from davae_jax.checkpoints.run_folder import weights_path
 from davae_jax.checkpoints.to_torch import published_state
 from davae_jax.model.attention import visible_keys
@@ -131,8 +131,8 @@ def _published_arrays(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray
     """The weights under the published names, of a converted checkpoint or a published folder."""
     if weights_path(folder):
         return published_state(folder, config, np.dtype(np.float32))
-    state = read_state(folder)
-    checked_rows(state, config, torch_file.find(folder))
+    state = read_published_state(folder)
+    checked_name_table(state, config, torch_file.find_weights_file(folder))
     return state
 
 
