@@ -1,9 +1,9 @@
-"""Published PyTorch checkpoint → a folder that `davae_jax.from_pretrained` reads without PyTorch.
+"""Converts a published PyTorch checkpoint into a folder that `davae_jax.from_pretrained` reads without PyTorch.
 
     python -m convert.from_torch SRC DST
 
-SRC is a folder with config.json and pytorch_model.bin (or model.safetensors), or a Hugging Face repo id. The sibling
-models' layout, with one more `vae_model.` before every name, is read as well.
+SRC is a folder with config.json and pytorch_model.bin or model.safetensors, or a Hugging Face repo id. The layout of
+the sibling models, with one more `vae_model.` before each name, is read as well.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_names import BUFFERS, NameRow
 from davae_jax.checkpoints.published_state import checked_name_table, read_published_state
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
 from davae_jax.checkpoints.staging import copy_files, staged_folder
+from davae_jax.checkpoints.torch_file import find_weights_file
 from davae_jax.checkpoints.weights import FlatParams, save_weights
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers
 
 
 def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Path:
-    """Converts a checkpoint. Values keep the source's dtype; the folder appears at `dst` only when it is complete.
+    """Converts a checkpoint and returns `dst`, which appears only when it is complete. Values keep the file's dtype.
 
     Raises:
-      InputError: nothing at `src`, `dst` exists, or what is there does not fit its config.json: all tensors that are
-        missing, unexpected, misshapen or not finite in one message.
+      InputError: there is no checkpoint at `src`, `dst` exists, or the tensors do not fit config.json; one message
+        names all tensors that are missing, unexpected, misshapen or not finite.
     """
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
@@ -38,13 +38,13 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
         load_tokenizers(folder, config)
     with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = read_published_state(folder)
-        table = checked_name_table(state, config, torch_file.find_weights_file(folder))
-        buffers = [name for name, tensor in BUFFERS.items() if tensor in state]
+        table = checked_name_table(state, config, find_weights_file(folder))
+        buffers = [buffer for buffer, name in BUFFERS.items() if name in state]
 
-        def arrays_of(group):
-            return {row.path: row.to_model(state[row.name]) for row in group}
+        def load_group(rows: list[NameRow]) -> FlatParams:
+            return {row.path: row.to_model(state[row.name]) for row in rows}
 
-        write_params(staging, table, arrays_of, buffers=buffers, label=f"{folder.name} → {dst.name}")
+        write_params(staging, table, load_group, buffers=buffers, label=f"{folder.name} → {dst.name}")
         copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
     return dst
 
@@ -52,21 +52,24 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
 def write_params(
     folder: Path,
     table: list[NameRow],
-    arrays_of: Callable[[list[NameRow]], FlatParams],
+    load_group: Callable[[list[NameRow]], FlatParams],
     *,
     buffers: list[str],
     label: str,
 ) -> None:
-    """Writes `folder`/params layer by layer: `arrays_of` is asked for a layer's arrays when its turn has come.
+    """Writes `folder`/params group by group, so that only a few layers are in memory at a time.
 
-    `buffers` says which of `names.BUFFERS` an export gives back.
+    Args:
+      load_group: called for one group of rows after the other; returns their arrays by path.
+      buffers: the keys of `published_names.BUFFERS` that an export writes back.
+      label: what the progress bar shows.
     """
     bar = tqdm(list(_write_groups(table)), desc=label, unit="group", disable=None)
-    save_weights(folder / PARAMS_FOLDER, map(arrays_of, bar), {"buffers": buffers})
+    save_weights(folder / PARAMS_FOLDER, map(load_group, bar), {"buffers": buffers})
 
 
 def _write_groups(table: list[NameRow]) -> Iterator[list[NameRow]]:
-    """What is written, and held in buffers, at one time: a few layers together, the rest apart by kind."""
+    """Splits the table into the groups that are written one at a time."""
     group: list[NameRow] = []
     for row in table:
         if group and _write_group(row) != _write_group(group[-1]):
@@ -77,7 +80,8 @@ def _write_groups(table: list[NameRow]) -> Iterator[list[NameRow]]:
 
 
 def _write_group(row: NameRow) -> str:
-    # At the published size four layers a group take two thirds of the time of one a group, for 4 % more memory.
+    """Returns the group of a row: four layers together, the embedding of the decoder alone, the rest by module."""
+    # At the published size, groups of four layers take two thirds of the time of single layers, for 4 % more memory.
     if layer := re.match(r"(\w+)\.layers\.(\d+)\.", row.path):
         return f"{layer[1]} layers {int(layer[2]) // 4}"
     # The decoder's embedding alone is as large as three layers.
