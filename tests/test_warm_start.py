@@ -29,12 +29,11 @@ from tokenizer_fixtures import make_vocab
 
 import davae_jax
 from davae_jax import DAVAE, DAVAEConfig
+from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.to_torch import export
 from davae_jax.checkpoints.warm_start import (
     covering_modules,
     initialize_weights,
-    read_decoder,
-    read_encoder,
     warm_start,
 )
 from davae_jax.checkpoints.weights import flat_params, unflatten
@@ -55,7 +54,7 @@ BERT = dict(
     type_vocab_size=2,
     layer_norm_eps=1e-12,
 )
-DECODER = "vae_model.decoder."
+ENCODER, DECODER = "vae_model.encoder.", "vae_model.decoder."
 L = 4
 
 
@@ -121,9 +120,15 @@ def model(started):
     return davae_jax.from_pretrained(started[0])
 
 
+def source_arrays(state, config, prefix):
+    """A source's tensors by their paths in the model. The prefix is what the published names have before its own."""
+    rows = [row for row in name_table(config) if row.name.removeprefix(prefix) in state]
+    return {row.path: row.to_model(state[row.name.removeprefix(prefix)].numpy()) for row in rows}
+
+
 @pytest.fixture
 def drawn_in_groups(monkeypatch):
-    """In place of draws, which take their time to compile, a stand-in that notes what was asked for."""
+    """Replaces the initializers, which take long to compile, by a stand-in; the list holds the paths of each call."""
     groups = []
 
     def stand_in(config, paths, seed):
@@ -156,11 +161,13 @@ def test_the_encoder_computes_what_transformers_computes(model, masked_lm):
     assert_encodes_like(model, masked_lm[1])
 
 
-def test_bare_names_and_the_pooler(bare_bert, model):
-    loaded = read_encoder(bare_bert[0], model.config)
+def test_bare_names_and_the_pooler(bare_bert, transformer_xl, model, tmp_path, drawn_in_groups):
+    report = warm_start(tmp_path / "new", encoder=bare_bert[0], decoder=transformer_xl, latent_size=L)
+    loaded = report.loaded["encoder"]
     assert {path for path in loaded if "pooler" in path} == {"encoder.pooler.weight", "encoder.pooler.bias"}
     graphdef, _ = split(model)
-    params = flat_params(model) | {path: jnp.asarray(array) for path, array in loaded.items()}
+    arrays = stored(tmp_path / "new")
+    params = flat_params(model) | {path: jnp.asarray(arrays[path]) for path in loaded}
     assert_encodes_like(merge(graphdef, unflatten(params)), bare_bert[1])
 
 
@@ -175,10 +182,11 @@ def test_the_decoder_without_latent_is_the_transformer_xl(model, golden_arrays):
 def test_taken_weights_keep_their_bits(started, transformer_xl, masked_lm):
     arrays = stored(started[0])
     config = DAVAEConfig.from_json(started[0] / "config.json")
-    loaded = read_encoder(masked_lm[0], config) | read_decoder(transformer_xl, config)
+    loaded = source_arrays(masked_lm[1].state_dict(), config, ENCODER)
+    loaded |= source_arrays(transformer_xl_state(), config, DECODER)
+    assert loaded.keys() == {path for paths in started[1].loaded.values() for path in paths}
     assert_same({path: arrays[path] for path in loaded}, loaded)
-    state = masked_lm[1].state_dict()
-    assert same_bits(arrays["encoder.layers.1.query.weight"], state["encoder.layer.1.attention.self.query.weight"])
+    assert "encoder.layers.1.query.weight" in loaded
     assert arrays["encoder.word.weight"].dtype == np.float32
     assert arrays["decoder.embedding.weight"].dtype == np.float16
     assert same_bits(arrays["decoder.inv_freq"], state_of("small")[INV_FREQ])
@@ -197,8 +205,9 @@ def test_names_of_2018(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
     assert report.unused["encoder"] == ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma"]
     assert report.unused["decoder"] == []
     config = DAVAEConfig.from_json(tmp_path / "new" / "config.json")
-    ours, theirs = read_encoder(folder, config), read_encoder(bare_bert[0], config)
-    assert_same(ours, {path: array.astype(np.float16) for path, array in theirs.items()})
+    arrays = stored(tmp_path / "new")
+    expected = source_arrays({name: x.half() for name, x in bare_bert[1].state_dict().items()}, config, ENCODER)
+    assert_same({path: arrays[path] for path in report.loaded["encoder"]}, expected)
 
 
 def test_frequencies_may_be_absent(masked_lm, tmp_path):

@@ -141,24 +141,6 @@ def warm_start(
     )
 
 
-def read_encoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
-    """A BERT's weights by their paths in the model ("encoder.word.weight"); the pooler's may be absent.
-
-    Raises:
-      InputError: the file is damaged or does not fit `config.encoder`; all that is wrong in one message.
-    """
-    return _read_source("encoder", folder, name_table(config)).arrays
-
-
-def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
-    """A Transformer-XL's weights by their paths in the model; `decoder.inv_freq` may be absent.
-
-    Raises:
-      InputError: the file is damaged or does not fit `config.decoder`; all that is wrong in one message.
-    """
-    return _read_source("decoder", folder, name_table(config)).arrays
-
-
 def initialize_weights(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, jax.Array]:
     """Returns the weights at `paths` of a new model, in float32."""
     return _initialize_weights(config, tuple(paths), jax.random.key(seed)) if paths else {}
