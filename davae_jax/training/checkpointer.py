@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,16 @@ class Checkpoints:
       step: of the newest complete checkpoint, 0 if there is none.
     """
 
-    def __init__(self, run: Path, keep: int):
+    def __init__(self, run: Path, keep: int, *, on_complete: Callable[[Path], None] | None = None):
         """
         Args:
           run: the run folder.
           keep: how many of the newest checkpoints are kept, beside the one with the lowest held-out loss.
+          on_complete: called with the path of each saved checkpoint as soon as it is complete, on a thread of Orbax's.
         """
         self.run = run
         self.step = max(map(_step, complete_checkpoints(run)), default=0)
-        self._keep = keep
+        self._keep, self._on_complete = keep, on_complete
         self._checkpointer = None  # Orbax's, made for the first save
         self._saving: int | None = None  # the step whose save is in progress
 
@@ -83,6 +84,9 @@ class Checkpoints:
             self._response = self._open().save_checkpointables_async(
                 step, _parts(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
             )
+            if self._on_complete is not None:
+                path, on_complete = self.path(step), self._on_complete
+                self._response.on_complete(lambda _: on_complete(path))
 
     def wait(self) -> None:
         """Waits until the save in progress, if any, is complete. Raises InputError if it failed."""
