@@ -19,15 +19,10 @@ from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh, make_mesh
-from davae_jax.planning.plan import (
-    activations,
-    batch_shapes,
-    bytes_per_device,
-    fewest_chips,
-    make_plan,
-    memory,
-    traffic,
-)
+from davae_jax.planning.communication import traffic
+from davae_jax.planning.memory import activations, fewest_chips, memory
+from davae_jax.planning.plan import make_plan
+from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.flops import forward_products, model_flops
 from davae_jax.training.objective import gradient
@@ -162,7 +157,7 @@ def test_work_is_what_xla_counts(remat, chunk):
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted = step.lower(params, batch_shapes(config, B), key).cost_analysis()["flops"]
     products = forward_products(config, ONE)
-    expected = sum((1 + p.backward + p.again) * p.flops for p in products)
+    expected = sum((1 + p.backward + p.recomputed) * p.flops for p in products)
     assert 1 <= counted / expected < 1.05
 
 
@@ -180,8 +175,8 @@ def test_model_flops_of_a_batch():
 
 
 def test_the_logits_chunks_are_made_twice():
-    again = {c: sum(p.again * p.flops for p in forward_products(with_(logits_chunk=c), ONE)) for c in (8, T)}
-    assert again[T] == 0 and again[8] == 2 * B * T * 128 * 1024
+    recomputed = {c: sum(p.recomputed * p.flops for p in forward_products(with_(logits_chunk=c), ONE)) for c in (8, T)}
+    assert recomputed[T] == 0 and recomputed[8] == 2 * B * T * 128 * 1024
 
 
 def test_work_of_the_published_size():
