@@ -18,7 +18,7 @@ from davae_jax.cli.parity import Parity
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import merge, split
 from davae_jax.parity import compare as parity
-from davae_jax.parity import values as sides
+from davae_jax.parity import module_values
 from davae_jax.utils.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,8 +35,8 @@ def small(tmp_path_factory):
     """The model of golden/small, and what the twin computes with it."""
     gradients = tmp_path_factory.mktemp("gradients")
     config = DAVAEConfig.from_json(SMALL / "config.json")
-    batch = sides.make_batch(config, batch_size=2, length=48, seed=0)
-    return from_pretrained(SMALL), batch, sides.run_twin(SMALL, config, batch, gradients), gradients
+    batch = module_values.make_inputs(config, batch_size=2, length=48, seed=0)
+    return from_pretrained(SMALL), batch, module_values.twin_values(SMALL, config, batch, gradients), gradients
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_small_agrees_gradients_included(small):
     names = [check.module for check in report.checks]
     assert len(set(names)) == len(names) == 50
     assert names[:4] == ["encoder embeddings", *(f"encoder layer {i}" for i in range(3))]
-    assert {"decoder layer 2", "memory, published mask", "gradient of decoder layer 2", parity.IGNORED} < set(names)
+    expected = {"decoder layer 2", "memory, published mask", "gradient of decoder layer 2", parity.ZERO_GRADIENTS}
+    assert expected < set(names)
     assert sum(check.isolated is not None for check in report.checks) == 16
     assert parity.format_report(report).endswith("\nall 50 modules agree")
     # Not the same program twice, and nothing left out.
@@ -72,7 +73,7 @@ def test_small_agrees_gradients_included(small):
 @pytest.fixture
 def one_loss(monkeypatch):
     """Fewer programs to compile, for tests that are about something else."""
-    monkeypatch.setattr(sides, "LOSSES", {"loss": (1, True)})
+    monkeypatch.setattr(module_values, "LOSSES", {"loss": (1, True)})
 
 
 def test_memory_agrees(one_loss):
@@ -88,7 +89,7 @@ def test_converted_checkpoint_by_command(converted, capsys):
 
 
 def test_bfloat16_agrees_within_its_own_tolerances(converted, one_loss, monkeypatch):
-    monkeypatch.setattr(sides, "SEGMENTS", 2)
+    monkeypatch.setattr(module_values, "NUM_SEGMENTS", 2)
     report = parity.compare(converted, dtype="bfloat16", gradients=False)
     assert report.ok
     logits = next(check for check in report.checks if check.module == "logits")
@@ -179,15 +180,15 @@ def test_free_bits_of_dimensions_that_rounding_moves_over_the_target(small):
     """A KL of 1.0001 here and 0.9999 there: the KL agrees, and so does the loss."""
     model, _, twin, _ = small
     target = model.config.dim_target_kl
-    kl = twin[sides.KL].copy()
+    kl = twin[module_values.KL_PER_DIM].copy()
     kl[0, 0], kl[1, 1] = target - 1e-6, target + 1e-6
     other = kl.copy()
     other[0, 0], other[1, 1] = target + 1e-6, target - 1e-6
-    for name, (fb_mode, _) in sides.LOSSES.items():
-        moved = parity._same_free_bits(twin | {sides.KL: kl}, other, target)[name] - twin[name]
+    for name, (fb_mode, _) in module_values.LOSSES.items():
+        moved = parity._with_free_bits_of(twin | {module_values.KL_PER_DIM: kl}, other, target)[name] - twin[name]
         np.testing.assert_allclose(moved, 0, atol=1e-4)  # one dimension in, one out
         other[0, 0] = target - 1e-6
-        moved = parity._same_free_bits(twin | {sides.KL: kl}, other, target)[name] - twin[name]
+        moved = parity._with_free_bits_of(twin | {module_values.KL_PER_DIM: kl}, other, target)[name] - twin[name]
         np.testing.assert_allclose(moved, [0, -target / 2, -target / 2] if fb_mode == 1 else 0, atol=1e-4)
         other[0, 0] = target + 1e-6
 
@@ -214,9 +215,9 @@ def test_inputs(small):
     assert pads.any() and not pads[0].any()
     assert (np.diff(pads, axis=1) >= 0).all()  # nothing but padding after padding
     assert not (batch.segment_ids == config.end_token_id).any()
-    other = sides.make_batch(config, 2, 48, seed=1)
+    other = module_values.make_inputs(config, 2, 48, seed=1)
     assert (other.decoder_ids != batch.decoder_ids).any()
-    assert all((a == b).all() for a, b in zip(sides.make_batch(config, 2, 48, 0), batch, strict=True))
+    assert all((a == b).all() for a, b in zip(module_values.make_inputs(config, 2, 48, 0), batch, strict=True))
 
 
 @pytest.mark.parametrize(

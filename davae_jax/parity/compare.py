@@ -2,8 +2,8 @@
 
     python -m convert.parity SRC [--dtype bfloat16] [--against FOLDER] [--no-gradients]
 
-The PyTorch twin (`twin.py`) and the JAX model read the same inputs (`sides.py`). Each module is compared twice: end to
-end, where everything before it is JAX's own; and in isolation, where it is given the twin's input of that module, so
+The PyTorch twin (`twin.py`) and the JAX model read the same inputs (`module_values.py`). Each module is compared twice:
+end to end, where everything before it is JAX's own; and in isolation, where it is given the twin's input of that module, so
 that a fault shows where it happens and rounding does not add up.
 
 What is allowed in float32:
@@ -51,13 +51,25 @@ from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, split
-from davae_jax.parity import values as sides
-from davae_jax.parity.values import Batch, Step, Values
+from davae_jax.parity import module_values
+from davae_jax.parity.module_values import (
+    ADVERSARIAL_LOSSES,
+    BETA,
+    KL_PER_DIM,
+    Inputs,
+    Progress,
+    Values,
+    isolated_jax_values,
+    jax_gradients,
+    jax_values,
+    make_inputs,
+    twin_values,
+)
 from davae_jax.utils.errors import InputError
 
 Dtype = Literal["float32", "bfloat16"]
-IGNORED = "gradient of key and relative biases"
-SOFTMAX_IGNORES = re.compile(r"encoder\.layers\.\d+\.key\.bias|decoder\.layers\.\d+\.relative\.bias")
+ZERO_GRADIENTS = "gradient of key and relative biases"
+ZERO_GRADIENT_PATHS = re.compile(r"encoder\.layers\.\d+\.key\.bias|decoder\.layers\.\d+\.relative\.bias")
 
 
 class Tolerances(NamedTuple):
@@ -68,8 +80,8 @@ class Tolerances(NamedTuple):
     loss: float  # relative
     gradient: float  # of the tensor's norm
     gradient_noise: float  # of the largest norm in the layer
-    ignored: float  # absolute norm of a gradient that should be 0
-    ignored_noise: float  # the same, of the largest norm in the layer
+    zero_gradient: float  # absolute norm of a gradient that should be 0
+    zero_gradient_noise: float  # the same, of the largest norm in the layer
 
 
 TOLERANCES: dict[str, Tolerances] = {
@@ -139,11 +151,12 @@ def compare(
         raise InputError(f"--batch-size must be at least 1, not {batch_size}", exit_code=2)
     longest = config.encoder.max_position_embeddings
     length = min(48, longest) if length is None else length
-    if not sides.SEGMENTS <= length <= longest:
+    if not module_values.NUM_SEGMENTS <= length <= longest:
         raise InputError(
-            f"--length must be {sides.SEGMENTS} to {longest}, the encoder's positions, not {length}", exit_code=2
+            f"--length must be {module_values.NUM_SEGMENTS} to {longest}, the encoder's positions, not {length}",
+            exit_code=2,
         )
-    batch = sides.make_batch(config, batch_size, length, seed)
+    batch = make_inputs(config, batch_size, length, seed)
     bar = tqdm(total=12 if gradients else 9, disable=None, leave=False)
 
     def step(name: str) -> None:
@@ -152,7 +165,7 @@ def compare(
 
     with bar, tempfile.TemporaryDirectory(prefix="davae-parity-") as scratch:
         gradient_folder = Path(scratch) if gradients else None
-        twin = sides.run_twin(twin_folder, twin_config, batch, gradient_folder, step)
+        twin = twin_values(twin_folder, twin_config, batch, gradient_folder, step)
         gc.collect()
         step("JAX: weights")
         model = from_pretrained(folder, dtype=dtype)
@@ -161,23 +174,23 @@ def compare(
 
 def check_model(
     model: DAVAE,
-    batch: Batch,
+    batch: Inputs,
     twin: Values,
     dtype: Dtype = "float32",
     gradients: Path | None = None,
-    step: Step = lambda name: None,
+    step: Progress = lambda name: None,
 ) -> Report:
     """Compares a model with what `run_twin` computed, and with the gradients it left in that folder."""
     tolerances = TOLERANCES[dtype]
     with jax.default_matmul_precision("highest"):
-        end_to_end = sides.run_jax(model, batch, step)
-        isolated = sides.run_isolated(model, batch, twin, dtype, step)
+        end_to_end = jax_values(model, batch, step)
+        isolated = isolated_jax_values(model, batch, twin, dtype, step)
         isolated["encoder embeddings"] = end_to_end["encoder embeddings"]  # their input is the ids
-        twin = _same_free_bits(twin, end_to_end[sides.KL], model.config.dim_target_kl)
-        checks = [_check(name, end_to_end, isolated, twin, tolerances) for name in twin]
+        twin = _with_free_bits_of(twin, end_to_end[KL_PER_DIM], model.config.dim_target_kl)
+        checks = [_check_value(name, end_to_end, isolated, twin, tolerances) for name in twin]
         if gradients:
             step("JAX: gradients")
-            found = flatten(sides.jax_gradients(*split(model), batch))
+            found = flatten(jax_gradients(*split(model), batch))
             step("gradients: difference")
             checks += _check_gradients(found, gradients, name_table(model.config), tolerances)
     return Report(checks)
@@ -186,20 +199,20 @@ def check_model(
 # Differences
 
 
-def _same_free_bits(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
+def _with_free_bits_of(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
     """The twin's fb_mode 1 losses as if JAX's KL, `kl_BL`, had said which dimensions are above the target.
 
     Free bits jump by a whole dimension where rounding carries its KL across the target. That is no fault, and how far
     the dimensions' KLs differ is a check of its own.
     """
-    moved_B = (twin[sides.KL] * (1.0 * (kl_BL > target) - (twin[sides.KL] > target))).sum(-1)
-    moved = np.array([0.0, moved_B.mean(), sides.BETA * moved_B.sum()], np.float32)
-    return twin | {name: twin[name] + moved for name, (fb_mode, _) in sides.LOSSES.items() if fb_mode == 1}
+    moved_B = (twin[KL_PER_DIM] * (1.0 * (kl_BL > target) - (twin[KL_PER_DIM] > target))).sum(-1)
+    moved = np.array([0.0, moved_B.mean(), BETA * moved_B.sum()], np.float32)
+    return twin | {name: twin[name] + moved for name, (fb_mode, _) in module_values.LOSSES.items() if fb_mode == 1}
 
 
-def _check(name: str, end_to_end: Values, isolated: Values, twin: Values, tolerances: Tolerances) -> Check:
+def _check_value(name: str, end_to_end: Values, isolated: Values, twin: Values, tolerances: Tolerances) -> Check:
     expected = twin[name]
-    if name in sides.LOSSES or name == sides.ADVERSARIAL:
+    if name in module_values.LOSSES or name == ADVERSARIAL_LOSSES:
         scale = np.abs(expected)
         allowed = isolated_allowed = tolerances.loss
     else:
@@ -223,14 +236,14 @@ def _largest_difference(found: np.ndarray, expected: np.ndarray, scale: np.ndarr
 def _check_gradients(found: dict, folder: Path, table: list[NameRow], tolerances: Tolerances) -> list[Check]:
     """One check a module, of its worst tensor, and one of all that softmax ignores. Empties `found` as it goes."""
     t = tolerances
-    checks, ignored = [], []
-    for module, group in itertools.groupby((row for row in table if row.name != INV_FREQ), _gradient_of):
+    checks, zero_gradient = [], []
+    for module, group in itertools.groupby((row for row in table if row.name != INV_FREQ), _gradient_name):
         differences, zeros = {}, {}
         for row in group:
             expected = np.load(folder / f"{row.name}.npy", mmap_mode="r")
             gradient = row.to_file(np.asarray(found.pop(row.path), np.float32))
             norm = float(np.linalg.norm(expected))
-            if SOFTMAX_IGNORES.fullmatch(row.path):
+            if ZERO_GRADIENT_PATHS.fullmatch(row.path):
                 zeros[row.path] = float(np.maximum(norm, np.linalg.norm(gradient)))
             else:
                 differences[row.path] = norm, _largest_difference(gradient, expected)
@@ -241,12 +254,12 @@ def _check_gradients(found: dict, folder: Path, table: list[NameRow], tolerances
             allowed = t.gradient * norm + t.gradient_noise * largest
             tensors.append(Check(module, difference / scale, allowed / scale, detail=path))
         checks.append(_worst(tensors))
-        allowed = max(t.ignored, t.ignored_noise * largest)
-        ignored += [Check(IGNORED, norm, allowed, detail=path) for path, norm in zeros.items()]
-    return [*checks, _worst(ignored)]
+        allowed = max(t.zero_gradient, t.zero_gradient_noise * largest)
+        zero_gradient += [Check(ZERO_GRADIENTS, norm, allowed, detail=path) for path, norm in zeros.items()]
+    return [*checks, _worst(zero_gradient)]
 
 
-def _gradient_of(row: NameRow) -> str:
+def _gradient_name(row: NameRow) -> str:
     if layer := re.match(r"(\w+)\.layers\.(\d+)\.", row.path):
         return f"gradient of {layer[1]} layer {layer[2]}"
     return f"gradient of {'.'.join(row.path.split('.')[:2])}"

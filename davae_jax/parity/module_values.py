@@ -27,22 +27,22 @@ from davae_jax.model.losses import adversarial_losses, published_loss
 from davae_jax.utils.errors import InputError
 
 Values = dict[str, np.ndarray]  # module → what it computes, float32; the twin's are in the order of computation
-Step = Callable[[str], None]  # told what begins
+Progress = Callable[[str], None]  # told what begins
 
 BETA = 0.5  # the KL's weight in the losses compared
-NOISE = 0.1  # standard deviation of the embedding noise
-SEGMENTS = 3  # the pieces in which a text is read with memory
-MASKS = {"published mask": "published", "full mask": None}
+NOISE_STD = 0.1  # standard deviation of the embedding noise
+NUM_SEGMENTS = 3  # the pieces in which a text is read with memory
+WINDOWS = {"published mask": "published", "full mask": None}
 LOSSES = {
     f"loss, fb_mode {fb_mode}{', length weighted' * weighted}": (fb_mode, weighted)
     for fb_mode in (0, 1, 2)
     for weighted in (True, False)
 }
-KL = "KL per dimension"
-ADVERSARIAL = "adversarial losses"
+KL_PER_DIM = "KL per dimension"
+ADVERSARIAL_LOSSES = "adversarial losses"
 
 
-class Batch(NamedTuple):
+class Inputs(NamedTuple):
     """What both sides read. Rows have unequal lengths, those of segment_ids excepted."""
 
     encoder_ids: np.ndarray  # [B, S], padded with 0
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     prior: np.ndarray  # [B, L], what the discriminator should take for the prior
 
 
-def make_batch(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> Batch:
+def make_inputs(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> Inputs:
     rng = np.random.default_rng(seed)
     end = config.end_token_id
 
@@ -69,11 +69,11 @@ def make_batch(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> 
     def normal(*shape):
         return rng.standard_normal((batch_size, *shape), dtype=np.float32)
 
-    return Batch(
+    return Inputs(
         encoder_ids=padded(rng.integers(1, config.encoder.vocab_size, (batch_size, length)), 0),
         decoder_ids=padded(decoder_ids(), end),
         segment_ids=decoder_ids(),
-        noise=NOISE * normal(length, config.encoder.hidden_size),
+        noise=NOISE_STD * normal(length, config.encoder.hidden_size),
         eps=normal(config.latent_size),
         prior=normal(config.latent_size),
     )
@@ -82,8 +82,8 @@ def make_batch(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> 
 # PyTorch
 
 
-def run_twin(
-    folder: Path, config: DAVAEConfig, batch: Batch, gradients: Path | None = None, step: Step = lambda name: None
+def twin_values(
+    folder: Path, config: DAVAEConfig, batch: Inputs, gradients: Path | None = None, step: Progress = lambda name: None
 ) -> Values:
     """Everything the twin computes. Each tensor's gradient goes to a file in `gradients`, under its published name."""
     try:
@@ -94,7 +94,7 @@ def run_twin(
 
     step("PyTorch: weights")
     twin = build_twin(config.to_dict(), _published_arrays(folder, config))
-    b = Batch(*(torch.from_numpy(x.astype(np.int64) if x.dtype == np.int32 else x) for x in batch))
+    b = Inputs(*(torch.from_numpy(x.astype(np.int64) if x.dtype == np.int32 else x) for x in batch))
 
     def read(ids, memory, window):
         decoded = twin.decode(ids, latent, memory, window)
@@ -105,13 +105,13 @@ def run_twin(
         encoded = twin.encode(b.encoder_ids, b.noise)
         latent = encoded.mean + b.eps * (encoded.logvar / 2).exp()
         decoded = twin.decode(b.decoder_ids, latent)
-        values = _states(encoded, latent, decoded, decoded.logits)
+        values = _state_values(encoded, latent, decoded, decoded.logits)
         step("PyTorch: memory")
-        values |= _segments(read, b.segment_ids.tensor_split(SEGMENTS, dim=1), torch.stack)
+        values |= _segment_values(read, b.segment_ids.tensor_split(NUM_SEGMENTS, dim=1), torch.stack)
         step("PyTorch: losses")
         values["discriminator"] = twin.discriminate(latent)
-        values[KL] = kl_per_dim(*twin.encode(b.encoder_ids)[:2])
-        values[ADVERSARIAL] = torch.stack(twin.adversarial_losses(latent, b.prior))
+        values[KL_PER_DIM] = kl_per_dim(*twin.encode(b.encoder_ids)[:2])
+        values[ADVERSARIAL_LOSSES] = torch.stack(twin.adversarial_losses(latent, b.prior))
         for name, (fb_mode, weighted) in LOSSES.items():
             losses = twin.published_loss(b.encoder_ids, b.decoder_ids, b.eps, BETA, fb_mode, weighted)
             values[name] = torch.stack(losses)
@@ -139,7 +139,7 @@ def _published_arrays(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray
 # Both sides
 
 
-def _states(encoded, latent, decoded, logits) -> dict:
+def _state_values(encoded, latent, decoded, logits) -> dict:
     return {
         "encoder embeddings": encoded.hidden[0],
         **{f"encoder layer {i}": h for i, h in enumerate(encoded.hidden[1:])},
@@ -154,11 +154,11 @@ def _states(encoded, latent, decoded, logits) -> dict:
     }
 
 
-def _segments(read: Callable, pieces: Sequence, stack: Callable) -> dict:
+def _segment_values(read: Callable, pieces: Sequence, stack: Callable) -> dict:
     """Logits of each piece and the memory at the end. `read(ids, memory, window)` gives logits and the memory."""
     logits, first = read(pieces[0], None, None)
     values = {"segment 0": logits}
-    for mask, window in MASKS.items():
+    for mask, window in WINDOWS.items():
         memory = first
         for i, ids in enumerate(pieces[1:], 1):
             values[f"segment {i}, {mask}"], memory = read(ids, memory, window)
@@ -169,9 +169,9 @@ def _segments(read: Callable, pieces: Sequence, stack: Callable) -> dict:
 # JAX
 
 
-def run_jax(model: DAVAE, b: Batch, step: Step) -> Values:
+def jax_values(model: DAVAE, b: Inputs, step: Progress) -> Values:
     step("JAX: states")
-    values = dict(_forward(*split(model), b))
+    values = dict(_jax_states(*split(model), b))
     latent = values["latent"]
 
     def read(ids, memory, window):
@@ -181,32 +181,32 @@ def run_jax(model: DAVAE, b: Batch, step: Step) -> Values:
         return jnp.stack(memory.hidden)[:, :, memory.capacity - int(memory.length) :]
 
     step("JAX: memory")
-    values |= _segments(read, np.array_split(b.segment_ids, SEGMENTS, axis=1), stack)
+    values |= _segment_values(read, np.array_split(b.segment_ids, NUM_SEGMENTS, axis=1), stack)
     step("JAX: losses")
     values["discriminator"] = model.discriminate(latent)
-    values[KL] = kl_per_dimension(model.encode(b.encoder_ids))
-    values[ADVERSARIAL] = jnp.stack(adversarial_losses(model, latent, b.prior))
-    values |= _losses(*split(model), b)
+    values[KL_PER_DIM] = kl_per_dimension(model.encode(b.encoder_ids))
+    values[ADVERSARIAL_LOSSES] = jnp.stack(adversarial_losses(model, latent, b.prior))
+    values |= _jax_losses(*split(model), b)
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(graphdef, params, b: Batch):
+def _jax_states(graphdef, params, b: Inputs):
     model = merge(graphdef, params)
     encoded = model.encoder(b.encoder_ids, b.noise)
     latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
     decoded = model.decoder(b.decoder_ids, latent)
-    return _states(encoded, latent, decoded, model.decoder.logits(decoded.final))
+    return _state_values(encoded, latent, decoded, model.decoder.logits(decoded.final))
 
 
 @partial(jax.jit, static_argnums=0)
-def _losses(graphdef, params, b: Batch):
+def _jax_losses(graphdef, params, b: Inputs):
     # All in one program: the compiler merges what they share.
-    return {name: jnp.stack(_loss(merge(graphdef, params), b, *how)) for name, how in LOSSES.items()}
+    return {name: jnp.stack(_jax_loss(merge(graphdef, params), b, *how)) for name, how in LOSSES.items()}
 
 
 @partial(jax.jit, static_argnums=0)
-def jax_gradients(graphdef, params, b: Batch):
+def jax_gradients(graphdef, params, b: Inputs):
     """Of the published loss and both adversarial ones together, which reach every weight.
 
     fb_mode 0: no dimension's KL is masked, so none can fall on the other side of the mask.
@@ -216,17 +216,17 @@ def jax_gradients(graphdef, params, b: Batch):
         model = merge(graphdef, params)
         encoded = model.encoder(b.encoder_ids)
         latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
-        return _loss(model, b, 0, True)[2] + sum(adversarial_losses(model, latent, b.prior))
+        return _jax_loss(model, b, 0, True)[2] + sum(adversarial_losses(model, latent, b.prior))
 
     return jax.grad(total)(params)
 
 
-def _loss(model, b: Batch, fb_mode: int, weighted: bool):
+def _jax_loss(model, b: Inputs, fb_mode: int, weighted: bool):
     how = dict(eps=b.eps, beta=BETA, fb_mode=fb_mode, length_weighted=weighted)
     return published_loss(model, b.encoder_ids, b.decoder_ids, **how)
 
 
-def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: str, step: Step) -> Values:
+def isolated_jax_values(model: DAVAE, b: Inputs, twin: Values, dtype: str, step: Progress) -> Values:
     """Each module on the twin's input of that module. The losses and the memory have no such form."""
     encoder, decoder = model.encoder, model.decoder
     values = {}
@@ -260,7 +260,7 @@ def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: str, step: Step) -
     values["final norm"] = decoder.norm(x)
     values["logits"] = decoder.logits(given("final norm"))
     values["discriminator"] = model.discriminate(twin["latent"])
-    values[ADVERSARIAL] = jnp.stack(adversarial_losses(model, jnp.asarray(twin["latent"]), b.prior))
+    values[ADVERSARIAL_LOSSES] = jnp.stack(adversarial_losses(model, jnp.asarray(twin["latent"]), b.prior))
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 
