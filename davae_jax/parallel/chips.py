@@ -17,9 +17,9 @@ class Chip(NamedTuple):
 
 GB, GiB, TERA = 1e9, 2**30, 1e12
 # Sources: NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity; half of NVLink's rate, which is given
-# there for both directions together) and the user guides of DGX A100, H100 and H200 (one network card per GPU, 200 or 400 Gb/s);
-# Google's Cloud TPU documentation, "System architecture" of v4, v5e, v5p and v6e (interconnect in one direction; the
-# rate of the data centre network divided by the pod's chips; that of v4 is not published, v5p's is used instead).
+# there for both directions together); the user guides of DGX A100, H100 and H200 (one network card per GPU, 200 or
+# 400 Gb/s); Google's Cloud TPU documentation, "System architecture" of v4, v5e, v5p and v6e (interconnect in one
+# direction; the rate of the data centre network divided by the pod's chips; v4's is not published, v5p's is used).
 CHIPS = {
     "h200": Chip("H200", 141 * GB, 989 * TERA, 450 * GB, 8, 50 * GB, ("NVIDIA H200",)),
     "h100": Chip("H100", 80 * GB, 989 * TERA, 450 * GB, 8, 50 * GB, ("NVIDIA H100 80GB HBM3",)),
