@@ -1,7 +1,6 @@
 """`convert.parity`: right checkpoints agree, and an altered weight is named where it is."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -241,13 +240,3 @@ def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((SMALL / "config.json").read_text())))
     with pytest.raises(InputError, match=str(tmp_path)):
         parity.compare(tmp_path)
-
-
-@pytest.mark.slow
-def test_full_size():
-    """Minutes, 13 GB of memory and 5 GB of temporary files."""
-    folder = os.environ.get("DAVAE_FULL_CHECKPOINT")
-    if not folder:
-        pytest.skip("DAVAE_FULL_CHECKPOINT does not name a folder with a full-size checkpoint")
-    report = parity.compare(folder)
-    assert report.ok, parity.format_report(report)
