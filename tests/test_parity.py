@@ -1,4 +1,4 @@
-"""`convert.parity`: right checkpoints agree, and an altered weight is named where it is."""
+"""`convert.parity`: correct checkpoints agree, and a module with a wrong weight is named."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def altered(model, path, change):
     return merge(graphdef, unflatten(flat))
 
 
-# Right checkpoints
+# Correct checkpoints
 
 
 def test_small_agrees_gradients_included(small):
@@ -64,7 +64,7 @@ def test_small_agrees_gradients_included(small):
     assert expected < set(names)
     assert sum(check.isolated is not None for check in report.checks) == 16
     assert parity.format_report(report).endswith("\nall 50 modules agree")
-    # Not the same program twice, and nothing left out.
+    # The differences are neither all 0 nor near the tolerances, and none is NaN.
     assert 0 < max(check.end_to_end / check.allowed for check in report.checks) < 0.5
     assert all(np.isfinite(check.end_to_end) for check in report.checks)
 
@@ -92,7 +92,7 @@ def test_bfloat16_agrees_within_its_own_tolerances(converted, one_loss, monkeypa
     report = parity.compare(converted, dtype="bfloat16", gradients=False)
     assert report.ok
     logits = next(check for check in report.checks if check.module == "logits")
-    assert logits.end_to_end > 1e-2  # it did compute in bfloat16
+    assert logits.end_to_end > 1e-2  # it really computed in bfloat16
 
 
 # Differences
@@ -147,7 +147,7 @@ def test_wrong_gradient_is_named(small, tmp_path):
 
 
 def test_checkpoint_against_another_by_command(tmp_path, capsys):
-    """A file with one altered tensor, compared with the file it should be."""
+    """A file with one wrong tensor, compared with the correct file."""
     state = torch.load(SMALL / "pytorch_model.bin", weights_only=True)
     state["vae_model.decoder.transformer.layers.1.attention.dense.weight"][0] += 0.1
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -160,7 +160,7 @@ def test_checkpoint_against_another_by_command(tmp_path, capsys):
 
 
 def test_first_difference_is_where_it_happens():
-    """Rounding that adds up end to end does not hide a module that is wrong by itself."""
+    """Accumulated rounding of an earlier module does not hide a module that is wrong in isolation."""
     drift = parity.Check("decoder layer 5", 2.0, 1.0, 0.1, 1.0)
     fault = parity.Check("decoder layer 9", 3.0, 1.0, 2.0, 1.0)
     loss = parity.Check("loss", 2.0, 1.0)
@@ -212,7 +212,7 @@ def test_inputs(small):
     assert lengths[0] == 48 > lengths[1] >= 24
     pads = batch.decoder_ids == config.end_token_id
     assert pads.any() and not pads[0].any()
-    assert (np.diff(pads, axis=1) >= 0).all()  # nothing but padding after padding
+    assert (np.diff(pads, axis=1) >= 0).all()  # padding comes last
     assert not (batch.segment_ids == config.end_token_id).any()
     other = module_values.make_inputs(config, 2, 48, seed=1)
     assert (other.decoder_ids != batch.decoder_ids).any()
@@ -220,7 +220,7 @@ def test_inputs(small):
 
 
 @pytest.mark.parametrize(
-    "options, said, code",
+    "options, message, code",
     [
         (["--length", "2"], "--length must be 3 to 64", 2),
         (["--length", "65"], "--length must be 3 to 64", 2),
@@ -230,10 +230,10 @@ def test_inputs(small):
         (["--against", "no/such/folder"], "no/such/folder: no such folder", 1),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(options, said, code, capsys):
+def test_invalid_options_are_reported_in_one_line(options, message, code, capsys):
     assert command(SMALL, *options) == code
     error = capsys.readouterr().err.strip()
-    assert said in error and "\n" not in error
+    assert message in error and "\n" not in error
 
 
 def test_a_folder_without_weights(tmp_path):

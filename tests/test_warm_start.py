@@ -154,7 +154,7 @@ def assert_encodes_like(model, bert):
         np.testing.assert_allclose(ours.pooled, theirs.pooler_output.numpy(), atol=1e-5)
 
 
-# What is taken
+# Loaded weights
 
 
 def test_the_encoder_computes_what_transformers_computes(model, masked_lm):
@@ -172,14 +172,14 @@ def test_bare_names_and_the_pooler(bare_bert, transformer_xl, model, tmp_path, d
 
 
 def test_the_decoder_without_latent_is_the_transformer_xl(model, golden_arrays):
-    """Known answers of the published program; the drawn latent projection plays no part in them."""
+    """Known answers of the published program, which do not depend on the latent projection."""
     arrays = golden_arrays("small")
     logits, _ = model.decode(arrays["decoder_input_ids"], None)
     columns = np.asarray(logits)[..., arrays["logit_columns"]]
     np.testing.assert_allclose(columns, arrays["decoder_logits_cols_no_latent"], atol=1e-4)
 
 
-def test_taken_weights_keep_their_bits(started, transformer_xl, masked_lm):
+def test_loaded_weights_are_bit_exact(started, transformer_xl, masked_lm):
     arrays = stored(started[0])
     config = DAVAEConfig.from_json(started[0] / "config.json")
     loaded = source_arrays(masked_lm[1].state_dict(), config, ENCODER)
@@ -193,7 +193,7 @@ def test_taken_weights_keep_their_bits(started, transformer_xl, masked_lm):
     assert {a.dtype for path, a in arrays.items() if path not in loaded} == {np.dtype(np.float32)}
 
 
-def test_names_of_2018(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
+def test_legacy_names(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
     """`LayerNorm.gamma` and `.beta`, buffers, heads behind a prefix, float16."""
     state = {"bert.embeddings.position_ids": torch.arange(20)[None], "bert.embeddings.token_type_ids": torch.zeros(1)}
     for name, values in bare_bert[1].state_dict().items():
@@ -220,10 +220,10 @@ def test_frequencies_may_be_absent(masked_lm, tmp_path):
     assert INV_FREQ not in read_bin(export(tmp_path / "new", tmp_path / "back"))
 
 
-# What is drawn
+# Initialized weights
 
 
-def test_the_rest_is_a_new_models(started):
+def test_other_weights_are_those_of_a_new_model(started):
     folder, report = started
     config, arrays = DAVAEConfig.from_json(folder / "config.json"), stored(folder)
     assert set(report.initialized) == {
@@ -266,7 +266,7 @@ def test_a_part_without_a_source_is_drawn_piece_by_piece(
 
 
 def test_the_latents_map_can_begin_small(masked_lm, transformer_xl, config_file, tmp_path):
-    """A half says nothing of it, the config does."""
+    """The scale comes from the config: the sources' own do not have it."""
     values = json.loads(config_file.read_text(encoding="utf-8"))
     initialized = {}
     for scale in (1.0, 0.01):
@@ -279,10 +279,12 @@ def test_the_latents_map_can_begin_small(masked_lm, transformer_xl, config_file,
     assert 0.01 < initialized[1.0].std() < 0.03  # initializer_range is 0.02
 
 
-# What comes of it
+# The new checkpoint
 
 
-def test_the_config_is_put_together(started, masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups):
+def test_the_config_combines_those_of_the_sources(
+    started, masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups
+):
     config = DAVAEConfig.from_json(started[0] / "config.json")
     assert (config.encoder.hidden_size, config.decoder.hidden_size, config.latent_size) == (24, 24, L)
     assert (config.top_k, config.top_p, config.repetition_penalty, config.std_scale) == (0, 0.9, 2.0, 1.5)
@@ -346,7 +348,7 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part, config, said",
+    "part, config, message",
     [
         ("encoder", BERT | {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("encoder", BERT | {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 24"),
@@ -355,12 +357,12 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
         ("decoder", [1], "holds no JSON object"),
     ],
 )
-def test_a_sources_config_that_cannot_be(part, config, said, tmp_path):
+def test_invalid_configs_of_sources(part, config, message, tmp_path):
     source = publish(tmp_path / "source", {}, config)
     with pytest.raises(InputError) as raised:
         warm_start(tmp_path / "new", **{part: source})
     assert str(source / "config.json") in str(raised.value)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_the_wrong_kind_of_source(bare_bert, transformer_xl, tmp_path):
@@ -374,7 +376,7 @@ def test_the_wrong_kind_of_source(bare_bert, transformer_xl, tmp_path):
 # The command
 
 
-def test_the_command_says_what_came_from_where(masked_lm, transformer_xl, tmp_path, capsys):
+def test_the_command_reports_the_origin_of_weights(masked_lm, transformer_xl, tmp_path, capsys):
     new = tmp_path / "new"
     new.mkdir()
     arguments = [new, "--encoder", masked_lm[0], "--decoder", transformer_xl, "--latent-size", L, "--overwrite"]
@@ -393,7 +395,7 @@ def test_the_command_says_what_came_from_where(masked_lm, transformer_xl, tmp_pa
 
 def test_bad_arguments(masked_lm, tmp_path, config_file, capsys):
     new = tmp_path / "new"
-    for arguments, code, said in (
+    for arguments, code, message in (
         ([new], 2, "--encoder"),
         ([new, "--encoder", masked_lm[0], "--latent-size", 0], 2, "--latent-size"),
         ([], 2, "DST"),
@@ -406,7 +408,7 @@ def test_bad_arguments(masked_lm, tmp_path, config_file, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert said in err
+        assert message in err
     assert not list(tmp_path.iterdir())
 
 
