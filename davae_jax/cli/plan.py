@@ -13,7 +13,8 @@ import tyro
 from davae_jax.cli.base import Command, parse_options
 from davae_jax.cli.train import with_plugins
 from davae_jax.parallel.chips import CHIPS
-from davae_jax.planning.plan import MOST_CHIPS, Plan, make_plan, planned
+from davae_jax.planning.memory import MAX_CHIPS
+from davae_jax.planning.plan import Plan, make_plan, with_planned_vocabularies
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
 from davae_jax.training.setup import unsharded_weights
@@ -58,7 +59,7 @@ class PlanCommand(Command):
     def run(self) -> None:
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
-        config, tokenizers = planned(self.config, self.preset)
+        config, tokenizers = with_planned_vocabularies(self.config, self.preset)
         plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
         if said := unsharded_weights(plan.config.model, plan.mesh):
             warnings.warn(said, stacklevel=2)
@@ -108,7 +109,7 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         + f"  to {plan.tokens / plan.seconds[0]:,.0f}",
         "",
         _row(f"fewest {chip.name} that it fits on", str(plan.fewest[0]) if plan.fewest else "none")
-        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MOST_CHIPS} with this batch"),
+        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MAX_CHIPS} with this batch"),
     ]
     return "\n".join(lines)
 

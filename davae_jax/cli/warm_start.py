@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from davae_jax.checkpoints.warm_start import PUBLISHED, format_report, warm_start
+from davae_jax.checkpoints.warm_start import PUBLISHED_SETTINGS, format_report, warm_start
 from davae_jax.cli.base import Command
 
 
@@ -32,7 +32,8 @@ class WarmStart(Command):
     """A full config.json, for all that the sources' own do not say."""
 
     latent_size: Annotated[
-        int | None, tyro.conf.arg(help_behavior_hint=f"(default: the config's; {PUBLISHED.latent_size} as published)")
+        int | None,
+        tyro.conf.arg(help_behavior_hint=f"(default: the config's; {PUBLISHED_SETTINGS.latent_size} as published)"),
     ] = None
     """Size of the latent."""
 
