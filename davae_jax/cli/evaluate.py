@@ -18,8 +18,8 @@ from davae_jax.cli.base import Command
 from davae_jax.cli.text import check_output, write_whole
 from davae_jax.data import demo_corpus
 from davae_jax.data.texts import json_text, read_lines, read_texts
-from davae_jax.evaluation.evaluate import evaluate
-from davae_jax.evaluation.table import as_json, format_table
+from davae_jax.evaluation.evaluate import as_json, evaluate
+from davae_jax.evaluation.table import format_table
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh

@@ -34,7 +34,7 @@ def mutual_information(means: Float[Array, "n L"], logvars: Float[Array, "n L"],
 
     q(z) is the mean of the n posteriors, and the same z stands in both terms, so that an estimate never passes its
     ceiling, `mutual_information_ceiling(n)`. It is too low already from about half of that on: a text's own posterior
-    is 1/n of q(z), where of all texts it would be nothing. `of_halves` shows by how much n matters.
+    is 1/n of q(z), where of all texts it would be nothing. `aggregate_density_by_halves` shows by how much n matters.
     """
     return float(log_densities(means, logvars, key).information.mean())
 
@@ -78,7 +78,7 @@ def log_densities(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key:
     return LogDensities(*_log_densities(jnp.asarray(means), jnp.asarray(logvars), key))
 
 
-def of_halves(
+def aggregate_density_by_halves(
     densities: LogDensities,
     means: Float[Array, "n L"],
     logvars: Float[Array, "n L"],

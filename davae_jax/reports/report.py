@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from davae_jax.evaluation.evaluate import ACTIVE, Evaluation
+from davae_jax.evaluation.evaluate import Evaluation
+from davae_jax.evaluation.measures import ACTIVE
 from davae_jax.evaluation.table import sections
 from davae_jax.evaluation.text_metrics import edit_distance, pieces, words
 from davae_jax.reports import charts, projection
@@ -48,7 +49,7 @@ def report(found: Evaluation, model: Path) -> str:
         _section("Training", _curves(model)),
         "<h2>Reconstructions</h2>",
         _reconstructions(found),
-        _section("Interpolations", _strips(found.lines)),
+        _section("Interpolations", _strips(found.interpolations)),
         _section("Nearest neighbours", _neighbours(found)),
         "<h2>Samples from the prior</h2>",
         _samples(found),
