@@ -13,7 +13,7 @@ from test_train import TEXTS, TINY, environment
 
 from davae_jax.cli.compare import folder_of, read_study
 from davae_jax.cli.main import main
-from davae_jax.evaluation.comparison import caveats, compared, format_table, holm, statistics, welch
+from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, statistics, welch
 from davae_jax.reports import charts
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.utils.errors import InputError
@@ -56,7 +56,7 @@ def test_holm_by_hand():
 
 
 def test_a_table_of_means_and_deviations():
-    table = {measure.key: cells for measure, cells in compared(RESULTS).items()}
+    table = {measure.key: cells for measure, cells in compare_settings(RESULTS).items()}
     assert table.keys() == {"kl", "rec_nll", "bleu"}  # what no run has is left out
     assert table["kl"]["plain"].mean == pytest.approx(1.0) and table["kl"]["plain"].deviation == pytest.approx(0.1)
     assert table["kl"]["plain"].p is None and table["kl"]["better"].p < 0.01 and table["kl"]["alike"].p > 0.3

@@ -211,17 +211,17 @@ def test_the_plane_that_parts_classes(rng):
 def test_halves_have_all_classes(rng):
     """Of an alternating file, too, and each class in equal parts."""
     classes = np.array(["a", "b"] * 50 + ["c"] * 7 + ["d"])
-    first = projection.halves(classes)
+    first = projection.first_halves(classes)
     for name, count in (("a", 25), ("b", 25), ("c", 4), ("d", 1)):
         assert first[classes == name].sum() == count
     assert 0 < first[:100:2].sum() - first[:50:2].sum() < 25  # drawn, not the first ones
-    np.testing.assert_array_equal(first, projection.halves(classes))
+    np.testing.assert_array_equal(first, projection.first_halves(classes))
 
 
 def test_some_of_many():
     rows = np.arange(10, 5010)
-    np.testing.assert_array_equal(projection.some(rows[:2000], 2000), rows[:2000])
-    found = projection.some(rows, 2000)
+    np.testing.assert_array_equal(projection.subsample(rows[:2000], 2000), rows[:2000])
+    found = projection.subsample(rows, 2000)
     assert len(set(found)) == 2000 and (np.diff(found) > 0).all() and set(found) <= set(rows)
     # Drawn evenly: 2000/5000 of the first half, within five standard errors.
     assert abs((found < 2510).mean() - 0.5) < 5 * math.sqrt(0.25 / 2000)

@@ -12,7 +12,7 @@ import numpy as np
 
 # Chinese and Japanese characters with their full-width signs stand alone; all else is parted by white space.
 _CJK = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_PIECE = re.compile(rf"\s+|[{_CJK}]|[^\s{_CJK}]+")
+_WORD_OR_SPACE = re.compile(rf"\s+|[{_CJK}]|[^\s{_CJK}]+")
 BLEU_ORDER = 4
 
 
@@ -21,12 +21,12 @@ def words(text: str) -> list[str]:
 
     Of text without Chinese these are `text.split()`, as perplexities of Penn Treebank count them.
     """
-    return [piece for piece in pieces(text) if not piece.isspace()]
+    return [part for part in words_and_spaces(text) if not part.isspace()]
 
 
-def pieces(text: str) -> list[str]:
+def words_and_spaces(text: str) -> list[str]:
     """The words and the white space between them: together they are the text."""
-    return _PIECE.findall(text)
+    return _WORD_OR_SPACE.findall(text)
 
 
 def ngrams(text: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

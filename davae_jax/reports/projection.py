@@ -38,7 +38,7 @@ def discriminant(
     return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
 
 
-def halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
+def first_halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
     """Which texts are of the first half: of each class a half, drawn; of an odd number, one more."""
     rng, named = np.random.default_rng(seed), np.asarray(classes)
     first = np.zeros(len(named), bool)
@@ -48,7 +48,7 @@ def halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
     return first
 
 
-def some(rows: Int[np.ndarray, " n"], most: int, seed: int = 0) -> Int[np.ndarray, " m"]:
+def subsample(rows: Int[np.ndarray, " n"], most: int, seed: int = 0) -> Int[np.ndarray, " m"]:
     """The rows, in their order; where they are more than `most`, so many of them, drawn."""
     if len(rows) <= most:
         return rows
