@@ -343,7 +343,7 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     # The table has the figures, what they are of, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
     assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
-    assert "nats, of log n = 3.69 at most; too low near it" in out
+    assert "nats, of log n = 3.69 at most; too low close to it" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
     # The report is one page by itself.
@@ -380,8 +380,8 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert "all: over 1 texts" in out
     assert "factors" not in measures and measures["intervals"] == {}
     said = " ".join(out.split())
-    assert "nan" not in out and "path length – no interpolation whose ends differ" in said
-    assert "self-BLEU – of two samples or more" in said and "distinct-3 – no sample has 3 words" in said
+    assert "nan" not in out and "length – no interpolation whose ends differ" in said
+    assert "self-BLEU – needs two samples" in said and "distinct-3 – no sample has 3 words" in said
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
@@ -413,7 +413,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,
-            "{tmp}/t.jsonl: line 1: the field 'z' is no class, but a text, a whole number, true or false can be one",
+            "{tmp}/t.jsonl: line 1: the field 'z' must be a text, a whole number, true or false to be a class",
         ),
         (
             ["--data", "{tmp}/half.jsonl", "--label", "y"],

@@ -70,7 +70,7 @@ def test_few_texts_make_the_information_too_low(n, true, low):
     warned = found > 0.5 * math.log(n) or rise > STEADY
     assert warned == (low > 0)
     assert warned or abs(true - found) < 3 * error + STEADY
-    of_both = np.asarray(densities.own - densities.prior)
+    of_both = np.asarray(densities.posterior - densities.prior)
     chance = float(5 * of_both.std() / math.sqrt(n))
     assert np.asarray(densities.from_prior).mean() == pytest.approx(true - found, abs=chance)
     assert rise < max(true - found, STEADY)  # what half of the texts say is no bound on what is missing
@@ -101,7 +101,7 @@ def test_devices_share_the_densities():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     halves = [
         metrics.aggregate_density_by_halves(one, *posteriors),
-        metrics.aggregate_density_by_halves(many, *posteriors, place=place),
+        metrics.aggregate_density_by_halves(many, *posteriors, shard=place),
     ]
     np.testing.assert_allclose(*halves, rtol=1e-5)
     work = [
@@ -129,7 +129,7 @@ def test_distance_of_a_mixture_from_the_prior():
     assert metrics.aggregate_kl(means, logvars, KEY) == pytest.approx(expected, abs=5 * spread / math.sqrt(n))
     # The mean KL of the posteriors is this and the information together.
     densities = metrics.log_densities(means, logvars, KEY)
-    own = np.asarray(densities.own - densities.prior).mean()
+    own = np.asarray(densities.posterior - densities.prior).mean()
     kl = 0.5 * (m**2 + variance - np.log(variance) - 1)
     assert own == pytest.approx(kl, abs=0.1)
     found = metrics.aggregate_kl(means, logvars, KEY) + metrics.mutual_information(means, logvars, KEY)

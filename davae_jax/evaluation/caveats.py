@@ -8,7 +8,7 @@ from typing import Any
 from davae_jax.evaluation.probes import BINS, FOLDS
 from davae_jax.tokenizers.decoder import END
 
-SETTLED = 0.1  # nats a text by which doubling the samples may still lower the bound
+SETTLED = 0.1  # nats per text by which doubling the samples may still lower the bound
 STEADY = 0.05  # nats by which doubling the texts may still raise the information; two or three times as much is missing
 
 Measures = Mapping[str, Any]
@@ -72,7 +72,7 @@ def _likelihood(m: Measures) -> Iterator[str]:
     elif effective < 5 or fall > SETTLED:
         yield (
             f"iw_nll, ppl: the effective sample size is {effective:.1f} of {k}, and the second half of the samples "
-            f"lowered −log p(x) by {fall:.2f} nats a text; it is an upper bound that has not converged: take more "
+            f"lowered −log p(x) by {fall:.2f} nats per text; it is an upper bound that has not converged: take more "
             "--samples"
         )
 

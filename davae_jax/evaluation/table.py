@@ -28,25 +28,27 @@ class _Line(NamedTuple):
     missing: str = ""  # the note where the value is NaN: what it would need
 
 
-_TWO_TEXTS = "of two texts or more"
-_TWO_SAMPLES = "of two samples or more"
+_TWO_TEXTS = "needs two texts"
+_TWO_SAMPLES = "needs two samples"
+_IN_DISTANCES = "in distances between the ends"
 _ENDS_DIFFER = "no interpolation whose ends differ"
-_ONE_DIMENSION = "a latent of one dimension"
-_N_IS_ENOUGH = "near the line above where n is enough"
+_TWO_FACTORS = "needs two factors, and a dimension in use"
+_TWO_DIMENSIONS = "needs two dimensions"
+_N_IS_ENOUGH = "close to the line above if n is large enough"
 
 _SECTIONS: dict[str, list[_Line]] = {
     "Reconstruction": [
         _Line("BLEU", "bleu", "{:.1f}", "greedy from the posterior mean, over characters"),
-        _Line("exact", "exact_match", "{:.1%}", "the same"),
-        _Line("BLEU, sampled", "bleu_sampled", "{:.1f}", "greedy from a draw of the posterior"),
-        _Line("BLEU, another text's latent", "bleu_other_latent", "{:.1f}", "the floor"),
+        _Line("exact match", "exact_match", "{:.1%}", "the same"),
+        _Line("BLEU, posterior sample", "bleu_sampled", "{:.1f}", "greedy from one sample of the posterior"),
+        _Line("BLEU, another text's latent", "bleu_other_latent", "{:.1f}", "what an unused latent would reach"),
         _Line("token accuracy", "token_accuracy", "{:.1%}", "given the true preceding tokens"),
     ],
     "Likelihood": [
-        _Line("reconstruction", "rec_nll", "{:.2f}", "nats a text, −E log p(x|z)"),
-        _Line("ELBO", "elbo", "{:.2f}", "nats a text"),
-        _Line("−log p(x)", "iw_nll", "{:.2f}", "nats a text, importance weighted, K = {iw_samples}"),
-        _Line("−log p(x), half of K", "iw_nll_of_half", "{:.2f}", "near the line above where K is enough"),
+        _Line("reconstruction loss", "rec_nll", "{:.2f}", "nats per text, −E log p(x|z)"),
+        _Line("ELBO", "elbo", "{:.2f}", "nats per text"),
+        _Line("−log p(x)", "iw_nll", "{:.2f}", "nats per text, importance weighted, K = {iw_samples}"),
+        _Line("−log p(x), half of K", "iw_nll_of_half", "{:.2f}", "close to the line above if K is large enough"),
         _Line("effective sample size", "effective_sample_size", "{:.1f}", "median, of {iw_samples}"),
         _Line("perplexity per token", "ppl_per_token", "{:.2f}", "{denominators[tokens]:,} tokens, ends counted"),
         _Line(
@@ -58,37 +60,48 @@ _SECTIONS: dict[str, list[_Line]] = {
         _Line("perplexity per word, ELBO", "elbo_ppl_per_word", "{:.2f}", "the same words"),
     ],
     "Latent": [
-        _Line("KL", "kl", "{:.2f}", "nats a text, nothing masked"),
+        _Line("KL", "kl", "{:.2f}", "nats per text, nothing masked"),
         _Line("active units", "active_units", "{:d}", "of {latent_size}"),
         _Line(
             "mutual information",
             "mutual_information",
             "{:.2f}",
-            "nats, of log n = {mutual_information_ceiling:.2f} at most; too low near it",
+            "nats, of log n = {mutual_information_ceiling:.2f} at most; too low close to it",
         ),
         _Line("… of half of the texts", "mutual_information_of_half", "{:.2f}", _N_IS_ENOUGH, _TWO_TEXTS),
-        _Line("KL of the aggregate posterior", "aggregate_kl", "{:.2f}", "nats, 0 is best; too high by as much"),
+        _Line(
+            "aggregate KL",
+            "aggregate_kl",
+            "{:.2f}",
+            "nats from the prior, 0 is best; too high by as much",
+        ),
         _Line("… of half of the texts", "aggregate_kl_of_half", "{:.2f}", _N_IS_ENOUGH, _TWO_TEXTS),
-        _Line("MMD² of the aggregate posterior", "aggregate_mmd", "{:.4f}", "to the prior; 0 is best", _TWO_TEXTS),
+        _Line("aggregate MMD²", "aggregate_mmd", "{:.4f}", "from the prior, 0 is best", _TWO_TEXTS),
     ],
     "Samples from the prior": [
-        _Line("valid", "prior_valid", "{:.1%}", "accepted by the grammar", "no grammar is known"),
-        _Line("distinct", "prior_distinct", "{:.1%}", "of {prior_samples} samples"),
+        _Line("valid samples", "prior_valid", "{:.1%}", "accepted by the grammar", "no grammar is known"),
+        _Line("distinct samples", "prior_distinct", "{:.1%}", "of {prior_samples} samples"),
         _Line("self-BLEU", "self_bleu", "{:.1f}", "texts: {self_bleu_texts:.1f}", _TWO_SAMPLES),
-        _Line("distinct-1", "distinct_1", "{:.3f}", "texts: {distinct_1_texts:.3f}", "no sample has 1 words"),
+        _Line("distinct-1", "distinct_1", "{:.3f}", "texts: {distinct_1_texts:.3f}", "no sample has a word"),
         _Line("distinct-2", "distinct_2", "{:.3f}", "texts: {distinct_2_texts:.3f}", "no sample has 2 words"),
         _Line("distinct-3", "distinct_3", "{:.3f}", "texts: {distinct_3_texts:.3f}", "no sample has 3 words"),
         _Line("forward perplexity", "forward_ppl", "{:.2f}", "trigrams of texts; texts: {real_ppl:.2f}", _TWO_TEXTS),
         _Line("reverse perplexity", "reverse_ppl", "{:.2f}", "trigrams of samples; texts: {real_ppl:.2f}", _TWO_TEXTS),
     ],
     "Interpolation": [
-        _Line("path length", "interpolation_length", "{:.2f}", "in distances of the ends; 1 is straight", _ENDS_DIFFER),
-        _Line("largest step", "interpolation_largest_step", "{:.2f}", "in distances of the ends", _ENDS_DIFFER),
+        _Line("length", "interpolation_length", "{:.2f}", f"{_IN_DISTANCES}; 1 is a straight path", _ENDS_DIFFER),
+        _Line("largest step", "interpolation_largest_step", "{:.2f}", _IN_DISTANCES, _ENDS_DIFFER),
     ],
     "Factors": [  # below a row for each factor
-        _Line("MIG", "mig", "{:.3f}", "mean over the factors; 1 is best", _ONE_DIMENSION),
-        _Line("DCI disentanglement", "dci_disentanglement", "{:.3f}", "1 is best", "one factor, or no used dimension"),
-        _Line("DCI completeness", "dci_completeness", "{:.3f}", "1 is best", _ONE_DIMENSION),
+        _Line("MIG", "mig", "{:.3f}", "mean over the factors; 1 is best", _TWO_DIMENSIONS),
+        _Line(
+            "DCI disentanglement",
+            "dci_disentanglement",
+            "{:.3f}",
+            "1 is best",
+            _TWO_FACTORS,
+        ),
+        _Line("DCI completeness", "dci_completeness", "{:.3f}", "1 is best", _TWO_DIMENSIONS),
         _Line("DCI informativeness", "dci_informativeness", "{:.1%}", "mean accuracy of the probes"),
     ],
 }
@@ -114,7 +127,7 @@ def _row(line: _Line, measures: Mapping[str, Any]) -> Row:
 def _factor_rows(measures: Mapping[str, Any]) -> Iterator[Row]:
     for name, factor in measures.get("factors", {}).items():
         interval = _format_interval(measures["intervals"].get(f"probe_{name}"), "{:.1%}")
-        note = "by a linear probe; the most frequent of {classes}: {majority:.1%}".format_map(factor)
+        note = "linear probe; the most frequent of {classes} classes: {majority:.1%}".format_map(factor)
         yield Row(name, f"{factor['probe_accuracy']:.1%}", interval, note)
 
 

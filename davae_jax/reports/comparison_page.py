@@ -68,7 +68,7 @@ def page(title: str, results: Results, options: Mapping[str, Sequence[str]], not
         settings_legend=[(f"{i} {name}", colours[name]) for i, name in enumerate(results, 1)],
         plane=Figure(
             charts.plane(_points(results), colours, title="rate across, distortion up; nats"),
-            "KL across (by its square root), reconstruction up, nats a text; a dot a seed",
+            "KL across (by its square root), reconstruction up, nats per text; one dot per seed",
         ),
         strips=strips,
         about=table_note(results),

@@ -22,8 +22,8 @@ MAX_TEXTS = 6  # best reconstructions, worst ones, and texts with their neighbou
 MAX_NEIGHBOURS, MAX_INTERPOLATIONS, MAX_SAMPLES = 4, 4, 24
 MAX_POINTS = 2000  # of a map or a curve
 CURVES = {  # keys of metrics.jsonl and held_out.jsonl, and their titles
-    "rec": "reconstruction, nats a token",
-    "kl_unmasked": "KL, nats a text",
+    "rec": "reconstruction, nats per token",
+    "kl_unmasked": "KL, nats per text",
     "loss": "loss",
     "beta": "β, the KL's weight",
 }
