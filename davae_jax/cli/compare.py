@@ -44,7 +44,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_json, write_text
 
-TRAIN_COMMAND = [str(Path(__file__).parents[2] / "train.py")]  # Python's arguments
+TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
 MEASURES_FILE = "evaluation.json"  # in a run folder, once the run is complete
 COMPILED_FOLDER = "compiled"  # in the output: JAX's compilation cache
