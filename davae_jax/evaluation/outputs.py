@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.evaluation.per_text import PerText, per_text
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.davae import split
@@ -28,7 +28,7 @@ class ModelOutputs:
 
     vae: TextVAE
     originals: list[str]  # the n texts as given
-    tokenized: Texts  # the same as ids
+    tokenized: TokenizedTexts  # the same as ids
     labels: dict[str, list[str]]  # factor → the class of each text
     language: Container[str] | None  # the valid texts, where they are known
     iw_samples: int  # K, latents drawn for each text's likelihood
