@@ -116,7 +116,9 @@ def _encode_outcome(error: BaseException | None) -> np.ndarray:
         code, message = error.exit_code, str(error)
     else:
         code, message = 1, f"{type(error).__name__}: {first_line(error)}"
-    return np.frombuffer((bytes([code]) + message.encode())[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"), np.uint8)
+    return np.frombuffer(
+        (bytes([code]) + message.encode(errors="replace"))[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"), np.uint8
+    )
 
 
 def run_on_process_zero(work: Callable[[], None]) -> None:
@@ -164,7 +166,7 @@ def explain_lost_process() -> Iterator[None]:
     except (InputError, OSError):
         raise
     except Exception as e:
-        if not jax.distributed.is_initialized():
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
         reason = f"process {jax.process_index()}: {type(e).__name__}: {first_line(e)}"
         raise InputError(f"{reason}; if another process ended before, its output says why") from e
