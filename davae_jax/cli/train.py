@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     def work() -> int:
-        from davae_jax.parallel.multihost import naming_the_lost
+        from davae_jax.parallel.multihost import explain_lost_process
 
-        with naming_the_lost():
+        with explain_lost_process():
             try:
                 return train_from_command_line(options)
             except Exception:
@@ -105,10 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = run_cli(work, "train.py", debug="--debug" in argv)
-        if multihost := sys.modules.get("davae_jax.parallel.multihost"):  # else it ended before JAX was imported
-            multihost.end(code)
-        return code
+        return run_cli(work, "train.py", debug="--debug" in argv)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -127,7 +124,7 @@ def train_from_command_line(argv: Sequence[str]) -> int:
     multihost.connect(config.distributed)
     result = train(config)
     if result.interrupted:
-        multihost.barrier("all processes have saved", config.distributed.timeout)  # process 0 ends what connects them
+        multihost.disconnect()
         if multihost.is_process_zero():
             print(f"interrupted after step {result.step}; to go on: {resume_command(argv)}", file=sys.stderr)
         return INTERRUPTED

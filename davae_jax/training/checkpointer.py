@@ -18,11 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, complete_checkpoints
 from davae_jax.checkpoints.weights import flatten, nest
-from davae_jax.parallel.multihost import all_processes, barrier, is_process_zero
+from davae_jax.parallel.multihost import all_processes, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
 
@@ -124,7 +125,7 @@ class Checkpoints:
                     bad.rename(_unused_path(bad.with_suffix(".damaged")))
             self.step = step
             if damaged:
-                barrier("damaged checkpoints are set aside")
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             return state, extra_state
         reasons = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
         raise InputError(f"{reasons}; no other checkpoint is left")
@@ -136,7 +137,8 @@ class Checkpoints:
         """Completes the save in progress and stops Orbax's threads; does neither where the run is killed."""
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception):
+        elif issubclass(kind, InputError) or (issubclass(kind, Exception) and jax.process_count() == 1):
+            # After other errors a process may be lost, and the save would wait for it.
             with contextlib.suppress(InputError):  # the first error is the one to report
                 self.wait()
         if self._checkpointer is not None and self._saving is None:

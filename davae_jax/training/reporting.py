@@ -78,7 +78,7 @@ def evaluate(run: Run, state: TrainState, started: float) -> None:
       started: `time.perf_counter()` when the run began, for the seconds that it took.
     """
     vae = run.text_vae(state)
-    run_on_process_zero("the figures", lambda: _evaluate(run, vae, started))
+    run_on_process_zero(lambda: _evaluate(run, vae, started))
 
 
 def _evaluate(run: Run, vae: TextVAE, started: float) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.data.batches import Batch, BatchSource, TextBatches
@@ -26,6 +28,7 @@ from davae_jax.parallel.multihost import (
     check_same_on_all_processes,
     gather_params,
     is_process_zero,
+    run_on_all_processes,
     run_on_process_zero,
 )
 from davae_jax.parallel.sharding import RULES, make_mesh
@@ -89,26 +92,27 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
       InputError: an option, a file or a folder cannot be used.
     """
     folder = config.run_dir
-    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
-    corpus = load_corpus(config)
+    mesh, corpus = run_on_all_processes(
+        lambda: (make_mesh(config.mesh, config.batch_size, config.accumulate), load_corpus(config))
+    )
     check_same_on_all_processes("the options", digest_of(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
-    run_on_process_zero("the run's folder", lambda: _prepare_folder(config, folder, corpus))
+    run_on_process_zero(lambda: _prepare_folder(config, folder, corpus))
     model = model_config(config, folder)
     if is_warm_start(config):
-        run_on_process_zero("the warm start", lambda: make_warm_start(config, model, folder))
+        run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = warm_start_config(model, folder)
     tokenizers = load_tokenizers(folder, model)
     batches = make_batches(config, corpus, tokenizers, model)
     held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.cut)
     corpus = corpus._replace(held_out=held_out)
-    run_on_process_zero("the model's config", lambda: model.to_json(folder / CONFIG_FILE))
+    run_on_process_zero(lambda: model.to_json(folder / CONFIG_FILE))
 
     module = abstract_model(model, dtype=config.dtype)
     graphdef = split(module)[0]
     abstract = abstract_state(module, config, mesh)
-    checkpoints = Checkpoints(folder, config.log.keep)
+    checkpoints = Checkpoints(folder, config.log.keep, on_complete=_print_saved if is_process_zero() else None)
     if checkpoints.step:
         state, pending_log = checkpoints.restore(abstract)
     else:
@@ -143,6 +147,12 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         flops=functools.cache(functools.partial(model_flops, dataclasses.replace(config, model=model))),
     )
     return run, state
+
+
+def _print_saved(checkpoint: Path) -> None:
+    """Prints the path of a complete checkpoint at once: if the run is lost later, the output names the newest."""
+    tqdm.write(f"saved {checkpoint}")
+    sys.stdout.flush()
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
