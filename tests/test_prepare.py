@@ -436,7 +436,7 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
     shutil.copytree(tokenizer_folder, other)
     make_spiece(other, 200)
     (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match=r"spiece.model: is not what .* was prepared with; prepare with --tokenizers"):
+    with pytest.raises(InputError, match=r"spiece.model.* was prepared with; "):
         prepare_tokenizers(config_of(prepared.folder, tokenizers=other), tmp_path / "run", corpus)
 
 

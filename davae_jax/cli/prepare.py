@@ -28,9 +28,9 @@ class Prepare(Command):
     """
 
     input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")]
-    """Files of plain text, one text a line (.txt), JSON Lines (.jsonl, .json, .ndjson), both also compressed (.gz,
-    .zst), Parquet (.parquet) or Arrow (.arrow); or folders of files of one of these formats, such as a Hugging Face
-    dataset."""
+    """Files of plain text with one text a line (.txt), JSON Lines (.jsonl, .json, .ndjson), Parquet (.parquet) and
+    Arrow (.arrow). Plain text and JSON Lines may be compressed (.gz, .zst). A folder, such as a Hugging Face dataset,
+    stands for its files, which must have one format."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the result."""
@@ -48,8 +48,8 @@ class Prepare(Command):
     """The number of positions of the model's encoder. Texts of more encoder tokens are left out."""
 
     truncate: bool = False
-    """Keep texts that are too long for the encoder: it reads the beginning, and the decoder all of the text, up to
-    --max-length. For training with --data.segment-length."""
+    """Keep texts that are too long for the encoder. It reads their beginning, and the decoder reads them up
+    to --max-length. For training with --data.segment-length."""
 
     held_out: Annotated[float | None, _option("FRACTION", "0.01; less of large inputs, about 16 MB")] = None
     """The fraction of the distinct texts that is kept for measurements, with all copies of each."""
