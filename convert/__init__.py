@@ -1,1 +1,1 @@
-"""Converting checkpoints between the published PyTorch files and this package, and checking one against the other."""
+"""Programs that convert checkpoints between the published PyTorch layout and this package, and compare both."""

@@ -1,4 +1,4 @@
-"""Published PyTorch checkpoint → a folder that `davae_jax.from_pretrained` reads without PyTorch.
+"""Converts a published PyTorch checkpoint to a folder that `davae_jax.from_pretrained` reads without PyTorch.
 
     python -m convert.from_torch SRC DST
 

@@ -1,4 +1,4 @@
-"""davae-jax checkpoint → a folder in the published PyTorch layout.
+"""Writes a davae-jax checkpoint in the published PyTorch layout.
 
     python -m convert.to_torch SRC DST
 

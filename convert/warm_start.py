@@ -1,4 +1,4 @@
-"""A new checkpoint whose encoder comes from a BERT and/or whose decoder comes from a Transformer-XL.
+"""Creates a checkpoint whose encoder is a pretrained BERT and/or whose decoder is a pretrained Transformer-XL.
 
     python -m convert.warm_start DST --encoder BERT --decoder TRANSFORMER_XL
 

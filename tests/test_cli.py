@@ -18,7 +18,10 @@ from tokenizer_fixtures import sentences
 from davae_jax import TextVAE
 from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
+from davae_jax.cli.renamed import replace_renamed
+from davae_jax.cli.train import parse_train
 from davae_jax.data.texts import decode_lines
+from davae_jax.utils.errors import OptionError
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
 LATENT_COMMANDS = ["attribute", "neighbours", "combine"]  # what they write is in test_latent_tools.py
@@ -260,22 +263,30 @@ def test_davae_alone(davae):
 
 
 @pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("sample --tempratur 3", "--tempratur"),
+        ("sample x", "x"),
+        ("generate x --n 3", "--n"),
+        ("sample --n x", "--n"),
+        ("sample --n 1.5", "--n"),
+        ("combine --weights 1 x", "--weights"),
+        ("sample --top-p much", "--top-p"),
+        ("sample --n", "--n"),
+        ("sample --dtype int8", "--dtype"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed(davae, argv, named):
+    """tyro's own message, which names the option."""
+    name, *rest = argv.split(" ")
+    result = davae(name, *rest, "--model", "/nowhere")
+    assert (result.code, result.out) == (2, "")
+    assert named in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("sample --tempratur 3", "Unrecognized options: --tempratur, 3 (davae sample --help)"),
-        ("sample x", "Unrecognized options: x (davae sample --help)"),
-        ("generate x --n 3", "Unrecognized options: --n, 3 (davae generate --help)"),
-        ("sample --n x", "--n: cannot read 'x' as INT (davae sample --help)"),
-        ("sample --n 1.5", "--n: cannot read '1.5' as INT (davae sample --help)"),
-        ("combine --weights 1 x", "--weights: cannot read '1', 'x' as FLOAT (davae combine --help)"),
-        ("sample --top-p much", "--top-p: cannot read 'much' as FLOAT (davae sample --help)"),
-        ("reconstruct x --top-k 1.5", "--top-k: cannot read '1.5' as INT (davae reconstruct --help)"),
-        ("sample --n", "Missing value for argument '--n'. Expected 1 values. (davae sample --help)"),
-        (
-            "sample --dtype int8",
-            "invalid choice 'int8' for argument '--dtype'. Expected one of ('float32', 'bfloat16')."
-            " (davae sample --help)",
-        ),
         ("sample --n 0", "--n must be at least 1, not 0"),
         ("sample --batch-size 0", "--batch-size must be at least 1, not 0"),
         ("sample --max-length 0", "--max-length must be 1 to 65536, not 0"),
@@ -287,7 +298,7 @@ def test_davae_alone(davae):
         ("analogy x y z --repetition-penalty 0", "--repetition-penalty must be above 0 and finite in float32, not 0.0"),
         ("generate x --std-scale -1", "--std-scale must be a number of 0 or more, not -1.0"),
         ("generate x --std-scale inf", "--std-scale must be a number of 0 or more, not inf"),
-        ("generate x --input y", "give texts or --input, not both"),
+        ("generate x --input y", "--input cannot be given together with texts"),
         ("interpolate x y --steps 1", "--steps must be 2 (both ends) to 10000, not 1"),
         ("interpolate x y --steps 10000000000", "--steps must be 2 (both ends) to 10000, not 10000000000"),
         ("interpolate x", "needs 2 texts, not 1"),
@@ -306,18 +317,31 @@ def test_bad_arguments(davae, argv, message):
     assert result.err == f"davae {name}: error: {message}\n"
 
 
+def test_old_names_of_options_still_work(capsys):
+    _, config = parse_train(["randeng-1b", "--data.pieces", "700", "--data.entries=900"])
+    assert (config.data.decoder_vocab_size, config.data.encoder_vocab_size) == (700, 900)
+    lines = ["--data.pieces is now --data.decoder-vocab-size", "--data.entries is now --data.encoder-vocab-size"]
+    assert capsys.readouterr().err.splitlines() == lines
+    # Only where they were options: a text may look like one.
+    assert replace_renamed(["--cut", "--", "--cut"], "davae prepare") == ["--truncate", "--", "--cut"]
+    assert replace_renamed(["--cut"], "davae generate") == ["--cut"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--model.encoder.hidden-size", 7), ("--model.top-p", 2), ("--model.decoder.num-layers", 0)]
+)
+def test_fields_of_the_model_are_named_as_options(option, value):
+    with pytest.raises(OptionError) as e:
+        parse_train([option, str(value)])
+    assert e.value.exit_code == 2 and e.value.option.startswith("--model.")
+
+
 @pytest.mark.parametrize("name", TEXT_COMMANDS)
 def test_a_model_is_needed(davae, name):
     result = davae(name)
-    assert result.code == 2
-    assert result.err == (
-        f"davae {name}: error: Missing from davae {name}: --model STR Converted checkpoint, published folder, or"
-        f" Hugging Face repo id. (required) (davae {name} --help)\n"
-    )
+    assert (result.code, result.out) == (2, "") and "--model" in result.err
     result = davae(name, "--modle", "x")
-    assert result.code == 2
-    assert result.err.endswith(f"(required); Unrecognized options: --modle x (davae {name} --help)\n")
-    assert result.err.count("\n") == 1
+    assert (result.code, result.out) == (2, "") and "--model" in result.err and "--modle" in result.err
 
 
 @pytest.mark.parametrize(
@@ -357,7 +381,7 @@ def test_bad_inputs(davae, model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as Python does where it is closed
     result = davae("reconstruct", *model)
     assert result.code == 2
-    assert result.err == "davae reconstruct: error: no text given: name some, or give --input FILE\n"
+    assert result.err == "davae reconstruct: error: --input or texts must be given\n"
 
 
 def test_bad_models(davae, tiny_checkpoint, tmp_path):
@@ -539,7 +563,7 @@ def test_interrupt(old):
     os.mkfifo(pipe)
     # The tests may run as a shell's background job, which ignores interrupts and hands that on.
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program += "; from davae_jax.cli.base import main; sys.exit(main())"
+    program += "; from davae_jax.cli.main import main; sys.exit(main())"
     process = started(sys.executable, "-c", program, "reconstruct", "--model", "x", "--input", pipe, "--output", old)
     with open(pipe, "wb"):  # opens once the command reads from it
         process.send_signal(signal.SIGINT)

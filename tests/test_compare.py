@@ -216,7 +216,7 @@ def write(path, **values):
 def test_studies_that_cannot_be(values, said, tmp_path, capsys):
     path = write(tmp_path / "study.toml", **values)
     assert main(["compare", str(path), "--output", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"davae compare: error: {path}: ") and said in line
     assert not (tmp_path / "out").exists()
 

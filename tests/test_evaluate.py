@@ -136,10 +136,10 @@ def test_texts_that_hold_the_end_token_are_left_out():
     ("options", "said"),
     [
         ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels: 1 of 'b' for 2 texts"),
+        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels of 'b' are 1, for 2 texts"),
         (
             {"measures": ["latent", "bleu"]},
-            "measures: 'bleu' is not known; known: latent, likelihood, reconstruction, posterior samples, factors, "
+            "measures 'bleu' is not known; known: latent, likelihood, reconstruction, posterior samples, factors, "
             "prior samples, diversity, trigrams, interpolation",
         ),
     ],
@@ -406,8 +406,8 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written (no folder {tmp}/no)"),
         (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
-        (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
-        (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field: {tmp}/t.txt has no fields; give JSON Lines (.jsonl)"),
+        (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
+        (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
         (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1 has no field 'text'"),
         (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2 has no field 'y'"),
         (
@@ -420,7 +420,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
             1,
             "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
         ),
-        ([], 2, "--data: give a file of texts; /nowhere is no run of the demo, which has texts of its own"),
+        ([], 2, "--data must be given: /nowhere is no run of the demo preset, which has texts of its own"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -191,7 +191,7 @@ def test_combine_on_the_command_line(davae, tiny_vae, tmp_path):
     assert rows == [row, row | {"texts": [B, B, A], "text": tiny_vae.reconstruct([A])[0]}]
     assert davae("combine", A, "--weights", 1, 1)[1:] == (
         2,
-        "davae combine: error: needs 2 texts, one a weight, not 1\n",
+        "davae combine: error: needs 2 texts, one per weight, not 1\n",
     )
 
 

@@ -140,5 +140,5 @@ def test_a_long_text_is_kept_though_the_encoder_cannot_read_all_of_it(tiny_vae):
 
 
 def test_packed_rows_have_no_segments():
-    with pytest.raises(InputError, match=r"--data\.segment-length: is of use only without --data\.pack"):
+    with pytest.raises(InputError, match=r"--data\.segment-length is used only without --data\.pack"):
         DataConfig(pack=True, segment_length=8)

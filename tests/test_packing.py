@@ -295,7 +295,7 @@ def test_fewer_rows_than_a_batch():
 def test_what_does_not_fit_a_row():
     with pytest.raises(ValueError, match=r"\[9 3\] does not fit a row of \(8, 8\)"):
         pack(np.array([[2, 3], [9, 1]]), (8, 8), np.random.default_rng(0))
-    with pytest.raises(InputError, match=r"--data\.buckets: is of use only without --data.pack"):
+    with pytest.raises(InputError, match=r"--data\.buckets is used only without --data.pack"):
         DataConfig(pack=True, buckets=2)
 
 

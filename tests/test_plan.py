@@ -313,8 +313,8 @@ def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
     """The demo's decoder has 600 pieces and three special tokens, other corpora 8000; the encoder has 8000."""
     demo, out, _ = plan_of(capsys, "demo", "--chips", 1)
     assert "8,000 and 640 rows of tokens: trained on the texts" in out
-    assert plan_of(capsys, "demo", "--chips", 1, "--data.pieces", 600)[0] == demo
-    other = plan_of(capsys, "demo", "--chips", 1, "--data.entries", 1000, "--data.train", "texts.txt")[0]
+    assert plan_of(capsys, "demo", "--chips", 1, "--data.decoder-vocab-size", 600)[0] == demo
+    other = plan_of(capsys, "demo", "--chips", 1, "--data.encoder-vocab-size", 1000, "--data.train", "texts.txt")[0]
     assert other["decoder"] - demo["decoder"] == (8064 - 640) * 128
     assert demo["encoder"] - other["encoder"] == (8000 - 1024) * 128
 
@@ -323,7 +323,7 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
     """Vocabularies are rounded up to multiples of 64, as in a run: 21,128 becomes 21,184."""
     published, out, _ = plan_of(capsys, "randeng-1b")
     assert "21,184 and 50,048 rows of tokens: the published ones, for --tokenizers; without it a run trains" in out
-    trained, out, _ = plan_of(capsys, "randeng-1b", "--data.pieces", 8000)
+    trained, out, _ = plan_of(capsys, "randeng-1b", "--data.decoder-vocab-size", 8000)
     assert "8,000 and 8,064 rows of tokens: trained on the texts" in out
     assert published["decoder"] - trained["decoder"] == (50048 - 8064) * 1600
     assert published["encoder"] - trained["encoder"] == (21184 - 8000) * 768

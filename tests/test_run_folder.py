@@ -7,9 +7,9 @@ import pytest
 
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
-from davae_jax.training.config import digest_of
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run_folder import open_run
+from davae_jax.training.saved_config import digest_of
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
 
@@ -49,7 +49,7 @@ def refusal(folder, config):
         opened(folder, config)
     assert e.value.exit_code == 2 and (folder / "train.json").read_bytes() == before
     said = str(e.value)
-    start, end = f"{folder}: was made with another config: ", "; give another --run-dir"
+    start, end = f"--run-dir {folder} was made with another config: ", "; give another folder"
     assert said.startswith(start) and said.endswith(end)
     return said.removeprefix(start).removesuffix(end)
 
@@ -107,9 +107,16 @@ def test_folders_of_an_older_version_go_on(config, tmp_path):
     folder = begun(tmp_path / "run", config)
     values = json.loads((folder / "train.json").read_text())
     del values["digest_of_held_out"]
+    # And it called vocabulary sizes otherwise.
+    values["data"]["pieces"] = values["data"].pop("decoder_vocab_size")
+    values["data"]["entries"] = values["data"].pop("encoder_vocab_size")
     (folder / "train.json").write_text(json.dumps(values))
     opened(folder, config)
-    assert "digest_of_held_out" in json.loads((folder / "train.json").read_text())
+    stored = json.loads((folder / "train.json").read_text())
+    assert "digest_of_held_out" in stored and "pieces" not in stored["data"]
+    values["data"]["entries"] = 4321
+    (folder / "train.json").write_text(json.dumps(values))
+    assert refusal(folder, config) == "data.encoder_vocab_size (4321, now 8000)"
 
 
 def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
@@ -123,24 +130,14 @@ def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
         assert not (folder / name).exists() and any(folder.iterdir())
     foreign = tmp_path / "foreign"
     write(foreign / "notes.partial")
-    with pytest.raises(InputError, match="holds files, but no run") as e:
+    with pytest.raises(InputError, match="holds files but no run") as e:
         opened(foreign, config)
     assert e.value.exit_code == 2 and [path.name for path in foreign.iterdir()] == ["notes.partial"]
 
 
 def prepared(config, output):
-    argv = [
-        "--input",
-        config.data.train,
-        "--output",
-        output,
-        "--decoder-vocab-size",
-        60,
-        "--encoder-vocab-size",
-        80,
-        "--workers",
-        1,
-    ]
+    argv = ["--input", config.data.train, "--output", output, "--workers", 1]
+    argv += ["--decoder-vocab-size", 60, "--encoder-vocab-size", 80]
     assert main(["prepare", *map(str, argv)]) == 0
 
 

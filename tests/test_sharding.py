@@ -140,7 +140,7 @@ def test_an_axis_is_split_only_where_it_divides():
     [
         (dict(data=3), 8, "--mesh.data 3 --mesh.fsdp 1 --mesh.tensor 1: does not fit 8 devices"),
         (dict(fsdp=16), 8, "--mesh.data -1 --mesh.fsdp 16 --mesh.tensor 1: does not fit 8 devices"),
-        (dict(data=-1, fsdp=-1), 8, "only one can be -1"),
+        (dict(data=-1, fsdp=-1), 8, "only one of them can be -1"),
         (dict(tensor=0), 8, "--mesh.tensor must be at least 1, or -1, not 0"),
     ],
 )

@@ -26,8 +26,8 @@ TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") fo
 # As small as the program takes it: what is tested is the program, not what the model learns.
 SMALLEST = {
     "batch-size": 4,
-    "data.pieces": 60,
-    "data.entries": 80,
+    "data.decoder-vocab-size": 60,
+    "data.encoder-vocab-size": 80,
     "data.buckets": 1,
     "model.latent-size": 4,
     "model.encoder.hidden-size": 16,
@@ -405,9 +405,8 @@ def test_another_config_in_the_same_folder(run, text_file):
     options = ["--steps", 8, "--beta.max", 0.5, "--log.every", 1, "--adversarial.weight", 0.1]
     code, _, err = tiny(text_file, folder, *options)
     assert code == 2
-    assert err == (
-        f"train.py: error: {folder}: was made with another config: beta.max (0.03, now 0.5); give another --run-dir\n"
-    )
+    changed = "beta.max (0.03, now 0.5)"
+    assert err == f"train.py: error: --run-dir {folder} was made with another config: {changed}; give another folder\n"
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
 
 
@@ -421,7 +420,9 @@ def test_other_texts_under_the_same_name(run, text_file):
     finally:
         text_file.write_bytes(before)
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith(f"train.py: error: {folder}: was made with another config: data.train (other contents)")
+    assert err.startswith(
+        f"train.py: error: --run-dir {folder} was made with another config: data.train (other contents)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -434,14 +435,13 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["dmo"], "dmo"),
         (["--free-bits.target", "-1"], "--free-bits.target"),
         (["--seed", "-1"], "--seed must be a whole number from 0 to 2³² − 1, not -1"),
-        (["--data.valid", "x.txt"], "--data.valid: is of use only with --data.train"),
+        (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
         (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
     ],
 )
 def test_bad_options(argv, said):
     code, out, err = train(*argv)
-    assert code == 2 and out == "" and said in err
-    assert err.startswith("train.py: error: ") and err.count("\n") == 1
+    assert code == 2 and out == "" and said in err and "Traceback" not in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text_file, tmp_path):

@@ -352,8 +352,8 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
     [
         ("encoder", BERT | {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("encoder", BERT | {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 24"),
-        ("encoder", {"hidden_size": 24}, "missing fields vocab_size, num_hidden_layers"),
-        ("decoder", BERT, "missing fields num_layers, max_memory_length"),
+        ("encoder", {"hidden_size": 24}, "vocab_size is missing, and so are num_hidden_layers"),
+        ("decoder", BERT, "num_layers is missing, and so are max_memory_length"),
         ("decoder", [1], "holds no JSON object"),
     ],
 )

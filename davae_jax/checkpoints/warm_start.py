@@ -29,7 +29,7 @@ from davae_jax.checkpoints.weights import FlatParams, flat_params
 from davae_jax.model.config import DAVAEConfig, read_json
 from davae_jax.model.davae import DAVAE, InitKeys
 from davae_jax.tokenizers.load import TOKENIZER_FILES
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import ConfigError, InputError, OptionError
 
 # Fields of a section that the sources' own configs do not have: neither BERT nor Transformer-XL has a latent.
 NOT_IN_SOURCE_CONFIGS = ("latent_initializer_scale",)
@@ -108,9 +108,9 @@ def warm_start(
         missing, unexpected, misshapen and non-finite tensors of both.
     """
     if encoder is None and decoder is None:
-        raise InputError("neither --encoder nor --decoder is given; there is nothing to start from", exit_code=2)
+        raise OptionError("--encoder", "or --decoder must be given; there is nothing to start from")
     if latent_size is not None and latent_size < 1:
-        raise InputError(f"--latent-size must be at least 1, not {latent_size}", exit_code=2)
+        raise OptionError("--latent-size", f"must be at least 1, not {latent_size}")
     sources = {"encoder": encoder, "decoder": decoder}
     folders = {part: resolve_source(source) for part, source in sources.items() if source is not None}
     davae_config = _combined_config(folders, config, latent_size)
@@ -235,8 +235,9 @@ def _combined_config(folders: dict[str, Path], config: str | Path | None, latent
         values[part] = latent_settings | read_json(path)
         try:
             DAVAEConfig.from_dict(values)
-        except InputError as e:
-            raise InputError(f"{path}: {str(e).removeprefix('config: ').replace(f'{part}.', '')}") from None
+        except ConfigError as e:  # the source's own config.json has no section
+            section = "" if e.section == part else e.section
+            raise ConfigError(section, e.field, e.reason, file=path) from None
     if "latent_size" in values["decoder"]:  # published configs repeat it there
         values["decoder"] = values["decoder"] | {"latent_size": values["latent_size"]}
     return DAVAEConfig.from_dict(values)

@@ -1,16 +1,12 @@
-"""The `davae` command: finds the subcommand, parses its options with tyro, and turns every error into one line."""
+"""What all programs share: the base class of a command, parsing of options, and reporting of errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
-import itertools
 import os
-import re
-import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,30 +14,79 @@ from typing import Any
 
 import tyro
 
+from davae_jax.cli.renamed import replace_renamed
 from davae_jax.utils.errors import InputError
-
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
 
 @dataclasses.dataclass(kw_only=True)
 class Command:
-    """What every command has. A subclass declares its options as fields and does its work in `run_command`."""
+    """The base class of every command. A subclass declares its options as fields and does its work in `run`."""
 
     debug: bool = False
     """On an error, print the traceback as well."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
-        """The command with its options; None where the help text was asked for. Raises as `parse_options`."""
+        """Returns the command with its options, or None if the help text was asked for. Raises as `parse_options`."""
         return parse_options(cls, argv, prog)
 
     def run(self) -> int | None:
-        """Does the work; a returned number is the exit code."""
+        """Does the work. Returns the exit code; None is 0."""
         raise NotImplementedError
 
 
+def option_hint(metavar: str, default: str) -> Any:
+    """Returns an annotation for an option whose default is None: how its value and its default appear in the help."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+class ParseError(InputError):
+    """Options cannot be parsed. What is wrong with them has already been printed on standard error."""
+
+    def __init__(self, prog: str):
+        super().__init__(f"the options cannot be parsed ({prog} --help)", exit_code=2)
+
+
+def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options: Any) -> Any:
+    """Parses a command line with tyro.
+
+    Args:
+      command: a dataclass whose fields are the options.
+      prog: the program's name in messages. Its options that were renamed are accepted under their old names too.
+      tyro_options: further arguments of `tyro.cli`: `default`, `description`.
+
+    Returns:
+      The dataclass with the options' values, or None if the help text was asked for, which has been printed.
+
+    Raises:
+      ParseError: an option is unknown, missing or cannot be read. tyro has printed a message that names it.
+      InputError: the dataclass does not allow a value. tyro would print this error in a frame of its own and exit.
+    """
+    argv = replace_renamed(argv, prog)
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **tyro_options)
+    except SystemExit as e:
+        if not e.code:
+            return None
+        cause: BaseException | None = e
+        while cause := cause.__context__:
+            if isinstance(cause, InputError):
+                raise cause from None
+        sys.stderr.write(message.getvalue())
+        raise ParseError(prog) from None
+
+
 def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str) -> int:
-    """Parses and runs one command; returns its exit code."""
+    """Parses and runs one command. Returns its exit code.
+
+    Args:
+      load: returns the command's class; its module is imported only now.
+      argv: the words after the command's name; None takes the program's.
+      prog: the program's name in messages.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int | None:
@@ -52,28 +97,30 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
 
 
 def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -> int:
-    """Does the work and returns its exit code; an error becomes one line on standard error, a warning another."""
+    """Does the work and returns its exit code. An error or a warning becomes one line on standard error."""
 
-    def failed(message: str, code: int) -> int:
+    def report(message: str, code: int) -> int:
         if debug:
             traceback.print_exc()
         print(f"{prog}: error: {message}", file=sys.stderr)
         return code
 
-    def show(message, category, filename, lineno, file=None, line=None):
+    def show_warning(message, category, filename, lineno, file=None, line=None):
         print(f"{prog}: warning: {message}", file=sys.stderr)
 
-    with contextlib.suppress(AttributeError):  # where a caller put a stream of its own
-        sys.stdout.reconfigure(encoding="utf-8")  # as JSON Lines are, whatever the locale
+    with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8, whatever the locale
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)
         try:
             code = work() or 0
-            print(end="", flush=True)  # at its exit, Python would not report well that there is no room
+            print(end="", flush=True)  # a full disk is noticed here, where it can be reported
             return code
+        except ParseError as e:
+            return e.exit_code
         except InputError as e:
-            return failed(str(e), e.exit_code)
+            return report(str(e), e.exit_code)
         except KeyboardInterrupt:
             print(f"{prog}: interrupted", file=sys.stderr)
             return INTERRUPTED
@@ -82,10 +129,10 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return 0
         except OSError as e:
             name = e.filename or ("standard output" if _stdout_is_broken() else None)
-            return failed(f"{name}: {e.strerror}" if name else str(e), 1)
+            return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except Exception as e:
-            first = (str(e).strip().splitlines() or [""])[0]
-            return failed(f"{type(e).__name__}: {first} (--debug shows where)", 1)
+            first_line = (str(e).strip().splitlines() or [""])[0]
+            return report(f"{type(e).__name__}: {first_line} (--debug shows where)", 1)
 
 
 def exit_with(main: Callable[[], int]) -> None:
@@ -94,7 +141,7 @@ def exit_with(main: Callable[[], int]) -> None:
     After an error or an interrupt it ends at once, without Python's clean-up: threads of XLA that still compute would
     crash, and in a run of several processes JAX would wait for the others, which may wait for this one.
     """
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook = _report_unraisable
     code = main()
     if code:
         sys.stdout.flush()
@@ -103,53 +150,25 @@ def exit_with(main: Callable[[], int]) -> None:
     sys.exit(code)
 
 
-def _unraisable(found: Any) -> None:
-    """An interrupt that came in upon a library's callback, which cannot raise, comes again a moment later. And where a
-    checkpoint cannot be read, Orbax closes its event loop with other reads under way, and each of them would write a
-    traceback after the one line that says what is the matter."""
-    if isinstance(found.exc_value, KeyboardInterrupt):
-        again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-        again.daemon = True
-        again.start()
-    elif not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
-        sys.__unraisablehook__(found)
+def _report_unraisable(unraisable: Any) -> None:
+    """Handles exceptions that Python cannot raise (`sys.unraisablehook`).
+
+    An interrupt is sent again. "Event loop is closed" is dropped: when a checkpoint cannot be read, Orbax closes its
+    event loop while other reads are running, and each of them would print a traceback after the line that says what is
+    wrong. Everything else is reported as usual.
+    """
+    exception = unraisable.exc_value
+    if isinstance(exception, KeyboardInterrupt):
+        repeat_interrupt()
+    elif not (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _stdout_is_broken() -> bool:
-    """Whether standard output takes nothing. What is unwritten goes nowhere then, or Python would try again at exit."""
+    """Returns whether standard output accepts nothing. If so, discards what is unwritten: Python would try again."""
     try:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-def parse_options(command: type, argv: Sequence[str], prog: str, **kwargs) -> Any:
-    """The command with its options; None where all that was asked for is the help text, which is printed.
-
-    What else is given goes to `tyro.cli`: `default`, `description`.
-
-    Raises:
-      InputError: tyro's framed message as one line.
-    """
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(command, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **kwargs)
-    except SystemExit as e:
-        if not e.code:
-            return None
-    raise InputError(f"{_one_line(message.getvalue())} ({prog} --help)", exit_code=2)
-
-
-def _one_line(framed: str) -> str:
-    """What a message of tyro's says: its first section, that on unknown options, and a rewording of Python's terms."""
-    lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in framed.splitlines()[1:]]
-    groups = itertools.groupby(lines, key="".__eq__)  # a rule between two sections has become empty
-    sections = [" ".join(" ".join(group).split()) for is_rule, group in groups if not is_rule]
-    said = "; ".join(s for n, s in enumerate(sections) if n == 0 or s.startswith("Unrecognized options"))
-    if bad := re.match(r"Error parsing (\S+): .*?('.*'|\".*\")", said):
-        what = re.search(rf"Argument helptext: {re.escape(bad[1])} \[?(\S+)", " ".join(sections))
-        return f"{bad[1]}: cannot read {bad[2]}" + (f" as {what[1]}" if what else "")
-    return said

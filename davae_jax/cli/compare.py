@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from davae_jax.cli.base import INTERRUPTED, Command
+from davae_jax.cli.base import Command
 from davae_jax.cli.evaluate import Evaluate
+from davae_jax.cli.renamed import RENAMED_OPTIONS
 from davae_jax.cli.train import parse_train
 from davae_jax.evaluation.comparison import Results, format_table, statistics
 from davae_jax.evaluation.evaluate import as_json
@@ -43,13 +44,13 @@ from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_json, write_text
+from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
 MEASURES_FILE = "evaluation.json"  # in a run folder, once the run is complete
 COMPILED_FOLDER = "compiled"  # in the output: JAX's compilation cache
 PAGE_INTERVAL = 10  # seconds between two updates of the output's files, at least
-RENAMED_OPTIONS = {"--data.pieces": "--data.decoder-vocab-size", "--data.entries": "--data.encoder-vocab-size"}
 
 
 class Study(NamedTuple):
@@ -76,7 +77,11 @@ class Compare(Command):
 
     def run(self) -> int:
         study = read_study(self.study)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C, the run that is training saves
+        with interrupt_on_signals():  # the run that is training then saves
+            return self.compare(study)
+
+    def compare(self, study: Study) -> int:
+        """Trains and measures what is missing, and writes the comparison. Returns the exit code."""
         results: Results = {name: {} for name in study.settings}
         failed, written = False, time.monotonic()
         # All settings with the first seed, then all with the next, so that they can be compared early.
@@ -264,8 +269,9 @@ def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def _current_names(words: Sequence[str]) -> list[str]:
     """Returns training options under their current names, so that studies of earlier versions are recognised."""
+    renamed = RENAMED_OPTIONS["train.py"]
     split = [word.partition("=") for word in words]
-    return [RENAMED_OPTIONS.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]
+    return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`davae convert`: a published PyTorch checkpoint becomes a folder that davae-jax reads without PyTorch."""
+"""`davae convert`: converts a published PyTorch checkpoint to a folder that davae-jax reads without PyTorch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Annotated
 
 import tyro
 
-from davae_jax.checkpoints.from_torch import convert
 from davae_jax.cli.base import Command
 
 
 @dataclass(kw_only=True)
 class Convert(Command):
-    """Published PyTorch checkpoint → a folder that davae_jax.from_pretrained reads without PyTorch."""
+    """Converts a published PyTorch checkpoint to a folder that davae_jax.from_pretrained reads without PyTorch."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Folder with config.json and pytorch_model.bin or model.safetensors, or a Hugging Face repo id."""
 
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """Folder to make; it appears when it is complete."""
+    """Folder to create; it appears when it is complete."""
 
     overwrite: bool = False
-    """Replace what stands at DST."""
+    """Replace DST if it exists."""
 
     def run(self) -> None:
+        from davae_jax.checkpoints.from_torch import convert
+
         convert(self.src, self.dst, overwrite=self.overwrite)
         print(f"wrote {self.dst}")

@@ -24,7 +24,7 @@ from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 from davae_jax.reports.report import report
-from davae_jax.utils.errors import InputError, check_options
+from davae_jax.utils.errors import InputError, OptionError, check_options
 
 
 def _option(metavar: str, default: str):
@@ -84,7 +84,7 @@ class Evaluate(Command):
             if path:
                 check_output(path, option)
         if self.json and self.html and self.json.resolve() == self.html.resolve():
-            raise InputError("--json and --html name the same file", exit_code=2)
+            raise OptionError("--json", "and --html name the same file")
         data = read_data(self.data, self.field, self.label) if self.data else demo_texts(Path(self.model), self.label)
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=jnp.dtype(self.dtype), mesh=mesh)
@@ -121,7 +121,7 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
     """Reads the texts of a file, and the labels from JSON Lines. Raises InputError naming the file and the line."""
     for option, given in (("--field", field is not None), ("--label", labels)):
         if given and path.suffix not in (".jsonl", ".json"):
-            raise InputError(f"{option}: {path} has no fields; give JSON Lines (.jsonl)", exit_code=2)
+            raise OptionError(option, f"needs JSON Lines (.jsonl); {path} has no fields")
     texts = read_texts(path, field or "text")
     lines = decode_lines(path.read_bytes(), str(path)) if labels else []
     read = {name: [label_of(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels}
@@ -156,12 +156,10 @@ def demo_texts(run: Path, labels: Sequence[str]) -> Data:
     except (OSError, ValueError, KeyError, TypeError):
         of_demo = False
     if not of_demo:
-        raise InputError(
-            f"--data: give a file of texts; {run} is no run of the demo, which has texts of its own", exit_code=2
-        )
+        raise OptionError("--data", f"must be given: {run} is no run of the demo preset, which has texts of its own")
     known = demo_corpus.Factors._fields
     if unknown := [name for name in labels if name not in known]:
-        raise InputError(f"--label {unknown[0]}: the demo's factors are {', '.join(known)}", exit_code=2)
+        raise OptionError("--label", f"{unknown[0]}: the demo's factors are {', '.join(known)}")
     corpus = demo_corpus.make_corpus()
     factors = [corpus.factors[text]._asdict() for text in corpus.held_out]
     for factor in factors:

@@ -1,4 +1,4 @@
-"""Walking in the latent space from the command line: `davae attribute`, `neighbours`, `combine`."""
+"""The commands for moving in the latent space: `davae attribute`, `neighbours`, `combine`."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from davae_jax.cli.text import GreedyCommand
+from davae_jax.cli.text import GreedyCommand, posterior_means
 from davae_jax.data.texts import read_texts
-from davae_jax.inference.text_vae import check_radius
-from davae_jax.model.latent import combine
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import OptionError
 
 
 @dataclass(kw_only=True)
 class Attribute(GreedyCommand):
-    """Texts with more or less of an attribute, which two files of examples show; greedy unless an option says how to
-    draw.
+    """Strengthens or weakens an attribute of texts, given examples with and without it; greedy unless a sampling option
+    is given.
 
-    The mean of the examples that have it, less the mean of those that lack it, is added to each text's posterior mean
-    with each strength. Writes {"text", "strength", "generated"} a line.
+    The attribute vector is the mean of the examples with the attribute minus the mean of those without it. It is added
+    to each text's posterior mean with each strength. Writes lines {"text", "strength", "generated"}.
     """
 
     having: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """Texts that have the attribute, one a line."""
+    """File of texts with the attribute, one per line."""
 
     lacking: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """Texts that lack it."""
+    """File of texts without the attribute, one per line."""
 
     strength: tuple[float, ...] = (1.0,)
-    """How much of it is added, one or several numbers, behind the texts; below 0 it is taken away."""
+    """Factors of the attribute vector, one or several numbers, after the texts; negative factors weaken the
+    attribute."""
 
     def check(self) -> None:
         super().check()
@@ -52,23 +51,26 @@ class Attribute(GreedyCommand):
 
 @dataclass(kw_only=True)
 class Neighbours(GreedyCommand):
-    """Texts around each text: at a distance from its posterior mean, in directions that the seed draws; greedy unless
-    an option says how to draw.
+    """Decodes latents around each text, at a distance from its posterior mean in random directions; greedy unless a
+    sampling option is given.
 
-    A draw of the prior lies about √(latent size) from the origin. Writes {"text", "radius", "generated"} a line.
+    For scale: samples of the prior are about √(latent size) away from the origin. Writes lines {"text", "radius",
+    "generated"}.
     """
 
     radius: float = 1.0
     """Distance from the text's posterior mean."""
 
     n: int = 5
-    """Texts around each."""
+    """Number of neighbours of each text."""
 
     def check(self) -> None:
         super().check()
+        from davae_jax.inference.text_vae import check_radius
+
         check_radius(self.radius, name="--radius")
         if self.n < 1:
-            raise InputError(f"--n must be at least 1, not {self.n}", exit_code=2)
+            raise OptionError("--n", f"must be at least 1, not {self.n}")
 
     def results(self) -> list[dict]:
         texts, label = self.read()
@@ -81,25 +83,26 @@ class Neighbours(GreedyCommand):
 
 @dataclass(kw_only=True)
 class Combine(GreedyCommand):
-    """Sums and differences of texts: the text of Σ weight · posterior mean; greedy unless an option says how to draw.
+    """Adds and subtracts texts: decodes Σ weight · posterior mean; greedy unless a sampling option is given.
 
-    Takes as many texts as weights, or a file whose lines hold so many with tabs between them. Writes {"texts",
-    "weights", "text"} a line.
+    Takes as many texts as weights, or a file whose lines hold that many with tabs between them. Writes lines {"texts",
+    "weights", "text"}.
     """
 
     weights: tuple[float, ...]
-    """A weight for each text, behind the texts: 0.5 0.5 is what lies between two, -1 1 1 is an analogy."""
+    """A weight for each text, after the texts: 0.5 0.5 is the midpoint of two texts, -1 1 1 is an analogy."""
 
     def check(self) -> None:
         super().check()
         check_numbers(self.weights, "--weights")
 
     def results(self) -> list[dict]:
-        groups, label = self.columns(len(self.weights), why=", one a weight")
+        from davae_jax.model.latent import combine
+
+        groups, label = self.read_groups(len(self.weights), why=", one per weight")
         vae = self.load(label)
-        means = vae.encode([text for group in groups for text in group], std_scale=0.0)
-        by_place = means.reshape(len(groups), len(self.weights), -1).swapaxes(0, 1)
-        generated = vae.generate(combine(by_place, self.weights), seed=self.seed, **self.sampling())
+        means = posterior_means(vae, groups).swapaxes(0, 1)  # [n, groups, L]
+        generated = vae.generate(combine(means, self.weights), seed=self.seed, **self.sampling())
         return [
             {"texts": list(group), "weights": list(self.weights), "text": text}
             for group, text in zip(groups, generated, strict=True)
@@ -107,7 +110,7 @@ class Combine(GreedyCommand):
 
 
 def check_numbers(numbers: tuple[float, ...], name: str) -> None:
-    """Raises InputError where there are none, or one is not finite."""
+    """Raises OptionError if there is no number, or one that is not finite."""
     if not numbers or not all(map(np.isfinite, numbers)):
-        said = " ".join(map(str, numbers)) or "nothing"
-        raise InputError(f"{name} must be finite numbers, not {said}", exit_code=2)
+        given = " ".join(map(str, numbers)) or "nothing"
+        raise OptionError(name, f"must be finite numbers, not {given}")

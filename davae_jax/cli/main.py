@@ -1,4 +1,4 @@
-"""The `davae` command."""
+"""The `davae` program: finds the command and runs it."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ from davae_jax.utils.errors import InputError
 
 
 def _command(module: str, name: str) -> Callable[[], type[Command]]:
-    def load():
+    """Returns a function that imports a command's class: `davae --help` should not wait for all of them."""
+
+    def load() -> type[Command]:
         return getattr(importlib.import_module(f"davae_jax.cli.{module}"), name)
 
     return load
 
 
-# Loaded when used: `davae --help` should not wait for JAX.
+# Name → (one line for the help text, how to import the class).
 COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
-    "generate": ("variations of texts: encode, draw a latent, generate", _command("text", "Generate")),
-    "reconstruct": ("texts through their posterior mean and back", _command("text", "Reconstruct")),
-    "sample": ("texts from the prior", _command("text", "Sample")),
-    "interpolate": ("texts on the way from one text to another", _command("text", "Interpolate")),
-    "analogy": ("what is to C as B is to A", _command("text", "Analogy")),
-    "attribute": ("texts with more or less of what examples show", _command("latent", "Attribute")),
-    "neighbours": ("texts around a text", _command("latent", "Neighbours")),
-    "combine": ("sums and differences of texts", _command("latent", "Combine")),
-    "evaluate": ("what a model is worth: measures, and a report to look at", _command("evaluate", "Evaluate")),
-    "compare": ("settings trained side by side, over several seeds", _command("compare", "Compare")),
+    "generate": ("vary texts: encode, sample a latent, generate", _command("text", "Generate")),
+    "reconstruct": ("encode texts to their posterior mean and decode it", _command("text", "Reconstruct")),
+    "sample": ("sample texts from the prior", _command("text", "Sample")),
+    "interpolate": ("interpolate between two texts", _command("text", "Interpolate")),
+    "analogy": ("complete an analogy: what is to C as B is to A", _command("text", "Analogy")),
+    "attribute": ("strengthen or weaken an attribute that examples show", _command("latent", "Attribute")),
+    "neighbours": ("sample texts around a text", _command("latent", "Neighbours")),
+    "combine": ("add and subtract texts in the latent space", _command("latent", "Combine")),
+    "evaluate": ("evaluate a model: metrics and an HTML report", _command("evaluate", "Evaluate")),
+    "compare": ("train several settings over several seeds and compare them", _command("compare", "Compare")),
     "plan": (
-        "memory, work and traffic of a training run on machines that are not here",
+        "estimate memory, compute and communication of a training run",
         _command("plan", "PlanCommand"),
     ),
-    "prepare": ("texts → tokenised shards to train on", _command("prepare", "Prepare")),
-    "convert": ("published PyTorch checkpoint → davae-jax", _command("convert", "Convert")),
-    "export": ("davae-jax checkpoint → published PyTorch layout", _command("export", "Export")),
+    "prepare": ("tokenize texts into shards for training", _command("prepare", "Prepare")),
+    "convert": ("convert a published PyTorch checkpoint to davae-jax", _command("convert", "Convert")),
+    "export": ("write a checkpoint in the published PyTorch layout", _command("export", "Export")),
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _command("parity", "Parity")),
-    "warm-start": ("a new model from a BERT and/or a Transformer-XL checkpoint", _command("warm_start", "WarmStart")),
+    "warm-start": ("create a model from a pretrained BERT and/or Transformer-XL", _command("warm_start", "WarmStart")),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `davae`. Returns the exit code: 0, 2 for bad arguments, 1 for a failure."""
+    """Runs `davae`. Returns the exit code: 0 on success, 2 for bad arguments, 1 for a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         return run_command(COMMANDS[argv[0]][1], argv[1:], f"davae {argv[0]}")
@@ -51,21 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_command(argv: list[str]) -> None:
+    """Handles a command line that does not begin with a command."""
     if argv and argv[0] in ("-h", "--help"):
         print(_usage())
     elif argv and argv[0] == "--version":
         print(importlib.metadata.version("davae-jax"))
     else:
-        what = f"unknown command {argv[0]!r}" if argv else "no command given"
-        raise InputError(f"{what}; known: {', '.join(COMMANDS)} (davae --help)", exit_code=2)
+        problem = f"unknown command {argv[0]!r}" if argv else "no command given"
+        raise InputError(f"{problem}; known: {', '.join(COMMANDS)} (davae --help)", exit_code=2)
 
 
 def script() -> None:
-    """The `davae` program."""
+    """Runs `davae` and ends the process: the entry point of the installed program."""
     exit_with(main)
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{what}" for name, (what, _) in COMMANDS.items()]
+    lines = [f"  {name:{width}}{summary}" for name, (summary, _) in COMMANDS.items()]
     return "\n".join(["usage: davae COMMAND [OPTIONS]   (davae COMMAND --help)", "", *lines])

@@ -1,44 +1,46 @@
-"""`davae parity`: PyTorch and JAX compared module by module."""
+"""`davae parity`: compares PyTorch and JAX module by module."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from davae_jax.cli.base import Command
-from davae_jax.parity.compare import Dtype, compare, format_report
 
 
 @dataclass(kw_only=True)
 class Parity(Command):
-    """Runs PyTorch and JAX side by side and says which module differs first; exit code 1 if one does."""
+    """Runs PyTorch and JAX on the same inputs and reports the first module that differs; exit code 1 if one does."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-    """Published folder, converted checkpoint or Hugging Face repo id: the weights of both sides."""
+    """Weights of both sides: published folder, converted checkpoint or Hugging Face repo id."""
 
     against: str | None = None
-    """Take PyTorch's weights from here instead: the folder that SRC was converted from."""
+    """Weights of the PyTorch side, if not SRC: the folder that SRC was converted from."""
 
-    dtype: Dtype = "float32"
-    """JAX's number format; PyTorch's is float32. bfloat16 is allowed to differ more."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision of JAX; PyTorch computes in float32. The tolerance is larger for bfloat16."""
 
     batch_size: int = 2
-    """Rows of the random inputs."""
+    """Number of rows of the random inputs."""
 
     length: Annotated[
         int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 48, or all positions)")
     ] = None
-    """Tokens of the longest row."""
+    """Number of tokens of the longest row."""
 
     seed: int = 0
-    """Of the random inputs."""
+    """Random seed of the inputs."""
 
     gradients: bool = True
-    """Compare every tensor's gradient: half of the time, and a temporary file (in TMPDIR) as large as the weights."""
+    """Compare the gradients of all weights too. Takes half of the time, and a temporary file in TMPDIR as large as the
+    weights."""
 
     def run(self) -> int:
+        from davae_jax.parity.compare import compare, format_report
+
         report = compare(
             self.src,
             against=self.against,

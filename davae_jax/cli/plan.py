@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from davae_jax.cli.base import Command, parse_options
-from davae_jax.cli.train import with_plugins
+from davae_jax.cli.train import add_plugin_options, naming_model_options
 from davae_jax.parallel.chips import CHIPS
-from davae_jax.planning.memory import MAX_CHIPS
-from davae_jax.planning.plan import Plan, make_plan, with_planned_vocabularies
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
-from davae_jax.training.setup import unsharded_weights
 from davae_jax.utils.errors import InputError, check_options
 from davae_jax.utils.files import write_json
+
+if TYPE_CHECKING:
+    from davae_jax.planning.plan import Plan
 
 
 @dataclass(kw_only=True)
 class PlanCommand(Command):
-    """Memory, work and traffic of a training run on machines that are not here. The first word is the preset, and any
-    option of `train.py` changes it; the mesh is laid over `--chips`.
+    """Estimates memory, compute and communication of a training run on other machines. The first word is a preset,
+    which any option of `train.py` changes; the mesh covers `--chips`.
     """
 
     chip: Literal[tuple(CHIPS)] = "h200"
-    """What it runs on."""
+    """Kind of chip."""
 
     chips: int = 8
-    """How many of them."""
+    """Number of chips."""
 
     efficiency: float = 0.4
-    """What is reached of the chips' peak FLOP/s and of their links' rates, for the expected time."""
+    """Fraction of the chips' peak FLOP/s and of their links' bandwidth that is reached, for the expected time."""
 
     json: Path | None = None
-    """File for the same numbers, unrounded."""
+    """JSON file for the same numbers, unrounded."""
 
     preset: tyro.conf.Suppress[str] = "randeng-1b"
-    config: TrainConfig
+    config: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)]
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> PlanCommand | None:
@@ -52,27 +52,29 @@ class PlanCommand(Command):
         if argv and argv[0] in PRESETS:
             preset = argv.pop(0)
             prog = f"{prog} {preset}"
-        config, default = with_plugins(argv, PRESETS[preset][1])
-        command = make_dataclass(cls.__name__, [("config", config)], bases=(cls,), kw_only=True, namespace=DOC)
-        return parse_options(command, argv, prog, default=command(config=default, preset=preset))
+        default = cls(config=add_plugin_options(argv, PRESETS[preset][1]), preset=preset)
+        with naming_model_options():
+            return parse_options(cls, argv, prog, default=default)
 
     def run(self) -> None:
+        from davae_jax.planning.plan import make_plan, with_planned_vocabularies
+        from davae_jax.training.setup import unsharded_weights
+
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
         config, tokenizers = with_planned_vocabularies(self.config, self.preset)
         plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
-        if said := unsharded_weights(plan.config.model, plan.mesh):
-            warnings.warn(said, stacklevel=2)
+        if warning := unsharded_weights(plan.config.model, plan.mesh):
+            warnings.warn(warning, stacklevel=2)
         print(format_plan(plan, tokenizers))
         if self.json:
             write_json(self.json, to_dict(plan))
 
 
-DOC = {"__doc__": PlanCommand.__doc__}
-
-
 def format_plan(plan: Plan, tokenizers: str) -> str:
-    """tokenizers: whose they are."""
+    """Returns the plan as a table. tokenizers: says which tokenizers the vocabulary sizes are taken from."""
+    from davae_jax.planning.memory import MAX_CHIPS
+
     config, chip, model = plan.config, plan.chip, plan.config.model
     longest = plan.tokens // config.batch_size
     lines = [
@@ -80,7 +82,7 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         f"{config.batch_size} texts of {longest} tokens a step"
         + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
-        *(["rows are taken as one text each: packed ones may be longer for the encoder"] if config.data.pack else []),
+        *(["each row is counted as one text; packed rows may be longer for the encoder"] if config.data.pack else []),
         f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
         f"{model.encoder.vocab_size:,} and {model.decoder.vocab_size:,} rows of tokens: {tokenizers}",
         "",
@@ -115,7 +117,7 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
 
 
 def to_dict(plan: Plan) -> dict:
-    """The plan's numbers as plain values; bytes, FLOPs and seconds."""
+    """Returns the plan's numbers as plain values, in bytes, FLOPs and seconds."""
     values = plan._asdict() | {"chip": plan.chip._asdict(), "fits": plan.fits, "step_seconds": plan.seconds}
     del values["config"]
     return values | {"traffic": {name: axis._asdict() for name, axis in plan.traffic.items()}}

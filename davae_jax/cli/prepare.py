@@ -8,15 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from davae_jax.cli.base import Command
+from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.build_shards import MIB, VocabularySizes, build_shards
 from davae_jax.data.shard_index import describe_excluded
 from davae_jax.data.shard_writer import ShardSettings
 from davae_jax.utils.errors import check_options
-
-
-def _option(metavar: str, default: str):
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(kw_only=True)
@@ -35,7 +31,7 @@ class Prepare(Command):
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the result."""
 
-    tokenizers: Annotated[Path | None, _option("DIR", "trained on a sample of the texts")] = None
+    tokenizers: Annotated[Path | None, option_hint("DIR", "trained on a sample of the texts")] = None
     """Folder with spiece.model and vocab.txt."""
 
     field: str = "text"
@@ -51,7 +47,7 @@ class Prepare(Command):
     """Keep texts that are too long for the encoder. It reads their beginning, and the decoder reads them up
     to --max-length. For training with --data.segment-length."""
 
-    held_out: Annotated[float | None, _option("FRACTION", "0.01; less of large inputs, about 16 MB")] = None
+    held_out: Annotated[float | None, option_hint("FRACTION", "0.01; less of large inputs, about 16 MB")] = None
     """The fraction of the distinct texts that is kept for measurements, with all copies of each."""
 
     decoder_vocab_size: int = 8000
@@ -60,10 +56,10 @@ class Prepare(Command):
     encoder_vocab_size: int = 8000
     """The size of the encoder's vocabulary, where tokenizers are trained."""
 
-    shard_size: Annotated[int | None, _option("MIB", "a 256th of the input, from 1 to 1024")] = None
+    shard_size: Annotated[int | None, option_hint("MIB", "a 256th of the input, from 1 to 1024")] = None
     """MiB of text in a shard."""
 
-    workers: Annotated[int | None, _option("INT", "one for each core")] = None
+    workers: Annotated[int | None, option_hint("INT", "one for each core")] = None
     """Number of worker processes; does not change the result."""
 
     def run(self) -> None:

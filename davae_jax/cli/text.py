@@ -1,6 +1,7 @@
 """The commands that work on texts: `davae generate`, `reconstruct`, `sample`, `interpolate`, `analogy`.
 
-One text a line in, JSON Lines out. Texts come from the command line, from `--input`, or from standard input.
+They read one text per line and write JSON Lines. Texts come from the command line, from `--input`, or from standard
+input.
 """
 
 from __future__ import annotations
@@ -11,119 +12,129 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import jax.numpy as jnp
 import tyro
-from jaxtyping import Array, Float
 
-from davae_jax.cli.base import Command
+from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.texts import decode_lines
-from davae_jax.inference.generation import check_max_length, sampling_settings
-from davae_jax.inference.text_vae import TextVAE, check_std_scale, check_steps, greedy_by_default
-from davae_jax.model.config import DAVAEConfig
-from davae_jax.model.latent import analogy, interpolate, slerp
-from davae_jax.utils.errors import InputError
+from davae_jax.model.config import check_sampling
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_text
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-def _option(metavar: str, default: str):
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+    from davae_jax.inference.text_vae import TextVAE
 
-
-_FLOAT, _INT = (_option(kind, "the checkpoint's") for kind in ("FLOAT", "INT"))
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
+_FLOAT, _INT = (option_hint(kind, "the checkpoint's") for kind in ("FLOAT", "INT"))
 _GREEDY = "greedy; with another of these four, the checkpoint's"
-_GREEDY_FLOAT, _GREEDY_INT = (_option(kind, _GREEDY) for kind in ("FLOAT", "INT"))
+_GREEDY_FLOAT, _GREEDY_INT = (option_hint(kind, _GREEDY) for kind in ("FLOAT", "INT"))
 
 
 @dataclass(kw_only=True)
-class _TextCommand(Command):
-    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], _option("[TEXT ...]", "none")] = ()
-    """Texts; without any, one a line from --input or standard input."""
+class TextCommand(Command):
+    """The base class of commands that generate texts."""
+
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], option_hint("[TEXT ...]", "none")] = ()
+    """Texts. If none is given, they are read from --input or standard input, one per line."""
 
     model: str
-    """Converted checkpoint, published folder, or Hugging Face repo id."""
+    """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
-    tokenizers: Annotated[Path | None, _option("DIR", "the model's folder")] = None
+    tokenizers: Annotated[Path | None, option_hint("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
 
-    input: Annotated[Path | None, _option("FILE", "standard input")] = None
-    """File of texts, UTF-8, one a line."""
+    input: Annotated[Path | None, option_hint("FILE", "standard input")] = None
+    """UTF-8 file with one text per line."""
 
-    output: Annotated[Path | None, _option("FILE", "standard output")] = None
-    """File for the results, JSON Lines. It appears when all is done."""
+    output: Annotated[Path | None, option_hint("FILE", "standard output")] = None
+    """JSON Lines file for the results; it appears when it is complete."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What to compute in. On a CPU, float32 is the fast one."""
+    """Compute precision. On a CPU, float32 is faster."""
 
     batch_size: int = 16
-    """Texts worked on at once; changes speed and memory, not results."""
+    """Number of texts per batch; affects speed and memory, not results."""
 
     seed: int = 0
-    """Seed of every draw."""
+    """Random seed."""
 
     max_length: Annotated[int | None, _INT] = None
-    """Tokens of a text at most, prompt included."""
+    """Maximum number of tokens of a text, prompt included."""
 
     temperature: Annotated[float | None, _FLOAT] = None
-    """Divides the logits; above 0."""
+    """Sampling temperature: the logits are divided by it; above 0."""
 
     top_k: Annotated[int | None, _INT] = None
-    """Draw from the k most likely tokens; 0 is off, 1 is greedy."""
+    """Sample from the k most likely tokens; 0 is off, 1 is greedy."""
 
     top_p: Annotated[float | None, _FLOAT] = None
-    """Draw from the most likely tokens that hold this mass; 0 and 1 are off."""
+    """Nucleus sampling: sample from the most likely tokens with this total probability; 0 and 1 are off."""
 
     repetition_penalty: Annotated[float | None, _FLOAT] = None
-    """Divides a token's probability once for each time it stands in the text already; 1 is off."""
+    """Divides a token's probability once for each time that the text contains it already; 1 is off."""
 
     def run(self) -> None:
         self.check()
         self.write(self.results())
 
     def results(self) -> list[dict]:
-        """Does the work: one dict a line of output."""
+        """Does the work. Returns a dict for each line of the output."""
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises InputError on an option that cannot be, before anything is read or loaded."""
+        """Raises OptionError for an option that is out of its range, before anything is read or loaded."""
+        from davae_jax.inference.generation import check_max_length
+
         if self.batch_size < 1:
-            raise InputError(f"--batch-size must be at least 1, not {self.batch_size}", exit_code=2)
+            raise OptionError("--batch-size", f"must be at least 1, not {self.batch_size}")
         if self.max_length is not None:
-            _as_option(lambda: check_max_length(self.max_length))
-        settings = {name: value for name, value in self.sampling().items() if name != "max_length"}
-        _as_option(lambda: sampling_settings(DAVAEConfig(), **settings))
+            _naming_the_option(lambda: check_max_length(self.max_length))
+        allowed = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # for those that are not given
+        settings = allowed | {name: value for name, value in self.sampling().items() if name in allowed}
+        _naming_the_option(lambda: check_sampling(**settings))
         if self.texts and self.input:
-            raise InputError("give texts or --input, not both", exit_code=2)
+            raise OptionError("--input", "cannot be given together with texts")
         for number, text in enumerate(self.texts, 1):
             _require_utf8(text, f"text {number}")
         if self.output:
             check_output(self.output)
 
     def sampling(self) -> dict:
-        names = ("max_length", "temperature", "top_k", "top_p", "repetition_penalty")
+        """Returns the sampling options that are given, as keyword arguments of `TextVAE.generate`."""
+        names = ("max_length", *SAMPLING_OPTIONS)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def load(self, label: Callable[[int], str] = "text {}".format) -> TextVAE:
-        """The model; `label` names the i-th text in its warnings."""
-        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=jnp.dtype(self.dtype))
+        """Loads the model. label: names the i-th text, from 1, in its warnings."""
+        from davae_jax.inference.text_vae import TextVAE
+
+        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype)
         vae.batch_size = self.batch_size
         vae.progress = sys.stderr.isatty()
         vae.label = label
         return vae
 
     def read(self) -> tuple[list[str], Callable[[int], str]]:
-        """The texts, and how a message names the i-th of them, from 1."""
+        """Returns the texts, and a function that names the i-th of them, from 1, in messages."""
         if self.texts:
             return list(self.texts), "text {}".format
         if not self.input and (sys.stdin is None or sys.stdin.isatty()):
-            raise InputError("no text given: name some, or give --input FILE", exit_code=2)
+            raise OptionError("--input", "or texts must be given")
         name = str(self.input or "standard input")
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
         return decode_lines(data, name), f"{name}: line {{}}".format
 
-    def columns(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
-        """Groups of n texts: those on the command line are one group; in a file, tabs part the texts of each line."""
+    def read_groups(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
+        """Returns groups of n texts, and a function that names the group of the i-th text in messages.
+
+        The texts of the command line are one group. In a file each line is a group, with tabs between its texts.
+
+        Raises:
+          InputError: a group has another number of texts; `why` is appended to the number.
+        """
         texts, label = self.read()
         groups = [tuple(texts)] if self.texts else [tuple(line.split("\t")) for line in texts]
         for number, group in enumerate(groups, 1):
@@ -134,6 +145,7 @@ class _TextCommand(Command):
         return groups, (label if self.texts else lambda i: label((i - 1) // n + 1))
 
     def write(self, results: list[dict]) -> None:
+        """Writes the results as JSON Lines to --output or standard output."""
         text = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         if self.output:
             write_whole(self.output, text)
@@ -142,18 +154,18 @@ class _TextCommand(Command):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all. Raises InputError naming it where it cannot be written."""
+    """Writes a file that appears complete or not at all. Raises InputError naming the file if it cannot be written."""
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device, /dev/stdout say, is written to, never replaced
+        if path.exists() and not path.is_file():  # a pipe or a device such as /dev/stdout must not be replaced
             path.write_text(text, encoding="utf-8")
             return
-        write_text(path.resolve(), text)  # of a link, the file that it points to
+        write_text(path.resolve(), text)  # for a link, replace the file that it points to
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from e
 
 
 def check_output(path: Path, option: str = "--output") -> None:
-    """Raises InputError where a file will not go, so that this is not found out after hours of work."""
+    """Raises InputError if a file cannot be written, so that this is known before hours of work."""
     folder = path.resolve().parent
     is_special = path.exists() and not path.is_file()
     if path.is_dir():
@@ -164,39 +176,41 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise InputError(f"{path}: cannot be written (Permission denied)")
 
 
-def _require_utf8(text: str, what: str) -> None:
+def _require_utf8(text: str, name: str) -> None:
+    """Raises OptionError if an argument is not UTF-8, which Python represents by lone surrogates."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 reach Python as lone surrogates
-        raise InputError(f"{what} is not UTF-8", exit_code=2) from None
+    except UnicodeEncodeError:
+        raise OptionError(name, "is not UTF-8") from None
 
 
-def _as_option(check: Callable[[], object]) -> None:
-    """Runs a check whose message begins with a setting's name, and has it name the option instead."""
+def _naming_the_option(check: Callable[[], object]) -> None:
+    """Runs a check of a function's argument. If it fails, the error names the option of the same name."""
     try:
         check()
-    except InputError as e:
-        name, rest = str(e).split(" ", 1)
-        raise InputError(f"--{name.replace('_', '-')} {rest}", exit_code=2) from None
+    except OptionError as e:
+        raise OptionError(f"--{e.option.replace('_', '-')}", e.reason) from None
 
 
 @dataclass(kw_only=True)
-class Generate(_TextCommand):
-    """Variations of each text: encode it, draw a latent near it, generate from that.
+class Generate(TextCommand):
+    """Generates a variation of each text: encodes it, samples a latent from its posterior, and decodes that.
 
-    Writes {"text", "generated"} a line, or {"text", "prompt", "generated"} with --prompt.
+    Writes lines {"text", "generated"}, or {"text", "prompt", "generated"} with --prompt.
     """
 
-    prompt: Annotated[str | None, _option("TEXT", "none")] = None
-    """How every generated text begins; it is not repeated in the output."""
+    prompt: Annotated[str | None, option_hint("TEXT", "none")] = None
+    """Beginning of every generated text; the output does not repeat it."""
 
     std_scale: Annotated[float | None, _FLOAT] = None
-    """Width of the draw around a text's mean; 0 is the mean itself."""
+    """Factor of the posterior's standard deviation; 0 uses the posterior mean itself."""
 
     def check(self) -> None:
         super().check()
         if self.std_scale is not None:
-            _as_option(lambda: check_std_scale(self.std_scale))
+            from davae_jax.inference.text_vae import check_std_scale
+
+            _naming_the_option(lambda: check_std_scale(self.std_scale))
         if self.prompt is not None:
             _require_utf8(self.prompt, "--prompt")
 
@@ -207,8 +221,8 @@ class Generate(_TextCommand):
         if self.prompt is not None:
             try:
                 vae.check([self.prompt], **self.sampling())
-            except InputError as e:
-                raise InputError(str(e).replace("prompt 1", "--prompt", 1), exit_code=2) from None
+            except OptionError as e:
+                raise OptionError("--prompt" if e.option == "prompt 1" else e.option, e.reason) from None
         latent = vae.encode(texts, seed=self.seed, std_scale=self.std_scale)
         generated = vae.generate(latent, prompts, seed=self.seed, **self.sampling())
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
@@ -216,27 +230,27 @@ class Generate(_TextCommand):
 
 
 @dataclass(kw_only=True)
-class Sample(_TextCommand):
-    """Texts from the prior, z ~ N(0, I). Writes {"sample"} a line."""
+class Sample(TextCommand):
+    """Samples texts from the prior, z ~ N(0, I). Writes lines {"sample"}."""
 
     texts: tyro.conf.Suppress[tuple[str, ...]] = ()
     input: tyro.conf.Suppress[Path | None] = None
 
     n: int = 10
-    """How many."""
+    """Number of texts."""
 
     def check(self) -> None:
         super().check()
         if self.n < 1:
-            raise InputError(f"--n must be at least 1, not {self.n}", exit_code=2)
+            raise OptionError("--n", f"must be at least 1, not {self.n}")
 
     def results(self) -> list[dict]:
         return [{"sample": text} for text in self.load().sample(self.n, seed=self.seed, **self.sampling())]
 
 
 @dataclass(kw_only=True)
-class GreedyCommand(_TextCommand):
-    """A text command that is greedy unless an option says how to draw."""
+class GreedyCommand(TextCommand):
+    """A text command that decodes greedily unless a sampling option is given."""
 
     temperature: Annotated[float | None, _GREEDY_FLOAT] = None
     top_k: Annotated[int | None, _GREEDY_INT] = None
@@ -244,14 +258,16 @@ class GreedyCommand(_TextCommand):
     repetition_penalty: Annotated[float | None, _GREEDY_FLOAT] = None
 
     def sampling(self) -> dict:
+        from davae_jax.inference.text_vae import greedy_by_default
+
         return greedy_by_default(super().sampling())
 
 
 @dataclass(kw_only=True)
 class Reconstruct(GreedyCommand):
-    """Each text through its posterior mean and back; greedy unless an option says how to draw.
+    """Reconstructs each text from its posterior mean; greedy unless a sampling option is given.
 
-    Writes {"text", "reconstruction"} a line.
+    Writes lines {"text", "reconstruction"}.
     """
 
     def results(self) -> list[dict]:
@@ -262,28 +278,32 @@ class Reconstruct(GreedyCommand):
 
 @dataclass(kw_only=True)
 class Interpolate(GreedyCommand):
-    """Texts on the line between the posterior means of two texts; greedy unless an option says how to draw.
+    """Interpolates between the posterior means of two texts; greedy unless a sampling option is given.
 
-    Takes two texts, or a file whose lines hold two texts with a tab between them. Writes {"from", "to", "weight",
-    "text"} a line.
+    Takes two texts, or a file whose lines hold two texts with a tab between them. Writes lines {"from", "to", "weight",
+    "text"}.
     """
 
     steps: int = 7
-    """Texts on the line, both ends included."""
+    """Number of texts, both ends included."""
 
     spherical: bool = False
-    """Go along the great arc around the origin, which keeps the latents' length, not along the straight line."""
+    """Spherical interpolation, which keeps the norm of the latents, instead of linear."""
 
     def check(self) -> None:
         super().check()
+        from davae_jax.inference.text_vae import check_steps
+
         check_steps(self.steps, name="--steps")
 
     def results(self) -> list[dict]:
-        pairs, label = self.columns(2)
+        from davae_jax.model import latent
+
+        pairs, label = self.read_groups(2)
         vae = self.load(label)
-        means = means_of(vae, pairs)
-        along = slerp if self.spherical else interpolate
-        latents = along(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
+        means = posterior_means(vae, pairs)
+        interpolate = latent.slerp if self.spherical else latent.interpolate
+        latents = interpolate(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
         texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **self.sampling())
         return [
             {"from": a, "to": b, "weight": i / (self.steps - 1), "text": texts[row * self.steps + i]}
@@ -294,22 +314,25 @@ class Interpolate(GreedyCommand):
 
 @dataclass(kw_only=True)
 class Analogy(GreedyCommand):
-    """What is to C as B is to A: the text of mean(B) − mean(A) + mean(C); greedy unless an option says how to draw.
+    """Completes the analogy A is to B as C is to …: decodes mean(B) − mean(A) + mean(C); greedy unless a sampling
+    option is given.
 
-    Takes three texts, or a file whose lines hold three texts with tabs between them. Writes {"a", "b", "c", "text"} a
-    line.
+    Takes three texts, or a file whose lines hold three texts with tabs between them. Writes lines {"a", "b", "c",
+    "text"}.
     """
 
     def results(self) -> list[dict]:
-        triples, label = self.columns(3)
+        from davae_jax.model.latent import analogy
+
+        triples, label = self.read_groups(3)
         vae = self.load(label)
-        means = means_of(vae, triples)
+        means = posterior_means(vae, triples)
         latents = analogy(means[:, 0], means[:, 1], means[:, 2])
         texts = vae.generate(latents, seed=self.seed, **self.sampling())
         return [dict(zip("abc", abc, strict=True), text=t) for abc, t in zip(triples, texts, strict=True)]
 
 
-def means_of(vae: TextVAE, groups: list[tuple[str, ...]]) -> Float[Array, "groups n L"]:
-    """Posterior means of groups of n texts."""
+def posterior_means(vae: TextVAE, groups: list[tuple[str, ...]]) -> Float[Array, "groups n L"]:
+    """Returns the posterior means of groups of n texts."""
     means = vae.encode([text for group in groups for text in group], std_scale=0.0)
     return means.reshape(len(groups), -1, means.shape[-1])

@@ -1,126 +1,114 @@
-"""`train.py`: a preset and any field of `TrainConfig` as an option; trains, and says how to go on."""
+"""`train.py`: parses a preset and every field of `TrainConfig` as an option, trains, and says how to continue."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from davae_jax.cli.base import INTERRUPTED, exit_with, parse_options, run_cli
-from davae_jax.regularizers import check_known, load_plugin, options_type
+from davae_jax.cli.base import exit_with, parse_options, run_cli
+from davae_jax.regularizers import check_registered, config_with_plugins, load_installed, load_plugin
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import ConfigError, OptionError
+from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 
 def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
-    """(preset's name, config), or None where only the help was asked for. Without a preset's name it is the demo.
+    """Parses the options of train.py. The first word may be a preset; the default is the demo.
 
-    Plugins are imported first, so that what they register has options like the rest.
+    Returns:
+      The preset's name and the settings, or None if the help text was asked for.
 
     Raises:
-      InputError: an option that is not known, or a value that cannot be (exit code 2).
+      ParseError, OptionError: an option is unknown, cannot be read, or does not allow its value.
     """
     argv = list(argv)
     preset = argv.pop(0) if argv and argv[0] in PRESETS else "demo"
-    description, default = PRESETS[preset]
-    command, default = with_plugins(argv, default)
-    config = parse_options(
-        command, argv, f"train.py {preset}", default=default, description=describe(preset, description)
-    )
-    return None if config is None else (preset, TrainConfig(**fields_of(config)))
+    description, settings = PRESETS[preset]
+    with naming_model_options():
+        config = parse_options(
+            TrainConfig,
+            argv,
+            f"train.py {preset}",
+            default=add_plugin_options(argv, settings),
+            description=_describe(preset, description),
+        )
+    return None if config is None else (preset, config)
 
 
-def with_plugins(argv: Sequence[str], default: TrainConfig) -> tuple[type, TrainConfig]:
-    """Imports the plugins of a command line. Returns `TrainConfig` as tyro is to read it, with the options of all that
-    is registered by now, and the default as one of this type."""
-    for plugin in plugins_in(argv):
-        load_plugin(plugin)
+def add_plugin_options(argv: Sequence[str], default: TrainConfig) -> TrainConfig:
+    """Imports the plugins of a command line and those of installed packages.
+
+    Returns:
+      The same settings with a field for each plugin's regularizer in `regularizers`. As the default of `tyro.cli`, it
+      adds their options to the command line.
+    """
+    load_installed()
+    for path in _plugin_paths(argv):
+        load_plugin(path)
     for arg in argv:
-        if named := re.match(r"--regularizers\.([^.=]+)", arg):
-            check_known(named[1].replace("-", "_"), option=arg.partition("=")[0])
-    cls = config_type()
-    default = cls(**fields_of(default) | {"regularizers": options_type()()})
-    return Annotated[cls, tyro.conf.arg(name="", prefix_name=False)], default
+        if match := re.match(r"--regularizers\.([^.=]+)", arg):
+            check_registered(match[1].replace("-", "_"), option=arg.partition("=")[0])
+    given = default.regularizers
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    return dataclasses.replace(default, regularizers=config_with_plugins()(**values))
 
 
-def config_type() -> type[TrainConfig]:
-    plugins = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-    fields = [
-        ("regularizers", options_type(), dataclasses.field(default_factory=options_type())),
-        ("plugin", plugins, dataclasses.field(default=())),
-    ]
-    said = {"__doc__": TrainConfig.__doc__}
-    return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, namespace=said)
+@contextlib.contextmanager
+def naming_model_options() -> Iterator[None]:
+    """Names the option --model.… in errors about a field of the model's config."""
+    try:
+        yield
+    except ConfigError as e:
+        field = f"{e.section}.{e.field}" if e.section else e.field
+        raise OptionError(f"--model.{field.replace('_', '-')}", e.reason) from None
 
 
-def fields_of(config: TrainConfig) -> dict:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def plugins_in(argv: Sequence[str]) -> Iterator[Path]:
-    """The files that --plugin names."""
+def _plugin_paths(argv: Sequence[str]) -> Iterator[Path]:
+    """Yields the files that --plugin names."""
     for arg, following in zip(argv, [*argv[1:], ""]):
         if arg == "--plugin":
             if not following or following.startswith("--"):
-                raise InputError("--plugin: give a Python file", exit_code=2)
+                raise OptionError("--plugin", "must be a Python file")
             yield Path(following)
         elif arg.startswith("--plugin="):
             yield Path(arg.partition("=")[2])
 
 
-def describe(preset: str, description: str) -> str:
+def _describe(preset: str, description: str) -> str:
     others = ", ".join(f"{name} ({text.rstrip('.')})" for name, (text, _) in PRESETS.items() if name != preset)
     return f"Trains a DAVAE. Preset {preset}: {description} Other presets, as the first word: {others}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `train.py`. Returns the exit code: 0, 2 for bad arguments, 130 if interrupted, 1 for a failure."""
+    """Runs train.py. Returns the exit code: 0, 2 for bad arguments, 130 if interrupted, 1 for a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = [arg for arg in argv if arg != "--debug"]  # on an error, prints the traceback as well
-    received_signals: list[int] = []
-
-    def interrupt(number, frame):
-        received_signals.append(number)
-        raise KeyboardInterrupt
 
     def work() -> int:
-        from davae_jax.parallel.multihost import explain_lost_process
+        with interrupt_on_signals():
+            if (parsed := parse_train(options)) is None:
+                return 0
+            from davae_jax.parallel.multihost import explain_lost_process  # imports JAX, which --help does not need
 
-        with explain_lost_process():
-            try:
-                return train_from_command_line(options)
-            except Exception:
-                if received_signals:  # a library turned the interrupt into an error of its own
-                    raise KeyboardInterrupt from None
-                raise
+            with explain_lost_process():
+                return train_from_command_line(*parsed, options)
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return run_cli(work, "train.py", debug="--debug" in argv)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return run_cli(work, "train.py", debug="--debug" in argv)
 
 
-def train_from_command_line(argv: Sequence[str]) -> int:
-    """Parses the options, trains, and prints what to do next. Returns the exit code."""
-    if (parsed := parse_train(argv)) is None:
-        return 0
-    preset, config = parsed
-    config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
-
+def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str]) -> int:
+    """Trains, and prints what to do next. Returns the exit code. argv: the options, for the command that resumes."""
     from davae_jax.parallel import multihost
     from davae_jax.training.loop import train
 
+    config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
     multihost.connect(config.distributed)
     result = train(config)
     if result.interrupted:
@@ -137,12 +125,12 @@ def train_from_command_line(argv: Sequence[str]) -> int:
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """Returns the command line that goes on with an interrupted run."""
+    """Returns the command line that resumes an interrupted run."""
     return shlex.join([_program("python", sys.executable), sys.argv[0], *argv])
 
 
 def _program(name: str, path: str) -> str:
-    """Returns how this environment's program is called: by its path where its name means nothing or another program."""
+    """Returns how to call a program of this environment: by its path if its name means nothing or another program."""
     return name if shutil.which(name) == path or not Path(path).exists() else path
 
 

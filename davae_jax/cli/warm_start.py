@@ -1,4 +1,4 @@
-"""`davae warm-start`: a new model from a BERT and/or a Transformer-XL."""
+"""`davae warm-start`: creates a model from a pretrained BERT and/or Transformer-XL."""
 
 from __future__ import annotations
 
@@ -8,42 +8,43 @@ from typing import Annotated
 
 import tyro
 
-from davae_jax.checkpoints.warm_start import PUBLISHED_SETTINGS, format_report, warm_start
 from davae_jax.cli.base import Command
+from davae_jax.model.config import DAVAEConfig
 
 
 @dataclass(kw_only=True)
 class WarmStart(Command):
-    """A new checkpoint whose encoder comes from a BERT and/or whose decoder comes from a Transformer-XL.
-
-    What neither source holds is freshly drawn.
+    """Creates a checkpoint whose encoder is a pretrained BERT and/or whose decoder is a pretrained Transformer-XL. All
+    other weights are initialized randomly.
     """
 
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """Folder to make; it appears when it is complete."""
+    """Folder to create; it appears when it is complete."""
 
-    encoder: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: freshly drawn)")] = None
+    encoder: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: random)")] = None
     """Hugging Face BERT: folder with config.json and model.safetensors or pytorch_model.bin, or a repo id."""
 
-    decoder: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: freshly drawn)")] = None
-    """Transformer-XL in the Fengshenbang 1.1B layout: a folder likewise, or a repo id."""
+    decoder: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: random)")] = None
+    """Transformer-XL in the Fengshenbang 1.1B layout: folder with the same files, or a repo id."""
 
     config: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the published settings)")] = None
-    """A full config.json, for all that the sources' own do not say."""
+    """A complete config.json, for all settings that the sources' own config.json files lack."""
 
     latent_size: Annotated[
         int | None,
-        tyro.conf.arg(help_behavior_hint=f"(default: the config's; {PUBLISHED_SETTINGS.latent_size} as published)"),
+        tyro.conf.arg(help_behavior_hint=f"(default: the config's; {DAVAEConfig.latent_size} as published)"),
     ] = None
-    """Size of the latent."""
+    """Number of latent dimensions."""
 
     seed: int = 0
-    """Seed of what is freshly drawn."""
+    """Random seed of the initialization."""
 
     overwrite: bool = False
-    """Replace what stands at DST."""
+    """Replace DST if it exists."""
 
     def run(self) -> None:
+        from davae_jax.checkpoints.warm_start import format_report, warm_start
+
         report = warm_start(
             self.dst,
             encoder=self.encoder,

@@ -30,7 +30,7 @@ from davae_jax.data.shard_writer import (
 from davae_jax.data.shards import MANIFEST, from_stored_names, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
-from davae_jax.utils.errors import InputError, system_reason
+from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import file_sha256, is_partial, remove_partial, write_bytes, write_json
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
@@ -72,8 +72,10 @@ def build_shards(
       The counts in the manifest: texts, tokens, and for each reason the texts that were left out.
 
     Raises:
-      InputError: an input cannot be read, the output cannot be written or was made with other settings, the
-        tokenizers cannot be used, or no text is left.
+      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, or no text is
+        left.
+      OptionError: the output was made with other settings, or the texts have more characters than
+        `decoder_vocab_size`.
     """
     files = find_files(inputs)
     settings = _with_defaults(settings, sum(file.stat().st_size for file in files))
@@ -142,7 +144,8 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
       stored: the content of prepare.json.
 
     Raises:
-      InputError: the folder was made with other settings, holds other files (exit code 2), or cannot be written.
+      OptionError: the folder was made with other settings, or holds other files.
+      InputError: the folder cannot be written.
     """
     path = folder / SETTINGS
     try:
@@ -151,8 +154,7 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
             # Folders of the first versions do not have the setting "cut".
             _check_settings(folder, {"cut": False} | json.loads(path.read_text(encoding="utf-8")), stored)
         elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
-            reason = f"holds files, but no {SETTINGS}; give another folder"
-            raise InputError(f"--output {folder} {reason}", exit_code=2)
+            raise OptionError("--output", f"{folder} holds files, but no {SETTINGS}; give another folder")
         write_json(path, stored)
         for parent in (folder, folder / PARTS):
             remove_partial(parent)
@@ -163,14 +165,14 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
 
 
 def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises InputError where settings have changed and shards exist. Removes the tokenizers where none do."""
+    """Raises OptionError where settings have changed and shards exist. Removes the tokenizers where none do."""
     changed = changed_settings(from_stored_names(before), from_stored_names(now))
     if not changed:
         return
     if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; give another folder"
-        raise InputError(f"--output {folder} {reason}", exit_code=2)
+        raise OptionError("--output", f"{folder} {reason}")
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from davae_jax.inference.generation import LENGTH_LIMIT
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.latent import Posterior
 from davae_jax.tokenizers.decoder import END, UNK
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 END_OF_RUN = ("latent", "reconstruction", "posterior samples", "prior samples")  # what a training run measures at last
@@ -68,12 +68,12 @@ def evaluate(
     """
     texts = list(texts)
     if unknown := set(measures) - MEASURES.keys():
-        raise InputError(f"measures: {min(unknown)!r} is not known; known: {', '.join(MEASURES)}", exit_code=2)
+        raise OptionError("measures", f"{min(unknown)!r} is not known; known: {', '.join(MEASURES)}")
     if samples < 1:
-        raise InputError(f"samples must be at least 1, not {samples}", exit_code=2)
+        raise OptionError("samples", f"must be at least 1, not {samples}")
     for name, values in (labels or {}).items():
         if len(values) != len(texts):
-            raise InputError(f"labels: {len(values)} of {name!r} for {len(texts)} texts", exit_code=2)
+            raise OptionError("labels", f"of {name!r} are {len(values)}, for {len(texts)} texts")
     whole, with_end_token = blank_texts_with_end_token(texts, source)
     tokenized = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LENGTH_LIMIT, source=source)
     rows = tokenized.lines - 1

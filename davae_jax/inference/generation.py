@@ -13,7 +13,7 @@ from davae_jax.inference.sampling import canonical_settings
 from davae_jax.model.config import DAVAEConfig, check_sampling
 from davae_jax.model.davae import DAVAE, split
 from davae_jax.parallel.sharding import shard_batch
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.shapes import power_of_two
 
 LENGTH_LIMIT = 1 << 16  # tokens of a text; the keys and values of longer ones would exceed any machine's memory
@@ -90,7 +90,7 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
 def check_max_length(max_length: int) -> None:
     """Raises InputError (exit code 2) where the largest number of tokens is out of its range."""
     if not 1 <= max_length <= LENGTH_LIMIT:
-        raise InputError(f"max_length must be 1 to {LENGTH_LIMIT}, not {max_length}", exit_code=2)
+        raise OptionError("max_length", f"must be 1 to {LENGTH_LIMIT}, not {max_length}")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAVAEConfig) -> None:
@@ -107,7 +107,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAV
             problem = f"holds the id {unknown[0]}, outside the vocabulary of {config.decoder.vocab_size}"
         else:
             continue
-        raise InputError(f"prompt {row} {problem}", exit_code=2)
+        raise OptionError(f"prompt {row}", problem)
 
 
 def _check_request(latent, prompts, max_length: int, config: DAVAEConfig) -> list[list[int]]:

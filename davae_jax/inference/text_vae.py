@@ -25,7 +25,7 @@ from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import END, DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.shapes import power_of_two
 
 
@@ -109,7 +109,7 @@ class TextVAE:
         prompts = _check_texts(prompts)
         for i, prompt in enumerate(prompts, 1):
             if END in prompt:
-                raise InputError(f"prompt {i} holds the end token {END}", exit_code=2)
+                raise OptionError(f"prompt {i}", f"holds the end token {END}")
         return [self.decoder_tokenizer.encode_prompt(prompt) for prompt in prompts]
 
     # Latents.
@@ -138,7 +138,7 @@ class TextVAE:
         std_scale = self.config.std_scale if std_scale is None else check_std_scale(std_scale)
         eps = self._standard_normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
-            raise InputError(f"eps is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}", exit_code=2)
+            raise OptionError("eps", f"is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}")
         latents = [self._empty_latents()]
         for posterior, start, n in self._posteriors(texts):
             noise = np.zeros(posterior.mean.shape, np.float32)
@@ -202,7 +202,7 @@ class TextVAE:
     def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
         """Returns n texts from the prior, z ~ N(0, I). Text i is the same for every n."""
         if n < 0:
-            raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
+            raise OptionError("n", f"must be 0 or more, not {n}")
         return self.generate(self._standard_normal(n, seed), seed=seed, **sampling)
 
     def interpolate(
@@ -245,17 +245,17 @@ class TextVAE:
     ) -> list[str]:
         """Returns each text after adding `strength` · `direction` (an attribute vector, say) to its posterior mean."""
         if np.ndim(strength):
-            raise InputError(f"strength is one number, not an array of {list(np.shape(strength))}", exit_code=2)
+            raise OptionError("strength", f"is one number, not an array of {list(np.shape(strength))}")
         direction = np.asarray(direction, np.float32)
         if direction.shape != (self.config.latent_size,):
-            raise InputError(f"direction is {list(direction.shape)}, not {[self.config.latent_size]}", exit_code=2)
+            raise OptionError("direction", f"is {list(direction.shape)}, not {[self.config.latent_size]}")
         latent = self.encode(texts, std_scale=0.0) + strength * direction
         return self.generate(latent, seed=seed, **greedy_by_default(sampling))
 
     def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:
         """Returns n texts at the distance `radius` from a text's posterior mean, in random directions."""
         if n < 0:
-            raise InputError(f"n must be 0 or more, not {n}", exit_code=2)
+            raise OptionError("n", f"must be 0 or more, not {n}")
         check_radius(radius)
         around = self.around(self.encode([text], std_scale=0.0), n, radius, seed=seed)
         return self.generate(around, seed=seed, **greedy_by_default(sampling))
@@ -297,7 +297,7 @@ class TextVAE:
 def check_steps(steps: int, *, name: str = "steps") -> None:
     """Raises InputError (exit code 2) if the number of interpolation steps is out of its range."""
     if not 2 <= steps <= 10_000:
-        raise InputError(f"{name} must be 2 (both ends) to 10000, not {steps}", exit_code=2)
+        raise OptionError(name, f"must be 2 (both ends) to 10000, not {steps}")
 
 
 def greedy_by_default(sampling: dict) -> dict:
@@ -309,14 +309,14 @@ def greedy_by_default(sampling: dict) -> dict:
 def check_std_scale(std_scale: float) -> float:
     """Returns `std_scale`. Raises InputError (exit code 2) if it is negative or not finite."""
     if not 0 <= std_scale < float("inf"):
-        raise InputError(f"std_scale must be a number of 0 or more, not {std_scale}", exit_code=2)
+        raise OptionError("std_scale", f"must be a number of 0 or more, not {std_scale}")
     return std_scale
 
 
 def check_radius(radius: float, *, name: str = "radius") -> float:
     """Returns `radius`. Raises InputError (exit code 2) if it is negative or not finite in float32."""
     if not 0 <= radius <= float(np.finfo(np.float32).max):
-        raise InputError(f"{name} must be a number of 0 or more, not {radius}", exit_code=2)
+        raise OptionError(name, f"must be a number of 0 or more, not {radius}")
     return radius
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a DAVAE: the published config.json, read as it is and written back with nothing lost."""
+"""The configuration of a DAVAE: reads the published config.json as it is and writes it back without losing anything."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import ConfigError, InputError, OptionError
 from davae_jax.utils.files import write_json
 
-# A field that the command line of a training run does not offer: the tokenizers or another option decide it.
+# A field without an option on the command line of train.py: the tokenizers or another option determine it.
 T_ = TypeVar("T_")
 Hidden = Annotated[T_, tyro.conf.Suppress]
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """BERT. The defaults are BERT-base, Chinese, as published."""
+    """A BERT encoder. The defaults are the published ones, BERT-base Chinese."""
 
     vocab_size: Hidden[int] = 21128
     hidden_size: int = 768
@@ -44,15 +44,16 @@ class EncoderConfig:
         _require_heads_divide("encoder", self)
         _require_probability("encoder", self, "hidden_dropout_prob attention_probs_dropout_prob")
         if self.hidden_act != "gelu":
-            raise InputError(f"config: encoder.hidden_act is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
+            raise ConfigError("encoder", "hidden_act", f"is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
         if self.pad_token_id != 0:
-            raise InputError("config: encoder.pad_token_id must be 0: the attention mask is `ids > 0`")
+            raise ConfigError("encoder", "pad_token_id", "must be 0: the attention mask is `ids > 0`")
         _require_positive_eps("encoder", self)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Transformer-XL with relative positions and a recurrent memory. The defaults are the published 1.1 B ones."""
+    """A Transformer-XL decoder with relative positions and a recurrent memory. The defaults are the published ones,
+    with 1.1 billion weights."""
 
     vocab_size: Hidden[int] = 50048
     num_layers: int = 32
@@ -67,9 +68,9 @@ class DecoderConfig:
     latent_every_layer: bool = True
     initializer_range: float = 0.02
     latent_initializer_scale: float = 1.0
-    """Of the map from the latent, times initializer_range. At 1 a latent's noise is √L times as large as a token's
-    embedding until that is learnt away; a decoder that has to learn a language too, or knows one, should begin near 0.
-    """
+    """Factor of initializer_range for the projection of the latent. At 1, the noise of the latent is initially √L times
+    as large as a token embedding. Use a value near 0 for a decoder that has to learn a language as well, or that is
+    pretrained."""
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -77,51 +78,51 @@ class DecoderConfig:
         _require_heads_divide("decoder", self)
         _require_probability("decoder", self, "embedding_dropout_prob attention_dropout_prob output_dropout_prob")
         if self.hidden_size % 2:
-            raise InputError(f"config: decoder.hidden_size is {self.hidden_size}; sines and cosines need an even width")
+            raise ConfigError("decoder", "hidden_size", f"is {self.hidden_size}; sines and cosines need an even width")
         if not 0 <= self.latent_initializer_scale < math.inf:
-            scale = self.latent_initializer_scale
-            raise InputError(f"config: decoder.latent_initializer_scale is {scale}; it must be 0 or more and finite")
+            reason = f"is {self.latent_initializer_scale}; it must be 0 or more and finite"
+            raise ConfigError("decoder", "latent_initializer_scale", reason)
         if self.max_memory_length < 0:
-            raise InputError(f"config: decoder.max_memory_length is {self.max_memory_length}; it cannot be negative")
+            raise ConfigError("decoder", "max_memory_length", f"is {self.max_memory_length}; it cannot be negative")
         _require_positive_eps("decoder", self)
         if self.extra.get("relative_encoding", True) is not True:
-            raise InputError("config: decoder.relative_encoding must be true; no other decoder is known")
+            raise ConfigError("decoder", "relative_encoding", "must be true; no other decoder is known")
 
 
 @dataclass(frozen=True)
 class DAVAEConfig:
-    """The whole model. Sampling fields default to what the published program falls back to when a config lacks them."""
+    """The configuration of the whole model. Sampling fields default to the fallbacks of the published program."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latent_size: int = 256
-    """Dimensions of the latent."""
+    """Number of latent dimensions."""
 
     # Loss.
     fb_mode: Hidden[int] = 1
     dim_target_kl: Hidden[float] = 1.0
     length_weighted_loss: Hidden[bool] = True
 
-    # Sampling, where a command is not told otherwise.
+    # Defaults of the commands for sampling.
     temperature: float = 1.0
-    """Of sampling: logits are divided by it."""
+    """Default sampling temperature: logits are divided by it."""
 
     top_k: int = 50
-    """Of sampling: only so many of the likeliest tokens; 0 is off."""
+    """Default number of most likely tokens to sample from; 0 is off."""
 
     top_p: float = 1.0
-    """Of sampling: only the likeliest tokens of this probability together; 0 is off."""
+    """Default for nucleus sampling: total probability of the most likely tokens to sample from; 0 is off."""
 
     repetition_penalty: float = 1.0
-    """Of sampling: above 1, tokens that were there already are less likely."""
+    """Default repetition penalty: above 1, tokens that the text contains already become less likely."""
 
     std_scale: float = 1.0
-    """Of a text's latent: the posterior's deviation is multiplied by it; 0 is the mean."""
+    """Default factor of the posterior's standard deviation when a text is varied; 0 uses the posterior mean."""
 
     max_out_length: int = 100
-    """Tokens of a generated text at most."""
+    """Default maximum number of tokens of a generated text."""
 
-    # Special tokens: two of the encoder's, three of the decoder's.
+    # Special tokens: two of the encoder, three of the decoder.
     cls_token_id: Hidden[int] = 101
     sep_token_id: Hidden[int] = 102
     end_token_id: Hidden[int] = 50000
@@ -133,30 +134,32 @@ class DAVAEConfig:
     def __post_init__(self):
         _require_positive("", self, "latent_size max_out_length")
         if self.fb_mode not in (0, 1, 2):
-            raise InputError(f"config: fb_mode is {self.fb_mode!r}; it must be 0, 1 or 2")
+            raise ConfigError("", "fb_mode", f"is {self.fb_mode!r}; it must be 0, 1 or 2")
         if not self.std_scale >= 0:
-            raise InputError(f"config: std_scale is {self.std_scale!r}; it cannot be negative")
+            raise ConfigError("", "std_scale", f"is {self.std_scale!r}; it cannot be negative")
         _require_ids(self, "cls_token_id sep_token_id end_token_id pad_token_id bos_token_id")
-        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, where="config: ")
+        try:
+            check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        except OptionError as e:
+            raise ConfigError("", e.option, e.reason) from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DAVAEConfig:
-        """Reads the parsed config.json. Keys that mean nothing here are kept in `extra`, part by part.
+        """Reads a parsed config.json. Unknown keys of each section are kept in its `extra`.
 
         Raises:
-          InputError: a field that fixes a shape is missing, or a value cannot be.
+          ConfigError: a field that determines a shape is missing, or a value is not allowed.
         """
         values = dict(values)
         parts = {}
         for name, part in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
             if not isinstance(values.get(name), dict):
-                raise InputError(f"config: the section {name!r} is missing")
-            parts[name] = _from_dict(part, values.pop(name), f"{name}.", _REQUIRED[name])
-        config = _from_dict(cls, values, "", _REQUIRED[""], **parts)
-        return config
+                raise ConfigError("", name, "is missing; it is a section of its own")
+            parts[name] = _from_dict(part, values.pop(name), name, _REQUIRED[name])
+        return _from_dict(cls, values, "", _REQUIRED[""], **parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`: plain values only."""
+        """Returns the configuration as plain values: the inverse of `from_dict`."""
         return _to_dict(self)
 
     @classmethod
@@ -164,16 +167,16 @@ class DAVAEConfig:
         """Reads a config.json.
 
         Raises:
-          InputError: the file is missing, is not JSON, lacks a field that fixes a shape, or holds a value that
-            cannot be; the message names the file.
+          InputError: the file is missing, is not JSON, lacks a field that determines a shape, or holds a value that is
+            not allowed; the message names the file.
         """
         values = read_json(path)
         try:
             return cls.from_dict(values)
-        except InputError as e:
-            raise InputError(f"{path}: {str(e).removeprefix('config: ')}") from None
+        except ConfigError as e:
+            raise ConfigError(e.section, e.field, e.reason, file=path) from None
         except OverflowError:
-            raise InputError(f"{path}: holds a number too large to be meant") from None
+            raise InputError(f"{path}: holds a number that is too large") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
@@ -181,7 +184,7 @@ class DAVAEConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The values of a config.json. Raises InputError naming the file where it is missing or no JSON object."""
+    """Reads a config.json. Raises InputError naming the file if it is missing or holds no JSON object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -193,7 +196,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-# What a config.json must say itself: the fields that fix a tensor's shape, and the memory's length.
+# Fields that a config.json must have: those that determine the shape of a tensor, and the length of the memory.
 _REQUIRED = {
     "encoder": [
         "vocab_size",
@@ -209,37 +212,36 @@ _REQUIRED = {
 }
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float, *, where: str = "") -> None:
-    """Raises InputError (exit code 2) where a sampling setting makes no sense."""
-    smallest, largest = 1e-30, 1e30  # with these, what a float32 logit becomes is a float32 still
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    """Raises OptionError, with the argument's name, for the first sampling setting that is out of its range."""
+    smallest, largest = 1e-30, 1e30  # within these, a float32 logit stays finite in float32
     if not smallest <= temperature <= largest:
-        problem = f"temperature must be above 0 and finite in float32, not {temperature}"
-    elif top_k < 0 or top_k != int(top_k):
-        problem = f"top_k must be a whole number of 0 (off) or more, not {top_k}"
-    elif not 0 <= top_p <= 1:
-        problem = f"top_p must lie in [0, 1], not {top_p}"
-    elif not smallest <= repetition_penalty <= largest:
-        problem = f"repetition_penalty must be above 0 and finite in float32, not {repetition_penalty}"
-    else:
-        return
-    raise InputError(where + problem, exit_code=2)
+        raise OptionError("temperature", f"must be above 0 and finite in float32, not {temperature}")
+    if top_k < 0 or top_k != int(top_k):
+        raise OptionError("top_k", f"must be a whole number of 0 (off) or more, not {top_k}")
+    if not 0 <= top_p <= 1:
+        raise OptionError("top_p", f"must lie in [0, 1], not {top_p}")
+    if not smallest <= repetition_penalty <= largest:
+        raise OptionError("repetition_penalty", f"must be above 0 and finite in float32, not {repetition_penalty}")
 
 
-def _from_dict(cls, values: dict[str, Any], prefix: str, required: list[str], **parts):
-    if missing := [prefix + name for name in required if values.get(name) is None]:
-        raise InputError(f"config: missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **parts):
+    """Builds a section from its parsed values, or with `parts`, its sections, the whole configuration."""
+    if missing := [name for name in required if values.get(name) is None]:
+        first, *others = missing
+        raise ConfigError(section, first, "is missing" + (f", and so are {', '.join(others)}" if others else ""))
     types = {name: kind for name, kind in get_type_hints(cls).items() if name != "extra"}
     known, extra = dict(parts), {}
     for name, value in values.items():
         if name in types and value is not None:
-            known[name] = _checked(value, types[name], prefix + name)
+            known[name] = _convert(value, types[name], section, name)
         else:
             extra[name] = value
     return cls(**known, extra=extra)
 
 
-def _checked(value, kind: type, name: str):
-    """`value` as the field's type; JSON writes 1.0 as 1 and some writers write 12 as 12.0."""
+def _convert(value, kind: type, section: str, name: str):
+    """Returns a value as the field's type. JSON writes 1.0 as 1, and some programs write 12 as 12.0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int and is_number and value == int(value):
         return int(value)
@@ -249,7 +251,7 @@ def _checked(value, kind: type, name: str):
         return value
     if kind is str and isinstance(value, str):
         return value
-    raise InputError(f"config: {name} is {value!r}, not a {kind.__name__}")
+    raise ConfigError(section, name, f"is {value!r}, not of type {kind.__name__}")
 
 
 def _to_dict(config) -> dict[str, Any]:
@@ -266,39 +268,33 @@ def _to_dict(config) -> dict[str, Any]:
 def _require_positive(part: str, config, names: str) -> None:
     for name in names.split():
         if getattr(config, name) < 1:
-            raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must be at least 1")
+            raise ConfigError(part, name, f"is {getattr(config, name)}; it must be at least 1")
 
 
 def _require_positive_eps(part: str, config) -> None:
     if not config.layer_norm_eps > 0:
-        raise InputError(f"config: {part}.layer_norm_eps is {config.layer_norm_eps}; it must be above 0")
+        raise ConfigError(part, "layer_norm_eps", f"is {config.layer_norm_eps}; it must be above 0")
 
 
 def _require_probability(part: str, config, names: str) -> None:
     for name in names.split():
         if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"config: {_dotted(part, name)} is {getattr(config, name)}; it must lie in [0, 1)")
+            raise ConfigError(part, name, f"is {getattr(config, name)}; it must lie in [0, 1)")
 
 
 def _require_ids(config, names: str) -> None:
-    # Not held against the vocabularies: a model without tokenizers may be smaller than the published ids. Tokenizers
-    # are checked against the model when they are loaded.
+    # Ids are not compared with the vocabulary sizes here, because a model without tokenizers may have a smaller
+    # vocabulary than the published ids. Tokenizers are compared with the model when they are loaded.
     for name in names.split():
         if getattr(config, name) < 0:
-            raise InputError(f"config: {name} is {getattr(config, name)}; an id cannot be negative")
+            raise ConfigError("", name, f"is {getattr(config, name)}; an id cannot be negative")
 
 
 def _require_heads_divide(part: str, config) -> None:
     if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"config: {part}.num_attention_heads {config.num_attention_heads} does not divide "
-            f"{part}.hidden_size {config.hidden_size}"
-        )
+        reason = f"{config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
+        raise ConfigError(part, "num_attention_heads", reason)
 
 
-def _dotted(part: str, name: str) -> str:
-    return f"{part}.{name}" if part else name
-
-
-# What of a layer is kept for the backward pass; the rest is computed again.
+# What a layer keeps for the backward pass (gradient checkpointing); everything else is recomputed.
 Remat = Literal["none", "dots", "full"]

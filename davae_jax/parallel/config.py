@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from davae_jax.parallel.launchers import mpi_size_and_rank
-from davae_jax.utils.errors import InputError, check_options
+from davae_jax.utils.errors import OptionError, check_options
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MeshConfig:
     def __post_init__(self):
         check_options(self, "mesh.", "data fsdp tensor", lambda n: n >= 1 or n == -1, "be at least 1, or -1")
         if [self.data, self.fsdp, self.tensor].count(-1) > 1:
-            raise InputError("--mesh.data, --mesh.fsdp, --mesh.tensor: only one can be -1", exit_code=2)
+            raise OptionError("--mesh.data", "--mesh.fsdp and --mesh.tensor: only one of them can be -1")
 
     def shape(self, devices: int) -> dict[str, int]:
         """Returns the size of each axis for this number of devices.
@@ -40,8 +40,8 @@ class MeshConfig:
         fixed = math.prod(size for size in sizes.values() if size > 0)
         shape = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
         if math.prod(shape.values()) != devices:
-            options = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
-            raise InputError(f"{options}: does not fit {devices} devices", exit_code=2)
+            reason = f"{self.data} --mesh.fsdp {self.fsdp} --mesh.tensor {self.tensor}: does not fit {devices} devices"
+            raise OptionError("--mesh.data", reason)
         return shape
 
 
@@ -69,16 +69,16 @@ class DistributedConfig:
         if resolved == (None, None, None):
             return
         if None in resolved:
-            names = "--distributed.coordinator, --distributed.num-processes, --distributed.process-id"
             alternative = ", or the coordinator alone under MPI" if coordinator else ""
-            raise InputError(f"{names}: give all three or none{alternative}", exit_code=2)
+            raise OptionError(
+                "--distributed.coordinator",
+                f"--distributed.num-processes and --distributed.process-id: give all three or none{alternative}",
+            )
         check_options(self, "distributed.", "num_processes", lambda _: num_processes >= 1, "be at least 1")
         if not 0 <= process_id < num_processes:
-            raise InputError(
-                f"--distributed.process-id must be from 0 to {num_processes - 1}, not {process_id}", exit_code=2
-            )
+            raise OptionError("--distributed.process-id", f"must be from 0 to {num_processes - 1}, not {process_id}")
         if not re.fullmatch(r".+:\d+", coordinator):
-            raise InputError(f"--distributed.coordinator must be HOST:PORT, not {coordinator}", exit_code=2)
+            raise OptionError("--distributed.coordinator", f"must be HOST:PORT, not {coordinator}")
 
     def resolve(self, environ: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
         """Returns (coordinator, number of processes, index of this one); MPI's variables complete a coordinator."""

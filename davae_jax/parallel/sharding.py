@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from davae_jax.parallel.config import MeshConfig
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import OptionError
 
 Axes = tuple[str | None, ...]
 
@@ -59,8 +59,8 @@ def _mesh_axes(config: MeshConfig, batch_size: int, accumulate: int, devices: in
     shape = config.shape(devices)
     parts = math.prod(shape[axis] for axis in RULES["batch"])
     if batch_size % (parts * accumulate):
-        said = f"--batch-size {batch_size}: does not divide into the mesh's {parts} parts"
-        raise InputError(said + (f" times --accumulate {accumulate}" if accumulate > 1 else ""), exit_code=2)
+        reason = f"{batch_size}: does not divide into the mesh's {parts} parts"
+        raise OptionError("--batch-size", reason + (f" times --accumulate {accumulate}" if accumulate > 1 else ""))
     return tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
 
 

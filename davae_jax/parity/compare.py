@@ -67,7 +67,7 @@ from davae_jax.parity.module_values import (
     make_inputs,
     twin_values,
 )
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 
 Dtype = Literal["float32", "bfloat16"]
 ZERO_GRADIENTS = "gradient of key and relative biases"
@@ -157,14 +157,12 @@ def compare(
     if name_table(config) != name_table(twin_config):
         raise InputError(f"{folder} and {twin_folder}: their {CONFIG_FILE} give tensors of different shapes")
     if batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, not {batch_size}", exit_code=2)
+        raise OptionError("--batch-size", f"must be at least 1, not {batch_size}")
     longest = config.encoder.max_position_embeddings
     length = min(48, longest) if length is None else length
     if not module_values.NUM_SEGMENTS <= length <= longest:
-        raise InputError(
-            f"--length must be {module_values.NUM_SEGMENTS} to {longest}, the encoder's positions, not {length}",
-            exit_code=2,
-        )
+        reason = f"must be {module_values.NUM_SEGMENTS} to {longest}, the encoder's positions, not {length}"
+        raise OptionError("--length", reason)
     inputs = make_inputs(config, batch_size, length, seed)
     bar = tqdm(total=12 if gradients else 9, disable=None, leave=False)
 

@@ -1,5 +1,7 @@
-"""Terms of the loss on the latents: a protocol, a registry, and those of the literature (docs/regularizers.md)."""
+"""Further terms of the loss, on the latents: a protocol, a registry, and those of the literature
+(docs/regularizers.md)."""
 
+from davae_jax.regularizers.config import RegularizersConfig, config_with_plugins
 from davae_jax.regularizers.critic import WGAN
 from davae_jax.regularizers.decomposition import TCVAE
 from davae_jax.regularizers.divergences import MMD, SIGReg, SlicedWasserstein
@@ -7,17 +9,14 @@ from davae_jax.regularizers.posteriors import Capacity, LogVariance, batch_norma
 from davae_jax.regularizers.protocol import Adversarial, LatentBatch, Learned, Params, Regularizer, Sizes, weight_at
 from davae_jax.regularizers.registry import (
     REGISTRY,
-    RegularizerError,
     active,
-    check_known,
-    digest_of,
-    init_own,
+    check_registered,
+    load_installed,
     load_plugin,
-    options,
-    options_type,
-    penalty,
+    plugin_digest,
     register,
 )
+from davae_jax.regularizers.terms import RegularizerError, init_regularizer_params, regularizer_terms
 from davae_jax.regularizers.words import BagOfWords
 
 __all__ = [
@@ -34,19 +33,20 @@ __all__ = [
     "Params",
     "Regularizer",
     "RegularizerError",
+    "RegularizersConfig",
     "SIGReg",
     "Sizes",
     "SlicedWasserstein",
     "active",
     "batch_normalized",
-    "check_known",
-    "digest_of",
-    "init_own",
+    "check_registered",
+    "config_with_plugins",
+    "init_regularizer_params",
+    "load_installed",
     "load_plugin",
     "normalized_head",
-    "options",
-    "options_type",
-    "penalty",
+    "plugin_digest",
     "register",
+    "regularizer_terms",
     "weight_at",
 ]

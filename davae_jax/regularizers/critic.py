@@ -1,33 +1,36 @@
-"""A critic that estimates how far latents are from the prior."""
+"""A critic that estimates the distance of the latents from the prior."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from typing import TYPE_CHECKING
 
 from davae_jax.regularizers.protocol import Adversarial, LatentBatch, Logs, Params, Sizes
 from davae_jax.regularizers.registry import register
+from davae_jax.utils.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @register("wgan")
 @dataclass(frozen=True)
 class WGAN(Adversarial):
-    """The 1-Wasserstein distance of latents and prior, by a critic f with a gradient penalty (Gulrajani et al. 2017):
-    E f(prior) − E f(z). The critic makes E f(z) − E f(prior) + λ E (‖∇f(x)‖ − 1)² small, x at random between a draw of
-    the prior and a latent. It takes one step for each of the model's; the paper's five would need five batches.
+    """The 1-Wasserstein distance of latents and prior, estimated by a critic f with a gradient penalty (Gulrajani et
+    al. 2017): E f(prior) − E f(z).
+
+    The critic minimizes E f(z) − E f(prior) + λ E (‖∇f(x)‖ − 1)², with x uniform on the line between a sample of the
+    prior and a latent. It takes one step per step of the model; the paper's five would need five batches.
     """
 
     learning_rate: float = 1e-4
-    """The critic's; constant."""
+    """Learning rate of the critic; constant."""
 
     hidden: int = 256
     """Width of the critic's two hidden layers."""
 
     gradient_penalty: float = 10.0
-    """λ."""
+    """Weight λ of the gradient penalty."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,9 +39,9 @@ class WGAN(Adversarial):
 
     def init(self, key: jax.Array, sizes: Sizes) -> Params:
         widths = [sizes.latent, self.hidden, self.hidden, 1]
-        keys, scaled = jax.random.split(key, 3), jax.nn.initializers.he_normal()
+        keys, initializer = jax.random.split(key, 3), jax.nn.initializers.he_normal()
         return {
-            f"layer_{i}": {"weight": scaled(keys[i], (widths[i], widths[i + 1])), "bias": jnp.zeros(widths[i + 1])}
+            f"layer_{i}": {"weight": initializer(keys[i], (widths[i], widths[i + 1])), "bias": jnp.zeros(widths[i + 1])}
             for i in range(3)
         }
 
@@ -46,15 +49,16 @@ class WGAN(Adversarial):
         return batch.average(critic(params, batch.prior)) - batch.average(critic(params, batch.z)), {}
 
     def adversary(self, batch: LatentBatch, params: Params) -> Float[Array, ""]:
-        part = jax.random.uniform(batch.key, (len(batch.z), 1)).astype(batch.z.dtype)
-        between = part * batch.prior + (1 - part) * batch.z
-        slope = jax.grad(lambda x: critic(params, x).sum())(between)
-        length = jnp.sqrt(jnp.square(slope).sum(-1) + 1e-12)  # its gradient is finite where the slope is 0
-        penalty = batch.average(jnp.square(length - 1))
+        t = jax.random.uniform(batch.key, (len(batch.z), 1)).astype(batch.z.dtype)
+        x = t * batch.prior + (1 - t) * batch.z
+        gradient = jax.grad(lambda x: critic(params, x).sum())(x)
+        norm = jnp.sqrt(jnp.square(gradient).sum(-1) + 1e-12)  # √0 would have an infinite derivative
+        penalty = batch.average(jnp.square(norm - 1))
         return -self(batch, params)[0] + self.gradient_penalty * penalty
 
 
 def critic(params: Params, x: Float[Array, "B L"]) -> Float[Array, "B"]:
+    """Applies the critic f: three linear layers with leaky ReLUs between them."""
     for i in range(3):
         layer = params[f"layer_{i}"]
         x = (jax.nn.leaky_relu(x, 0.2) if i else x) @ layer["weight"] + layer["bias"]

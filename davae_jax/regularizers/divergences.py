@@ -1,36 +1,38 @@
-"""How far the latents of a batch, taken together, are from the prior N(0, I)."""
+"""Distances between the distribution of a batch's latents and the prior N(0, I)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from typing import TYPE_CHECKING, Literal
 
 from davae_jax.regularizers.protocol import LatentBatch, Logs, Params, Regularizer
 from davae_jax.regularizers.registry import register
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
 
 @register("mmd")
 @dataclass(frozen=True)
 class MMD(Regularizer):
-    """Maximum mean discrepancy of latents and as many draws of the prior, squared, the unbiased U-statistic (Gretton et
-    al. 2012, lemma 6), which may be below 0.
+    """Squared maximum mean discrepancy between latents and as many samples of the prior: the unbiased U-statistic
+    (Gretton et al. 2012, lemma 6), which may be negative.
 
-    WAE (Tolstikhin et al. 2018): the loss is rec + λ·MMD. That is --beta.start 0 --beta.max 0, and λ the weight.
-    InfoVAE (Zhao et al. 2019): rec + (1 − α)·KL + (α + λ − 1)·MMD. That is --beta.max at 1 − α and the weight at
-    α + λ − 1.
+    WAE (Tolstikhin et al. 2018): the loss is rec + λ·MMD, so --beta.start 0 --beta.max 0, and λ is the weight.
+    InfoVAE (Zhao et al. 2019): rec + (1 − α)·KL + (α + λ − 1)·MMD, so --beta.max is 1 − α and the weight α + λ − 1.
     """
 
     kernel: Literal["imq", "rbf"] = "imq"
-    """imq: Σ C / (C + d²). rbf: Σ exp(−d² / C). d² is the squared distance; C = 2·L·scale, L the latent size."""
+    """imq: Σ C / (C + d²). rbf: Σ exp(−d² / C). The sum is over the scales, d² is the squared distance, and
+    C = 2·L·scale with L the latent size."""
 
     scales: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    """The sum's; at 1, C is the mean squared distance of two draws of the prior. Those of the WAE's program."""
+    """Scales of the kernel; at 1, C is the mean squared distance of two samples of the prior. The default is that of
+    the WAE authors' code."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,40 +40,43 @@ class MMD(Regularizer):
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
         if len(batch.z) < 2:
-            raise InputError(f"regularizer {self.name}: compares pairs of texts, and a part of the batch has one alone")
-        return unbiased_mmd(batch.z, batch.prior, batch.is_text, self.of_distance), {}
+            raise InputError(f"regularizer {self.name}: compares pairs of texts, and a part of the batch has only one")
+        return unbiased_mmd(batch.z, batch.prior, batch.is_text, self.kernel_value), {}
 
-    def of_distance(self, squared: Float[Array, "B B"], L: int) -> Float[Array, "B B"]:
-        """The kernel."""
+    def kernel_value(self, squared: Float[Array, "B B"], L: int) -> Float[Array, "B B"]:
+        """Returns the kernel of pairs with these squared distances, in L dimensions."""
         widths = [2.0 * L * scale for scale in self.scales]
         if self.kernel == "imq":
             return sum(C / (C + squared) for C in widths)
         return sum(jnp.exp(-squared / C) for C in widths)
 
 
-def unbiased_mmd(x: Float[Array, "B L"], y: Float[Array, "B L"], kept: Bool[Array, "B"], kernel) -> Float[Array, ""]:
-    """Σ_{i≠j} [k(x_i, x_j) + k(y_i, y_j)] / (m (m − 1)) − 2 Σ_{ij} k(x_i, y_j) / m², of the m rows that are kept."""
-    both = kept[:, None] & kept
-    other = both & ~jnp.eye(len(kept), dtype=bool)
-    m, L = kept.sum().astype(x.dtype), x.shape[1]
+def unbiased_mmd(
+    x: Float[Array, "B L"], y: Float[Array, "B L"], is_text: Bool[Array, "B"], kernel: Callable
+) -> Float[Array, ""]:
+    """Returns Σ_{i≠j} [k(x_i, x_j) + k(y_i, y_j)] / (m (m − 1)) − 2 Σ_{ij} k(x_i, y_j) / m² over the m rows that are
+    texts."""
+    pairs = is_text[:, None] & is_text
+    distinct = pairs & ~jnp.eye(len(is_text), dtype=bool)
+    m, L = is_text.sum().astype(x.dtype), x.shape[1]
 
-    def total(a, b, pairs):
-        return jnp.where(pairs, kernel(squared_distances(a, b), L), 0).sum()
+    def kernel_sum(a, b, counted):
+        return jnp.where(counted, kernel(squared_distances(a, b), L), 0).sum()
 
-    within = (total(x, x, other) + total(y, y, other)) / jnp.maximum(m * (m - 1), 1)
-    return within - 2 * total(x, y, both) / jnp.maximum(m * m, 1)
+    within = (kernel_sum(x, x, distinct) + kernel_sum(y, y, distinct)) / jnp.maximum(m * (m - 1), 1)
+    return within - 2 * kernel_sum(x, y, pairs) / jnp.maximum(m * m, 1)
 
 
 def squared_distances(x: Float[Array, "B L"], y: Float[Array, "C L"]) -> Float[Array, "B C"]:
-    """By ‖x‖² + ‖y‖² − 2·x·y: no array of [n, m, L]."""
+    """Returns the squared distances of all pairs as ‖x‖² + ‖y‖² − 2·x·y, which needs no array [B, C, L]."""
     product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(jnp.square(x).sum(1)[:, None] + jnp.square(y).sum(1) - 2 * product, 0)
 
 
-def directions(key: jax.Array, slices: int, L: int) -> Float[Array, "L K"]:
-    """Random ones, of length 1, uniform on the sphere."""
-    drawn = jax.random.normal(key, (L, slices))
-    return drawn / jnp.linalg.norm(drawn, axis=0)
+def random_directions(key: jax.Array, slices: int, L: int) -> Float[Array, "L K"]:
+    """Returns unit vectors, uniform on the sphere, as columns."""
+    vectors = jax.random.normal(key, (L, slices))
+    return vectors / jnp.linalg.norm(vectors, axis=0)
 
 
 @register("sigreg")
@@ -82,14 +87,14 @@ class SIGReg(Regularizer):
 
       n ∫ |φ_n(t) − exp(−t²/2)|² exp(−t²/2) dt,    φ_n(t) = 1/n Σ exp(i t x),
 
-    by the trapezoidal rule on [−5, 5]. Of exact draws of the prior its mean is √(2π) − √(2π/3) = 1.06 whatever n.
+    by the trapezoidal rule on [−5, 5]. For samples of the prior itself its mean is √(2π) − √(2π/3) = 1.06 for every n.
     """
 
     slices: int = 256
-    """Directions, new ones every step."""
+    """Number of random directions, drawn anew in every step."""
 
     knots: int = 17
-    """Points of the rule, an odd number."""
+    """Number of integration points, odd."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,42 +102,44 @@ class SIGReg(Regularizer):
         self.check("knots", lambda n: n >= 3 and n % 2, "be odd and at least 3")
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
-        projected = batch.z @ directions(batch.key, self.slices, batch.z.shape[1]).astype(batch.z.dtype)
+        projected = batch.z @ random_directions(batch.key, self.slices, batch.z.shape[1]).astype(batch.z.dtype)
         return epps_pulley(projected, batch, self.knots).mean(), {}
 
 
 def epps_pulley(x: Float[Array, "B K"], batch: LatentBatch, knots: int, end: float = 5.0) -> Float[Array, "K"]:
-    """The statistic (Epps & Pulley 1983) of each column's texts."""
-    t = jnp.linspace(0, end, knots // 2 + 1, dtype=x.dtype)  # the integrand is even
-    step = t[1] - t[0]
-    rule = jnp.full(t.shape, 2 * step).at[0].set(step).at[-1].set(step)
+    """Returns the Epps-Pulley statistic (1983) of each column over the texts."""
+    t = jnp.linspace(0, end, knots // 2 + 1, dtype=x.dtype)  # the integrand is even, so half of the interval is enough
+    spacing = t[1] - t[0]
+    trapezoid = jnp.full(t.shape, 2 * spacing).at[0].set(spacing).at[-1].set(spacing)
     normal = jnp.exp(-jnp.square(t) / 2)
     angle = x[..., None] * t
     real, imaginary = batch.average(jnp.cos(angle)) - normal, batch.average(jnp.sin(angle))
-    return batch.count * (jnp.square(real) + jnp.square(imaginary)) @ (rule * normal)
+    return batch.count * (jnp.square(real) + jnp.square(imaginary)) @ (trapezoid * normal)
 
 
 @register("sliced_wasserstein")
 @dataclass(frozen=True)
 class SlicedWasserstein(Regularizer):
-    """The squared 2-Wasserstein distance of projections of latents and of as many draws of the prior, sorted, mean over
-    random directions (Kolouri et al. 2019, sliced-Wasserstein autoencoders). Biased upwards, by about 1/n of its own
-    scale: of two samples of one distribution it is not 0.
+    """Sliced Wasserstein distance (Kolouri et al. 2019, sliced-Wasserstein autoencoders): the squared 2-Wasserstein
+    distance between projections of latents and of as many samples of the prior, averaged over random directions.
+
+    Biased upwards by about 1/n of its scale: it is not 0 for two samples of the same distribution.
     """
 
     slices: int = 128
-    """Directions, new ones every step."""
+    """Number of random directions, drawn anew in every step."""
 
     def __post_init__(self):
         super().__post_init__()
         self.check("slices", lambda n: n >= 1, "be at least 1")
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
-        along = directions(batch.key, self.slices, batch.z.shape[1]).astype(batch.z.dtype)
-        far = math.sqrt(jnp.finfo(batch.z.dtype).max) / 4  # finite: where both hold no text they differ by 0
+        directions_LK = random_directions(batch.key, self.slices, batch.z.shape[1]).astype(batch.z.dtype)
+        # Rows without a text are sorted to the end in both, where they differ by 0; their square must be finite.
+        far = math.sqrt(jnp.finfo(batch.z.dtype).max) / 4
 
-        def ordered(x):
-            return jnp.sort(jnp.where(batch.is_text[:, None], x @ along, far), axis=0)
+        def sorted_projections(x):
+            return jnp.sort(jnp.where(batch.is_text[:, None], x @ directions_LK, far), axis=0)
 
-        squared = jnp.square(ordered(batch.z) - ordered(batch.prior))
+        squared = jnp.square(sorted_projections(batch.z) - sorted_projections(batch.prior))
         return (squared.sum(0) / batch.count).mean(), {}

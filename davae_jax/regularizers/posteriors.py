@@ -1,32 +1,36 @@
-"""What is asked of each text's own posterior, and posterior means of a fixed spread."""
+"""Regularizers of each text's posterior, and batch normalization of the posterior means."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from davae_jax.model.latent import Posterior, kl_per_dimension
 from davae_jax.regularizers.protocol import LatentBatch, Logs, Params, Regularizer
 from davae_jax.regularizers.registry import register
+from davae_jax.utils.lazy import jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from davae_jax.model.latent import Posterior
 
 
 @register("capacity")
 @dataclass(frozen=True)
 class Capacity(Regularizer):
-    """|KL − C| with KL the mean over the texts and C growing linearly (Burgess et al. 2018); γ is the weight. In place
-    of the KL: --beta.start 0 --beta.max 0.
+    """Controlled capacity (Burgess et al. 2018): |KL − C|, where KL is the mean over the texts and C grows linearly.
+
+    The paper's γ is the weight. Replaces the KL of the loss: --beta.start 0 --beta.max 0.
     """
 
     start: float = 0.0
-    """C at the beginning, in nats."""
+    """Initial capacity C, in nats."""
 
     end: float = 25.0
-    """C at its highest."""
+    """Final capacity C, in nats."""
 
     until: float = 0.5
-    """Part of the training after which C stays there."""
+    """Fraction of the training over which C grows; it then stays at its final value."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,6 +38,8 @@ class Capacity(Regularizer):
         self.check("until", lambda x: 0 < x <= 1, "be above 0 and at most 1")
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
+        from davae_jax.model.latent import Posterior, kl_per_dimension  # needs JAX
+
         kl = batch.average(kl_per_dimension(Posterior(batch.mean, batch.logvar)).sum(-1))
         C = self.start + (self.end - self.start) * jnp.minimum(batch.step / (self.until * batch.steps), 1.0)
         return jnp.abs(kl - C), {"capacity": C}
@@ -42,8 +48,8 @@ class Capacity(Regularizer):
 @register("logvar")
 @dataclass(frozen=True)
 class LogVariance(Regularizer):
-    """Σ_l |logvar_l|, mean over the texts: keeps an autoencoder's noise from going to 0 (Rubenstein et al. 2018; the
-    LAAE of Shen et al. 2020 has it). Meant for losses without the KL: --beta.start 0 --beta.max 0.
+    """Σ_l |logvar_l|, averaged over the texts: keeps the noise of an autoencoder from vanishing (Rubenstein et al.
+    2018; used by the LAAE of Shen et al. 2020). For losses without the KL: --beta.start 0 --beta.max 0.
     """
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
@@ -51,13 +57,16 @@ class LogVariance(Regularizer):
 
 
 def batch_normalized(posterior: Posterior, gamma: float, mean) -> tuple[Posterior, Float[Array, "L"]]:
-    """Means centred and scaled so that over the batch's texts each dimension has mean 0 and deviation γ, and what its
-    deviation was before.
+    """Normalizes the posterior means to mean 0 and standard deviation γ in each dimension, over the texts of the batch.
 
-    BN-VAE (Zhu et al. 2020): the mean KL is then at least L·γ²/2, as it is at least half the means' variance. The
-    paper's shift, which it learns from 0 on, stays 0.
+    BN-VAE (Zhu et al. 2020): the mean KL is at least half the variance of the means, hence at least L·γ²/2. The shift
+    that the paper learns, initialized to 0, stays 0 here.
 
-    mean: over the texts (`train_step.mean_over_texts`).
+    Args:
+      mean: computes the mean over the texts of the batch (`training.objective.mean_over_texts`).
+
+    Returns:
+      The posterior with normalized means, and the standard deviation of each dimension before.
     """
     centred = posterior.mean - mean(posterior.mean)
     deviation = jnp.sqrt(mean(jnp.square(centred)) + 1e-12)
@@ -67,13 +76,15 @@ def batch_normalized(posterior: Posterior, gamma: float, mean) -> tuple[Posterio
 def normalized_head(
     weight_OD: Float[Array, "2L D"], gamma: float, deviation: Float[Array, "L"], pooled: Float[Array, "D"]
 ) -> Float[Array, "2L D"]:
-    """The posterior head, its means' rows brought a tenth of the way to where they need no normalization.
+    """Moves the rows of the posterior head that give the means a tenth of the way to where they need no normalization.
 
-    What training computes does not depend on these rows' length, as their outputs are scaled anyway, and on their part
-    along the mean of what the head reads only in so far as texts differ along it, as outputs are centred anyway. So
-    both hold the running statistics: whoever uses the weights without a batch gets means of mean 0 and deviation γ.
+    With `batch_normalized` the length of these rows has no effect in training, because their outputs are rescaled, and
+    their component along the mean of the head's input has next to none, because their outputs are centred. Both are
+    therefore free to hold the running statistics: without a batch, the same weights give means of mean 0 and standard
+    deviation γ.
 
-    pooled: mean over the texts of the head's input.
+    Args:
+      pooled: the mean over the texts of the head's input.
     """
     factor = jnp.clip((gamma / deviation) ** 0.1, 0.5, 2.0)
     means, logvars = jnp.split(weight_OD, 2)

@@ -1,56 +1,57 @@
-"""What a regularizer is: what it gets, what it gives back, and the options that each of them has.
+"""The protocol of regularizers: what one is given, what it returns, and the options that each of them has.
 
-A regularizer is a frozen dataclass whose fields are its options; `registry.register` gives it a name, and with that a
-place on the command line and in the logs. docs/regularizers.md begins with a whole one.
+A regularizer is a frozen dataclass whose fields are its options; `registry.register` gives it a name, under which it
+appears on the command line and in the logs. docs/regularizers.md begins with a complete one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from davae_jax.utils.errors import check_options
+from davae_jax.utils.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]  # nested dicts of arrays
-Logs = dict[str, Float[Array, ""]]
+Logs = dict[str, "Float[Array, '']"]  # name → scalar
 
 
 class LatentBatch(NamedTuple):
-    """The latents of a batch, of all devices together; with --accumulate, of one part of it.
+    """The latents of a batch over all devices; with --accumulate, of one part of the batch.
 
-    Of B places some may hold no text, where rows are packed: there mean, logvar and z are 0, and no statistic may count
-    them (`average` and `count` do not).
+    A packed batch has room for B texts and may hold fewer. Where there is no text, mean, logvar and z are 0, and no
+    statistic may count these rows: `average` and `count` leave them out.
     """
 
     mean: Float[Array, "B L"]  # of the posterior
     logvar: Float[Array, "B L"]
-    z: Float[Array, "B L"]  # a draw of the posterior, the one that the decoder gets
-    prior: Float[Array, "B L"]  # draws of N(0, I)
+    z: Float[Array, "B L"]  # a sample of the posterior, the one that the decoder gets
+    prior: Float[Array, "B L"]  # samples of N(0, I)
     is_text: Bool[Array, "B"]
-    step: Int[Array, ""]  # steps taken, out of `steps`
+    step: Int[Array, ""]  # steps taken so far, out of `steps`
     steps: int
-    key: jax.Array  # for draws of its own; another one every step
-    corpus_size: int | None  # texts that are trained on, where the caller said it
-    targets: Int[Array, "B T"]  # what the decoder is to say, in rows
-    text_of_target: Int[Array, "B T"]  # which of the B places each target is of; −1 is padding
+    key: jax.Array  # for the regularizer's random numbers; a new one every step
+    corpus_size: int | None  # number of training texts, if known
+    targets: Int[Array, "B T"]  # the decoder's target ids, in rows
+    text_of_target: Int[Array, "B T"]  # which of the B texts each target belongs to; −1 is padding
 
     @property
     def count(self) -> Float[Array, ""]:
-        """Texts in the batch."""
+        """The number of texts in the batch, at least 1."""
         return jnp.maximum(self.is_text.sum(), 1).astype(self.z.dtype)
 
     def average(self, x: Float[Array, "B ..."]) -> Float[Array, "..."]:
-        """The mean over the texts."""
-        kept = self.is_text.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(kept, x, 0).sum(0) / self.count
+        """Returns the mean over the texts."""
+        is_text = self.is_text.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(is_text, x, 0).sum(0) / self.count
 
 
 class Sizes(NamedTuple):
-    """What the shapes of a regularizer's own parameters may depend on."""
+    """The sizes that the shapes of a regularizer's parameters may depend on."""
 
     latent: int
     vocabulary: int  # of the decoder
@@ -60,58 +61,64 @@ class Sizes(NamedTuple):
 class Regularizer:
     """One term of the loss, weight · value."""
 
-    name: ClassVar[str] = "regularizer"  # under which it is registered
+    name: ClassVar[str] = "regularizer"  # set by `register`
 
     weight: float = 0.0
-    """What its value is multiplied by in the loss. 0: off, and not computed."""
+    """Factor of this term in the loss; 0 turns it off, and it is not computed."""
 
     ramp: tuple[float, float] = (0.0, 0.0)
-    """Parts of the training between which the weight rises from 0 to the whole. 0 0: whole from the beginning."""
+    """Two fractions of the training, between which the weight rises linearly from 0; 0 0 is no warmup."""
 
     def __post_init__(self):
         self.check("weight", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
         self.check("ramp", lambda x: 0 <= x[0] <= x[1] <= 1, "be two parts in [0, 1], the second not before the first")
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
-        """(value, what to log beside it). params: its own, of a `Learned` one; {} of any other."""
+        """Computes the term.
+
+        Args:
+          params: the parameters of a `Learned` regularizer; {} of any other.
+
+        Returns:
+          The value, without the weight, and further scalars to log.
+        """
         raise NotImplementedError
 
-    def check(self, names: str, fits, must: str) -> None:
-        """Raises InputError (exit code 2), which names the option, for the first of these fields that does not fit."""
+    def check(self, names: str, fits: Callable[[Any], bool], must: str) -> None:
+        """Raises OptionError for the first of these fields that does not fit (`utils.errors.check_options`)."""
         check_options(self, f"regularizers.{self.name.replace('_', '-')}.", names, fits, must)
-
-    def check_positive(self, names: str) -> None:
-        self.check(names, lambda x: 0 < x < float("inf"), "be above 0 and finite")
 
 
 @dataclass(frozen=True)
 class Learned(Regularizer):
-    """One with parameters of its own, which learn from its value too. They are no part of the model."""
+    """A regularizer with parameters that are trained together with the model. They are not part of the model."""
 
     learning_rate: float = 1e-3
-    """Of its own parameters; constant."""
+    """Learning rate of the regularizer's parameters; constant."""
 
     def __post_init__(self):
         super().__post_init__()
         self.check("learning_rate", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
 
     def init(self, key: jax.Array, sizes: Sizes) -> Params:
-        """Its own parameters before the first step."""
+        """Returns the initial parameters."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Adversarial(Learned):
-    """One whose parameters learn from another loss, `adversary`: that sees latents with their gradient stopped, and the
-    value sees the parameters with theirs stopped."""
+    """A regularizer whose parameters minimize a loss of their own, `adversary`.
+
+    In `adversary` no gradient reaches the latents; in the value none reaches the parameters.
+    """
 
     def adversary(self, batch: LatentBatch, params: Params) -> Float[Array, ""]:
-        """What its own parameters make small."""
+        """Returns the loss that the parameters minimize."""
         raise NotImplementedError
 
 
 def weight_at(regularizer: Regularizer, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
-    """The weight of one step out of `steps`, counted from 0."""
+    """Returns a regularizer's weight in one step out of `steps`, counted from 0."""
     begin, end = regularizer.ramp
     if end == 0:
         return jnp.float32(regularizer.weight)

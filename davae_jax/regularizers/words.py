@@ -1,29 +1,30 @@
-"""The latent has to tell a text's words by itself."""
+"""Predicting the words of a text from its latent alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from typing import TYPE_CHECKING
 
 from davae_jax.regularizers.protocol import LatentBatch, Learned, Logs, Params, Sizes
 from davae_jax.regularizers.registry import register
+from davae_jax.utils.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @register("bag_of_words")
 @dataclass(frozen=True)
 class BagOfWords(Learned):
-    """Bag-of-words loss (Zhao et al. 2017): −log p of each of a text's tokens, whatever its place, by one softmax over
-    the vocabulary made from the latent alone. Takes memory for B · V numbers.
+    """Bag-of-words loss (Zhao et al. 2017): −log p of each token of a text under one softmax over the vocabulary, which
+    is computed from the latent alone and ignores the tokens' positions. Takes memory for B · V numbers.
     """
 
     hidden: int = 0
-    """Width of a hidden layer with tanh, as in the paper (400); 0: one linear map."""
+    """Width of a tanh hidden layer (the paper: 400); 0 is a single linear layer."""
 
     per_token: bool = True
-    """Mean over a text's tokens, as --length-weighted has it for the reconstruction; with --no their sum, as in the
+    """Average over the tokens of a text, as --length-weighted does for the reconstruction; off: sum, as in the
     paper."""
 
     def __post_init__(self):
@@ -31,24 +32,29 @@ class BagOfWords(Learned):
         self.check("hidden", lambda n: n >= 0, "be at least 0")
 
     def init(self, key: jax.Array, sizes: Sizes) -> Params:
-        first, second = jax.random.split(key)
-        normal, params, width = jax.nn.initializers.lecun_normal(), {}, sizes.latent
-        if self.hidden:
-            params["hidden"] = {"weight": normal(first, (width, self.hidden)), "bias": jnp.zeros(self.hidden)}
-            width = self.hidden
-        output = {"weight": normal(second, (width, sizes.vocabulary)), "bias": jnp.zeros(sizes.vocabulary)}
-        return params | {"output": output}
+        hidden_key, output_key = jax.random.split(key)
+        initializer = jax.nn.initializers.lecun_normal()
+
+        def linear(key: jax.Array, inputs: int, outputs: int) -> Params:
+            return {"weight": initializer(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
+
+        if not self.hidden:
+            return {"output": linear(output_key, sizes.latent, sizes.vocabulary)}
+        return {
+            "hidden": linear(hidden_key, sizes.latent, self.hidden),
+            "output": linear(output_key, self.hidden, sizes.vocabulary),
+        }
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
         x = batch.z
         if self.hidden:
             x = jnp.tanh(x @ params["hidden"]["weight"] + params["hidden"]["bias"])
-        log_p = jax.nn.log_softmax(x @ params["output"]["weight"] + params["output"]["bias"])
-        n, counted = len(batch.z), batch.text_of_target >= 0
-        place = jnp.where(counted, batch.text_of_target, 0)
-        nll = jnp.where(counted, -log_p[place, batch.targets], 0)
-        of_text = jnp.zeros(n, nll.dtype).at[place].add(nll)
+        log_p_BV = jax.nn.log_softmax(x @ params["output"]["weight"] + params["output"]["bias"])
+        B, is_token = len(batch.z), batch.text_of_target >= 0
+        text = jnp.where(is_token, batch.text_of_target, 0)
+        nll = jnp.where(is_token, -log_p_BV[text, batch.targets], 0)
+        nll_per_text = jnp.zeros(B, nll.dtype).at[text].add(nll)
         if self.per_token:
-            tokens = jnp.zeros(n, nll.dtype).at[place].add(counted.astype(nll.dtype))
-            of_text = of_text / jnp.maximum(tokens, 1)
-        return batch.average(of_text), {}
+            tokens = jnp.zeros(B, nll.dtype).at[text].add(is_token.astype(nll.dtype))
+            nll_per_text = nll_per_text / jnp.maximum(tokens, 1)
+        return batch.average(nll_per_text), {}

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, OptionError, first_line
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -40,7 +40,8 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -
       option: the option that sets `vocab_size`, for the error message.
 
     Raises:
-      InputError: the texts have more characters than `vocab_size` (exit code 2), or training fails.
+      OptionError: the texts have more characters than `vocab_size`.
+      InputError: training fails for another reason.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -65,7 +66,7 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -
         # SentencePiece has no types for its errors; its messages give the numbers.
         if required := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
             reason = f"{vocab_size}: the texts have {required[1]} different characters; give a larger vocabulary"
-            raise InputError(f"{option} {reason}", exit_code=2) from e
+            raise OptionError(option, reason) from e
         # Few or uniform texts do not have enough merges to fill the vocabulary.
         if possible := re.search(r"set it to a value <= (\d+)", str(e)):
             return train_sentencepiece(texts, int(possible[1]), option=option)

@@ -20,7 +20,7 @@ from davae_jax.model.decoder import Decoder
 from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension
 from davae_jax.model.layers import Segments
 from davae_jax.model.losses import adversarial_losses, chunked_nll
-from davae_jax.regularizers import LatentBatch, active, batch_normalized, penalty
+from davae_jax.regularizers import LatentBatch, active, batch_normalized, regularizer_terms
 from davae_jax.training.config import FreeBitsConfig, TrainConfig
 from davae_jax.training.noise import embedding_noise, token_noise
 
@@ -140,7 +140,7 @@ def objective(
     added, adversaries, regularizer_logs = jnp.float32(0), jnp.float32(0), {}
     if regularizers := active(config.regularizers):
         latents = latent_batch(batch, posterior, latent, prior, context, config)
-        added, adversaries, regularizer_logs = penalty(regularizers, latents, regularizer_params)
+        added, adversaries, regularizer_logs = regularizer_terms(regularizers, latents, regularizer_params)
     return LossTerms(
         reconstruction=mean(rec_per_token if config.length_weighted else rec),
         kl=context.beta * mean(kl),

@@ -1,4 +1,4 @@
-"""The presets: the demo, and the published sizes."""
+"""The presets of train.py: the demo, and the published model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ RANDENG_1B = TrainConfig(
 )
 
 
+# Name → (description for the help text, settings).
 PRESETS = {
-    "demo": ("A small model on a small corpus of the project's own, in minutes on a laptop.", DEMO),
-    "randeng-1b": ("The published sizes and settings, 1.2 billion weights.", RANDENG_1B),
+    "demo": ("A small model on a small synthetic corpus; trains in minutes on a laptop.", DEMO),
+    "randeng-1b": ("The published sizes and settings, with 1.2 billion weights.", RANDENG_1B),
 }

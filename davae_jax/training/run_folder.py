@@ -18,10 +18,11 @@ from typing import Any
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, complete_checkpoints
 from davae_jax.data.corpus import Corpus
-from davae_jax.regularizers import digest_of
+from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
-from davae_jax.training.config import PLACES, TrainConfig, differences, to_dict
-from davae_jax.utils.errors import InputError
+from davae_jax.training.config import TrainConfig
+from davae_jax.training.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import is_partial, remove_partial, write_json
 
 # Hashes in train.json, and the option whose file they are of.
@@ -43,19 +44,21 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
         values = to_dict(config)
         values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
         if config.plugin:
-            values["digest_of_plugins"] = [digest_of(plugin) for plugin in config.plugin]
+            values["digest_of_plugins"] = [plugin_digest(plugin) for plugin in config.plugin]
         path.mkdir(parents=True, exist_ok=True)
         if stored.exists():
-            old = json.loads(stored.read_text(encoding="utf-8"))
+            old = upgrade_settings(json.loads(stored.read_text(encoding="utf-8")))
             changed = changed_options(old, values) + changed_tokenizers(config, path)
             if changed and complete_checkpoints(path):
-                raise InputError(
-                    f"{path}: was made with another config: {', '.join(changed)}; give another --run-dir", exit_code=2
+                raise OptionError(
+                    "--run-dir", f"{path} was made with another config: {', '.join(changed)}; give another folder"
                 )
             if changed or differences(old, values):
                 _remove_preparations(path)
         elif not all(is_partial(file) for file in path.iterdir()):
-            raise InputError(f"{path}: holds files, but no run (no train.json); give another --run-dir", exit_code=2)
+            raise OptionError(
+                "--run-dir", f"{path} holds files but no run (there is no train.json); give another folder"
+            )
         write_json(stored, values)
         remove_partial(path)
     except (OSError, json.JSONDecodeError) as e:
@@ -75,7 +78,7 @@ def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     Of paths only the contents count. A hash that the older file lacks is not compared.
     """
-    changed = differences(old, new, besides=(*PLACES, *CONTENT_HASHES))
+    changed = differences(old, new, besides=(*LOCATIONS, *CONTENT_HASHES))
     for part, source in old.get("init", {}).items():
         if (source is None) != (new["init"][part] is None):
             changed.append(f"init.{part} ({source}, now {new['init'][part]})")

@@ -36,11 +36,12 @@ from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.checkpointer import Checkpoints
-from davae_jax.training.config import TrainConfig, digest_of
+from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
 from davae_jax.training.run_folder import open_run
 from davae_jax.training.run_log import RunLog
+from davae_jax.training.saved_config import digest_of
 from davae_jax.training.state import TrainState, abstract_state
 from davae_jax.training.step import HeldOutLoss, TrainStep, make_held_out_loss, make_train_step
 from davae_jax.training.vocabularies import model_config, prepare_tokenizers
@@ -105,7 +106,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         model = warm_start_config(model, folder)
     tokenizers = load_tokenizers(folder, model)
     batches = make_batches(config, corpus, tokenizers, model)
-    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.cut)
+    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.truncate)
     corpus = corpus._replace(held_out=held_out)
     run_on_process_zero(lambda: model.to_json(folder / CONFIG_FILE))
 
@@ -171,7 +172,9 @@ def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, mo
     common = dict(batch_size=config.batch_size, pad_id=model.pad_token_id, seed=config.seed)
     texts = None
     if corpus.prepared is None:
-        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, truncate=config.data.cut)
+        texts = tokenize(
+            corpus.train, *tokenizers, max_length=longest, source=corpus.source, truncate=config.data.truncate
+        )
         texts = texts._replace(lines=corpus.lines[texts.lines - 1])
     if config.data.pack:
         texts = texts or PreparedTexts(corpus.prepared, longest, positions)
@@ -192,7 +195,7 @@ def held_out_batches(
     texts = texts[: config.log.held_out]
     if not texts:
         return []
-    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", truncate=config.data.cut)
+    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", truncate=config.data.truncate)
     source = TextBatches(
         rows,
         config.batch_size // config.accumulate,
@@ -206,9 +209,9 @@ def held_out_batches(
 
 def truncation_mismatch(config: TrainConfig, corpus: Corpus) -> str | None:
     """Returns a warning where long texts were prepared in another way than they are trained on, or None."""
-    if corpus.prepared is None or corpus.prepared.truncated == config.data.cut:
+    if corpus.prepared is None or corpus.prepared.truncated == config.data.truncate:
         return None
-    if config.data.cut:
+    if config.data.truncate:
         return f"{corpus.source}: was prepared without --truncate, so it lacks the texts too long for the encoder"
     return (
         f"{corpus.source}: was prepared with --truncate, for --data.segment-length; "

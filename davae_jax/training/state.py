@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 
 from davae_jax.model.davae import DAVAE, Params, split, weight_axes
 from davae_jax.parallel.sharding import weight_sharding
-from davae_jax.regularizers import Learned, Sizes, active, init_own
-from davae_jax.training.config import TrainConfig, with_own_rate
+from davae_jax.regularizers import Learned, Sizes, active, init_regularizer_params
+from davae_jax.training.config import TrainConfig, with_constant_rate
 from davae_jax.training.optimizers import make_optimizer
 
 
@@ -41,7 +41,7 @@ def optimizers(config: TrainConfig) -> tuple[optax.GradientTransformation, optax
 def regularizer_optimizers(config: TrainConfig) -> dict[str, optax.GradientTransformation]:
     """Returns the optimizer of each active regularizer that has parameters, by name."""
     return {
-        name: make_optimizer(with_own_rate(config.optimizer, regularizer.learning_rate), config.steps)
+        name: make_optimizer(with_constant_rate(config.optimizer, regularizer.learning_rate), config.steps)
         for name, regularizer in active(config.regularizers).items()
         if isinstance(regularizer, Learned)
     }
@@ -52,7 +52,7 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     main, discriminator = split_discriminator(params)
     optimizer, discriminator_optimizer = optimizers(config)
     sizes = Sizes(len(params["encoder"]["posterior"]["weight"]) // 2, len(params["decoder"]["embedding"]["weight"]))
-    regularizers = init_own(active(config.regularizers), config.seed, sizes)
+    regularizers = init_regularizer_params(active(config.regularizers), config.seed, sizes)
     regularizer_states = {name: opt.init(regularizers[name]) for name, opt in regularizer_optimizers(config).items()}
     return TrainState(
         jnp.int32(0),

@@ -14,7 +14,7 @@ from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.training.config import DataConfig, TrainConfig
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import OptionError
 from davae_jax.utils.files import write_bytes
 from davae_jax.utils.shapes import round_up
 
@@ -32,8 +32,8 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
       InputError: a folder that is named has none, or others than the texts were prepared with.
     """
     trainers = (
-        partial(train_wordpiece, vocab_size=config.data.entries),
-        partial(train_sentencepiece, vocab_size=decoder_vocab_size(config), option="--data.pieces"),
+        partial(train_wordpiece, vocab_size=config.data.encoder_vocab_size),
+        partial(train_sentencepiece, vocab_size=decoder_vocab_size(config), option="--data.decoder-vocab-size"),
     )
     pretrained = (config.init.encoder, config.init.decoder)
     for name, pretrained_part, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
@@ -48,16 +48,16 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
         elif (source / name).is_file():
             write_bytes(folder / name, (source / name).read_bytes())
         else:
-            raise InputError(f"{source / name}: no such file; give a folder that has it with --tokenizers", exit_code=2)
+            raise OptionError("--tokenizers", f"must be a folder with {name}; there is no {source / name}")
 
 
 def _check_same_file(prepared: Path, given: Path | None) -> None:
     """Raises InputError where another tokenizer is asked for than the one that the texts were prepared with."""
     if given and given.is_file() and prepared.is_file() and given.read_bytes() != prepared.read_bytes():
-        raise InputError(
-            f"{given}: differs from the tokenizer that {prepared.parent} was prepared with; "
+        raise OptionError(
+            "--tokenizers",
+            f"{given.parent}: its {given.name} differs from the tokenizer that {prepared.parent} was prepared with; "
             f"prepare the texts with --tokenizers {given.parent}",
-            exit_code=2,
         )
 
 
@@ -95,7 +95,8 @@ def with_vocabularies(model: DAVAEConfig, encoder_vocab_size: int, decoder_vocab
 
 def decoder_vocab_size(config: TrainConfig) -> int:
     """Returns the size of the decoder's vocabulary where its tokenizer is trained."""
-    return config.data.pieces or (DEMO_DECODER_VOCAB_SIZE if config.data.train is None else DECODER_VOCAB_SIZE)
+    default = DEMO_DECODER_VOCAB_SIZE if config.data.train is None else DECODER_VOCAB_SIZE
+    return config.data.decoder_vocab_size or default
 
 
 def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, str]:
@@ -108,15 +109,16 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
     vocab, spiece = (
         _find_tokenizer_file(config, name, part) for name, part in zip(TOKENIZER_FILES, pretrained, strict=True)
     )
-    encoder_size = len(read_vocabulary(vocab)) if vocab else config.data.entries
+    encoder_size = len(read_vocabulary(vocab)) if vocab else config.data.encoder_vocab_size
     # A plan need not name the texts, and the demo's texts are used by the demo alone.
     other_texts = preset != "demo" and config.data.train is None
-    trained = config.data.pieces or DECODER_VOCAB_SIZE if other_texts else decoder_vocab_size(config)
+    trained = config.data.decoder_vocab_size or DECODER_VOCAB_SIZE if other_texts else decoder_vocab_size(config)
     decoder_size = count_pieces(spiece) if spiece else trained
     if vocab and spiece:
         folders = " and ".join(dict.fromkeys([str(vocab.parent), str(spiece.parent)]))
         return encoder_size, decoder_size, f"those of {folders}"
-    sizes_given = config.data.pieces is not None or config.data.entries != DataConfig.entries
+    data = config.data
+    sizes_given = data.decoder_vocab_size is not None or data.encoder_vocab_size != DataConfig.encoder_vocab_size
     if preset != "demo" and not (vocab or spiece or sizes_given):
         published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
         return *published, "the published ones, for --tokenizers; without it a run trains its own"

@@ -1,4 +1,4 @@
-"""The one exception for input that is wrong, so that the command line can print it as one line."""
+"""The exceptions for wrong input. The command line prints them as one line."""
 
 import os
 import re
@@ -7,10 +7,13 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: a file, a folder, an option, a text.
+    """An input of the user is wrong: a file, a folder, an option, a text.
 
-    The message is one line, names the file or option, and says what to do where that is not obvious.
-    The command line prints it without a traceback and exits with `exit_code`: 2 for a bad argument, 1 for the rest.
+    The message is one line that names the file or option, and says what to do unless that is obvious. Programs print it
+    without a traceback.
+
+    Attributes:
+      exit_code: what a program exits with: 2 for bad arguments, 1 for anything else.
     """
 
     def __init__(self, message: str, *, exit_code: int = 1):
@@ -18,24 +21,66 @@ class InputError(ValueError):
         self.exit_code = exit_code
 
 
+class OptionError(InputError):
+    """An option of the command line, or an argument of a Python function, has a value that it cannot have.
+
+    The message is the option followed by the reason, so the reason reads on from it: "must be at least 1, not 0".
+
+    Attributes:
+      option: the name as it was given, "--beta.max" or "max_length".
+      reason: what is wrong with its value.
+    """
+
+    def __init__(self, option: str, reason: str, *, exit_code: int = 2):
+        super().__init__(f"{option} {reason}", exit_code=exit_code)
+        self.option = option
+        self.reason = reason
+
+
+class ConfigError(InputError):
+    """A field of a model's configuration is missing or has a value that it cannot have.
+
+    Attributes:
+      section: the part of the configuration, "encoder" or "decoder"; "" is the configuration itself.
+      field: the field's name within the section.
+      reason: what is wrong; the message is the field followed by the reason.
+    """
+
+    def __init__(self, section: str, field: str, reason: str, *, file: Any = "config"):
+        super().__init__(f"{file}: {section}{'.' if section else ''}{field} {reason}")
+        self.section = section
+        self.field = field
+        self.reason = reason
+
+
 def check_options(config: Any, section: str, names: str, fits: Callable[[Any], bool], must: str) -> None:
-    """Raises InputError, which names the option and says what it must be, for the first of these fields that is not."""
+    """Checks fields of an options dataclass.
+
+    Args:
+      config: the dataclass.
+      section: what the options' names begin with, "beta."; "" for options without a section.
+      names: the fields to check, separated by spaces.
+      fits: whether a value is allowed.
+      must: completes "must …" in the message: "be at least 1".
+
+    Raises:
+      OptionError: for the first field whose value does not fit.
+    """
     for name in names.split():
         if not fits(value := getattr(config, name)):
-            option = f"--{section}{name.replace('_', '-')}"
-            raise InputError(f"{option} must {must}, not {value}", exit_code=2)
+            raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, for a message of one line."""
+    """Returns the first line of another library's error, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def system_reason(error: Exception) -> str | None:
-    """What the operating system said, where the error comes from it; None for any other error."""
+    """Returns the operating system's reason for an error, or None if the error does not come from it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # TensorStore, safetensors and PyTorch have types of their own for a disk that is full.
+    # TensorStore, safetensors and PyTorch raise their own exceptions when the disk is full.
     if code := re.search(r"os_error_code='(\d+)'|os error (\d+)", str(error)):
         return os.strerror(int(code[1] or code[2]))
     return "is the disk full?" if "inline_container" in str(error) else None

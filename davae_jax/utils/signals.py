@@ -1,33 +1,91 @@
-"""What a program does when it is interrupted: the one place that handles SIGINT and SIGTERM."""
+"""Signals that end a program: Ctrl-C (SIGINT), and SIGTERM, by which schedulers end a job."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
 import time
-from types import FrameType
+from collections.abc import Callable, Iterator
+from typing import Any
 
+INTERRUPTED = 130  # the exit code of a program that one of these signals ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest:
-    """Within this context, the first Ctrl-C or SIGTERM sets `requested`; a later one raises KeyboardInterrupt.
+@contextlib.contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """Raises KeyboardInterrupt on SIGTERM as on Ctrl-C while the block runs.
 
-    Signals within a second of the first count as one, because schedulers signal a job and its processes.
+    A library that is called when the signal comes may turn the interrupt into an error of its own; what leaves the
+    block is KeyboardInterrupt all the same.
+    """
+    received = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    with _handlers(interrupt):
+        try:
+            yield
+        except Exception:
+            if received:
+                raise KeyboardInterrupt from None
+            raise
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request to stop, which the program honours when it is ready.
+
+        with StopRequest() as stop:
+            for step in steps:
+                …
+                if stop.requested:
+                    break
+
+    A later signal raises KeyboardInterrupt at once. Signals within a second of the first count as the same one, because
+    schedulers signal both a job and each of its processes.
     """
 
+    SAME_SIGNAL_SECONDS = 1.0
+
     def __init__(self):
-        self.requested, self._when = False, 0.0
+        self.requested = False
+        self._first_signal = 0.0  # by time.monotonic
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._restore = contextlib.ExitStack()
+        self._restore.enter_context(_handlers(self._handle))
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *exception: Any) -> None:
+        self._restore.close()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if not self.requested:
-            self.requested, self._when = True, time.monotonic()
-        elif time.monotonic() > self._when + 1:
+            self.requested = True
+            self._first_signal = time.monotonic()
+        elif time.monotonic() > self._first_signal + self.SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
+
+
+def repeat_interrupt(seconds: float = 0.05) -> None:
+    """Sends SIGINT to the main thread a moment later.
+
+    For an interrupt that was raised inside a callback of a library, where Python can only report and drop it.
+    """
+    timer = threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Installs one handler for all `SIGNALS`, and the previous ones again when the block ends."""
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

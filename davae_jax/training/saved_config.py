@@ -1,0 +1,67 @@
+"""The settings of a run as plain values, as its train.json holds them: writing, reading, comparing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from davae_jax.regularizers.registry import active
+from davae_jax.training.config import TrainConfig
+from davae_jax.utils.settings import changed_settings
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings as plain values. Of the regularizers only those that are on are included."""
+    values = dataclasses.asdict(config)
+    regularizers = active(config.regularizers)
+    values["regularizers"] = {name: dataclasses.asdict(regularizer) for name, regularizer in regularizers.items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+# Settings that earlier versions called by another name: old name → today's.
+RENAMED_SETTINGS = {"data.pieces": "data.decoder_vocab_size", "data.entries": "data.encoder_vocab_size"}
+
+
+def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a train.json, which an earlier version may have written, under today's names."""
+    values = copy.deepcopy(dict(values))
+    for old, new in RENAMED_SETTINGS.items():
+        (section, old_name), (_, new_name) = old.split("."), new.split(".")
+        if old_name in values.get(section, {}):
+            values[section][new_name] = values[section].pop(old_name)
+    return values
+
+
+# Settings that say where something is. Texts and tokenizers are compared by their contents, of pretrained weights only
+# whether there are any.
+LOCATIONS = ("data.train", "data.valid", "tokenizers", "init.encoder", "init.decoder")
+
+
+def digest_of(config: TrainConfig) -> str:
+    """Returns a digest of the settings that all processes of a run must share; of `LOCATIONS`, whether they are set."""
+    values = to_dict(config)
+    del values["distributed"]
+    for name in LOCATIONS:
+        section, _, setting = name.rpartition(".")
+        settings = values[section] if section else values
+        settings[setting] = settings[setting] is not None
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# Settings that do not change the results. Plugins are compared by their text (`training.run_folder.open_run`).
+NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], besides: Collection[str] = ()) -> list[str]:
+    """Returns the settings in which two runs differ, as `utils.settings.changed_settings` describes them.
+
+    A setting that one of them lacks, because another version wrote it, counts as its default.
+
+    Args:
+      besides: further settings that are not compared.
+    """
+    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*NOT_COMPARED, *besides))
