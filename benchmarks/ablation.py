@@ -1,9 +1,9 @@
-"""What each measure against posterior collapse does on the demo corpus: one demo run without it, all else equal.
+"""Measures what each remedy for posterior collapse does on the demo corpus: one demo run without it, all else equal.
 
     python benchmarks/ablation.py [RUNS_FOLDER] [--only NAME …]
 
-Runs what is not finished yet in RUNS_FOLDER (runs/ablation), four minutes each on two cores, and prints the table of
-docs/ablation.md.
+Trains the runs that are not complete in RUNS_FOLDER (default runs/ablation), four minutes each on two cores, and prints
+the table of docs/ablation.md.
 """
 
 import argparse
@@ -44,17 +44,18 @@ def main() -> None:
 
 
 def row(name: str, folder: Path) -> list[str]:
-    f = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    """Returns the cells of a run, from the measures of its last evaluation and the last line of its log."""
+    measures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return [
         name,
         f"{last['kl_unmasked']:.1f}",
-        f"{f['active_units']} of {f['latent_size']}",
-        f"{f['mutual_information']:.2f}",
-        f"{f['bleu']:.1f}",
-        f"{f['exact_match']:.1%}",
-        f"{f['bleu_sampled']:.1f}",
-        f"{f['prior_valid']:.1%}",
+        f"{measures['active_units']} of {measures['latent_size']}",
+        f"{measures['mutual_information']:.2f}",
+        f"{measures['bleu']:.1f}",
+        f"{measures['exact_match']:.1%}",
+        f"{measures['bleu_sampled']:.1f}",
+        f"{measures['prior_valid']:.1%}",
     ]
 
 

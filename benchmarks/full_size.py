@@ -1,12 +1,12 @@
-"""The published size on this machine: conversion, loading, generation.
+"""Measures conversion, loading and generation at the published size on this machine.
 
     python tests/make_checkpoint.py --config tests/golden/full/config.json --out DIR
     python benchmarks/full_size.py DIR
 
-DIR is a published folder. Prints seconds and peak memory of the conversion, seconds to load, and seconds a token at
-batch 1 and 2 after compilation, over 100 tokens, with the published sampling settings. Beside each rate stands the time
-one reading of the decoder's weights takes at the rate this machine copies memory: the floor of any program that keeps
-its weights in float32 and reads each once a token.
+DIR is a published folder. The program prints the time and peak memory of the conversion, the time to load, and the
+time per token at batch sizes 1 and 2 after compilation, over 100 tokens, with the published sampling settings. It
+compares the time per token with that of reading the decoder's weights once at this machine's memory bandwidth, which is
+the lower bound of every program that reads float32 weights once per token.
 """
 
 import os
@@ -47,7 +47,7 @@ def main() -> None:
         jax.block_until_ready(list(flat_params(model).values()))
         print(f"loading      {time.perf_counter() - start:6.1f} s, float16 on disk to float32")
 
-    floor = decoder_bytes(model) / read_rate()
+    lower_bound = decoder_bytes(model) / read_rate()
     for batch in (1, 2):
         latent = np.random.default_rng(0).standard_normal((batch, model.config.latent_size), np.float32)
         start = time.perf_counter()
@@ -61,18 +61,18 @@ def main() -> None:
         rate = sorted(rates)[1]
         print(
             f"generation   {rate:6.3f} s a token at batch {batch} (three runs: {min(rates):.3f} to {max(rates):.3f}), "
-            f"{rate / floor:.2f} × reading the weights once; first call {first:.0f} s with compilation"
+            f"{rate / lower_bound:.2f} × reading the weights once; first call {first:.0f} s with compilation"
         )
 
 
 def decoder_bytes(model) -> int:
-    """What one step reads: the decoder's weights, but for `relative`, whose products are made once a call."""
+    """Returns the bytes of the weights that a step reads: the decoder's without `relative`, which is applied once."""
     weights = flat_params(model).items()
     return sum(w.nbytes for path, w in weights if path.startswith("decoder.") and ".relative." not in path)
 
 
 def read_rate() -> float:
-    """Bytes a second of a sum over 1 GB with all cores."""
+    """Returns the memory bandwidth, in bytes per second, of a sum over 1 GB with all cores."""
     x = np.ones(1 << 28, np.float32)
     total = jax.jit(lambda parts: [part.sum() for part in parts])
     parts = [jax.numpy.asarray(part) for part in np.split(x, 8 * (os.cpu_count() or 1))]

@@ -1,10 +1,10 @@
-"""Why weights are [out, in], and why the weight goes on the left for a few rows: read rates on this CPU.
+"""Measures, on this CPU, why weights are [out, in] and why the weight is on the left of products with few rows.
 
     python benchmarks/matvec.py
 
-Decoding token by token reads every weight once a token, so the rate at which a matrix-vector product streams its
-weight is the speed of generation. Prints GB/s for three ways to write y = W x at the decoder's shapes, and the ratio of
-the one the model uses (`davae_jax.layers.matmul_transposed`) to the plain x @ W with W kept [in, out].
+Decoding token by token reads every weight once for each token, so the memory bandwidth of a matrix-vector product
+determines the speed of generation. The program prints GB/s for three ways to write y = W x at the decoder's shapes, and
+the ratio of the model's (`davae_jax.model.layers.matmul_transposed`) to x @ W with W stored as [in, out].
 """
 
 import time
@@ -16,11 +16,11 @@ import numpy as np
 from davae_jax.model.layers import matmul_transposed
 
 SHAPES = [(1600, 4800), (1600, 6400), (6400, 1600)]  # qkv, MLP in, MLP out of the published decoder
-WEIGHTS = 8  # of each shape, so that none stays in a cache
+WEIGHTS = 8  # matrices of each shape, so that none stays in the processor's cache
 
 
 def seconds(function, x, weights) -> float:
-    """The fastest of seven runs over all weights."""
+    """Returns the time of the fastest of seven runs over all weights."""
     compiled = jax.jit(lambda x, weights: [function(x * i, w) for i, w in enumerate(weights)])
     jax.block_until_ready(compiled(x, weights))
     times = []

@@ -1,9 +1,9 @@
-"""Memory and speed of `davae prepare` and of reading what it makes, as the corpus grows 1, 10, 100 times.
+"""Measures memory and speed of `davae prepare` and of reading its shards, for corpora of 1, 10 and 100 times the size.
 
     python benchmarks/prepare_memory.py FOLDER [--texts 10000] [--scales 1 10 100] [--json]
 
-Each number comes from a process of its own: its peak resident memory, and texts a second. Reading takes 500 batches of
-64 texts from all over the corpus. The texts are made here, of the demo's sentences, each with a number of its own.
+Every row measures peak resident memory and texts per second, each in a separate process. Reading takes 500 batches of
+64 texts from the whole corpus. The texts are sentences of the demo's corpus, each with a number before it.
 """
 
 import argparse
@@ -34,16 +34,18 @@ print(time.perf_counter() - began)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for what is made; each corpus is removed when it is measured")
-    parser.add_argument("--texts", type=int, default=10_000, help="at scale 1 (10000)")
+    parser.add_argument("folder", type=Path, help="for temporary files; every corpus is removed after it is measured")
+    parser.add_argument("--texts", type=int, default=10_000, help="number of texts at scale 1 (10000)")
     parser.add_argument("--scales", type=int, nargs="+", default=[1, 10, 100])
-    parser.add_argument("--json", action="store_true", help="no table, but its numbers")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     rows = [measure(args.folder / str(scale), scale, args.texts) for scale in args.scales]
     if args.json:
         print(json.dumps(rows))
         return
-    print("| corpus | texts | peak memory of `davae prepare`, one worker | texts/s | of reading | texts/s |")
+    print(
+        "| corpus | texts | peak memory of `davae prepare`, one worker | texts/s | peak memory of reading | texts/s |"
+    )
     print("|---|---|---|---|---|---|")
     for r in rows:
         print(
@@ -53,16 +55,17 @@ def main() -> None:
 
 
 def measure(folder: Path, scale: int, texts: int) -> dict:
+    """Returns the measurements of a corpus of scale × texts."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus, output = folder / "texts.txt", folder / "prepared"
     write_corpus(corpus, scale * texts)
-    # Tokenizers of the first 10,000 texts for all: a larger sample takes more memory until 50,000, and then no more.
+    # All scales share tokenizers of the first 10,000 texts. Training takes memory that grows up to 50,000 texts.
     tokenizers = folder.parent / "tokenizers"
     command = [sys.executable, "-m", "davae_jax.cli", "prepare"]
     if not tokenizers.exists():
         first = folder.parent / "first.txt"
         write_corpus(first, min(texts, 10_000))
-        run([*command, "--input", first, "--output", tokenizers, "--pieces", 600, "--workers", 1])
+        run([*command, "--input", first, "--output", tokenizers, "--decoder-vocab-size", 600, "--workers", 1])
     began = time.perf_counter()
     options = ["--tokenizers", tokenizers, "--workers", 1]
     prepare_mb, _ = run([*command, "--input", corpus, "--output", output, *options])
@@ -80,6 +83,7 @@ def measure(folder: Path, scale: int, texts: int) -> dict:
 
 
 def write_corpus(path: Path, n: int) -> None:
+    """Writes n different texts, one a line."""
     sys.path.insert(0, str(ROOT))
     from davae_jax.data.demo_corpus import all_factors, sentence
 
@@ -90,13 +94,13 @@ def write_corpus(path: Path, n: int) -> None:
 
 
 def run(command: list) -> tuple[float, str]:
-    """(peak resident memory in MB, what it printed) of a process."""
+    """Runs a process. Returns its peak resident memory in MB, and its standard output."""
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(map(str, command))}")
-    return usage.ru_maxrss * 1024 / 1e6, said.strip()
+    return usage.ru_maxrss * 1024 / 1e6, output.strip()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.config import MeshConfig
-from davae_jax.planning.plan import batch_shapes, bytes_per_device
+from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.config import DataConfig
 from davae_jax.training.presets import PRESETS
 from davae_jax.training.state import abstract_state

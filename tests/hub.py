@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on this machine: what its client asks for when it downloads a snapshot."""
+"""A local server that answers the requests of the Hugging Face client when it downloads a snapshot."""
 
 import hashlib
 import http.server
@@ -11,7 +11,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def serve(repos: dict[str, Path], home: Path) -> tuple[http.server.ThreadingHTTPServer, dict[str, str]]:
-    """The running server, and the environment of a process that takes it for the hub. Repo id → folder of its files."""
+    """Starts a server of repos (id → folder); returns it and the environment of a process that uses it as the hub."""
 
     class Handler(Hub):
         pass

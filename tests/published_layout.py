@@ -1,4 +1,4 @@
-"""For tests of the converters: published folders of any content and a tiny default one, and comparisons bit by bit."""
+"""Helpers for tests of the converters: makes published folders, and compares arrays bit by bit."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ TINY = {
 
 
 def tiny_with(**values):
-    """TINY with values changed, `encoder__hidden_size=16`; None takes a key away."""
+    """Returns TINY with changed values, as in `encoder__hidden_size=16`; None removes a key."""
     config = copy.deepcopy(TINY)
     for key, value in values.items():
         *section, name = key.split("__")
@@ -72,7 +72,7 @@ def read_bin(folder):
 
 
 def publish(folder, state=None, config=TINY):
-    """A folder with config.json and pytorch_model.bin; the random tiny checkpoint unless told otherwise."""
+    """Writes config.json and pytorch_model.bin; by default the random tiny checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.save(random_state(TINY) if state is None else state, folder / "pytorch_model.bin")
@@ -80,7 +80,7 @@ def publish(folder, state=None, config=TINY):
 
 
 def publish_safetensors(folder, state=None, config=TINY):
-    """The same with model.safetensors."""
+    """Writes config.json and model.safetensors."""
     from safetensors.torch import save_file
 
     publish(folder, {}, config)
@@ -90,7 +90,7 @@ def publish_safetensors(folder, state=None, config=TINY):
 
 
 def stored(folder):
-    """The arrays of a converted folder as they lie there, by path."""
+    """Returns the arrays of a converted folder by path, in their stored dtypes."""
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
@@ -105,13 +105,13 @@ def same_bits(a, b):
 
 
 def assert_same(actual, expected):
-    """Names, shapes, dtypes and every bit."""
+    """Compares names, shapes, dtypes and every bit."""
     assert actual.keys() == expected.keys()
     assert [name for name in expected if not same_bits(actual[name], expected[name])] == []
 
 
 def assert_same_file(folder, state):
-    """pytorch_model.bin holds exactly this, in this order."""
+    """Checks that pytorch_model.bin holds exactly these tensors in this order."""
     actual = read_bin(folder)
     assert list(actual) == list(state)
     assert_same(actual, state)

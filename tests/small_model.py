@@ -1,4 +1,4 @@
-"""A tiny random model, and a count of what JAX compiles, for tests that need no golden file."""
+"""A tiny random model, and a counter of compilations, for tests that need no golden file."""
 
 import contextlib
 
@@ -25,19 +25,19 @@ CONFIG = DAVAEConfig(
 
 
 def new_model(config: DAVAEConfig = CONFIG, *, dtype=jnp.float32, scale: float = 1.0) -> DAVAE:
-    """A fresh model; a scale above 1 enlarges its matrices, so that different latents give different texts."""
+    """Returns a new model. A scale above 1 multiplies its matrices, so that different latents give different texts."""
 
     def make():
         return DAVAE(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
-    # Drawn in one compiled program: thousands of small ones take longer.
+    # The weights are drawn in one compiled program, which is faster than thousands of small ones.
     params = jax.jit(lambda: jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, split(make())[1]))()
     return merge(split(nnx.eval_shape(make))[0], params)
 
 
 @contextlib.contextmanager
 def counted_compilations():
-    """Collects one entry for each program that XLA compiles, one-operation programs included."""
+    """Yields a list that gets an entry for each program that XLA compiles, including those of one operation."""
     compiled = []
 
     def listen(event, duration, **kwargs):

@@ -1,4 +1,4 @@
-"""The clean-up of decoded text against known answers of the published program, and its rules one by one."""
+"""The clean-up of decoded text: results of the published program, and each rule alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from davae_jax.tokenizers.cleanup import clean_up, drop_noise, join_chinese, join_english
 
-# What the published program makes of these.
+# Texts, and the published program's results.
 PUBLISHED = [
     ("今天 天气 很好 。 明天 见 ！", "今天天气很好。明天见！"),
     ("价格 1 2 3 元 ， 不错", "价格123元，不错"),
@@ -40,7 +40,7 @@ def test_published_answers(text, cleaned):
         ("yes . no ? oh ! a , b", "yes. no? oh! a, b"),
         ("the dogs ' tails", "the dogs'tails"),
         ("do n't I 'm it 's we 've you 're", "don't I'm it's we've you're"),
-        ("two  , blanks", "two , blanks"),  # one blank goes, not all
+        ("two  , blanks", "two , blanks"),  # only one blank is removed
         ("a 'll b", "a 'll b"),
         ("line\n.", "line\n."),
     ],
@@ -50,7 +50,7 @@ def test_english_blanks(text, joined):
 
 
 def test_english_rules_apply_in_the_published_order():
-    # " ' " goes first, so there is no blank left before the s.
+    # " ' " is replaced first, and then no blank is left before the s.
     assert join_english("a ' s") == "a's"
     assert join_english("a ' 's") == "a''s"
 
@@ -58,14 +58,14 @@ def test_english_rules_apply_in_the_published_order():
 @pytest.mark.parametrize(
     ("text", "joined"),
     [
-        ("中 \n\t\u3000\u2028文", "中文"),  # any white space, line feeds too
-        ("一 二 三 四 五", "一二三四五"),  # neighbours shared by two gaps
+        ("中 \n\t\u3000\u2028文", "中文"),  # any white space, including line feeds
+        ("一 二 三 四 五", "一二三四五"),  # a character between two gaps
         ("中 a 文", "中 a 文"),
         ("中 - 文", "中 - 文"),  # the hyphen is not in the set
         ("1 | 2 @ 3 + 4", "1|2@3+4"),
         ("\u4e00 \u9fa5", "\u4e00\u9fa5"),  # both ends of the range
         ("中 \u9fa6", "中 \u9fa6"),
-        ("5 ¥ 6 ￥ 7", "5¥6 ￥ 7"),  # the narrow yen sign only
+        ("5 ¥ 6 ￥ 7", "5¥6 ￥ 7"),  # only the narrow yen sign
         ("… — 《 》 “ ” 、 ； ： ‘ ’ （ ） 「 」 【 】 · ～ ？", "…—《》“”、；：‘’（）「」【】·～？"),
         ("٣ ٤", "٣ ٤"),  # digits are 0-9
         (" 中 ", " 中 "),
@@ -75,35 +75,38 @@ def test_chinese_blanks(text, joined):
     assert join_chinese(text) == joined
 
 
-def test_one_look_equals_two_passes():
-    # The published program takes the neighbours into the match and so has to go over the text twice.
+def test_one_pass_equals_the_published_two_passes():
+    # The published pattern consumes the neighbouring characters, so the published program applies it twice.
     tight = "[\u4e00-\u9fa50-9|，。？！@¥…—《》“”、；：‘’（）「」【】·～+]"
-    taking = re.compile(rf"({tight})\s+({tight})")
+    consuming = re.compile(rf"({tight})\s+({tight})")
     rng = random.Random(0)
     for _ in range(5000):
         text = "".join(rng.choices("中文1，。a- \n\u3000", k=rng.randrange(15)))
-        assert join_chinese(text) == taking.sub(r"\1\2", taking.sub(r"\1\2", text))
+        assert join_chinese(text) == consuming.sub(r"\1\2", consuming.sub(r"\1\2", text))
 
 
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("a参考资料b\nc", "a参考资料b\nc"),  # a further line follows: nothing goes
+        ("a参考资料b\nc", "a参考资料b\nc"),  # another line follows: nothing is removed
         ("a\nb参考资料c", "a\nb"),
-        ("a引用日期b\n", "a\n"),  # one last line feed does not count
+        ("a引用日期b\n", "a\n"),  # a line feed at the end does not count
         ("a引用日期b\n\n", "a引用日期b\n\n"),
-        ("参考资料a\n引用日期b", ""),  # the first deletion leaves one last line feed, the second reaches up to it
+        (
+            "参考资料a\n引用日期b",
+            "",
+        ),  # the first deletion leaves a line feed at the end, up to which the second reaches
         ("引用日期a\n参考资料b", "引用日期a\n"),
-        ("a[b\nc]d", "a[b\nc]d"),  # brackets pair up within a line
+        ("a[b\nc]d", "a[b\nc]d"),  # brackets match within a line only
         ("a[b]\n[c]d", "a\nd"),
         ("a[b[c]d]e]f", "af"),
         ("]a[", "]a["),
         ("[]a", "a"),
         ("a【b】c】d【e", "ad【e"),
-        ("【[a】b]c", "【c"),  # square brackets go first
+        ("【[a】b]c", "【c"),  # square brackets are removed first
         ("原文转载：a本文转自：b本文摘要：c原文地址：", "abc"),
         ("原文地址:a", "原文地址:a"),
-        ("原文<unk>地址：a本文<unk>摘要：", "原文地址：a本文摘要："),  # <unk> goes last
+        ("原文<unk>地址：a本文<unk>摘要：", "原文地址：a本文摘要："),  # <unk> is removed last
     ],
 )
 def test_noise(text, left):
@@ -116,9 +119,9 @@ def test_noise_keeps_the_last_line_feed():
     assert drop_noise("a引用日期b\n\n") == "a引用日期b\n\n"
 
 
-def test_steps_follow_each_other():
-    # The line feed goes first, and then the reference reaches the end of the text.
+def test_the_steps_apply_in_order():
+    # The line feed is removed first, and then the reference reaches the end of the text.
     assert clean_up("文参考资料\n尾") == "文"
-    # White space between brackets' neighbours goes before the brackets do.
+    # White space is removed before the brackets, so the blanks around them stay.
     assert clean_up("中 [注] 文") == "中  文"
     assert clean_up(" 　中文\n") == "中文"

@@ -20,7 +20,7 @@ from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.train import parse_train
-from davae_jax.data.texts import read_lines
+from davae_jax.data.texts import decode_lines
 from davae_jax.utils.errors import OptionError
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]
@@ -157,7 +157,7 @@ def test_texts_may_come_from_anywhere(davae, model, tmp_path, standard_input):
     ],
 )
 def test_lines_end_at_line_feeds(data, lines):
-    assert read_lines(data, "name") == lines
+    assert decode_lines(data, "name") == lines
 
 
 def test_odd_lines_come_through(davae, model, tmp_path):
@@ -208,7 +208,7 @@ def test_warnings_name_file_and_line(davae, model, tmp_path, standard_input):
     said = (
         "line 2: the text is empty or only white space",
         "line 3: the encoder knows no character of the text",
-        f"line 4: the text is longer than {MAX_IDS} ids and was cut",
+        f"line 4: the text is longer than {MAX_IDS} ids and was truncated",
     )
     result = davae("reconstruct", *model, "--input", file)
     assert result.code == 0

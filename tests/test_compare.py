@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 from test_train import TEXTS, TINY, environment
 
-from davae_jax.cli.compare import folder_of, read_study
+from davae_jax.cli.compare import Study, folder_of, read_study, run_one
 from davae_jax.cli.main import main
-from davae_jax.evaluation.comparison import caveats, compared, format_table, holm, statistics, welch
+from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, statistics, welch
 from davae_jax.reports import charts
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.utils.errors import InputError
@@ -56,7 +56,7 @@ def test_holm_by_hand():
 
 
 def test_a_table_of_means_and_deviations():
-    table = {measure.key: cells for measure, cells in compared(RESULTS).items()}
+    table = {measure.key: cells for measure, cells in compare_settings(RESULTS).items()}
     assert table.keys() == {"kl", "rec_nll", "bleu"}  # what no run has is left out
     assert table["kl"]["plain"].mean == pytest.approx(1.0) and table["kl"]["plain"].deviation == pytest.approx(0.1)
     assert table["kl"]["plain"].p is None and table["kl"]["better"].p < 0.01 and table["kl"]["alike"].p > 0.3
@@ -231,6 +231,21 @@ def test_files_that_are_no_study(tmp_path):
 
 def test_names_become_folders():
     assert folder_of("β 0.1, no KL/free") == "β-0.1-no-KL-free" and folder_of("///") == folder_of("..") == "setting"
+
+
+def test_a_run_of_an_earlier_version_is_complete(tmp_path):
+    """Its options are stored under their old names. With another value, or one option less, it is another run."""
+    folder, measures = tmp_path / "a" / "seed-0", {"kl": 1.0}
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
+    stored = {"train": ["--data.pieces", "60", "--data.entries=80"], "evaluate": ["--n", "3"]}
+    (folder.parent / "seed-0.json").write_text(json.dumps(stored), encoding="utf-8")
+    renamed = ["--data.decoder-vocab-size", "60", "--data.encoder-vocab-size=80"]
+    for options in (stored["train"], renamed):
+        assert run_one(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder) == measures
+    for options in (["--data.decoder-vocab-size", "61", *renamed[2:]], renamed[:2]):
+        with pytest.raises(InputError, match="was made with other options"):
+            run_one(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Published checkpoints in and out again, damaged ones refused, and loading without PyTorch or onto a mesh."""
+"""Conversion and export of published checkpoints, damaged files, loading without PyTorch and onto a mesh."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory, tiny, texts):
-    """Converted folder of "small", "memory", "tiny" or "texts"; each is made once."""
+    """Returns the converted folder of "small", "memory", "tiny" or "texts"; each is converted once."""
     root, done = tmp_path_factory.mktemp("converted"), {}
 
     def get(name):
@@ -109,12 +109,12 @@ def test_the_table_is_the_published_file(config):
     table = name_table(DAVAEConfig.from_dict(config))
     published = tensor_shapes(config)
     published.pop(POSITION_IDS)
-    assert [(row.name, row.name_shape) for row in table] == list(published.items())
+    assert [(row.name, row.file_shape) for row in table] == list(published.items())
     assert len({row.path for row in table}) == len(table)
 
 
 def test_random_checkpoints_are_the_same_everywhere():
-    """Known answers hang on these bytes. A division in float64, NumPy 2's way, changes 40 values of this tensor."""
+    """The known answers depend on these bytes. NumPy 2's division in float64 would change 40 values of this tensor."""
     values = tensor("vae_model.decoder.transformer.layers.0.attention.dense.weight", (800, 801), seed=0)
     assert zlib.crc32(values.numpy().tobytes()) == 3491260055
 
@@ -123,12 +123,12 @@ def test_random_checkpoints_are_the_same_everywhere():
 
 
 @pytest.mark.parametrize("name", ["small", "memory"])
-def test_values_are_the_files_bit_for_bit(name, converted):
+def test_converted_values_are_bit_exact(name, converted):
     """`small` holds both buffers, `memory` neither."""
     state, config = state_of(name), DAVAEConfig.from_dict(config_of(name))
     table = [row for row in name_table(config) if row.name in state]
     arrays = stored(converted(name))
-    assert_same(arrays, {row.path: state[row.name].reshape(row.path_shape) for row in table})
+    assert_same(arrays, {row.path: state[row.name].reshape(row.model_shape) for row in table})
     assert ("decoder.inv_freq" in arrays) == (INV_FREQ in state) == (name == "small")
 
 
@@ -146,7 +146,7 @@ def test_config_and_tokenizers_come_along(texts, converted):
     assert not (converted("tiny") / "vocab.txt").exists()
 
 
-def test_sibling_models_hold_the_same_under_one_more_prefix(tmp_path, converted):
+def test_sibling_models_with_one_more_prefix(tmp_path, converted):
     state = {f"vae_model.{name}": values for name, values in random_state(TINY).items()}
     state |= {"ppvae.weight": torch.zeros(3), "vae_model.other.weight": torch.zeros(3)}
     with pytest.warns(UserWarning, match="2 tensors outside"):
@@ -191,14 +191,14 @@ def test_all_problems_are_named_at_once(tmp_path, fails):
     source = publish(tmp_path / "published", state)
     line = fails("convert", source, tmp_path / "out")
     assert str(source / "pytorch_model.bin") in line
-    for said in (
+    for message in (
         f"1 missing: {NORM};",
         "1 unexpected: vae_model.encoder.encoder.layer.2.output.dense.bias;",
         f"1 misshapen: {WORD} ([7, 12], not [250, 12]);",
         "1 not floating point: vae_model.Disc.0.bias (int32);",
         f"2 NaN or infinite: {INV_FREQ}, {DISC}\n",
     ):
-        assert said in line
+        assert message in line
     with pytest.raises(InputError, match="1 misshapen"):  # the same when loaded without converting
         davae_jax.from_pretrained(source)
 
@@ -223,7 +223,8 @@ def write_zip(path):
 
 
 OLD_FORMAT = dict(_use_new_zipfile_serialization=False)
-DAMAGES = {  # what is done to the file, given a folder that hostile code would make, and what the message says
+# Case → (function of the file and of the folder that hostile code would create, part of the error message)
+DAMAGES = {
     "half": (lambda f, m: truncate(f, f.stat().st_size // 2), "cut off or damaged"),
     "end": (lambda f, m: truncate(f, -10), "cut off or damaged"),
     "empty": (lambda f, m: truncate(f, 0), "it is empty"),
@@ -240,13 +241,13 @@ DAMAGES = {  # what is done to the file, given a folder that hostile code would 
 }
 
 
-@pytest.mark.parametrize("damage, said", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_files(damage, said, tmp_path, fails):
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_files(damage, message, tmp_path, fails):
     source = publish(tmp_path / "published")
     damage(source / "pytorch_model.bin", tmp_path / "marker")
     line = fails("convert", source, tmp_path / "new" / "out")
     assert str(source / "pytorch_model.bin") in line
-    assert said in line
+    assert message in line
     assert not (tmp_path / "marker").exists()
 
 
@@ -259,7 +260,7 @@ def test_damaged_safetensors(size, tmp_path, fails):
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, message",
     [
         (
             tiny_with(encoder__num_attention_heads=5),
@@ -287,14 +288,14 @@ def test_damaged_safetensors(size, tmp_path, fails):
         ([1, 2], "no JSON object"),
     ],
 )
-def test_configs_that_cannot_be(config, said, tmp_path, fails):
+def test_invalid_configs(config, message, tmp_path, fails):
     source = publish(tmp_path / "published", {}, config)
     line = fails("convert", source, tmp_path / "out")
     assert str(source / "config.json") in line
-    assert said in line
+    assert message in line
 
 
-def test_files_that_are_not_there(tmp_path, fails):
+def test_missing_files(tmp_path, fails):
     source = publish(tmp_path / "published")
     (source / "config.json").rename(tmp_path / "config.json")
     assert f"{source / 'config.json'}: no such file" in fails("convert", source, tmp_path / "out")
@@ -342,7 +343,7 @@ def test_numbers_as_json_writers_write_them():
 # The destination
 
 
-def test_what_exists_is_not_replaced_unless_told(tmp_path, tiny, converted, fails, capsys):
+def test_existing_folders_are_replaced_with_overwrite_alone(tmp_path, tiny, converted, fails, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "keep").write_text("mine")
@@ -350,7 +351,7 @@ def test_what_exists_is_not_replaced_unless_told(tmp_path, tiny, converted, fail
     assert f"{out}: holds files, but no checkpoint" in fails("convert", tiny, out, "--overwrite")
     (out / "config.json").write_text("{}")
     broken = publish(tmp_path / "broken", {"a": torch.zeros(1)})
-    fails("convert", broken, out, "--overwrite")  # what stood there stays
+    fails("convert", broken, out, "--overwrite")  # the existing folder is kept
     assert main(["convert", str(tiny), str(out), "--overwrite"]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "params"]
     capsys.readouterr()
@@ -370,7 +371,7 @@ def test_a_destination_that_cannot_be_written(tmp_path, tiny, fails):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     assert f"{out}: cannot be written" in fails("convert", tiny, out)
-    if os.geteuid():  # nothing is closed to root
+    if os.geteuid():  # root can write everywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         out = tmp_path / "closed" / "out"
         assert f"{out}: cannot be written" in fails("convert", tiny, out)
@@ -394,12 +395,12 @@ def test_a_full_disk(write, tmp_path, converted):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_nothing_is_left_of_an_interrupted_conversion(error, tmp_path, tiny, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_files(error, tmp_path, tiny, monkeypatch):
     def to_model(row, array):
         if row.path == "decoder.layers.1.mlp_in.weight":
             assert any(tmp_path.rglob("params*"))  # something has been written
             raise error("midway")
-        return array.reshape(row.path_shape)
+        return array.reshape(row.model_shape)
 
     monkeypatch.setattr(names.NameRow, "to_model", to_model)
     there = tmp_path / "there"
@@ -447,7 +448,7 @@ def test_the_real_command_lines(tmp_path):
 
 
 @pytest.mark.parametrize("buffers", [{INV_FREQ, POSITION_IDS}, {INV_FREQ}, {POSITION_IDS}, set()])
-def test_there_and_back(buffers, tmp_path):
+def test_convert_and_export(buffers, tmp_path):
     state = {n: t for n, t in random_state(TINY).items() if n not in {INV_FREQ, POSITION_IDS} - buffers}
     folder = convert(publish(tmp_path / "published", state), tmp_path / "converted")
     back = export(folder, tmp_path / "back")
@@ -456,7 +457,7 @@ def test_there_and_back(buffers, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["small", "memory"])
-def test_golden_there_and_back(name, converted, tmp_path, golden_arrays):
+def test_convert_and_export_golden_checkpoints(name, converted, tmp_path, golden_arrays):
     back = export(converted(name), tmp_path / "back")
     assert_same_file(back, state_of(name))
     arrays = {key: torch.from_numpy(np.asarray(array)) for key, array in golden_arrays(name).items()}
@@ -505,8 +506,8 @@ def test_only_converted_checkpoints_can_be_exported(tmp_path, tiny, converted, f
     assert "decoder.layers.1.qkv_weight is unknown" in line
 
 
-def test_frequencies_come_back_as_they_were(tmp_path, converted):
-    """Rounded in the file, they stay rounded; unrounded, neither bfloat16 nor an export in float16 rounds them."""
+def test_frequencies_are_exported_unchanged(tmp_path, converted):
+    """Rounded frequencies stay rounded; others are rounded neither by bfloat16 nor by a float16 export."""
     exact = 1 / 10000 ** (torch.arange(0.0, 8, 2) / 8)
     rounded = random_state(TINY)[INV_FREQ]
     assert not torch.equal(rounded.float(), exact)
@@ -522,7 +523,7 @@ def test_frequencies_come_back_as_they_were(tmp_path, converted):
 
 
 @pytest.mark.parametrize("name, dtype", [("small", jnp.float32), ("small", jnp.bfloat16), ("memory", jnp.float32)])
-def test_published_and_converted_load_alike(name, dtype, converted):
+def test_published_and_converted_load_the_same_model(name, dtype, converted):
     model = davae_jax.from_pretrained(converted(name), dtype=dtype)
     assert_same_model(model, davae_jax.from_pretrained(GOLDEN / name, dtype=dtype))
     dtypes = {array.dtype for path, array in flat_params(model).items() if path != "decoder.inv_freq"}
@@ -574,7 +575,7 @@ import jax
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 import davae_jax
-from davae_jax.checkpoints.weights import params_of
+from davae_jax.checkpoints.weights import flat_params
 converted, published = sys.argv[1:]
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 one = davae_jax.from_pretrained(converted)
@@ -585,8 +586,8 @@ np.testing.assert_allclose(many.encode(ids).mean, z, atol=1e-5)
 np.testing.assert_allclose(many.decode(ids, z)[0], one.decode(ids, z)[0], atol=1e-5)
 np.testing.assert_allclose(many.discriminate(z), one.discriminate(z), atol=1e-5)
 for model in (many, direct):
-    arrays = params_of(model)
-    for path, array in params_of(one).items():
+    arrays = flat_params(model)
+    for path, array in flat_params(one).items():
         assert len(array.sharding.device_set) == 1 and len(arrays[path].sharding.device_set) == 8, path
         assert np.array_equal(array, arrays[path]), path
     pieces = {path: a.addressable_shards[0].data.size / a.size for path, a in arrays.items()}

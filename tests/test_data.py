@@ -1,4 +1,4 @@
-"""Reading texts, and the batch of every step."""
+"""Reading texts, and the batches of every step."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from davae_jax.data.batches import TextBatches
 from davae_jax.data.texts import read_texts
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.errors import InputError
 
 PAD = 9
@@ -14,7 +14,7 @@ PAD = 9
 
 def texts_of(lengths):
     """Row i is filled with i + 10, its decoder row as long as given, its encoder row two longer."""
-    return Texts(
+    return TokenizedTexts(
         [np.full(n + 2, i + 10) for i, n in enumerate(lengths)],
         [np.full(n, i + 10) for i, n in enumerate(lengths)],
         np.arange(1, len(lengths) + 1),
@@ -95,24 +95,24 @@ def test_lines_and_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\n \n", "holds no text"),
         ("a.txt", b"ok\n\xff\xfe\n", "line 2 is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2 has no field 'text'"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2: is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2: has no field 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a text"),
-        ("a.jsonl", b'["text"]\n', "line 1 has no field 'text'"),
+        ("a.jsonl", b'["text"]\n', "line 1: has no field 'text'"),
         ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "holds no text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' holds half of a surrogate pair"),
     ],
 )
-def test_what_cannot_be_read(name, data, said, tmp_path):
+def test_unreadable_texts(name, data, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(InputError) as error:
         read_texts(path)
-    assert str(error.value) == f"{path}: {said}"
+    assert str(error.value) == f"{path}: {message}"
     with pytest.raises(InputError, match=r"missing\.txt: cannot be read"):
         read_texts(tmp_path / "missing.txt")

@@ -16,9 +16,11 @@ from tokenizer_fixtures import sentences
 from davae_jax import InputError, TextVAE
 from davae_jax.cli.main import main
 from davae_jax.data.tokenize import tokenize
-from davae_jax.evaluation import bootstrap, caveats, metrics
-from davae_jax.evaluation import evaluate as evaluation
-from davae_jax.evaluation.evaluate import PerText, evaluate, per_text
+from davae_jax.evaluation import bootstrap, caveats, metrics, outputs
+from davae_jax.evaluation.evaluate import blank_texts_with_end_token, evaluate, evaluate_run
+from davae_jax.evaluation.measures import bleu_interval
+from davae_jax.evaluation.per_text import PerText, per_text
+from davae_jax.evaluation.table import format_table
 from davae_jax.evaluation.text_metrics import words
 from davae_jax.inference.generation import generate
 from davae_jax.parallel.config import MeshConfig
@@ -125,9 +127,9 @@ def test_a_texts_draws_follow_from_its_line(vae, kept, each):
 
 def test_texts_that_hold_the_end_token_are_left_out():
     texts = [TEXTS[0], f"今{END}天", "", f"今{END}", TEXTS[1]]
-    assert evaluation.without_end_tokens(texts, "here") == ([TEXTS[0], "", "", "", TEXTS[1]], 2)
+    assert blank_texts_with_end_token(texts, "here") == ([TEXTS[0], "", "", "", TEXTS[1]], 2)
     with pytest.raises(InputError, match=re.escape("here: all texts hold <|endoftext|>, which ends a text")):
-        evaluation.without_end_tokens(texts[1:4], "here")
+        blank_texts_with_end_token(texts[1:4], "here")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,11 @@ def test_texts_that_hold_the_end_token_are_left_out():
     [
         ({"samples": 0}, "samples must be at least 1, not 0"),
         ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels of 'b' are 1, for 2 texts"),
+        (
+            {"measures": ["latent", "bleu"]},
+            "measures 'bleu' is not known; known: latent, likelihood, reconstruction, posterior samples, factors, "
+            "prior samples, diversity, trigrams, interpolation",
+        ),
     ],
     ids=str,
 )
@@ -166,9 +173,9 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     assert m["bleu"] == pytest.approx(sacrebleu.corpus_bleu(found.reconstructions, [found.texts], tokenize="zh").score)
     assert m["exact_match"] == np.mean([a == b for a, b in zip(found.reconstructions, found.texts, strict=True)])
     assert found.samples == vae.sample(40)
-    assert len(found.lines) == 20
-    for i, line in enumerate(found.lines):
-        assert len(line) == evaluation.STEPS
+    assert len(found.interpolations) == 20
+    for i, line in enumerate(found.interpolations):
+        assert len(line) == outputs.INTERPOLATION_STEPS
         assert [line[0], line[-1]] == found.reconstructions[2 * i : 2 * i + 2]
     for name, (low, high) in m["intervals"].items():
         value = m["factors"]["long"]["probe_accuracy"] if name == "probe_long" else m[name]
@@ -181,6 +188,31 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
 
 
+def test_what_a_run_measures_at_its_end(vae, found, monkeypatch):
+    """The same as `davae evaluate`, and the BLEU of draws and of other texts by hand; without likelihoods."""
+    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: pytest.fail("measures likelihoods"))
+    monkeypatch.setattr(TextVAE, "interpolate", lambda *_, **__: pytest.fail("interpolates"))
+    run = evaluate_run(vae, TEXTS, {"今天"})
+    names = ["n", "bleu", "exact_match", "bleu_sampled", "bleu_other_latent", "mutual_information", "active_units"]
+    names += ["mutual_information_ceiling", "latent_size", "kl"]
+    for name in names:
+        assert run[name] == pytest.approx(found.measures[name], rel=1e-4), name
+    samples = vae.sample(40, top_k=1)
+    assert (run["prior_distinct"], run["prior_valid"]) == (len(set(samples)) / 40, 0)
+    assert evaluate_run(vae, TEXTS[:2], None)["prior_valid"] is None
+    posterior = vae.posterior(TEXTS)
+    noise = np.asarray(jax.random.normal(jax.random.key(0), (40, 4)))
+    drawn = vae.generate(posterior.mean + noise * np.exp(posterior.logvar / 2), top_k=1)
+    by_hand = {"bleu_sampled": drawn, "bleu_other_latent": [*found.reconstructions[1:], found.reconstructions[0]]}
+    for name, texts in by_hand.items():
+        score = sacrebleu.corpus_bleu(texts, [found.texts], tokenize="zh").score
+        assert run[name] == pytest.approx(score, rel=1e-4)
+    table = " ".join(format_table(run).split())
+    assert f"mutual information {run['mutual_information']:.2f}" in table and "Likelihood" not in table
+    assert "iw_nll" not in table and "self_bleu" not in table
+    json.dumps(run, allow_nan=False)
+
+
 def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
     """Of draws made by hand, sacrebleu's own score of the texts drawn."""
     found, texts = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
@@ -191,7 +223,7 @@ def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
         pair = [found[i] for i in drawn], [[texts[i] for i in drawn]]
         scores.append(sacrebleu.corpus_bleu(*pair, tokenize="zh").score)
     monkeypatch.setattr(bootstrap, "sums", lambda values, _: counts @ values)
-    low, high = evaluation.bleu_interval(found, texts, 0)
+    low, high = bleu_interval(found, texts, 0)
     assert (low, high) == pytest.approx(tuple(np.percentile(scores, [2.5, 97.5])))
     assert low < high
 
@@ -212,6 +244,7 @@ ENOUGH = {
     "iw_nll": 50.0,
     "iw_nll_of_half": 50.05,
     "prior_samples": 1000,
+    "self_bleu": 50.0,
     "active_units": 32,
     "factors": {"topic": {"classes": 10, "rare_classes": 0}},
 }
@@ -310,7 +343,7 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     # The table has the figures, what they are of, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
     assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
-    assert "nats, of log n = 3.69 at most; too low near it" in out
+    assert "nats, of log n = 3.69 at most; too low close to it" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
     # The report is one page by itself.
@@ -333,7 +366,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     """Of a plain file, with a blank line, which is left out and said to be. What cannot be estimated is null in the
     JSON, not a made-up number, and a report comes out all the same. (The model's numbers are those of a larger batch.)
     """
-    monkeypatch.setattr(evaluation, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
+    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
     file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
     file.write_text("\n春眠 <unk> 今天Ѫ\n今<|endoftext|>天\n", encoding="utf-8")
@@ -347,8 +380,8 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert "all: over 1 texts" in out
     assert "factors" not in measures and measures["intervals"] == {}
     said = " ".join(out.split())
-    assert "nan" not in out and "length of the way – no interpolation whose ends differ" in said
-    assert "self-BLEU – of two samples or more" in said and "distinct-3 – no sample has 3 words" in said
+    assert "nan" not in out and "length – no interpolation whose ends differ" in said
+    assert "self-BLEU – needs two samples" in said and "distinct-3 – no sample has 3 words" in said
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
@@ -380,7 +413,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,
-            "{tmp}/t.jsonl: line 1: the field 'z' is no class, but a text, a whole number, true or false can be one",
+            "{tmp}/t.jsonl: line 1: the field 'z' must be a text, a whole number, true or false to be a class",
         ),
         (
             ["--data", "{tmp}/half.jsonl", "--label", "y"],

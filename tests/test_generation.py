@@ -1,4 +1,4 @@
-"""Properties of generation that no golden file fixes: buckets, independence of rows, what is refused."""
+"""Tests of generation without golden files: compiled programs, independence of rows, sampling, errors."""
 
 import re
 
@@ -25,7 +25,7 @@ def latent():
     return np.random.default_rng(0).standard_normal((11, 4)).astype(np.float32)
 
 
-def test_a_hundred_calls_compile_a_handful_of_times(model):
+def test_a_hundred_calls_compile_few_programs(model):
     rng = np.random.default_rng(1)
     with counted_compilations() as compiled:
         for call in range(100):
@@ -42,14 +42,14 @@ def test_a_hundred_calls_compile_a_handful_of_times(model):
                 temperature=float(rng.uniform(0.5, 2)),
                 key=jax.random.key(call),
             )
-    # At most: batches of 1, 2, 4 × prefill or none, and a few one-operation programs.
+    # At most: batches of 1, 2, 4 × with or without prefill, and a few programs of one operation.
     assert 0 < len(compiled) <= 12
     with counted_compilations() as compiled:
         generate(model, latent, prompts, max_length=20, top_k=3, key=jax.random.key(5))
     assert not compiled
 
 
-def test_a_row_does_not_depend_on_its_neighbours(model, latent):
+def test_rows_are_independent(model, latent):
     together = generate(model, latent, key=jax.random.key(7))
     assert len({tuple(row) for row in together}) > 5
     for i in (0, 3, 10):
@@ -59,16 +59,16 @@ def test_a_row_does_not_depend_on_its_neighbours(model, latent):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
-def test_a_mesh_divides_the_rows(shape, tiny_checkpoint, monkeypatch):
-    """Each device has the cache and the work of its part of the rows; the ids are those of one device."""
+def test_a_mesh_shards_the_rows(shape, tiny_checkpoint, monkeypatch):
+    """Each device has the cache and the work of its part of the rows; the ids are the same as on one device."""
     programs = []
 
     def compiled(*args, **kwargs):
         programs.append(run.lower(*args, **kwargs).compile())
         return run(*args, **kwargs)
 
-    run = generation._generate
-    monkeypatch.setattr(generation, "_generate", compiled)
+    run = generation.run_decoding_loop
+    monkeypatch.setattr(generation, "run_decoding_loop", compiled)
     latent = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
     mesh = make_mesh(MeshConfig(*shape), 32)
     alone, together = (
@@ -80,12 +80,12 @@ def test_a_mesh_divides_the_rows(shape, tiny_checkpoint, monkeypatch):
     parts = shape[0] * shape[1]
     caches = lambda program: {int(rows) for rows in re.findall(r"f32\[(\d+),\d+,16,8\]", program.as_text())}  # noqa: E731
     assert (caches(one), caches(many)) == ({32}, {32 // parts})
-    # Some work is that of the weights alone, whatever the rows.
+    # Some of the work depends on the weights only and not on the number of rows.
     assert many.cost_analysis()["flops"] < 1.5 / parts * one.cost_analysis()["flops"]
 
 
 def test_draws_follow_the_probabilities(model):
-    """First tokens of many rows with one latent, against the distribution they are drawn from."""
+    """The first tokens of many rows with the same latent have the frequencies of the distribution."""
     rows = 4096
     latent = np.tile(np.array([[0.3, -1.0, 0.5, 2.0]], np.float32), (rows, 1))
     settings = dict(temperature=1.5, top_k=0, top_p=0.95, repetition_penalty=1.7)
@@ -114,7 +114,7 @@ def test_no_latent(model):
     assert ids[0][2:] == np.asarray(logits.argmax(-1))[0, 1 : len(ids[0]) - 1].tolist()
 
 
-def test_max_length_of_the_prompt_returns_it(model, latent):
+def test_a_prompt_of_max_length_is_returned(model, latent):
     assert generate(model, latent[:2], [[62, 1, 2], [62, 3, 4]], max_length=3) == [[62, 1, 2], [62, 3, 4]]
     assert generate(model, latent[:1], max_length=1) == [[62]]
     assert generate(model, latent[:0]) == []
@@ -140,7 +140,7 @@ def test_max_length_of_the_prompt_returns_it(model, latent):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_is_refused(model, latent, kwargs, message):
+def test_invalid_arguments(model, latent, kwargs, message):
     with pytest.raises(InputError) as error:
         generate(model, latent[:2], **kwargs)
     assert message in str(error.value)
@@ -161,8 +161,8 @@ def test_filter_keeps_ties_as_published():
 
 @pytest.mark.parametrize("top_k", [0, 1, 7, 60, 1000])
 @pytest.mark.parametrize("top_p", [0.0, 0.3001, 0.9, 0.99, 1.0])
-def test_filter_is_what_sorting_gives(top_k, top_p):
-    """Against a stable sort in float64. Rows full of ties, of both signs and both zeros, tiny and huge."""
+def test_filter_equals_a_stable_sort(top_k, top_p):
+    """The sort is in float64. The rows have ties, both signs and both zeros, tiny and huge values."""
     rng = np.random.default_rng(0)
     logits = np.concatenate(
         [
@@ -172,7 +172,7 @@ def test_filter_is_what_sorting_gives(top_k, top_p):
             np.where(rng.random((1, 307)) < 0.9, -np.inf, rng.integers(-80, -70, (1, 307))),
         ]
     ).astype(np.float32)
-    for row, found in zip(logits.astype(np.float64), np.asarray(filter_logits(logits, top_k, top_p)), strict=True):
+    for row, actual in zip(logits.astype(np.float64), np.asarray(filter_logits(logits, top_k, top_p)), strict=True):
         expected = row.copy()
         if top_k:
             expected[row < np.sort(row)[::-1][min(top_k, row.size) - 1]] = -np.inf
@@ -180,13 +180,13 @@ def test_filter_is_what_sorting_gives(top_k, top_p):
             order = np.argsort(-expected, kind="stable")
             probs = np.exp(expected[order] - expected.max())
             before = np.cumsum(probs / probs.sum()) - probs / probs.sum()
-            assert np.abs(before - top_p)[probs > 0].min() > 1e-6  # so that float32 decides alike
+            assert np.abs(before - top_p)[probs > 0].min() > 1e-6  # float32 must decide as float64
             expected[order[before > top_p]] = -np.inf
-        np.testing.assert_array_equal(found, expected.astype(np.float32))
+        np.testing.assert_array_equal(actual, expected.astype(np.float32))
 
 
 def test_probabilities_survive_any_number_of_repetitions():
-    """2^400 overflows float32; the row's mass must not vanish with it."""
+    """2^400 overflows float32, but the probabilities must still sum to 1."""
     logits = jnp.zeros((1, 3))
     previous = jnp.array([[0] * 400 + [1] * 399 + [2] * 398])
     probs = next_token_probs(logits, previous, repetition_penalty=2.0)

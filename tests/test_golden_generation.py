@@ -1,4 +1,4 @@
-"""Sampling and generation against the published program: probabilities, drawn trajectories, greedy continuations."""
+"""Compares sampling and generation with the published program: probabilities, drawn ids, greedy continuations."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from davae_jax import generate
-from davae_jax.inference import generation
+from davae_jax.inference import decoding
 from davae_jax.inference.sampling import next_token_probs
 from davae_jax.model.davae import merge, split
 
@@ -34,23 +34,23 @@ def test_next_token_probs(golden_arrays, name, settings):
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached_logits(graphdef, params, latent, tokens):
-    """Logits after each token, one token at a time through the cache: [T, B, V]."""
+    """Returns the logits [T, B, V] after each token, computed one token at a time with the cache."""
     decoder = merge(graphdef, params).decoder
     batch, length = tokens.shape
-    r_layers = generation.relative_keys(decoder, length)
+    relative_keys = decoding.all_relative_keys(decoder, length)
 
     def step(cache, position):
         ids = lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
-        final, cache = generation.cached_step(decoder, ids, decoder.latent_term(latent), cache, r_layers, position)
+        final, cache = decoding.cached_step(decoder, ids, decoder.latent_term(latent), cache, relative_keys, position)
         return cache, decoder.logits(final[:, 0])
 
-    return lax.scan(step, generation.empty_cache(decoder, batch, length), jnp.arange(length))[1]
+    return lax.scan(step, decoding.empty_cache(decoder, batch, length), jnp.arange(length))[1]
 
 
 @pytest.mark.parametrize("name", ["small", "memory"])
 @pytest.mark.parametrize("run", ["sampled_nucleus", "sampled_topk_temp", "sampled_nucleus_penalty", "sampled_plain"])
 def test_sampled_trajectories(load_model, golden_arrays, golden_json, name, run):
-    """Teacher-forced along what the published program drew: its probability, entropy and support at every step."""
+    """With the ids that the published program drew as input, each step has its probability, entropy and support."""
     model, latent = load_model(name), golden_arrays(name)["latent_z"]
     golden = golden_json(name, "generation.json")[run]
     tokens = np.array(golden["tokens"], np.int32)
@@ -68,7 +68,7 @@ def test_sampled_trajectories(load_model, golden_arrays, golden_json, name, run)
     assert len(golden["drawn"]) == tokens.shape[1] - start
     rows = np.arange(len(tokens))
     for step, drawn in enumerate(golden["drawn"]):
-        # Same shape at every step, so one compilation: the ids not yet there carry no weight.
+        # The shape is the same at every step, for a single compilation; later ids have weight 0.
         context = jnp.arange(tokens.shape[1]) < start + step
         probs = np.asarray(probs_of(cached[start + step - 1], tokens, context, settings), np.float64)
         assert np.abs(probs[rows, drawn] - golden["prob"][step]).max() <= 1e-6

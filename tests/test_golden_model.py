@@ -1,4 +1,4 @@
-"""The model against the published program's numbers: hidden states, posterior, logits, memory, losses, gradients."""
+"""Compares the model with the published program: hidden states, posterior, logits, memory, losses, gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.davae import merge, split
-from davae_jax.model.latent import Posterior, deterministic, hard_free_bits_kl, kl_per_dimension
+from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension, with_unit_variance
 from davae_jax.model.losses import adversarial_losses, published_loss, reconstruction_nll
 
 HIDDEN = 1e-4  # largest |difference| of hidden states and logits
@@ -52,7 +52,7 @@ def test_kl(case):
     kl = kl_per_dimension(posterior)
     np.testing.assert_allclose(kl.sum(-1), io["kl"], rtol=LOSS)
     np.testing.assert_allclose(hard_free_bits_kl(kl, model.config.dim_target_kl), io["kl_free_bits"], rtol=LOSS)
-    fixed = deterministic(posterior)
+    fixed = with_unit_variance(posterior)
     np.testing.assert_allclose(kl_per_dimension(fixed).sum(-1), io["kl_deterministic"], rtol=LOSS)
     assert_close(fixed.at(io["eps"]), io["latent_z_deterministic"])
 
@@ -104,8 +104,8 @@ def test_published_loss(case, fb_mode, length_weighted):
     np.testing.assert_allclose(losses, io[f"loss_fb{fb_mode}_lw{int(length_weighted)}"], rtol=LOSS)
 
 
-def irrelevant(name: str) -> bool:
-    """Softmax ignores what shifts all of a query's scores alike: the true gradient is 0, the golden one is noise."""
+def has_no_effect(name: str) -> bool:
+    """Returns whether a bias shifts all scores of a query alike: its gradient is 0, the golden one rounding noise."""
     return name.endswith(("attention.self.key.bias", "attention.relative.bias"))
 
 
@@ -125,7 +125,7 @@ def test_gradients(case):
                 continue
             norm, first, total_sum = io[key].astype(np.float64)
             gradient = row.to_file(np.asarray(gradients[row.path], np.float64))
-            if irrelevant(row.name):
+            if has_no_effect(row.name):
                 assert np.linalg.norm(gradient) < 1e-5, row.name
             else:
                 assert abs(np.linalg.norm(gradient) - norm) <= 1e-4 * norm, row.name
@@ -142,17 +142,17 @@ def test_adversarial(case):
     np.testing.assert_allclose(adversarial_losses(model, latent, prior), io["loss_adv"], rtol=LOSS)
 
     grad_d = jax.grad(lambda p: adversarial_losses(merge(graphdef, p), latent, prior)[0])(params)["discriminator"]
-    for theirs, ours in (("0", "hidden"), ("2", "output")):
+    for published, name in (("0", "hidden"), ("2", "output")):
         for part in ("weight", "bias"):
-            expected = io[f"adv_grad_d/{theirs}.{part}"]
-            assert_close(grad_d[ours][part], expected, 1e-4 * np.linalg.norm(expected))
+            expected = io[f"adv_grad_d/{published}.{part}"]
+            assert_close(grad_d[name][part], expected, 1e-4 * np.linalg.norm(expected))
     grad_z = jax.grad(lambda z: adversarial_losses(model, z, prior)[1])(latent)
     assert_close(grad_z, io["adv_grad_g_z"], 1e-4 * np.linalg.norm(io["adv_grad_g_z"]))
-    # The discriminator's loss teaches the encoder nothing.
+    # The discriminator's loss has no gradient for the encoder.
     assert not np.any(jax.grad(lambda z: adversarial_losses(model, z, prior)[0])(latent))
 
 
-def test_posterior_sample_is_reparameterised(case):
+def test_posterior_sample_is_reparameterized(case):
     _, io = case
     posterior = Posterior(io["posterior_mean"], io["posterior_logvar"])
     key = jax.random.key(3)

@@ -1,4 +1,4 @@
-"""`davae convert ORG/NAME`, against a stand-in for the hub on this machine."""
+"""`davae convert ORG/NAME`, with a local server as the hub."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from hub import serve
 
 @pytest.fixture(scope="module")
 def convert(tmp_path_factory):
-    """Runs `davae convert` with the stand-in as the hub."""
+    """Returns a function that runs `davae convert` with the local server as the hub."""
     pytest.importorskip("torch")
     server, env = serve({"acme/davae": GOLDEN / "small"}, tmp_path_factory.mktemp("hub"))
 

@@ -14,7 +14,7 @@ from tokenizer_fixtures import sentences
 from davae_jax import InputError
 from davae_jax.cli.main import main
 from davae_jax.data import demo_corpus
-from davae_jax.model.latent import attribute_vector, combine, interpolate, neighbours, spherical
+from davae_jax.model.latent import attribute_vector, combine, interpolate, neighbours, slerp
 
 KEY = jax.random.key(0)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "latent_tools.py"
@@ -27,7 +27,7 @@ def test_spherical_goes_along_the_circle():
     a, b = np.array([3.0, 0.0, 0.0]), np.array([0.0, 3.0, 0.0])
     angles = np.linspace(0, np.pi / 2, 5)
     expected = 3 * np.stack([np.cos(angles), np.sin(angles), np.zeros(5)], axis=1)
-    np.testing.assert_allclose(spherical(a, b, 5), expected, atol=1e-5)
+    np.testing.assert_allclose(slerp(a, b, 5), expected, atol=1e-5)
     assert np.linalg.norm(interpolate(a, b, 3)[1]) == pytest.approx(3 / np.sqrt(2))  # where the straight line passes
 
 
@@ -35,7 +35,7 @@ def test_spherical_keeps_the_length_and_turns_evenly():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 4, 32))
     b *= np.linalg.norm(a, axis=1, keepdims=True) / np.linalg.norm(b, axis=1, keepdims=True)
-    path = np.asarray(spherical(a, b, 9))  # [9, 4, 32]
+    path = np.asarray(slerp(a, b, 9))  # [9, 4, 32]
     assert path.shape == (9, 4, 32)
     np.testing.assert_allclose(path[[0, -1]], [a, b], atol=1e-5)
     lengths = np.linalg.norm(path, axis=-1)
@@ -47,7 +47,7 @@ def test_spherical_keeps_the_length_and_turns_evenly():
 @pytest.mark.parametrize("b", [[2.0, 4.0], [-1.0, -2.0], [0.0, 0.0], [1.0, 2.0]])
 def test_spherical_without_an_arc_is_straight(b):
     a = np.array([1.0, 2.0])
-    np.testing.assert_allclose(spherical(a, np.array(b), 5), interpolate(a, np.array(b), 5), atol=1e-5)
+    np.testing.assert_allclose(slerp(a, np.array(b), 5), interpolate(a, np.array(b), 5), atol=1e-5)
 
 
 def test_combine():
@@ -78,7 +78,7 @@ def test_neighbours_lie_on_the_sphere_evenly():
 def test_text_vae(tiny_vae):
     mean = tiny_vae.posterior(TEXTS).mean
     greedy = lambda latent: tiny_vae.generate(np.asarray(latent), top_k=1)  # noqa: E731
-    assert tiny_vae.interpolate(A, B, 4, spherical=True) == greedy(spherical(mean[0], mean[1], 4))
+    assert tiny_vae.interpolate(A, B, 4, spherical=True) == greedy(slerp(mean[0], mean[1], 4))
     assert tiny_vae.interpolate(A, B, 4, spherical=True)[::3] == tiny_vae.interpolate(A, B, 4)[::3]
     assert tiny_vae.combine([A, B, C], [-1, 1, 1]) == tiny_vae.analogy(A, B, C)
     assert tiny_vae.combine([A, B, C], [0.75, 0, 0.25]) == tiny_vae.interpolate(A, C, 5)[1]
@@ -200,7 +200,7 @@ def test_the_example_runs(tiny_checkpoint, monkeypatch, capsys):
     texts = demo_corpus.make_corpus()
     monkeypatch.setattr(demo_corpus, "make_corpus", lambda: texts._replace(held_out=texts.held_out[:310]))
     monkeypatch.setattr(sys, "argv", ["latent_tools.py", str(tiny_checkpoint)])
-    with pytest.warns(UserWarning, match="cut"):
+    with pytest.warns(UserWarning, match="truncated"):
         runpy.run_path(str(EXAMPLE))
     out = capsys.readouterr().out
     parts = re.findall(r"^(\S.*)\n((?:  [✓✗].*\n)+)", out, re.MULTILINE)

@@ -135,7 +135,7 @@ def test_a_long_text_is_kept_though_the_encoder_cannot_read_all_of_it(tiny_vae):
     text = "a" * 3 + " a" * encoder.max_ids
     with pytest.raises(InputError):
         tokenize([text], encoder, decoder, max_length=10_000, source="x")
-    texts = tokenize([text], encoder, decoder, max_length=10_000, source="x", cut=True)
+    texts = tokenize([text], encoder, decoder, max_length=10_000, source="x", truncate=True)
     assert len(texts.encoder_ids[0]) == encoder.max_ids + 2 and len(texts.decoder_ids[0]) > encoder.max_ids
 
 

@@ -22,7 +22,8 @@ import pytest
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh
-from davae_jax.planning.plan import batch_shapes, bytes_per_device, memory
+from davae_jax.planning.memory import memory
+from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.presets import PRESETS
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step

@@ -66,11 +66,11 @@ def test_few_texts_make_the_information_too_low(n, true, low):
     information = np.asarray(densities.information)
     found, error = (float(x) for x in (information.mean(), information.std() / math.sqrt(n)))
     assert true - found > low
-    rise = (metrics.of_halves(densities, means, logvars) - np.asarray(densities.aggregate)).mean()
+    rise = (metrics.aggregate_density_by_halves(densities, means, logvars) - np.asarray(densities.aggregate)).mean()
     warned = found > 0.5 * math.log(n) or rise > STEADY
     assert warned == (low > 0)
     assert warned or abs(true - found) < 3 * error + STEADY
-    of_both = np.asarray(densities.own - densities.prior)
+    of_both = np.asarray(densities.posterior - densities.prior)
     chance = float(5 * of_both.std() / math.sqrt(n))
     assert np.asarray(densities.from_prior).mean() == pytest.approx(true - found, abs=chance)
     assert rise < max(true - found, STEADY)  # what half of the texts say is no bound on what is missing
@@ -81,12 +81,13 @@ def test_the_density_of_half_of_the_texts():
     rng = np.random.default_rng(0)
     means, logvars = rng.standard_normal((7, 2)), rng.standard_normal((7, 2))
     densities = metrics.log_densities(means, logvars, KEY)
-    found, rows = metrics.of_halves(densities, means, logvars, seed=3), np.random.default_rng(3).permutation(7)
+    found = metrics.aggregate_density_by_halves(densities, means, logvars, seed=3)
+    rows = np.random.default_rng(3).permutation(7)
     for half in (rows[:4], rows[4:]):
         for i in half:
             each = [multivariate_normal.pdf(densities.z[i], means[j], np.exp(logvars[j])) for j in half]
             assert found[i] == pytest.approx(math.log(np.mean(each)), abs=1e-4)
-    assert np.isnan(metrics.of_halves(densities, means[:1], logvars[:1])).all()
+    assert np.isnan(metrics.aggregate_density_by_halves(densities, means[:1], logvars[:1])).all()
 
 
 def test_devices_share_the_densities():
@@ -98,7 +99,10 @@ def test_devices_share_the_densities():
     one, many = (metrics.log_densities(*some, KEY) for some in (posteriors, place(posteriors)))
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    halves = [metrics.of_halves(one, *posteriors), metrics.of_halves(many, *posteriors, place=place)]
+    halves = [
+        metrics.aggregate_density_by_halves(one, *posteriors),
+        metrics.aggregate_density_by_halves(many, *posteriors, shard=place),
+    ]
     np.testing.assert_allclose(*halves, rtol=1e-5)
     work = [
         metrics._densities_of.lower(np.asarray(one.z), *some).compile().cost_analysis()["flops"]
@@ -125,7 +129,7 @@ def test_distance_of_a_mixture_from_the_prior():
     assert metrics.aggregate_kl(means, logvars, KEY) == pytest.approx(expected, abs=5 * spread / math.sqrt(n))
     # The mean KL of the posteriors is this and the information together.
     densities = metrics.log_densities(means, logvars, KEY)
-    own = np.asarray(densities.own - densities.prior).mean()
+    own = np.asarray(densities.posterior - densities.prior).mean()
     kl = 0.5 * (m**2 + variance - np.log(variance) - 1)
     assert own == pytest.approx(kl, abs=0.1)
     found = metrics.aggregate_kl(means, logvars, KEY) + metrics.mutual_information(means, logvars, KEY)

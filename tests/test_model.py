@@ -1,4 +1,4 @@
-"""What no golden file fixes: initialisation, dropout, bfloat16, the memory's bookkeeping, plain pytrees through jit."""
+"""Tests of the model without golden files: initialization, buffers, dropout, bfloat16, the recurrent memory, jit."""
 
 import os
 import subprocess
@@ -7,15 +7,16 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from small_model import CONFIG, counted_compilations, new_model
 
 from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.weights import flat_params, flatten
-from davae_jax.model import decoder, encoder
-from davae_jax.model.davae import merge, split, weight_axes
-from davae_jax.model.layers import dropout
+from davae_jax.model import attention, decoder, encoder
+from davae_jax.model.davae import merge, split, trainable_mask, weight_axes, zero_buffers
+from davae_jax.model.layers import Buffer, dropout, matmul_transposed
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def inputs():
     return rng.integers(1, 50, (2, 12)), rng.standard_normal((2, 4)).astype(np.float32)
 
 
-def test_initialisation():
+def test_initialization():
     config = DAVAEConfig(
         encoder=EncoderConfig(
             vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
@@ -50,10 +51,10 @@ def test_initialisation():
         else:
             layers = 3 if path.startswith("encoder") else 4
             stddev = 0.02 / np.sqrt(2 * layers) if path.endswith(residual) else 0.02
-            # The standard deviation of n draws is off by its own share of 1/√(2n); five of those.
+            # Five standard errors: that of a standard deviation of n draws is 1/√(2n) of it.
             assert abs(weight.std() / stddev - 1) < 5 / np.sqrt(2 * weight.size), path
             assert abs(weight.mean()) < 5 * stddev / np.sqrt(weight.size), path
-            assert weight.tobytes() not in seen  # each weight is a draw of its own
+            assert weight.tobytes() not in seen  # no two weights share their draws
             seen.add(weight.tobytes())
 
 
@@ -64,10 +65,34 @@ def test_every_weight_names_its_axes(model):
 
 
 def test_published_size():
-    """1,249,094,657 trained values."""
+    """The published model has 1,249,094,657 trained values."""
     abstract = nnx.eval_shape(lambda: DAVAE(DAVAEConfig(), rngs=nnx.Rngs(0)))
     weights = jax.tree.leaves(split(nnx.state(abstract, nnx.Param))[1])
     assert sum(w.size for w in weights) == 1_249_094_657
+
+
+def test_only_params_are_trained():
+    """An optimizer leaves buffers of any name and shape unchanged; weight decay alone would change a matrix."""
+    model = new_model()
+    model.encoder.table = Buffer(jnp.ones((3, 2)), axes=(None, None))
+    graphdef, params = split(model)
+    trainable = trainable_mask(merge(graphdef, params))
+    buffers = [path for path, is_trained in flatten(trainable).items() if not is_trained]
+    assert sorted(buffers) == ["decoder.inv_freq", "encoder.table"]
+    assert jax.tree.structure(trainable) == jax.tree.structure(params)
+
+    @jax.jit
+    def step(params):
+        grads = zero_buffers(trainable, jax.tree.map(jnp.ones_like, params))
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return grads, optax.apply_updates(params, zero_buffers(trainable, updates))
+
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
+    grads, after = map(flatten, step(params))
+    for path, before in flatten(params).items():
+        is_buffer = path in buffers
+        assert (np.asarray(grads[path]) == (0 if is_buffer else 1)).all()
+        assert (np.asarray(after[path]) == np.asarray(before)).all() == is_buffer, path
 
 
 def test_dropout_function():
@@ -79,39 +104,40 @@ def test_dropout_function():
 
 
 def test_dropout_places(model, inputs, monkeypatch):
-    """Where the published program drops, in order: shape and rate of each place; every place with a key of its own."""
-    places, keys = [], []
+    """Dropout is applied where the published program applies it, each time with a different key."""
+    calls, keys = [], []
 
     def record(x, rate, key):
-        places.append((x.shape, rate))
+        calls.append((x.shape, rate))
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return x
 
+    monkeypatch.setattr(attention, "dropout", record)
     monkeypatch.setattr(encoder, "dropout", record)
     monkeypatch.setattr(decoder, "dropout", record)
     ids, latent = inputs
     model.encoder(ids, key=jax.random.key(0))
-    hidden, attention = ((2, 12, 16), 0.1), ((2, 2, 12, 12), 0.1)
-    assert places == [hidden, attention, hidden, hidden]
+    hidden, probs = ((2, 12, 16), 0.1), ((2, 2, 12, 12), 0.1)
+    assert calls == [hidden, probs, hidden, hidden]
     assert len(set(keys)) == 4
 
-    places.clear(), keys.clear()
+    calls.clear(), keys.clear()
     model.decoder(ids, latent, key=jax.random.key(0))
-    assert places == [((12, 16), 0.1), hidden, hidden, hidden, hidden, hidden]
+    assert calls == [((12, 16), 0.1), hidden, hidden, hidden, hidden, hidden]
     assert len(set(keys)) == 6
 
 
 def test_dropout_needs_a_key_and_follows_it(model, inputs):
     ids, latent = inputs
-    still, _ = model.decode(ids, latent)
-    a, b, again = (model.decode(ids, latent, key=jax.random.key(k))[0] for k in (1, 2, 1))
-    assert (a == again).all() and (a != b).any() and (a != still).any()
+    without, _ = model.decode(ids, latent)
+    a, b, repeated = (model.decode(ids, latent, key=jax.random.key(k))[0] for k in (1, 2, 1))
+    assert (a == repeated).all() and (a != b).any() and (a != without).any()
     posterior = model.encode(ids)
     assert (model.encode(ids, key=jax.random.key(1)).mean != posterior.mean).any()
 
 
 def test_bfloat16(model, inputs):
-    """Weights and products in bfloat16; what must stay float32 does; numbers agree to bfloat16's 8 bits."""
+    """Weights and products are bfloat16, the rest stays float32, and the numbers agree to bfloat16's 8 bits."""
     ids, latent = inputs
     graphdef, params = split(new_model(dtype=jnp.bfloat16))
     assert {str(w.dtype) for p, w in flatten(params).items() if p != "decoder.inv_freq"} == {"bfloat16"}
@@ -126,20 +152,20 @@ def test_bfloat16(model, inputs):
     assert np.abs(logits - full).max() < 0.03 * np.abs(full).max()
 
 
-@pytest.mark.parametrize("pieces", [[12], [5, 7], [1] * 12, [3, 1, 8]])
-def test_reading_in_pieces_is_reading_at_once(model, inputs, pieces):
-    """With the full mask and room for all, memory changes nothing."""
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [1] * 12, [3, 1, 8]])
+def test_segments_with_memory_equal_the_whole_text(model, inputs, sizes):
+    """With the full mask and a memory for all tokens, reading in segments does not change the logits."""
     ids, latent = inputs
     whole, _ = model.decode(ids, latent)
     memory, parts = None, []
-    for start, size in zip(np.cumsum([0, *pieces[:-1]]), pieces, strict=True):
+    for start, size in zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
         logits, memory = model.decode(ids[:, start : start + size], latent, memory=memory)
         parts.append(logits)
         assert int(memory.length) == start + size
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-6)
 
 
-def test_memory_keeps_the_last_rows_and_compiles_little(inputs):
+def test_memory_keeps_the_last_rows_and_compiles_few_programs(inputs):
     config = DAVAEConfig(
         encoder=CONFIG.encoder,
         decoder=DecoderConfig(vocab_size=64, num_layers=1, hidden_size=16, num_attention_heads=2, max_memory_length=40),
@@ -156,12 +182,12 @@ def test_memory_keeps_the_last_rows_and_compiles_little(inputs):
     assert memory.capacity == 40 and len(compiled) < 10
     _, at_once = model.decode(ids, latent)
     assert int(at_once.length) == 40
-    # The first entry is embedding and latent, whatever the memory: exactly the last 40 tokens' rows.
+    # The first array is embedding and latent, which do not depend on the memory: the rows of the last 40 tokens.
     np.testing.assert_allclose(memory.hidden[0], at_once.hidden[0], atol=1e-6)
 
 
 def test_memory_carried_by_a_scan(model, inputs):
-    """A buffer of fixed shape is a carry; its numbers are those of the growing one."""
+    """A memory of fixed shape can be the carry of a scan, and gives the numbers of one that grows."""
     ids, latent = inputs
     graphdef, params = split(model)
 
@@ -177,14 +203,14 @@ def test_memory_carried_by_a_scan(model, inputs):
     assert int(memory.length) == 12 and memory.capacity == 512
     grown = None
     for i, expected in enumerate(logits):
-        found, grown = model.decode(ids[:, 3 * i : 3 * i + 3], latent, memory=grown, window="published")
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        actual, grown = model.decode(ids[:, 3 * i : 3 * i + 3], latent, memory=grown, window="published")
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
     assert int(grown.length) == 12 and grown.capacity == 16
     np.testing.assert_allclose(memory.hidden[1][:, -12:], grown.hidden[1][:, -12:], atol=1e-6)
 
 
-def test_ids_outside_the_vocabulary_are_refused(model):
-    """JAX would read NaN there."""
+def test_ids_outside_the_vocabulary_raise(model):
+    """JAX would read NaN for them."""
     with pytest.raises(ValueError, match="ids from 1 to 5000; the vocabulary has 50"):
         model.encode([[1, 2, 5000]])
     with pytest.raises(ValueError, match="ids from -1 to 3; the vocabulary has 64"):
@@ -205,7 +231,7 @@ def test_memory_stops_the_gradient(model, inputs):
 
 
 def test_model_inside_the_callers_jit(model, inputs):
-    """Params cross jit as plain arrays; the memory's length may be traced."""
+    """Params pass through jit as plain arrays, and the memory's length may be traced."""
     ids, latent = inputs
     graphdef, params = split(model)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
@@ -226,8 +252,6 @@ def test_model_inside_the_callers_jit(model, inputs):
 
 def test_gradient_of_the_few_rows_product():
     """The form with the weight on the left, for few rows, has the gradients of the plain product."""
-    from davae_jax.model.layers import matmul_transposed
-
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 5), (7, 5)))
     few = jax.grad(lambda x, w: (jnp.sin(matmul_transposed(x, w))).sum(), (0, 1))(x, w)
@@ -236,7 +260,7 @@ def test_gradient_of_the_few_rows_product():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_runs_alike_without_nnx_graph_mode():
+def test_nnx_graph_mode_changes_nothing():
     script = (
         "import numpy as np\nfrom small_model import new_model\nfrom davae_jax import generate\nmodel = new_model()\n"
         "print(generate(model, np.ones((1, 4)), max_length=8, top_k=1))\n"

@@ -14,7 +14,7 @@ from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch, TextBatches
 from davae_jax.data.packing import PackedBatches, pack
 from davae_jax.data.texts import read_texts
-from davae_jax.data.tokenize import Texts, tokenize
+from davae_jax.data.tokenize import TokenizedTexts, tokenize
 from davae_jax.model.davae import abstract_model, merge, split
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.model.layers import Segments
@@ -55,7 +55,7 @@ def texts_of(seed, n, longest=12, vocab=(50, 60)):
         pieces = rng.integers(max(1, words // 2), words + 1)
         encoder_ids.append(np.array([CLS, CLS, *rng.integers(4, vocab[0], words), SEP, SEP], np.int32))
         decoder_ids.append(np.array([BOS, *rng.integers(0, vocab[1], pieces), END], np.int32))
-    return Texts(encoder_ids, decoder_ids, np.arange(1, n + 1), 0)
+    return TokenizedTexts(encoder_ids, decoder_ids, np.arange(1, n + 1), 0)
 
 
 TEXTS = texts_of(0, 11)

@@ -1,4 +1,4 @@
-"""The plan of a run on machines that are not here: exact where it says so, near what XLA counts elsewhere."""
+"""`davae plan`: the state's memory and the FLOPs by hand, traffic and activations against what XLA and JAX report."""
 
 import dataclasses
 import json
@@ -19,15 +19,10 @@ from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh, make_mesh
-from davae_jax.planning.plan import (
-    activations,
-    batch_shapes,
-    bytes_per_device,
-    fewest_chips,
-    make_plan,
-    memory,
-    traffic,
-)
+from davae_jax.planning.communication import traffic
+from davae_jax.planning.memory import activations, fewest_chips, memory
+from davae_jax.planning.plan import make_plan
+from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.flops import forward_products, model_flops
 from davae_jax.training.objective import StepContext, gradient
@@ -73,23 +68,23 @@ def mesh_of(*shape, batch=B):
         ((2, 2, 2), "muon"),
     ],
 )
-def test_the_state_takes_the_bytes_that_the_plan_says(shape, optimizer):
-    """Arrays laid on 8 devices as the step wants them: what the first device holds, counted there."""
+def test_state_bytes_are_those_on_a_device(shape, optimizer):
+    """Arrays are put on 8 devices with the step's shardings, and the bytes on the first device are counted."""
     config = with_(optimizer=dataclasses.replace(CONFIG.optimizer, name=optimizer))
     state = abstract_state(abstract_model(MODEL), config, make_mesh(MeshConfig(*shape), B))
     first = jax.devices()[0]
 
-    def held(tree):
+    def bytes_on_first_device(tree):
         arrays = (jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for x in jax.tree.leaves(tree))
         return sum(s.data.nbytes for array in arrays for s in array.addressable_shards if s.device == first)
 
-    discriminator = held(state.params["discriminator"])
-    weights = held(state.params) - discriminator
+    discriminator = bytes_on_first_device(state.params["discriminator"])
+    weights = bytes_on_first_device(state.params) - discriminator
     found = memory(config, mesh_of(*shape))
     assert found["parameters"] == found["gradients"] == weights
-    assert found["optimizer state"] == held(state.optimizer)
-    own = held((state.discriminator_optimizer, state.step))
-    assert found["discriminator, with its own"] == 2 * discriminator + own
+    assert found["optimizer state"] == bytes_on_first_device(state.optimizer)
+    other = bytes_on_first_device((state.discriminator_optimizer, state.step))
+    assert found["discriminator, with its own"] == 2 * discriminator + other
 
 
 def test_the_state_of_the_published_size():
@@ -110,7 +105,7 @@ def test_the_state_of_the_published_size():
     assert eighth["parameters"] == pytest.approx(found["parameters"] / 8, rel=1e-2)
 
 
-def test_what_the_backward_pass_keeps():
+def test_activations_kept_for_the_backward_pass():
     """remat full: of a layer its input alone. Whatever is kept grows with the texts of a device and with nothing else.
 
     dots: in the decoder the input, q, k, v, the attention's output and the feed-forward's inside; in the encoder the
@@ -144,7 +139,7 @@ def test_logits_and_gathered_weights():
 
 
 @pytest.mark.parametrize(("remat", "chunk"), [("none", 128), ("dots", 128), ("full", 128)])
-def test_work_is_what_xla_counts(remat, chunk):
+def test_flops_are_those_that_xla_counts(remat, chunk):
     """XLA counts the elementwise operations as well: a few percent at these widths. It counts a loop's body once, so
     the logits are made whole here."""
     model = dataclasses.replace(
@@ -162,7 +157,7 @@ def test_work_is_what_xla_counts(remat, chunk):
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted = step.lower(params, batch_shapes(config, B), key).cost_analysis()["flops"]
     products = forward_products(config, ONE)
-    expected = sum((1 + p.backward + p.again) * p.flops for p in products)
+    expected = sum((1 + p.backward + p.recomputed) * p.flops for p in products)
     assert 1 <= counted / expected < 1.05
 
 
@@ -180,12 +175,12 @@ def test_model_flops_of_a_batch():
 
 
 def test_the_logits_chunks_are_made_twice():
-    again = {c: sum(p.again * p.flops for p in forward_products(with_(logits_chunk=c), ONE)) for c in (8, T)}
-    assert again[T] == 0 and again[8] == 2 * B * T * 128 * 1024
+    recomputed = {c: sum(p.recomputed * p.flops for p in forward_products(with_(logits_chunk=c), ONE)) for c in (8, T)}
+    assert recomputed[T] == 0 and recomputed[8] == 2 * B * T * 128 * 1024
 
 
 def test_work_of_the_published_size():
-    """6·weights·tokens, with each half's own tokens, and attention's share beside it."""
+    """6·weights·tokens for encoder and decoder, each with its own tokens, and attention separately."""
     config = with_(RANDENG, batch_size=64)
     flops = make_plan(config, H200, 8, 0.4).flops
     inside = 32 * 12 * 1600**2
@@ -195,8 +190,8 @@ def test_work_of_the_published_size():
     assert flops["attention"] == 6 * 64 * (12 * 2 * 512**2 * 768 + 32 * 3 * 511**2 * 1600)
 
 
-def test_devices_share_the_work():
-    """The batch's axes divide all of it; the tensor axis all but the attention of heads that do not divide."""
+def test_flops_per_device():
+    """Data and fsdp axes divide all work; the tensor axis all but attention where it does not divide the heads."""
     one, data, tensor = (make_plan(with_(mesh=MeshConfig(*m)), H200, math.prod(m), 1.0) for m in _SHARES)
     assert one.flops_per_device == sum(one.flops.values()) + one.recomputed
     assert data.flops_per_device == pytest.approx(
@@ -224,7 +219,7 @@ def compiled(shape, config=CONFIG):
         return step.lower(state, batch_shapes(config, B)).compile(compiler_options=fast).as_text(), state
 
 
-def test_gradients_are_all_that_data_sends():
+def test_the_data_axis_sends_gradients_alone():
     """Every gradient once, to the float: XLA's program against the weights. Of the tables of positions and types it
     sends the rows used; of the positions' keys their own gradient, and makes the map's from it; of the words the
     lookup's and the logits' gradients apart; and the few numbers that are logged."""
@@ -244,7 +239,7 @@ def test_gradients_are_all_that_data_sends():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)])
-def test_traffic_is_near_what_xla_sends(shape):
+def test_traffic_is_close_to_that_of_xla(shape):
     """XLA's CPU compiler reduces gradients whole and then takes a part, where others scatter them: twice the bytes."""
     text, _ = compiled(shape)
     by_xla = sum(c.sent for c in collectives(text))
@@ -253,7 +248,7 @@ def test_traffic_is_near_what_xla_sends(shape):
 
 
 def test_traffic_by_hand():
-    """Weights in bfloat16 twice, their gradients in float32 once, both halves' embeddings to and fro; and for each of
+    """Weights in bfloat16 twice, their gradients in float32 once, both embeddings exchanged twice; and for each of
     the three more chunks of logits the word table and its gradient again."""
     weights, table = 1_249_095_457, 50048 * 1600
     embeddings = 2 * 8 * (512 * 768 + 511 * 1600) * 4
@@ -265,7 +260,7 @@ def test_traffic_by_hand():
     assert data.bytes == 2 * 2 * weights * 4 * 7 // 8
 
 
-def test_axes_beyond_a_node_go_over_the_network():
+def test_axes_larger_than_a_node_use_the_network():
     rates = {name: axis.rate for name, axis in traffic(CONFIG, mesh_of(2, 4, 2), H200).items()}
     assert rates == {"data": H200.network, "fsdp": H200.link, "tensor": H200.link}
 
@@ -315,7 +310,7 @@ def plan_of(capsys, *argv):
 
 
 def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
-    """600 pieces and three tokens of its own; 8000 entries; of a corpus of one's own, 8000 pieces."""
+    """The demo's decoder has 600 pieces and three special tokens, other corpora 8000; the encoder has 8000."""
     demo, out, _ = plan_of(capsys, "demo", "--chips", 1)
     assert "8,000 and 640 rows of tokens: trained on the texts" in out
     assert plan_of(capsys, "demo", "--chips", 1, "--data.decoder-vocab-size", 600)[0] == demo
@@ -325,7 +320,7 @@ def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
 
 
 def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, tmp_path):
-    """Rows in 64s, as a run has them: 21,128 entries make 21,184. Unless others are named."""
+    """Vocabularies are rounded up to multiples of 64, as in a run: 21,128 becomes 21,184."""
     published, out, _ = plan_of(capsys, "randeng-1b")
     assert "21,184 and 50,048 rows of tokens: the published ones, for --tokenizers; without it a run trains" in out
     trained, out, _ = plan_of(capsys, "randeng-1b", "--data.decoder-vocab-size", 8000)
@@ -338,30 +333,30 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
     assert f" rows of tokens: those of {tmp_path}\n" in out
     assert published["decoder"] - given["decoder"] == (50048 - 320) * 1600
     assert published["encoder"] - given["encoder"] == (21184 - round_up(len(entries), 64)) * 768
-    # Of pretrained halves each brings one, as in a run.
+    # A pretrained encoder and decoder each bring a tokenizer, as in a run.
     bert, xl = tmp_path / "bert", tmp_path / "xl"
     for folder, name in ((bert, "vocab.txt"), (xl, "spiece.model")):
         folder.mkdir()
         (folder / name).write_bytes((tmp_path / name).read_bytes())
-    halves, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert, "--init.decoder", xl)
-    assert f" rows of tokens: those of {bert} and {xl}\n" in out and halves == given
+    pretrained, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert, "--init.decoder", xl)
+    assert f" rows of tokens: those of {bert} and {xl}\n" in out and pretrained == given
     _, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert)
     assert f" and 8,064 rows of tokens: one of {bert}, the other trained on the texts" in out
     assert main(["plan", "randeng-1b", "--tokenizers", str(tmp_path / "none")]) == 1
     assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
 
 
-def test_an_axis_that_splits_nothing_is_said(capsys):
+def test_warning_for_an_axis_that_shards_nothing(capsys):
     argv = ["randeng-1b", "--chips", 128, "--mesh.fsdp", 128, "--batch-size", 128]
-    said = "davae plan: warning: --mesh.fsdp 128 does not divide the decoder's width 1600: weights that stay whole"
-    assert plan_of(capsys, *argv)[2] == f"{said} on every device\n"
+    message = "davae plan: warning: --mesh.fsdp 128 does not divide the decoder's width 1600: weights that stay whole"
+    assert plan_of(capsys, *argv)[2] == f"{message} on every device\n"
     _, _, err = plan_of(capsys, "randeng-1b", "--chips", 7, "--mesh.tensor", 7, "--mesh.data", 1, "--batch-size", 8)
     assert "--mesh.tensor 7 divides none of the decoder's widths 1600, 6400 and 50048" in err and err.count("\n") == 1
     assert plan_of(capsys, "randeng-1b", "--mesh.fsdp", 8, "--mesh.data", 1)[2] == ""
 
 
 def test_fewest_chips_of_any_number():
-    """A batch of 24 divides by 3; one that divides by no power of two is searched all the same."""
+    """A batch of 24 divides by 3; odd batch sizes work too."""
     config = with_(RANDENG, batch_size=24)
     by_chips = {
         n: sum(memory(config, mesh_of(n // math.gcd(n, 1600), math.gcd(n, 1600), 1, batch=24)).values())
@@ -369,9 +364,9 @@ def test_fewest_chips_of_any_number():
     }
     for memory_of_chip in (30e9, 20e9, 13e9, 8e9):
         chip = H200._replace(memory=memory_of_chip)
-        fitting = [n for n, taken in by_chips.items() if taken <= 0.9 * memory_of_chip]
-        found = fewest_chips(config, chip)
-        assert (found and found[0]) == min(fitting, default=None)
+        sufficient = [n for n, required in by_chips.items() if required <= 0.9 * memory_of_chip]
+        fewest = fewest_chips(config, chip)
+        assert (fewest and fewest[0]) == min(sufficient, default=None)
     odd = with_(RANDENG, batch_size=25)
     chips, mesh = fewest_chips(odd, H200._replace(memory=12e9))
     assert chips in (5, 25) and mesh["fsdp"] == chips
@@ -380,7 +375,7 @@ def test_fewest_chips_of_any_number():
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--chip", "h300"], "--chip"),
         (["--chips", "0"], "--chips must be at least 1, not 0"),
@@ -390,10 +385,10 @@ def test_fewest_chips_of_any_number():
         (["--batch-szie", "12"], "--batch-szie"),
     ],
 )
-def test_bad_plans(argv, said, capsys):
+def test_invalid_options(argv, message, capsys):
     assert main(["plan", "randeng-1b", *argv]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and said in err
+    assert out == "" and err.count("\n") == 1 and message in err
 
 
 def test_an_unknown_preset(capsys):

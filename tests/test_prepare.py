@@ -1,6 +1,5 @@
 """`davae prepare`, and the batches of what it makes."""
 
-import gzip
 import json
 import os
 import resource
@@ -15,16 +14,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from input_files import FORMATS, TEXTS, write_input, write_texts
 from test_train import TINY, metrics_of, train
 from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
-from davae_jax.data import readers as inputs
-from davae_jax.data.build_shards import Task, _finish, _tokenizers, make_shards
+from davae_jax.data import line_readers
 from davae_jax.data.prefetch import read_ahead
-from davae_jax.data.readers import LONGEST_LINE, find_files, pieces_of, read_piece
+from davae_jax.data.readers import split_into_slices
 from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permuted
-from davae_jax.data.shards import Prepared, id_dtype, ids_of, record_of
+from davae_jax.data.shard_index import merge_shards
+from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
+from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
@@ -34,7 +35,6 @@ from davae_jax.training.vocabularies import model_config, prepare_tokenizers
 from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-TEXTS = sentences(300)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def prepare(capsys, tokenizer_folder, tmp_path):
-    """Runs the command in this process, into tmp_path/out unless told otherwise."""
+    """Runs the command in this process, by default into tmp_path/out."""
 
     def call(*paths, output=tmp_path / "out", tokenizers=tokenizer_folder, **options):
         options = {"workers": 1, "held_out": 0} | options
@@ -62,11 +62,6 @@ def prepare(capsys, tokenizer_folder, tmp_path):
     return call
 
 
-def text_file(path, texts=TEXTS):
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    return path
-
-
 def records_of(folder):
     prepared = Prepared(folder)
     return [tuple(ids.tolist() for ids in prepared[i]) for i in range(len(prepared))]
@@ -76,50 +71,14 @@ def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
-# What the shards hold.
+# The contents of shards.
 
 
-def write_kind(folder, kind):
-    """The texts in a file, or a dataset's folder, of this kind."""
-    folder.mkdir()
-    pa = pytest.importorskip("pyarrow") if kind in ("parquet", "arrow", "arrow-file") else None
-    rows = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
-    match kind:
-        case "txt":
-            return text_file(folder / "a.txt")
-        case "txt.gz":
-            (folder / "a.txt.gz").write_bytes(gzip.compress("\r\n".join(TEXTS).encode()))
-            return folder / "a.txt.gz"
-        case "jsonl" | "folder":
-            (folder / "a.jsonl").write_bytes(rows)
-            (folder / "README.md").write_text("no data", encoding="utf-8")
-            return folder if kind == "folder" else folder / "a.jsonl"
-        case "jsonl.gz":
-            (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows[:5000]) + gzip.compress(rows[5000:]))
-        case "jsonl.zst":
-            compress = pytest.importorskip("zstandard").ZstdCompressor().compress
-            (folder / "a.jsonl.zst").write_bytes(compress(rows[:5000]) + compress(rows[5000:]))  # two frames
-        case "parquet":
-            table = pa.table({"text": TEXTS, "id": range(len(TEXTS))})
-            pytest.importorskip("pyarrow.parquet").write_table(table, folder / "train-00000.parquet", row_group_size=70)
-        case _:  # a folder as the `datasets` library saves it
-            table = pa.table({"text": TEXTS})
-            new = pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file
-            with new(folder / "data-00000-of-00001.arrow", table.schema) as writer:
-                writer.write_table(table, max_chunksize=70)
-            (folder / "state.json").write_text("{}", encoding="utf-8")
-            (folder / "dataset_info.json").write_text("{}", encoding="utf-8")
-    return folder
-
-
-KINDS = ["txt", "txt.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrow-file", "folder"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_input_gives_the_ids_that_training_on_text_gives(kind, prepare, tmp_path):
-    result = prepare(write_kind(tmp_path / "in", kind))
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_gives_the_ids_that_training_on_text_gives(format_name, prepare, tmp_path):
+    result = prepare(write_input(tmp_path / "in", format_name))
     assert (result.code, result.err.strip()) == (0, "")
-    expected = tokenize(TEXTS, *_tokenizers(str(result.folder), 512), max_length=512, source="")
+    expected = tokenize(TEXTS, *load_new_tokenizers(str(result.folder), 512), max_length=512, source="")
     assert records_of(result.folder) == [
         (e.tolist(), d.tolist()) for e, d in zip(expected.encoder_ids, expected.decoder_ids, strict=True)
     ]
@@ -133,74 +92,44 @@ def test_every_kind_of_input_gives_the_ids_that_training_on_text_gives(kind, pre
 @pytest.mark.parametrize("largest", [60_000, 70_000])
 def test_records_of_two_and_of_four_bytes(largest):
     dtype = id_dtype(largest)
-    record = record_of([1, 2, largest], [largest, 5], dtype)
+    record = encode_record([1, 2, largest], [largest, 5], dtype)
     assert len(record) == 6 * (2 if largest == 60_000 else 4)
-    assert [ids.tolist() for ids in ids_of(record, dtype)] == [[1, 2, largest], [largest, 5]]
+    assert [ids.tolist() for ids in decode_record(record, dtype)] == [[1, 2, largest], [largest, 5]]
 
 
-def lines_of(pieces, field="text"):
-    return [line for piece in pieces for chunk in read_piece(piece, field) for line in chunk.lines]
-
-
-@pytest.mark.parametrize("at_most", [1, 7, 100, 5000, 1 << 30])
-def test_pieces_of_a_file_are_its_lines_each_once(at_most, tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff一\n\n二\u2028二\r\n".encode() + b"\xff\n" + "三\n".encode() * 20 + b"last")
-    wanted = ["一", "", "二\u2028二", None, *["三"] * 20, "last"]
-    pieces = pieces_of(path, at_most)
-    assert [line.text for line in lines_of(pieces)] == wanted
-    assert sum(piece.size for piece in pieces) == pytest.approx(path.stat().st_size, abs=len(pieces))
-
-
-@pytest.mark.parametrize("at_most", [1, 4000, 1 << 30])
-def test_pieces_of_a_parquet_file(at_most, tmp_path):
-    path = write_kind(tmp_path / "in", "parquet") / "train-00000.parquet"
-    pieces = pieces_of(path, at_most)
-    assert [line.text for line in lines_of(pieces)] == TEXTS
-    assert len(pieces) == {1: 5, 1 << 30: 1}.get(at_most, len(pieces))
-
-
-def test_a_line_without_end_is_passed_over(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\n" + b"x" * (LONGEST_LINE + 5) + b"\ntwo\n")
-    assert [(line.text, line.problem) for line in lines_of(pieces_of(path, 1 << 30))] == [
-        ("one", None),
-        (None, "is longer than 16 MiB"),
-        ("two", None),
-    ]
-
-
-def test_a_file_that_cannot_be_entered_in_the_middle_makes_several_shards(tokenizer_folder, tmp_path, monkeypatch):
-    """And a start behind the second of them makes the same third."""
-    monkeypatch.setattr(inputs, "CHUNK_LINES", 20)
-    path = write_kind(tmp_path / "in", "txt.gz")
+def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_path, monkeypatch):
+    """Work that continues after the second shard writes the same third shard."""
+    monkeypatch.setattr(line_readers, "CHUNK_LINES", 20)
+    path = write_input(tmp_path / "in", "txt.gz")
 
     def task(name):
         folder = tmp_path / name
         shutil.copytree(tokenizer_folder, folder)
         (folder / "parts").mkdir()
-        return Task(str(folder), 0, *pieces_of(path, 2000), "text", 512, 512, False, 0.1, 2000)
+        return ShardTask(
+            str(folder), 0, *split_into_slices(path, 2000), ShardSettings("text", 512, 512, False, 0.1, 2000)
+        )
 
-    whole, again = task("whole"), task("again")
-    make_shards(whole)
-    shards = sorted(path.name for path in Path(whole.folder).glob("*.arrayrecord"))
+    uninterrupted, continued = task("uninterrupted"), task("continued")
+    write_shards(uninterrupted)
+    shards = sorted(path.name for path in Path(uninterrupted.folder).glob("*.arrayrecord"))
     assert len(shards) > 3 and shards[2] == "00000-0002.arrayrecord"
-    make_shards(again)
-    for made in [*Path(again.folder).glob("00000-0002.*"), *Path(again.folder, "parts").glob("00000-0002.*")]:
-        made.unlink()
-    make_shards(again)
-    for task in (whole, again):
-        _finish(Path(task.folder), [task], {"inputs": {str(path): ""}})
-    assert manifest_of(Path(whole.folder)) == manifest_of(Path(again.folder))
-    kept = Prepared(Path(whole.folder)).held_out()
-    expected = tokenize(TEXTS, *_tokenizers(whole.folder, 512), max_length=512, source="")
+    write_shards(continued)
+    for file in [*Path(continued.folder).glob("00000-0002.*"), *Path(continued.folder, "parts").glob("00000-0002.*")]:
+        file.unlink()
+    write_shards(continued)
+    for task in (uninterrupted, continued):
+        merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512})
+    assert manifest_of(Path(uninterrupted.folder)) == manifest_of(Path(continued.folder))
+    held_out = Prepared(Path(uninterrupted.folder)).held_out()
+    expected = tokenize(TEXTS, *load_new_tokenizers(uninterrupted.folder, 512), max_length=512, source="")
     pairs = zip(TEXTS, expected.decoder_ids, strict=True)
-    trained = [row.tolist() for text, row in pairs if text not in set(kept)]
-    assert [row for _, row in records_of(Path(again.folder))] == trained
+    trained = [row.tolist() for text, row in pairs if text not in set(held_out)]
+    assert [row for _, row in records_of(Path(continued.folder))] == trained
 
 
 def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
-    """Texts with 60 bytes or more are blank, too long, or bad for one reason each; lines count from a file's first."""
+    """Every line is blank, too long, or bad for one reason; line numbers count from the beginning of a file."""
     lines = [json.dumps({"text": text}) for text in TEXTS[:3]]
     bad = ["not json", '{"body": 1}', '{"text": 3}', '{"text": "\\ud83d"}', '["text"]']
     (tmp_path / "a.jsonl").write_text("\n".join([lines[0], *bad, "", lines[1], '{"text": " "}']), encoding="utf-8")
@@ -222,15 +151,15 @@ def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
     assert prepared.where([2, 0, 1]) == f"lines 1, 8 of {a}; lines 1 of {b}"
 
 
-def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
-    """All copies of a text are kept apart, whatever file they stand in."""
-    files = [text_file(tmp_path / "a.txt"), text_file(tmp_path / "b.txt", [*TEXTS[::-1], "今天很好。"])]
+def test_held_out_texts_are_not_in_the_shards(prepare, tmp_path):
+    """All copies of a text are held out, in whichever file they are."""
+    files = [write_texts(tmp_path / "a.txt"), write_texts(tmp_path / "b.txt", [*TEXTS[::-1], "今天很好。"])]
     result = prepare(*files, held_out=0.2)
     held_out = Prepared(result.folder).held_out()
     distinct = set(TEXTS) | {"今天很好。"}
     assert len(set(held_out)) == len(held_out) and 30 < len(held_out) < 90  # of about 300
     assert set(held_out) <= distinct
-    _, decoder = _tokenizers(str(result.folder), 512)
+    _, decoder = load_new_tokenizers(str(result.folder), 512)
     trained = {tuple(row) for _, row in records_of(result.folder)}
     assert trained == {(decoder.bos_id, *decoder.encode(text)) for text in distinct - set(held_out)}
     counts = manifest_of(result.folder)["counts"]
@@ -238,17 +167,17 @@ def test_what_is_held_out_is_not_trained_on(prepare, tmp_path):
 
 
 def test_tokenizers_are_trained_where_none_are_given(prepare, tmp_path):
-    result = prepare(text_file(tmp_path / "a.txt"), tokenizers=None, pieces=200, entries=150)
+    result = prepare(write_texts(tmp_path / "a.txt"), tokenizers=None, decoder_vocab_size=200, encoder_vocab_size=150)
     assert result.code == 0
-    encoder, decoder = _tokenizers(str(result.folder), 512)
+    encoder, decoder = load_new_tokenizers(str(result.folder), 512)
     assert 100 < encoder.size <= 150 and 100 < decoder.size <= 200
     assert decoder.decode(Prepared(result.folder)[7][1][1:-1]) == TEXTS[7]
-    few = prepare(tmp_path / "a.txt", tokenizers=None, pieces=20, output=tmp_path / "few")
-    assert few.code == 2 and few.err.startswith("davae prepare: error: --pieces 20: the texts have ")
-    assert prepare(tmp_path / "a.txt", output=tmp_path / "few").code == 0  # nothing stood there yet
+    few = prepare(tmp_path / "a.txt", tokenizers=None, decoder_vocab_size=20, output=tmp_path / "few")
+    assert few.code == 2 and few.err.startswith("davae prepare: error: --decoder-vocab-size 20: the texts have ")
+    assert prepare(tmp_path / "a.txt", output=tmp_path / "few").code == 0  # that folder has no shard yet
 
 
-# Killed, started again, refused.
+# Interrupted work, and folders that are refused.
 
 
 def contents(folder):
@@ -256,7 +185,7 @@ def contents(folder):
 
 
 def test_killed_and_started_again_gives_the_same_bytes(prepare, tokenizer_folder, tmp_path):
-    files = [text_file(tmp_path / f"{i:02}.txt", sentences(1000, seed=i)) for i in range(8)]
+    files = [write_texts(tmp_path / f"{i:02}.txt", sentences(1000, seed=i)) for i in range(8)]
     command = [sys.executable, "-m", "davae_jax.cli", "prepare", "--input", *files, "--tokenizers", tokenizer_folder]
     command += ["--output", tmp_path / "killed", "--workers", 2, "--held-out", 0]
     killed = subprocess.Popen(list(map(str, command)), env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT)
@@ -270,13 +199,13 @@ def test_killed_and_started_again_gives_the_same_bytes(prepare, tokenizer_folder
     assert len(before) >= 3
     assert prepare(*files, output=tmp_path / "killed").code == 0
     assert prepare(*files, output=tmp_path / "whole").code == 0
-    kept = sum(path.stat().st_mtime_ns == when for path, when in before.items())
-    assert kept >= 3  # a shard whose notes were not yet written is made anew
+    unchanged = sum(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert unchanged >= 3  # a shard without statistics is written again
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_other_settings_are_refused(prepare, tmp_path):
-    path = text_file(tmp_path / "a.txt")
+    path = write_texts(tmp_path / "a.txt")
     assert prepare(path).code == 0
     before = contents(tmp_path / "out")
     again = prepare(path)
@@ -294,11 +223,11 @@ def test_other_settings_are_refused(prepare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "code", "said"),
+    ("make", "code", "message"),
     [
         (lambda p: p / "none.txt", 2, "none.txt: no such file or folder"),
         (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; known: .txt, .jsonl"),
-        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: holds no file of a known kind"),
+        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: holds no file of a known format"),
         (lambda p: (p / "a.txt").write_text("\n \n") and p / "a.txt", 1, "2 blank; nothing is left"),
         (lambda p: (p / "a.txt").touch() or p / "a.txt", 1, "holds no text; nothing is left"),
         (lambda p: (p / "a.txt.gz").write_bytes(b"text") and p / "a.txt.gz", 1, "a.txt.gz: cannot be read (Not a gzip"),
@@ -306,39 +235,39 @@ def test_other_settings_are_refused(prepare, tmp_path):
         (lambda p: (p / "a.arrow").write_bytes(b"ARROW1") and p / "a.arrow", 1, "a.arrow: cannot be read ("),
     ],
 )
-def test_inputs_that_cannot_be_used(make, code, said, prepare, tmp_path):
+def test_unusable_inputs(make, code, message, prepare, tmp_path):
     result = prepare(make(tmp_path))
-    assert result.code == code and said in result.err and result.err.strip().count("\n") == 0
+    assert result.code == code and message in result.err and result.err.strip().count("\n") == 0
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
-def test_a_compressed_file_that_was_cut(kind, prepare, tmp_path):
-    folder = write_kind(tmp_path / "in", kind)
-    path = folder / f"a.{kind}"
+@pytest.mark.parametrize("format_name", ["jsonl.gz", "jsonl.zst"])
+def test_a_truncated_compressed_file(format_name, prepare, tmp_path):
+    folder = write_input(tmp_path / "in", format_name)
+    path = folder / f"a.{format_name}"
     path.write_bytes(path.read_bytes()[:-20])
     result = prepare(folder)
     assert result.code == 1 and f"{path}: cannot be read (" in result.err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_options_and_columns_that_cannot_be(prepare, tmp_path):
-    table = write_kind(tmp_path / "in", "parquet") / "train-00000.parquet"
-    assert "has no column 'body', but text, id; name one with --field" in prepare(table, field="body").err
-    assert "the column 'id' holds no texts, but int64" in prepare(table, field="id", output=tmp_path / "b").err
-    text_file(tmp_path / "in" / "a.txt")
+def test_invalid_options_and_columns(prepare, tmp_path):
+    table = write_input(tmp_path / "in", "parquet") / "train-00000.parquet"
+    assert "has no column 'body'; its columns are text, id; choose one with --field" in prepare(table, field="body").err
+    assert "the column 'id' holds int64, not text" in prepare(table, field="id", output=tmp_path / "b").err
+    write_texts(tmp_path / "in" / "a.txt")
     mixed = prepare(tmp_path / "in", output=tmp_path / "c")
-    assert mixed.code == 2 and "holds files of several kinds (parquet, text); name the files" in mixed.err
+    assert mixed.code == 2 and "holds files of several formats (parquet, text); give the files themselves" in mixed.err
     assert "--workers must be at least 1, not 0" in prepare(table, workers=0).err
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
-    foreign = text_file(tmp_path / "foreign.txt").parent
+    foreign = write_texts(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
     assert refused.code == 2 and "holds files, but no prepare.json" in refused.err
 
 
-def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
+def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    path = text_file(tmp_path / "a.txt", ["".join(sentences(10, seed=i)) for i in range(1500)])
+    path = write_texts(tmp_path / "a.txt", ["".join(sentences(10, seed=i)) for i in range(1500)])
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))  # bytes of a file
     try:
         result = prepare(path)
@@ -350,7 +279,7 @@ def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
         f"davae prepare: error: {shard}: cannot be written (File too large)",
     )
     assert not list((tmp_path / "out").glob("*record*")) and not list((tmp_path / "out").glob(".*"))
-    assert prepare(path).code == 0  # room was made
+    assert prepare(path).code == 0  # there is room again
 
 
 # The batches.
@@ -359,7 +288,7 @@ def test_a_full_disk_leaves_no_half_shard(prepare, tmp_path):
 @pytest.fixture(scope="session")
 def prepared(tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    files = [text_file(folder / f"{i}.txt", sentences(n, seed=i)) for i, n in enumerate((100, 3, 144))]
+    files = [write_texts(folder / f"{i}.txt", sentences(n, seed=i)) for i, n in enumerate((100, 3, 144))]
     argv = ["prepare", "--input", *files, "--output", folder / "out", "--tokenizers", tokenizer_folder]
     assert main([*map(str, argv), "--workers", "1", "--held-out", "0"]) == 0
     return Prepared(folder / "out")
@@ -473,13 +402,13 @@ def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
         Prepared(folder)
     assert str(error.value) == f"{shard}: a shard of the manifest cannot be read (No such file or directory)"
     shard.write_bytes(data[:-1])
-    with pytest.raises(InputError, match=rf"has {len(data) - 1} bytes, and {len(data)} in the manifest"):
+    with pytest.raises(InputError, match=rf"has {len(data) - 1} bytes, but {len(data)} in the manifest"):
         Prepared(folder)
     shard.write_bytes(bytes(len(data)))
     with pytest.raises(InputError, match=r"00001-0000.arrayrecord: record 1 cannot be read \("):
         Prepared(folder)[101]
     (folder / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"holds no manifest.json; `davae prepare` makes it when all is done"):
+    with pytest.raises(InputError, match=r"holds no manifest.json; `davae prepare` writes it when all shards are done"):
         Prepared(folder)
 
 
@@ -507,52 +436,52 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
     shutil.copytree(tokenizer_folder, other)
     make_spiece(other, 200)
     (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match=r"spiece.model is not what .* was prepared with; prepare with --tokenizers"):
+    with pytest.raises(InputError, match=r"spiece.model.* was prepared with; "):
         prepare_tokenizers(config_of(prepared.folder, tokenizers=other), tmp_path / "run", corpus)
 
 
-def test_documents_that_the_encoder_cannot_read_whole(prepare, tokenizer_folder, tmp_path):
-    """Left out, or with --cut kept: the encoder gets the beginning, the decoder all."""
+def test_documents_that_are_too_long_for_the_encoder(prepare, tokenizer_folder, tmp_path):
+    """They are left out; with --truncate the encoder gets their beginning and the decoder all of them."""
     documents = [" ".join(TEXTS[i : i + 12]) for i in range(0, 240, 12)] + TEXTS[:5]
-    path = text_file(tmp_path / "a.txt", documents)
+    path = write_texts(tmp_path / "a.txt", documents)
     small = dict(encoder_positions=30, max_length=2000)
     left_out = prepare(path, **small, output=tmp_path / "left out")
     assert manifest_of(left_out.folder)["counts"]["too_long"] == 20
-    found = prepare(path, **small, cut=True)
+    found = prepare(path, **small, truncate=True)
     assert manifest_of(found.folder)["counts"] | {"encoder_tokens": 0, "decoder_tokens": 0} == (
         manifest_of(left_out.folder)["counts"] | dict(too_long=0, texts=25, encoder_tokens=0, decoder_tokens=0)
     )
-    encoder, decoder = _tokenizers(str(found.folder), 30)
-    whole = tokenize(documents, encoder, decoder, max_length=2000, source="", cut=True)
+    encoder, decoder = load_new_tokenizers(str(found.folder), 30)
+    whole = tokenize(documents, encoder, decoder, max_length=2000, source="", truncate=True)
     expected = [(whole.encoder_ids[i].tolist(), whole.decoder_ids[i].tolist()) for i in range(25)]
     assert sorted(records_of(found.folder)) == sorted(expected)
     assert {len(ids) for ids, _ in expected[:20]} == {30} and min(len(ids) for _, ids in expected[:20]) > 60
-    # Runs are told where they read such texts in another way.
+    # A training run that reads such texts in another way gets a warning.
     of = lambda folder, **data: truncation_mismatch(  # noqa: E731
         TrainConfig(data=DataConfig(train=folder, **data)), load_corpus(TrainConfig(data=DataConfig(train=folder)))
     )
     assert of(found.folder, segment_length=8) is None and of(left_out.folder) is None
-    assert "was prepared with --cut" in of(found.folder)
-    assert "was prepared without --cut" in of(left_out.folder, segment_length=8)
+    assert "was prepared with --truncate" in of(found.folder)
+    assert "was prepared without --truncate" in of(left_out.folder, segment_length=8)
 
 
-def test_what_was_prepared_before_there_was_cut_is_gone_on_with(prepare, tmp_path):
-    path = text_file(tmp_path / "a.txt")
+def test_a_folder_without_the_setting_cut_is_continued(prepare, tmp_path):
+    path = write_texts(tmp_path / "a.txt")
     folder = prepare(path).folder
     before = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
     assert before.pop("cut") is False
     (folder / "prepare.json").write_text(json.dumps(before), encoding="utf-8")
     assert prepare(path).code == 0
-    again = prepare(path, cut=True)
-    assert again.code == 2 and "was prepared with other settings: cut (False, now True)" in again.err
+    again = prepare(path, truncate=True)
+    assert again.code == 2 and "was prepared with other settings: truncate (False, now True)" in again.err
 
 
 @pytest.mark.slow
 def test_a_run_on_prepared_documents(tokenizer_folder, tmp_path):
     """In segments, with the memory."""
     documents = [" ".join(sentences(200)[i : i + 4]) for i in range(0, 200, 4)]
-    path = text_file(tmp_path / "a.txt", documents)
-    argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder, "--cut"]
+    path = write_texts(tmp_path / "a.txt", documents)
+    argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder, "--truncate"]
     assert main([*map(str, argv), "--held-out", "0.1", "--max-length", "400", "--encoder-positions", "20"]) == 0
     longest = Prepared(tmp_path / "out").lengths()[0][-1]
     sizes = ["--data.max-length", longest, "--data.segment-length", 16, "--model.decoder.max-memory-length", 16]
@@ -565,7 +494,7 @@ def test_a_run_on_prepared_documents(tokenizer_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_prepared_texts_resumes_bit_for_bit(tokenizer_folder, tmp_path):
-    path = text_file(tmp_path / "a.txt", [text[:9] for text in sentences(200)])
+    path = write_texts(tmp_path / "a.txt", [text[:9] for text in sentences(200)])
     argv = ["prepare", "--input", path, "--output", tmp_path / "out", "--tokenizers", tokenizer_folder]
     assert main([*map(str, argv), "--held-out", "0.1"]) == 0
     options = ["--data.train", tmp_path / "out", *TINY, "--log.every", 1]
@@ -588,10 +517,3 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
     assert ten["texts"] > 9 * one["texts"]
     for what in ("prepare_mb", "read_mb"):
         assert ten[what] < 1.1 * one[what]
-
-
-def test_find_files(tmp_path):
-    (tmp_path / ".cache").mkdir()
-    for name in ("b.jsonl", "a.jsonl.gz", ".cache/c.jsonl", "dataset_info.json"):
-        (tmp_path / name).touch()
-    assert find_files([tmp_path, tmp_path / "b.jsonl"]) == [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"]

@@ -1,7 +1,7 @@
-"""Several processes on this machine that train one model, found on the loopback address."""
+"""Several processes on this machine that train one model, connected over the loopback address."""
 
 import json
-import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +15,13 @@ from davae_jax.data.batches import TextBatches
 from davae_jax.data.prefetch import local_row_ranges, prefetch
 from davae_jax.data.tokenize import tokenize
 from davae_jax.parallel.config import DistributedConfig
-from davae_jax.parallel.multihost import check_alone, local_devices
+from davae_jax.parallel.launchers import check_alone, local_devices
 from davae_jax.utils.errors import InputError
 
-OPTIONS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
+STEPS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
+ENDLESS = ["--steps", 100_000, "--batch-size", 8, "--log.checkpoint", 4]
+FSDP = ["--mesh.fsdp", 2, "--mesh.data", 1]
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def free_port():
@@ -27,257 +30,292 @@ def free_port():
         return s.getsockname()[1]
 
 
-def processes(n, devices, text_file, folder, *argv):  # noqa: F811
-    """Runs them to their end. Returns [(exit code, stdout, stderr)]."""
-    return ended(begun(n, devices, text_file, folder, *argv))
+def start(n, *argv, devices=1, cwd=(ROOT, ROOT, ROOT, ROOT), different=((), (), (), ())):
+    """Starts n processes of `train.py`; `cwd` and the options `different` have an item for each process."""
+    argv = [*TINY, *argv, "--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", n]
+    return [
+        started(*argv, "--distributed.process-id", i, *different[i], devices=devices, cwd=cwd[i], **PIPES)
+        for i in range(n)
+    ]
 
 
-def begun(n, devices, text_file, folder, *argv):  # noqa: F811
-    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", n]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    command = ["--data.train", text_file, "--run-dir", folder, *TINY, *argv, *where, "--distributed.process-id"]
-    return [started(*command, i, devices=devices, **pipes) for i in range(n)]
+def finish(running, seconds=300):
+    """Waits for the processes. Returns their exit codes, standard outputs and standard errors."""
+    try:
+        outputs = [process.communicate(timeout=seconds) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    # Gloo, which connects processes on CPUs, prints that it does.
+    outputs = [("".join(x for x in out.splitlines(True) if "[Gloo]" not in x), err) for out, err in outputs]
+    return [process.returncode for process in running], *zip(*outputs, strict=True)
 
 
-def ended(running, seconds=600):
-    said = [process.communicate(timeout=seconds) for process in running]
-    return [(process.returncode, *out) for process, out in zip(running, said, strict=True)]
+def wait_until(condition, running, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end and all(process.poll() is None for process in running):
+        time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def alone(text_file, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    code, _, err = tiny(text_file, folder, *OPTIONS)
-    assert code == 0, err
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("n", "devices", "mesh"),
-    [
-        (2, 1, ["--mesh.fsdp", 2, "--mesh.data", 1]),
-        # Rows of the batch that two processes need: the tensor axis lies over both.
-        pytest.param(4, 2, ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.tensor", 4], marks=pytest.mark.slow),
-    ],
-)
-def test_the_losses_of_one_process(n, devices, mesh, alone, text_file, tmp_path):  # noqa: F811
-    folder = tmp_path / "run"
-    found = processes(n, devices, text_file, folder, *OPTIONS, *mesh, "--log.figures", 2, "--log.samples", 4)
-    assert [code for code, *_ in found] == [0] * n, found
-    assert f"{n * devices} devices of {n} processes: " in found[0][1]
-    said = [line for _, out, _ in found[1:] for line in out.splitlines() if "peer ranks" not in line]
-    assert not said  # one speaks for all; what connects them on CPUs says so itself
-    a, b = metrics_of(alone), metrics_of(folder)
-    assert [row["step"] for row in b] == [2, 4, 6, 8]
-    for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g", "grad_norm"):
-        np.testing.assert_allclose([row[name] for row in b], [row[name] for row in a], rtol=1e-5, err_msg=name)
-    assert (folder / "figures.json").exists()
-    # What several wrote, one goes on from.
-    code, out, err = tiny(text_file, folder, *OPTIONS)
-    assert code == 0 and "steps 8 to 8" in out, err
-
-
-@pytest.mark.slow
-def test_stopped_killed_and_gone_on_with(text_file, tmp_path):  # noqa: F811
-    """Of two processes one is told to stop, and later one is killed: both times they go on as if nothing had been."""
-    options = ["--steps", 60, "--batch-size", 8, "--log.checkpoint", 8, "--mesh.fsdp", 2, "--mesh.data", 1]
-    whole, folder = tmp_path / "whole", tmp_path / "cut"
-    assert [code for code, *_ in processes(2, 1, text_file, whole, *options)] == [0, 0]
-
-    def until(step):
-        running = begun(2, 1, text_file, folder, *options)
-        while all(process.poll() is None for process in running) and steps_of(folder) < step:
-            time.sleep(0.02)
-        return running
-
-    running = until(4)
-    running[1].terminate()
-    found = ended(running)
-    assert [code for code, *_ in found] == [130, 130], found
-    assert "interrupted after step " in found[0][2] and "interrupted" not in found[1][2]
-    stopped = newest_of(folder)
-    assert 10 <= stopped < 60 and stopped % 10 == 0
-
-    running = until(stopped + 10)
-    running[1].kill()
-    running[0].kill()  # alone it would wait for its heartbeats to be missed
-    assert [code for code, *_ in ended(running)] == [-9, -9]
-    assert stopped < newest_of(folder) < 60
-
-    found = processes(2, 1, text_file, folder, *options)
-    assert [code for code, *_ in found] == [0, 0], found
-    names = set(metrics_of(whole)[0]) - {"tokens_per_s", "data_wait", "compile_s"}
-    a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, folder))
-    assert a == b
-
-
-def steps_of(folder):
-    """Steps that are logged so far."""
+def logged_steps(folder):
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def test_processes_with_other_options(text_file, tmp_path):  # noqa: F811
-    """Both say so, and nothing is written."""
-    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
-    command = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *where]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    running = [
-        started(*command, "--mesh.fsdp", 2, "--beta.max", beta, "--distributed.process-id", i, **pipes)
-        for i, beta in enumerate((0.1, 0.2))
-    ]
-    found = ended(running)
-    said = "train.py: error: the options: process 1 and process 0 have different ones"
-    assert [code for code, *_ in found] == [1, 1] and all(said in err for *_, err in found), found
-    assert not (tmp_path / "run").exists()
+def assert_one_error(output):
+    assert output.startswith("train.py: error: ") and output.count("\n") == 1, output
 
 
-def lines_of(found):
-    return [(code, err.splitlines()) for code, _, err in found]
-
-
-def test_a_refusal_of_process_0_is_that_of_all(text_file, tmp_path):  # noqa: F811
-    """A foreign file in the run's folder, which process 0 alone looks at; then pieces that no tokenizer can have."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "foreign.txt").touch()
-    found = ended(begun(2, 1, text_file, folder, "--mesh.fsdp", 2), seconds=120)
-    said = f"train.py: error: --run-dir {folder} holds files but no run (there is no train.json); give another folder"
-    assert lines_of(found) == [(2, [said])] * 2
-    found = ended(
-        begun(2, 1, text_file, tmp_path / "new", "--mesh.fsdp", 2, "--data.decoder-vocab-size", 12), seconds=120
-    )
-    assert [code for code, *_ in found] == [2, 2] and found[0][2] == found[1][2]
-    assert "train.py: error: --data.decoder-vocab-size 12: " in found[0][2] and found[0][2].count("\n") == 1
-
-
-def test_a_killed_process_is_named(text_file, tmp_path):  # noqa: F811
-    folder = tmp_path / "run"
-    options = ["--steps", 100_000, "--batch-size", 8, "--log.checkpoint", 2, "--mesh.fsdp", 2, "--mesh.data", 1]
-    running = begun(2, 1, text_file, folder, *options)
-    while all(process.poll() is None for process in running) and newest_of(folder) < 4:
-        time.sleep(0.02)
-    running[1].kill()
-    (code, (line,)), (killed, nothing) = lines_of(ended(running, seconds=60))
-    assert code == 1 and killed == -9 and not nothing
-    said = re.fullmatch(
-        r"train.py: error: lost process 1 at step (\d+); the last complete checkpoint is (.*); "
-        "start all processes again to go on",
-        line,
-    )
-    assert int(said[1]) >= 4 and said[2] == str(folder / "checkpoints" / str(newest_of(folder)))
-
-
-def test_a_process_that_fails_alone_ends_the_others(text_file, tmp_path):  # noqa: F811
-    """Process 1 cannot read the tokenizers that process 0 has put there."""
-    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
-    command = ["--data.train", text_file, "--run-dir", "run", *TINY, *where, "--mesh.fsdp", 2]
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    running = [
-        started(*command, "--distributed.process-id", i, cwd=folder, **pipes) for i, folder in enumerate(folders)
-    ]
-    (first, one), (second, other) = lines_of(ended(running, seconds=120))
-    assert first == second == 1 and len(one) == len(other) == 1, (one, other)
-    # The first step may have begun before the word is there; it takes both processes.
-    said = r"train\.py: error: process 1 has ended with code 1 at step [01]; the last complete checkpoint is none yet; "
-    assert re.match(said, one[0]), one[0]
-    assert other[0].startswith("train.py: error: run/vocab.txt: ")
-
-
-def test_a_process_that_does_not_come(text_file, tmp_path):  # noqa: F811
-    """Of three, process 1 is missing; and process 0, for one that is there alone."""
-    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 3]
-    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *where, "--distributed.timeout"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    running = [started(*argv, 20, "--distributed.process-id", i, **pipes) for i in (0, 2)]
-    said = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [1, 1] and not (tmp_path / "run").exists()
-    assert f"{where[1]}: waited 20 s for process 1\n" in said[0][1]
-    alone = started(*argv, 1, "--distributed.process-id", 2, **pipes)
-    _, err = alone.communicate(timeout=120)
-    assert alone.returncode == 1 and f"train.py: error: {where[1]}: waited 1 s for process 0" in err
-
-
-BARRIER = """
-import sys, time
-from davae_jax.parallel.multihost import barrier, connect
-from davae_jax.parallel.config import DistributedConfig
-from davae_jax.utils.errors import InputError
-process = int(sys.argv[2])
-connect(DistributedConfig(sys.argv[1], 2, process, 60))
-barrier("both are here", 60)
-if process == 1:
-    time.sleep(4)
-else:
-    try:
-        barrier("the other one is here too", 1)
-    except InputError as e:
-        print(e, flush=True)
-"""
-
-
-def test_a_barrier_names_who_is_missing():
-    where = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-c", BARRIER, where]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
-    running = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
-    out, err = running[0].communicate(timeout=120)
-    running[1].communicate(timeout=120)
-    assert out == "waited 1 s until the other one is here too: no word from process 1\n", err
-
-
-def test_schedulers_say_who_is_there():
-    """Under Slurm and Open MPI nothing has to be given: their variables, as 2 tasks of one node have them."""
-    program = """
-import jax
-from davae_jax.parallel.multihost import barrier, connect
-from davae_jax.parallel.config import DistributedConfig
-connect(DistributedConfig(timeout=60))
-barrier("both are here", 60)
-print(jax.process_index(), jax.process_count(), flush=True)
-"""
-    job = free_port() % 4096  # JAX takes the port by it, 61440 and more
-    slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
-    mpi = {"OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": 2}
-    for job_wide, ranks in (
-        (slurm, ("SLURM_PROCID", "SLURM_LOCALID")),
-        (mpi, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")),
-    ):
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        said = [{name: str(value) for name, value in (job_wide | dict.fromkeys(ranks, i)).items()} for i in range(2)]
-        running = [subprocess.Popen([sys.executable, "-c", program], env=environment() | s, **pipes) for s in said]
-        assert [process.communicate(timeout=120)[0] for process in running] == ["0 2\n", "1 2\n"]
-
-
-def said_by(program, variables):
-    """(stdout, stderr) of processes that run the program, each with its own variables beside the tests'."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    mine = [environment() | {name: str(value) for name, value in one.items()} for one in variables]
-    running = [subprocess.Popen([sys.executable, "-c", program], env=env, **pipes) for env in mine]
-    return [process.communicate(timeout=120) for process in running]
-
-
-@pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
-def test_mpi_says_the_rest(size, rank):
-    """MPICH, Intel MPI and newer Open MPI tell each process its number, and nothing of how to meet."""
-    program = f"""
-import jax
-from davae_jax.parallel.multihost import barrier, connect
-from davae_jax.parallel.config import DistributedConfig
-connect(DistributedConfig("127.0.0.1:{free_port()}", timeout=60))
-barrier("both are here", 60)
-print(jax.process_index(), jax.process_count(), flush=True)
-"""
-    said = said_by(program, [{size: 2, rank: i} for i in range(2)])
-    assert [out for out, _ in said] == ["0 2\n", "1 2\n"], said
+@pytest.fixture(scope="module")
+def one_process(text_file, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("one") / "run"
+    code, _, err = tiny(text_file, folder, *STEPS)
+    assert code == 0, err
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("n", "devices", "options"),
+    [
+        (2, 1, [*FSDP, "--log.samples", 4]),
+        # Two processes need the same rows of the batch: the tensor axis spans both.
+        pytest.param(
+            *(4, 2, ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.tensor", 4, "--log.figures", 2]),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_losses_equal_those_of_one_process(n, devices, options, one_process, text_file, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    running = start(n, "--data.train", text_file, "--run-dir", folder, *STEPS, *options, devices=devices)
+    codes, (out, *others), errors = finish(running, 600)
+    assert codes == [0] * n, errors
+    assert f"{n * devices} devices of {n} processes: " in out
+    assert all(str(folder / "checkpoints" / step) in out for step in "48")
+    assert not any(others)
+    expected, metrics = metrics_of(one_process), metrics_of(folder)
+    assert [row["step"] for row in metrics] == [2, 4, 6, 8]
+    for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g", "grad_norm"):
+        a, b = ([row[name] for row in rows] for rows in (metrics, expected))
+        np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
+    assert (folder / "figures.json").exists() == ("--log.figures" in options)
+    # One process resumes what several wrote.
+    code, out, err = tiny(text_file, folder, *STEPS)
+    assert code == 0 and "steps 8 to 8" in out, err
+
+
+def test_a_signal_to_one_process_stops_all(text_file, tmp_path):  # noqa: F811
+    """All save the same step and exit with 130, on SIGTERM to process 1 and, resumed, on SIGINT to process 0."""
+    folder, before = tmp_path / "run", 0
+    for number, process in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
+        running = start(2, "--data.train", text_file, "--run-dir", folder, *ENDLESS, *FSDP)
+        wait_until(lambda at_least=before + 4: logged_steps(folder) >= at_least, running)
+        running[process].send_signal(number)
+        codes, (out, _), (error, other) = finish(running)
+        assert codes == [130, 130], (error, other)
+        step = newest_of(folder)
+        assert step % 10 == 0 and step > before
+        assert str(folder / "checkpoints" / str(step)) in out and str(step) in error and not other
+        before = step
+
+
+@pytest.mark.slow
+def test_a_stopped_and_killed_run_is_the_same_run(text_file, tmp_path):  # noqa: F811
+    """One of two processes is asked to stop; resumed, both are killed; resumed, the losses are those of one go."""
+    whole, folder = tmp_path / "whole", tmp_path / "resumed"
+    options = ["--data.train", text_file, "--steps", 60, "--batch-size", 8, "--log.checkpoint", 8, *FSDP, "--run-dir"]
+    assert finish(start(2, *options, whole))[0] == [0, 0]
+    running = start(2, *options, folder)
+    wait_until(lambda: logged_steps(folder) >= 4, running)
+    running[1].terminate()
+    assert finish(running)[0] == [130, 130]
+    stopped = newest_of(folder)
+    assert 10 <= stopped < 60 and stopped % 10 == 0
+    running = start(2, *options, folder)
+    wait_until(lambda: logged_steps(folder) >= stopped + 10, running)
+    for process in running:
+        process.kill()
+    assert finish(running)[0] == [-9, -9]
+    assert stopped < newest_of(folder) < 60
+    assert finish(start(2, *options, folder))[0] == [0, 0]
+    names = set(metrics_of(whole)[0]) - {"tokens_per_s", "data_wait", "compile_s"}
+    a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, folder))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)], ids=["kill", "kill0", "stop"]
+)
+def test_a_lost_process_ends_the_others(number, lost, text_file, tmp_path):  # noqa: F811
+    """With an error of the broken collective, or, where that waits, by JAX after the timeout."""
+    folder = tmp_path / "run"
+    timeout = ["--distributed.timeout", 30]
+    running = start(2, "--data.train", text_file, "--run-dir", folder, *ENDLESS, *FSDP, *timeout)
+    wait_until(lambda: newest_of(folder) >= 8, running)
+    running[lost].send_signal(number)
+    other = 1 - lost
+    running[other].wait(120)
+    running[lost].kill()
+    codes, (out, _), errors = finish(running)
+    assert codes[lost] == -9 and codes[other] in (1, -signal.SIGABRT), errors
+    if codes[other] == 1:
+        assert_one_error(errors[other])
+        assert f"process {other}: " in errors[other]
+    elif lost == 1:  # JAX's message
+        assert "unhealthy" in errors[0] and "\n1\n" in errors[0]
+    saved = [line for line in out.splitlines() if str(folder / "checkpoints") in line]
+    assert int(saved[-1].rpartition("/")[2]) in (newest_of(folder), newest_of(folder) - 4)  # killed before it printed
+
+
+def test_different_options_are_refused(text_file, tmp_path):  # noqa: F811
+    """By both processes, and nothing is written."""
+    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", "--mesh.fsdp", 2]
+    codes, _, errors = finish(start(2, *argv, different=[["--beta.max", beta] for beta in (0.1, 0.2)]))
+    assert codes == [1, 1] and errors[0] == errors[1]
+    assert_one_error(errors[0])
+    assert "the options of process 1" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_of_process_0_ends_all(text_file, tmp_path):  # noqa: F811
+    """A run folder with a foreign file, which process 0 checks; then a text file that no process can read."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "foreign.txt").touch()
+    codes, _, errors = finish(start(2, "--data.train", text_file, "--run-dir", folder, "--mesh.fsdp", 2))
+    assert codes == [2, 2] and errors[0] == errors[1]
+    assert_one_error(errors[0])
+    assert str(folder) in errors[0] and "--run-dir" in errors[0]
+    missing = tmp_path / "missing.txt"
+    codes, _, errors = finish(start(2, "--data.train", missing, "--run-dir", tmp_path / "new", "--mesh.fsdp", 2))
+    assert codes[0] == codes[1] > 0 and errors[0] == errors[1]
+    assert_one_error(errors[0])
+    assert str(missing) in errors[0]
+
+
+def test_a_process_that_fails_alone_ends_the_others(text_file, tmp_path):  # noqa: F811
+    """Process 1 cannot read the tokenizers that process 0 has written, because its folder is another one."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    argv = ["--data.train", text_file, "--run-dir", "run", "--mesh.fsdp", 2, "--distributed.timeout", 60]
+    codes, _, errors = finish(start(2, *argv, cwd=folders))
+    assert codes[1] == 1 and codes[0] in (1, -signal.SIGABRT), errors
+    assert_one_error(errors[1])
+    assert "run/vocab.txt" in errors[1]
+    if codes[0] == 1:
+        assert_one_error(errors[0])
+
+
+def run_programs(program, variables):
+    """Runs the program in a process for each dict of environment variables. Returns [(stdout, stderr)]."""
+    environments = [environment() | {name: str(value) for name, value in changes.items()} for changes in variables]
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], env=env, text=True, cwd=ROOT, **PIPES) for env in environments
+    ]
+    _, outs, errors = finish(running)
+    return list(zip(outs, errors, strict=True))
+
+
+CONNECT = """
+import os, sys, time
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+from davae_jax.parallel.config import DistributedConfig
+from davae_jax.parallel.multihost import connect, run_on_all_processes
+from davae_jax.utils.errors import InputError
+"""
+
+
+def test_an_error_of_any_process_is_that_of_all():
+    """And process 0 may end before the others have."""
+    program = f"""{CONNECT}
+connect(DistributedConfig("127.0.0.1:{free_port()}", 2, int(os.environ["ID"]), 60))
+def work():
+    if jax.process_index() == 1:
+        raise InputError("wrong " * 1000, exit_code=7)
+try:
+    run_on_all_processes(work)
+except InputError as e:
+    time.sleep(jax.process_index())
+    print(e.exit_code, str(e)[:20], flush=True)
+    os._exit(e.exit_code)
+"""
+    results = run_programs(program, [{"ID": i} for i in range(2)])
+    assert [out for out, _ in results] == ["7 process 1: wrong wro\n", "7 wrong wrong wrong wr\n"], results
+
+
+def test_processes_that_do_not_come(text_file, tmp_path):  # noqa: F811
+    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", "--distributed.timeout", 5, *TINY]
+    where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
+    codes, _, _ = finish([started(*argv, *where, "--distributed.process-id", 0, **PIPES)])
+    assert codes[0] != 0 and not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+        ((out, _),) = run_programs(
+            f"""{CONNECT}
+try:
+    connect(DistributedConfig({address!r}, 2, 0, 5))
+except InputError as e:
+    print(e)
+""",
+            [{}],
+        )
+    assert out.startswith(f"--distributed.coordinator {address}: ") and out.count("\n") == 1
+
+
+def test_slurm_and_open_mpi_are_detected():
+    """By their variables, as 2 tasks of one node have them."""
+    program = f"""{CONNECT}
+connect(DistributedConfig(timeout=60))
+sync_global_devices("connected")
+print(jax.process_index(), jax.process_count(), flush=True)
+"""
+    job = free_port() % 4096  # JAX derives the port from it, 61440 and more
+    slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+    mpi = {"OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": 2}
+    for variables, ranks in (
+        (slurm, ("SLURM_PROCID", "SLURM_LOCALID")),
+        (mpi, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")),
+    ):
+        results = run_programs(program, [variables | dict.fromkeys(ranks, i) for i in range(2)])
+        assert [out for out, _ in results] == ["0 2\n", "1 2\n"], results
+
+
+@pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
+def test_mpi_completes_a_coordinator(size, rank):
+    """MPICH, Intel MPI and newer Open MPI give each process its rank, but no address."""
+    program = f"""{CONNECT}
+connect(DistributedConfig("127.0.0.1:{free_port()}", timeout=60))
+sync_global_devices("connected")
+print(jax.process_index(), jax.process_count(), flush=True)
+"""
+    results = run_programs(program, [{size: 2, rank: i} for i in range(2)])
+    assert [out for out, _ in results] == ["0 2\n", "1 2\n"], results
+
+
+def test_the_only_task_of_a_node_uses_all_devices():
+    """JAX alone would choose the device of the task's local rank."""
+    program = f"""{CONNECT}
+connect(DistributedConfig(timeout=60))
+print(jax.config.values["jax_cuda_visible_devices"], flush=True)
+"""
+    devices = {}
+    for tasks in ("1", "1(x4)", "2"):
+        slurm = {"SLURM_JOB_ID": free_port() % 4096, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 1}
+        slurm |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": tasks}
+        ((devices[tasks], _),) = run_programs(program, [slurm])
+    assert devices == {"1": "all\n", "1(x4)": "all\n", "2": "0\n"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
     [
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is 2, "),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "PMI_SIZE is 4, "),
@@ -286,46 +324,28 @@ print(jax.process_index(), jax.process_count(), flush=True)
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX is 0, "),
     ],
 )
-def test_none_trains_alone_where_there_are_others(variables, said):
+def test_other_processes_that_jax_does_not_find_are_an_error(variables, reason):
     with pytest.raises(InputError) as e:
         check_alone(variables)
-    assert str(e.value).startswith(said) and "give --distributed.coordinator HOST:PORT" in str(e.value)
+    assert str(e.value).startswith(reason) and "give --distributed.coordinator HOST:PORT" in str(e.value)
     assert e.value.exit_code == 2 and "\n" not in str(e.value)
 
 
-def test_one_that_is_alone_trains_alone():
+def test_a_process_without_others_trains_alone():
     check_alone({})
     check_alone({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})
-    check_alone({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script, outside of any step
-    check_alone({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})  # a pod of no indexed job
+    check_alone({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script outside of a step
+    check_alone({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})  # a pod outside of an indexed job
 
 
 def test_the_program_refuses_to_train_alone(text_file, tmp_path):  # noqa: F811
-    """As a pod of an indexed job without Kubernetes' package, or with a service that does not answer."""
+    """In a pod of an indexed job, without Kubernetes' package or with a service that does not answer."""
     pod = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1", "JOB_COMPLETION_INDEX": "1"}
-    words = ["train.py", "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY]
-    program = f"import sys, train; sys.exit(train.main({list(map(str, words[1:]))}))"
-    ((out, err),) = said_by(program, [pod])
-    (line,) = err.splitlines()
+    argv = list(map(str, ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY]))
+    ((out, error),) = run_programs(f"import sys, train; sys.exit(train.main({argv}))", [pod])
+    assert_one_error(error)
     assert not out and not (tmp_path / "run").exists()
-    assert line.startswith("train.py: error: ") and ("JOB_COMPLETION_INDEX is 1, " in line or "Kubernetes: " in line)
-
-
-def test_a_task_alone_on_its_node_has_all_devices():
-    """JAX would take the one of the task's number."""
-    program = """
-from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
-from davae_jax.parallel.multihost import connect
-from davae_jax.parallel.config import DistributedConfig
-connect(DistributedConfig(timeout=60))
-print(CUDA_VISIBLE_DEVICES.value, flush=True)
-"""
-    said = {}
-    for tasks in ("1", "1(x4)", "2"):
-        slurm = {"SLURM_JOB_ID": free_port() % 4096, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 1}
-        slurm |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": tasks}
-        ((said[tasks], _),) = said_by(program, [slurm])
-    assert said == {"1": "all\n", "1(x4)": "all\n", "2": "0\n"}
+    assert "JOB_COMPLETION_INDEX" in error or "Kubernetes" in error
 
 
 @pytest.mark.parametrize(
@@ -340,12 +360,12 @@ print(CUDA_VISIBLE_DEVICES.value, flush=True)
         ({"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3", "JAX_LOCAL_DEVICE_IDS": "0"}, None),
     ],
 )
-def test_which_devices_of_its_node_a_process_takes(variables, devices):
+def test_the_devices_of_its_node_that_a_process_uses(variables, devices):
     assert local_devices(variables) == devices
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "reason"),
     [
         (dict(coordinator="a:1"), "give all three or none"),
         (dict(num_processes=2, process_id=1), "give all three or none"),
@@ -354,14 +374,14 @@ def test_which_devices_of_its_node_a_process_takes(variables, devices):
         (dict(timeout=0), "--distributed.timeout must be at least 1, not 0"),
     ],
 )
-def test_bad_options(given, said):
+def test_bad_options(options, reason):
     with pytest.raises(InputError) as e:
-        DistributedConfig(**given)
-    assert said.replace("_", "-") in str(e.value) and e.value.exit_code == 2
+        DistributedConfig(**options)
+    assert reason.replace("_", "-") in str(e.value) and e.value.exit_code == 2
 
 
 def test_each_device_gets_its_own_rows():
-    """Over 8 devices; and the batch as a whole is the one of a single device."""
+    """On 8 devices; the whole batch is that of a single device."""
     import jax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -383,9 +403,8 @@ def test_each_device_gets_its_own_rows():
     spans = local_row_ranges(sharding, 16)
     assert spans == [(0, 4), (4, 8), (8, 12), (12, 16)]
     for step, batch in zip(range(3, 3 + batches.steps_per_epoch), prefetch(batches, sharding, 3), strict=False):
-        pairs = zip(jax.tree.leaves(batches.batch(step)), jax.tree.leaves(batch), strict=True)
-        for whole, laid_out in pairs:
-            np.testing.assert_array_equal(whole, laid_out)
-            for shard in laid_out.addressable_shards:
+        for whole, placed in zip(jax.tree.leaves(batches.batch(step)), jax.tree.leaves(batch), strict=True):
+            np.testing.assert_array_equal(whole, placed)
+            for shard in placed.addressable_shards:
                 assert len(shard.data) == 4
                 np.testing.assert_array_equal(shard.data, whole[shard.index])

@@ -8,15 +8,24 @@ import pytest
 
 from davae_jax.evaluation.evaluate import Evaluation
 from davae_jax.model.latent import Posterior
-from davae_jax.reports import charts, projection, report
+from davae_jax.reports import charts, html, projection, report
 from davae_jax.reports.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
-from davae_jax.reports.report import difference, nearest, read_log
+from davae_jax.reports.report import changes, nearest, read_log
 
 
-def test_difference():
-    assert difference("今天很好", "今天不好") == "今天<del>很</del><ins>不</ins>好"
-    assert difference("a <b> c", "a <b>") == "a &lt;b&gt;<del> c</del>"
-    assert difference("", "x") == "<ins>x</ins>"
+def test_changes():
+    assert changes("今天很好", "今天不好") == [("kept", "今天"), ("lost", "很"), ("new", "不"), ("kept", "好")]
+    assert changes("a <b> c", "a <b>") == [("kept", "a <b>"), ("lost", " c")]
+    assert changes("", "x") == [("new", "x")]
+
+
+def test_a_template_escapes_what_is_not_a_chart():
+    values = dict(caveats=["<b> & c"], settings_legend=[], plane=html.Figure("<svg></svg>", "<i>"), strips=[])
+    page = html.render("comparison.html", title="<t>", kind="k", about="", columns=[], rows=[], options={}, **values)
+    assert "<li>&lt;b&gt; &amp; c</li>" in page and "<figure><svg></svg><figcaption>&lt;i&gt;</figcaption>" in page
+    assert page.startswith("<!DOCTYPE html>\n") and "<title>&lt;t&gt;: k</title>" in page and ".heads {" in page
+    marked = html.TEMPLATES.get_template("macros.html").module.marked
+    assert marked(changes("a <b> c", "d <b>")) == "<del>a</del><ins>d</ins> &lt;b&gt;<del> c</del>"
 
 
 def test_nearest():
@@ -76,16 +85,18 @@ def test_maps_of_many_texts(many, monkeypatch):
     """At most 2000 dots, drawn, as the caption says; the plane parts alternating labels, and is left out where no class
     has two texts."""
     monkeypatch.setattr(projection, "umap", lambda means: None)
-    page = report._maps(many)
+    _, by_factor = report.latent_maps(many)
+    figures = [figure for factor in by_factor for figure in factor.figures]
+    page = "".join(figure.svg for figure in figures)
     dots = [(colour, path.count("M")) for colour, path in re.findall(r'class="dots" stroke="(.*?)" d="(.*?)"', page)]
     of_two, of_own = dots[:4], dots[4:]
     assert sum(count for _, count in of_two[:2]) == sum(count for _, count in of_two[2:]) == 2000
     assert min(count for _, count in of_two) > 900  # of both classes
     assert sum(count for _, count in of_own) == 2000
-    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    captions = [figure.caption for figure in figures]
     assert len(captions) == 3
     assert captions[0].endswith("% of the variance, 2,000 of 5,000 texts, drawn") and captions[2] == captions[0]
-    assert captions[1] == "2,000 of the texts, in the plane that parts the classes of other ones most"
+    assert captions[1] == "2,000 of the texts, in the plane that separates the classes of other texts best"
     plane = re.findall(r'class="dots" stroke=".*?" d="(.*?)"', page)[2:4]
     sides = [np.array([float(x) for x in re.findall(r"M([\d.]+) ", path)]) for path in plane]
     assert max(sides[0]) < min(sides[1]) or max(sides[1]) < min(sides[0])
@@ -99,8 +110,8 @@ def test_a_folder_called_umap_is_no_umap(tmp_path, monkeypatch):
 
 
 def test_long_curves_are_thinned():
-    assert report.thinned(range(7)) == list(range(7))
-    found = report.thinned(range(10_001))
+    assert report.thin(range(7)) == list(range(7))
+    found = report.thin(range(10_001))
     assert (len(found), found[0], found[-1]) == (2000, 0, 10_000)
     assert set(np.diff(found)) == {5, 6}
 

@@ -1,4 +1,4 @@
-"""Texts in, texts out: the published program's answers, and what holds for any model."""
+"""Tests of `TextVAE`: the published program's results, and properties that hold for every model."""
 
 import dataclasses
 import warnings
@@ -14,7 +14,7 @@ import davae_jax
 from davae_jax import InputError, TextVAE
 from davae_jax.tokenizers.load import load_tokenizers
 
-# Against the published program, with its tokenizers.
+# Comparison with the published program, with its tokenizers.
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_golden_ids(published, golden):
     assert [str(w.message) for w in caught] == [
         "text 4: the text is empty or only white space",
         "text 10: the encoder knows no character of the text",
-        "text 15: the text is longer than 510 ids and was cut",
+        "text 15: the text is longer than 510 ids and was truncated",
     ]
     assert published.decoder_ids(golden["texts"]) == golden["decoder_encode"]
     assert published.prompt_ids(golden["simulate_prompts"]) == golden["simulate_prompt_ids"]
@@ -66,22 +66,22 @@ TEXTS = sentences(7)
 
 @pytest.fixture
 def vae(tiny_vae, monkeypatch) -> TextVAE:
-    """The shared model; what a test sets on it is set back."""
+    """Returns the shared model; attributes that a test sets are restored after it."""
     for name in ("batch_size", "label"):
         monkeypatch.setattr(tiny_vae, name, getattr(tiny_vae, name))
     return tiny_vae
 
 
-def test_the_seed_decides(vae):
+def test_the_seed_determines_the_texts(vae):
     for draw in (lambda seed: vae.simulate_batch(TEXTS, seed=seed), lambda seed: vae.sample(7, seed=seed)):
         assert draw(3) == draw(3)
         assert all(a != b for a, b in zip(draw(3), draw(4), strict=True))
     assert vae.sample(7) == vae.sample(7, seed=0)
-    for seed in (-1, 2**40, 10**30):  # JAX itself takes none past 64 bits
+    for seed in (-1, 2**40, 10**30):  # JAX itself accepts at most 64 bits
         assert vae.sample(7, seed=seed) == vae.sample(7, seed=seed % 2**32)
 
 
-def test_batches_change_nothing(vae):
+def test_the_batch_size_changes_nothing(vae):
     latent, texts = vae.encode(TEXTS), vae.simulate_batch(TEXTS)
     assert len(set(texts)) == 7
     for vae.batch_size in (1, 4):
@@ -97,7 +97,7 @@ def test_the_latent(vae):
     np.testing.assert_allclose(
         vae.encode(TEXTS, eps=eps, std_scale=0.5), mean + 0.5 * eps * np.exp(logvar / 2), rtol=1e-5, atol=1e-5
     )
-    # The config's width is 1.5.
+    # The config's std_scale is 1.5.
     np.testing.assert_array_equal(vae.encode(TEXTS, eps=eps), vae.encode(TEXTS, eps=eps, std_scale=1.5))
     np.testing.assert_array_equal(vae.encode(TEXTS, seed=5), vae.encode(TEXTS, seed=5, std_scale=1.5))
 
@@ -146,12 +146,12 @@ def test_reconstruction_is_greedy_from_the_mean(vae):
     assert len(set(greedy)) > 3
     assert vae.reconstruct(TEXTS) == vae.reconstruct(TEXTS, seed=9) == greedy
     assert vae.reconstruct(TEXTS, max_length=5) == vae.generate(mean, top_k=1, max_length=5)
-    # A setting that says how to draw is not lost to the greedy default.
-    for told in (dict(top_p=0.9), dict(temperature=1.0), dict(repetition_penalty=1.0), dict(top_k=0)):
-        assert vae.reconstruct(TEXTS, seed=2, **told) == vae.generate(mean, seed=2) != greedy
+    # A setting that only matters for drawing turns the greedy default off.
+    for settings in (dict(top_p=0.9), dict(temperature=1.0), dict(repetition_penalty=1.0), dict(top_k=0)):
+        assert vae.reconstruct(TEXTS, seed=2, **settings) == vae.generate(mean, seed=2) != greedy
 
 
-def test_samples_come_from_the_prior_one_by_one(vae):
+def test_samples_do_not_depend_on_their_number(vae):
     vae.batch_size = 8
     samples = vae.sample(20, seed=1)
     assert len(set(samples)) > 10
@@ -177,24 +177,24 @@ def test_analogy(vae):
     assert vae.analogy(a, b, c) == vae.generate(mean[2:3] - mean[:1] + mean[4:5], top_k=1)[0]
 
 
-# What a user should hear of.
+# Warnings.
 
-TROUBLED = [TEXTS[0], "", "今天ѪѪ", "ѪѪѪ", " \t\u3000\n", "天" * 100_000, "天" * (MAX_IDS - 2)]
-HEARD = [
+PROBLEMATIC = [TEXTS[0], "", "今天ѪѪ", "ѪѪѪ", " \t\u3000\n", "天" * 100_000, "天" * (MAX_IDS - 2)]
+WARNINGS = [
     "text 2: the text is empty or only white space",
     "text 4: the encoder knows no character of the text",
     "text 5: the text is empty or only white space",
-    f"text 6: the text is longer than {MAX_IDS} ids and was cut",
+    f"text 6: the text is longer than {MAX_IDS} ids and was truncated",
 ]
 
 
 @pytest.mark.parametrize("method", ["encoder_ids", "posterior", "encode", "simulate_batch", "reconstruct"])
 def test_warnings_name_the_text(vae, method):
-    vae.batch_size = 4  # numbers go on from batch to batch
+    vae.batch_size = 4  # texts are numbered across batches
     with pytest.warns(UserWarning) as caught:
-        result = getattr(vae, method)(TROUBLED)
-    assert [str(w.message) for w in caught] == HEARD
-    assert len(result[0] if method == "posterior" else result) == len(TROUBLED)
+        result = getattr(vae, method)(PROBLEMATIC)
+    assert [str(w.message) for w in caught] == WARNINGS
+    assert len(result[0] if method == "posterior" else result) == len(PROBLEMATIC)
 
 
 def test_warnings_of_single_texts(vae):
@@ -207,7 +207,7 @@ def test_warnings_of_single_texts(vae):
     ]
 
 
-def test_plain_texts_warn_of_nothing(vae):
+def test_ordinary_texts_cause_no_warning(vae):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vae.simulate_batch(TEXTS)
@@ -222,7 +222,7 @@ def test_no_texts(vae):
 
 
 LATENT = np.zeros((2, 4), np.float32)
-TOO_LONG = "春眠" * MAX_OUT_LENGTH  # one piece each, <bos> before them
+TOO_LONG = "春眠" * MAX_OUT_LENGTH  # MAX_OUT_LENGTH tokens after <bos>
 
 
 @pytest.mark.parametrize(
@@ -250,14 +250,14 @@ TOO_LONG = "春眠" * MAX_OUT_LENGTH  # one piece each, <bos> before them
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_is_refused(vae, call, message):
+def test_invalid_arguments(vae, call, message):
     with pytest.raises(InputError) as error:
         call(vae)
     assert str(error.value) == message
     assert error.value.exit_code == 2
 
 
-def test_one_text_is_no_list(vae):
+def test_a_string_is_not_a_list_of_texts(vae):
     for method in (vae.encoder_ids, vae.decoder_ids, vae.prompt_ids, vae.simulate_batch, vae.reconstruct):
         with pytest.raises(TypeError, match="give a list of texts, not one text"):
             method("今天")
@@ -285,7 +285,7 @@ def test_a_missing_tokenizer_is_found_before_the_weights_are_read(tiny_checkpoin
     assert str(error.value) == f"{vocab}: no such file; a tokenizer folder holds spiece.model and vocab.txt"
 
 
-def test_a_hundred_calls_compile_a_handful_of_times(vae):
+def test_a_hundred_calls_compile_few_programs(vae):
     rng = np.random.default_rng(0)
 
     def call(seed):

@@ -10,7 +10,7 @@ from sacrebleu.metrics import BLEU
 
 from davae_jax.evaluation import ngram
 from davae_jax.evaluation.ngram import BEGIN, END, UNKNOWN, NGram
-from davae_jax.evaluation.text_metrics import distinct, edit_distance, path_length, pieces, self_bleu, words
+from davae_jax.evaluation.text_metrics import distinct, edit_distance, path_length, self_bleu, words, words_and_spaces
 
 
 def test_words():
@@ -22,8 +22,8 @@ def test_words():
 
 
 @pytest.mark.parametrize("text", ["a  b今天 \u3000x", "", " ", "\n今\r\n天", "𠀀b"])
-def test_pieces_are_the_text(text):
-    assert "".join(pieces(text)) == text
+def test_words_and_spaces_are_the_text(text):
+    assert "".join(words_and_spaces(text)) == text
 
 
 def test_distinct():

@@ -1,7 +1,7 @@
-"""Both tokenizers: small ones made on the spot, and the published ones where their files are at hand.
+"""Both tokenizers: small ones that the tests train, and the published ones where their files are available.
 
-Set DAVAE_REFERENCE_DIR to a folder that holds tokenizers/ (spiece.model, vocab.txt) and golden/text/text.json to run
-the published known answers too.
+Set DAVAE_REFERENCE_DIR to a folder with tokenizers/ (spiece.model, vocab.txt) and golden/text/text.json to also compare
+with the ids and texts of the published program.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def decoder(folder):
 
 @pytest.fixture(scope="session")
 def pieces(folder):
-    """The bare SentencePiece model, to say what a stretch of text without literals is."""
+    """The SentencePiece model itself, for the expected ids of a text without literals."""
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_file=str(folder / "spiece.model"))
@@ -73,7 +73,7 @@ def assert_one_line_naming(error: pytest.ExceptionInfo[InputError], name: str) -
     assert "\n" not in message
 
 
-# The encoder's.
+# The encoder's tokenizer.
 
 
 def test_encoder_ids_have_their_special_tokens_doubled(encoder, entries):
@@ -81,24 +81,24 @@ def test_encoder_ids_have_their_special_tokens_doubled(encoder, entries):
     assert encoder.encode(["Hello MODELS今天，7"]) == [[2, 2, *ids, 3, 3]]
 
 
-def test_encoder_takes_many_texts_and_none(encoder, entries):
+def test_encoder_accepts_several_texts_and_none(encoder, entries):
     assert encoder.encode(["", "天", " \n　"]) == [[2, 2, 3, 3], [2, 2, entries.index("天"), 3, 3], [2, 2, 3, 3]]
     assert encoder.encode([]) == []
 
 
-def test_encoder_reads_literals_of_its_own_special_tokens(encoder):
+def test_encoder_recognizes_literal_special_tokens(encoder):
     assert encoder.encode(["[MASK][SEP] [CLS][UNK]"]) == [[2, 2, 4, 3, 2, 1, 3, 3]]
 
 
 def test_vocabulary_is_split_at_line_feeds_only(folder, encoder, entries):
     lines = (folder / "vocab.txt").read_text(encoding="utf-8")
-    assert len(lines.splitlines()) == encoder.size + 1  # what a careless reader would count
+    assert len(lines.splitlines()) == encoder.size + 1  # the wrong size, with U+2028 as a line end
     assert encoder.size == len(entries) == lines.count("\n")
     assert entries.index(LINE_SEPARATOR_ENTRY) < entries.index("天")
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_last_line_feed_adds_no_entry(tmp_path, entries, end):
+def test_a_line_feed_at_the_end_adds_no_token(tmp_path, entries, end):
     (tmp_path / "vocab.txt").write_bytes(("\n".join(entries) + end).encode("utf-8"))
     assert load_small_encoder(tmp_path).size == len(entries)
 
@@ -109,19 +109,20 @@ def test_vocabulary_with_carriage_returns(tmp_path, encoder, entries):
     assert load_small_encoder(tmp_path).encode([text]) == encoder.encode([text])
 
 
-def test_encoder_cuts_between_the_inner_and_the_outer_pair(encoder, entries):
+def test_encoder_truncates_before_adding_the_outer_pair(encoder, entries):
     day = entries.index("天")
-    whole, cut = encoder.encode(["天" * 508, "天" * 509])
-    assert whole == [2, 2, *[day] * 508, 3, 3]
-    assert cut == [2, 2, *[day] * 509, 3]
-    assert len(whole) == len(cut) == 512
+    complete, truncated = encoder.encode(["天" * 508, "天" * 509])
+    assert complete == [2, 2, *[day] * 508, 3, 3]
+    assert truncated == [2, 2, *[day] * 509, 3]
+    assert len(complete) == len(truncated) == 512
+    assert [encoder.is_truncated(ids) for ids in (complete, truncated)] == [False, True]
 
 
-def test_encoder_cut_follows_max_ids(folder, entries):
+def test_encoder_truncates_to_max_ids(folder, entries):
     small = EncoderTokenizer(folder, cls_id=CLS_ID, sep_id=SEP_ID, max_ids=6)
     day = entries.index("天")
     assert small.encode(["天天天天", "天天天天天"]) == [[2, 2, *[day] * 4, 3, 3], [2, 2, *[day] * 5, 3]]
-    assert small.problem(small.encode(["天" * 5])[0]) == "the text is longer than 6 ids and was cut"
+    assert small.problem(small.encode(["天" * 5])[0]) == "the text is longer than 6 ids and was truncated"
 
 
 @pytest.mark.parametrize(
@@ -130,11 +131,11 @@ def test_encoder_cut_follows_max_ids(folder, entries):
         ("天", None),
         ("😀天", None),
         ("天" * 508, None),
-        ("天" * 509, "the text is longer than 510 ids and was cut"),
-        ("天" * 5000, "the text is longer than 510 ids and was cut"),
+        ("天" * 509, "the text is longer than 510 ids and was truncated"),
+        ("天" * 5000, "the text is longer than 510 ids and was truncated"),
         ("", "the text is empty or only white space"),
         (" \n\t　", "the text is empty or only white space"),
-        ("\u200b\u0000", "the text is empty or only white space"),  # the tokenizer drops these
+        ("\u200b\u0000", "the text is empty or only white space"),  # the tokenizer removes these characters
         ("😀", "the encoder knows no character of the text"),
         ("龘 靐", "the encoder knows no character of the text"),
         ("龘" * 600, "the encoder knows no character of the text"),
@@ -149,14 +150,14 @@ def test_long_texts_are_fast_and_silent(encoder, decoder, capfd, recwarn, text):
     start = time.perf_counter()
     [ids] = encoder.encode([text])
     decoder.encode(text)
-    assert time.perf_counter() - start < 10  # a tenth of a second here; what it guards against is quadratic
+    assert time.perf_counter() - start < 10  # usually 0.1 s; quadratic time would take minutes
     assert len(ids) <= 512
     captured = capfd.readouterr()
     assert (captured.out, captured.err, len(recwarn)) == ("", "", 0)
 
 
-def test_neighbouring_files_take_no_part(folder, tmp_path, encoder):
-    # A model folder can hold the files of another tokenizer, which transformers would read first.
+def test_other_tokenizer_files_in_the_folder_are_not_read(folder, tmp_path, encoder):
+    # A model's folder may hold the files of another tokenizer, which transformers would read first.
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 5}')
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -165,9 +166,9 @@ def test_neighbouring_files_take_no_part(folder, tmp_path, encoder):
     assert load_small_encoder(tmp_path).encode([text]) == encoder.encode([text])
 
 
-def test_nothing_asks_the_network(folder, monkeypatch):
+def test_loading_does_not_use_the_network(folder, monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -201,7 +202,7 @@ def test_ids_of_another_model_are_refused(folder):
         EncoderTokenizer(folder)
 
 
-def test_a_vocabulary_that_transformers_makes_up_is_refused(folder, monkeypatch):
+def test_another_vocabulary_from_transformers_is_refused(folder, monkeypatch):
     import transformers
 
     monkeypatch.setattr(transformers.BertTokenizer, "from_pretrained", lambda *_, **__: range(5))
@@ -209,7 +210,7 @@ def test_a_vocabulary_that_transformers_makes_up_is_refused(folder, monkeypatch)
         load_small_encoder(folder)
 
 
-def test_a_folder_in_a_files_place(tmp_path):
+def test_a_folder_instead_of_a_file(tmp_path):
     (tmp_path / "vocab.txt").mkdir()
     (tmp_path / "spiece.model").mkdir()
     with pytest.raises(InputError, match="cannot be read") as error:
@@ -226,7 +227,7 @@ def test_half_a_surrogate_pair_is_refused(encoder, decoder):
             encode("天\ud83d")
 
 
-# The decoder's.
+# The decoder's tokenizer.
 
 
 def test_decoder_size_and_unknown(decoder):
@@ -242,19 +243,19 @@ def test_ordinary_text_comes_back(decoder):
         assert decoder.decode(ids) == unicodedata.normalize("NFKC", text) + " <|endoftext|>"
 
 
-def test_literals_split_the_text_and_take_the_white_space_beside_them(decoder, pieces):
+def test_literals_split_the_text_and_absorb_white_space(decoder, pieces):
     today, weather = pieces.encode("今天"), pieces.encode("天气")
     assert decoder.encode("今天 <bos>\n　天气") == [*today, BOS, *weather, END]
-    # SentencePiece would keep U+0085, white space to Python.
+    # U+0085 is white space in Python; SentencePiece would keep it.
     assert len(pieces.encode("今天\x85")) > len(today)
     assert decoder.encode("今天\x85<bos>\x85天气") == [*today, BOS, *weather, END]
     assert decoder.encode("<unk><pad> <bos>天气<unk>") == [0, PAD, BOS, *weather, 0, END]
     assert decoder.encode("今天<unk>天气") == [*today, 0, *weather, END]
-    # What follows a literal starts afresh, with SentencePiece's blank in front: it is not the rest of one stretch.
+    # A stretch after a literal is encoded separately, so it begins with SentencePiece's blank.
     assert pieces.id_to_piece(weather[0]).startswith("▁")
 
 
-def test_closing_tag_and_unknown_brackets_are_no_literals(decoder, pieces):
+def test_other_tags_are_not_literals(decoder, pieces):
     assert decoder.encode("天</s>气") == [*pieces.encode("天</s>气"), END]
     assert 2 not in decoder.encode("天</s>气")
     assert decoder.encode("<BOS><s>") == [*pieces.encode("<BOS><s>"), END]
@@ -290,10 +291,10 @@ def test_decode_joins_runs_and_added_tokens_with_one_blank(decoder, pieces):
     assert decoder.decode([BOS, *today, END]) == "<bos> 今天 <|endoftext|>"
     assert decoder.decode([*today, BOS, PAD, *today]) == "今天 <bos> <pad> 今天"
     assert decoder.decode([1, 2]) == ""
-    assert decoder.decode([BOS, 1, PAD]) == "<bos>  <pad>"  # a run that prints nothing still is a part
+    assert decoder.decode([BOS, 1, PAD]) == "<bos>  <pad>"  # an empty run is joined with blanks too
 
 
-def test_decode_puts_a_blank_before_a_group_that_unknown_ends(decoder, pieces):
+def test_decode_puts_a_blank_before_a_group_followed_by_unknown(decoder, pieces):
     today, weather = pieces.encode("今天"), pieces.encode("天气")
     assert decoder.decode([0]) == "<unk>"
     assert decoder.decode([0, 0]) == "<unk><unk>"
@@ -309,7 +310,7 @@ def test_ids_past_the_added_tokens(decoder, pieces):
     today = pieces.encode("今天")
     assert decoder.decode([PIECES + 3]) == "<extra_id_-4>"
     assert decoder.decode([PIECES + 4, PIECES + 47]) == "<extra_id_-5><extra_id_-48>"
-    # They are part of a run, so the pieces behind them keep their own blank.
+    # They belong to a run, so the pieces after them keep their own blank.
     assert decoder.decode([*today, PIECES + 3, *today]) == "今天<extra_id_-4> 今天"
     assert decoder.decode([*today, PIECES + 3, 0]) == "今天<extra_id_-4><unk>"
     with pytest.raises(IndexError):
@@ -322,7 +323,7 @@ def test_decode_takes_arrays(decoder, pieces):
 
 
 def reference_decode(pieces, ids: list[int]) -> str:
-    """The decoding rule once more, one id at a time."""
+    """A second implementation of decoding, one id at a time."""
     added = {number: literal for literal, number in LITERALS.items() if number}
     parts, run, group, after_unknown, open_run = [], "", [], False, False
 
@@ -348,7 +349,7 @@ def reference_decode(pieces, ids: list[int]) -> str:
     return " ".join(parts)
 
 
-def test_decode_against_a_second_reading(decoder, pieces):
+def test_decode_against_a_second_implementation(decoder, pieces):
     rng = random.Random(3)
     for _ in range(3000):
         special = rng.choice([0.1, 0.3, 0.7])
@@ -360,21 +361,21 @@ def test_decode_against_a_second_reading(decoder, pieces):
 
 
 def reference_encode(pieces, text: str) -> list[int]:
-    """The encoding rule once more, from the left, literal by literal."""
+    """A second implementation of encoding, one literal at a time."""
     ids, after_literal = [], False
     while text:
-        found = {text.find(literal): literal for literal in LITERALS if literal in text}
-        at = min(found, default=len(text))
+        positions = {text.find(literal): literal for literal in LITERALS if literal in text}
+        at = min(positions, default=len(text))
         head = text[:at].lstrip() if after_literal else text[:at]
-        ids += pieces.encode(head.rstrip() if found else head)
-        if not found:
+        ids += pieces.encode(head.rstrip() if positions else head)
+        if not positions:
             break
-        ids.append(LITERALS[found[at]])
-        text, after_literal = text[at + len(found[at]) :], True
+        ids.append(LITERALS[positions[at]])
+        text, after_literal = text[at + len(positions[at]) :], True
     return ids if ids[-1:] == [END] else [*ids, END]
 
 
-def test_encode_against_a_second_reading(decoder, pieces):
+def test_encode_against_a_second_implementation(decoder, pieces):
     rng = random.Random(4)
     parts = [*LITERALS, " ", "\n", "　", "\x85", "今天", "天气", "hello", "<", "bos>", "</s>", "龘", "，"]
     for _ in range(3000):
@@ -382,7 +383,7 @@ def test_encode_against_a_second_reading(decoder, pieces):
         assert decoder.encode(text) == reference_encode(pieces, text)
 
 
-def test_added_tokens_may_stand_in_any_order_or_be_control_pieces(folder, pieces):
+def test_added_tokens_in_another_order_or_as_control_pieces(folder, pieces):
     today = pieces.encode("今天")
     other = DecoderTokenizer(folder, bos_id=PIECES, end_id=2, pad_id=PIECES + 2)
     assert other.encode("<bos>今天<pad>") == [PIECES, *today, PIECES + 2, 2]
@@ -394,7 +395,7 @@ def test_added_tokens_may_stand_in_any_order_or_be_control_pieces(folder, pieces
     [
         ({}, "300 pieces, so <|endoftext|> must have one of the ids 300..302, not 50000"),
         ({"end_id": END, "pad_id": PAD, "bos_id": PIECES + 3}, "<bos> must have"),
-        ({"end_id": 5, "pad_id": PAD, "bos_id": BOS}, "not 5"),  # would hide an ordinary piece
+        ({"end_id": 5, "pad_id": PAD, "bos_id": BOS}, "not 5"),  # the id of an ordinary piece
         ({"end_id": 0, "pad_id": PAD, "bos_id": BOS}, "not 0"),
         ({"end_id": -1, "pad_id": PAD, "bos_id": BOS}, "not -1"),
         ({"end_id": END, "pad_id": END, "bos_id": BOS}, "must differ"),
@@ -424,7 +425,7 @@ def test_bad_sentencepiece_models(folder, tmp_path, capfd, damage):
     assert capfd.readouterr().err == ""
 
 
-# The published ones.
+# The published tokenizers.
 
 
 @pytest.fixture(scope="session")
@@ -462,11 +463,11 @@ def test_published_encoder_ids(published_encoder, known):
 
 def test_published_problems(published_encoder, known):
     problems = [published_encoder.problem(ids) for ids in known["encoder_ids"]]
-    found = {text[:1]: problem for text, problem in zip(known["texts"], problems, strict=True) if problem}
-    assert found == {
+    by_first_character = {text[:1]: p for text, p in zip(known["texts"], problems, strict=True) if p}
+    assert by_first_character == {
         "": "the text is empty or only white space",
         "①": "the encoder knows no character of the text",
-        "长": "the text is longer than 510 ids and was cut",
+        "长": "the text is longer than 510 ids and was truncated",
     }
 
 

@@ -373,7 +373,7 @@ def test_told_to_end_before_the_figures(text_file, tmp_path, monkeypatch):
     assert err.startswith("interrupted after training, before the figures; for these: ")
 
 
-TOO_LONG = "holds only blank texts and texts of more than 12 tokens (or 128 of the encoder's)"
+TOO_LONG = "holds only blank texts and texts of more than 12 decoder tokens or 128 encoder tokens"
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,13 @@ from tokenizer_fixtures import make_vocab
 
 import davae_jax
 from davae_jax import DAVAE, DAVAEConfig
+from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.to_torch import export
-from davae_jax.checkpoints.warm_start import draw, modules, read_decoder, read_encoder, warm_start
+from davae_jax.checkpoints.warm_start import (
+    covering_modules,
+    initialize_weights,
+    warm_start,
+)
 from davae_jax.checkpoints.weights import flat_params, unflatten
 from davae_jax.cli.base import run_command
 from davae_jax.cli.main import main
@@ -49,7 +54,7 @@ BERT = dict(
     type_vocab_size=2,
     layer_norm_eps=1e-12,
 )
-DECODER = "vae_model.decoder."
+ENCODER, DECODER = "vae_model.encoder.", "vae_model.decoder."
 L = 4
 
 
@@ -115,16 +120,22 @@ def model(started):
     return davae_jax.from_pretrained(started[0])
 
 
+def source_arrays(state, config, prefix):
+    """A source's tensors by their paths in the model. The prefix is what the published names have before its own."""
+    rows = [row for row in name_table(config) if row.name.removeprefix(prefix) in state]
+    return {row.path: row.to_model(state[row.name.removeprefix(prefix)].numpy()) for row in rows}
+
+
 @pytest.fixture
 def drawn_in_groups(monkeypatch):
-    """In place of draws, which take their time to compile, a stand-in that notes what was asked for."""
+    """Replaces the initializers, which take long to compile, by a stand-in; the list holds the paths of each call."""
     groups = []
 
     def stand_in(config, paths, seed):
         groups.append(paths)
         return {path: np.zeros(1, np.float32) for path in paths}
 
-    monkeypatch.setattr("davae_jax.checkpoints.warm_start.draw", stand_in)
+    monkeypatch.setattr("davae_jax.checkpoints.warm_start.initialize_weights", stand_in)
     return groups
 
 
@@ -143,43 +154,46 @@ def assert_encodes_like(model, bert):
         np.testing.assert_allclose(ours.pooled, theirs.pooler_output.numpy(), atol=1e-5)
 
 
-# What is taken
+# Loaded weights
 
 
 def test_the_encoder_computes_what_transformers_computes(model, masked_lm):
     assert_encodes_like(model, masked_lm[1])
 
 
-def test_bare_names_and_the_pooler(bare_bert, model):
-    taken = read_encoder(bare_bert[0], model.config)
-    assert {path for path in taken if "pooler" in path} == {"encoder.pooler.weight", "encoder.pooler.bias"}
+def test_bare_names_and_the_pooler(bare_bert, transformer_xl, model, tmp_path, drawn_in_groups):
+    report = warm_start(tmp_path / "new", encoder=bare_bert[0], decoder=transformer_xl, latent_size=L)
+    loaded = report.loaded["encoder"]
+    assert {path for path in loaded if "pooler" in path} == {"encoder.pooler.weight", "encoder.pooler.bias"}
     graphdef, _ = split(model)
-    params = flat_params(model) | {path: jnp.asarray(array) for path, array in taken.items()}
+    arrays = stored(tmp_path / "new")
+    params = flat_params(model) | {path: jnp.asarray(arrays[path]) for path in loaded}
     assert_encodes_like(merge(graphdef, unflatten(params)), bare_bert[1])
 
 
 def test_the_decoder_without_latent_is_the_transformer_xl(model, golden_arrays):
-    """Known answers of the published program; the drawn latent projection plays no part in them."""
+    """Known answers of the published program, which do not depend on the latent projection."""
     arrays = golden_arrays("small")
     logits, _ = model.decode(arrays["decoder_input_ids"], None)
     columns = np.asarray(logits)[..., arrays["logit_columns"]]
     np.testing.assert_allclose(columns, arrays["decoder_logits_cols_no_latent"], atol=1e-4)
 
 
-def test_taken_weights_keep_their_bits(started, transformer_xl, masked_lm):
+def test_loaded_weights_are_bit_exact(started, transformer_xl, masked_lm):
     arrays = stored(started[0])
     config = DAVAEConfig.from_json(started[0] / "config.json")
-    taken = read_encoder(masked_lm[0], config) | read_decoder(transformer_xl, config)
-    assert_same({path: arrays[path] for path in taken}, taken)
-    state = masked_lm[1].state_dict()
-    assert same_bits(arrays["encoder.layers.1.query.weight"], state["encoder.layer.1.attention.self.query.weight"])
+    loaded = source_arrays(masked_lm[1].state_dict(), config, ENCODER)
+    loaded |= source_arrays(transformer_xl_state(), config, DECODER)
+    assert loaded.keys() == {path for paths in started[1].loaded.values() for path in paths}
+    assert_same({path: arrays[path] for path in loaded}, loaded)
+    assert "encoder.layers.1.query.weight" in loaded
     assert arrays["encoder.word.weight"].dtype == np.float32
     assert arrays["decoder.embedding.weight"].dtype == np.float16
     assert same_bits(arrays["decoder.inv_freq"], state_of("small")[INV_FREQ])
-    assert {a.dtype for path, a in arrays.items() if path not in taken} == {np.dtype(np.float32)}
+    assert {a.dtype for path, a in arrays.items() if path not in loaded} == {np.dtype(np.float32)}
 
 
-def test_names_of_2018(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
+def test_legacy_names(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
     """`LayerNorm.gamma` and `.beta`, buffers, heads behind a prefix, float16."""
     state = {"bert.embeddings.position_ids": torch.arange(20)[None], "bert.embeddings.token_type_ids": torch.zeros(1)}
     for name, values in bare_bert[1].state_dict().items():
@@ -188,11 +202,12 @@ def test_names_of_2018(bare_bert, transformer_xl, tmp_path, drawn_in_groups):
     state |= {"cls.predictions.bias": torch.zeros(120), "cls.predictions.transform.LayerNorm.gamma": torch.ones(24)}
     folder = publish(tmp_path / "old", state, BERT)
     report = warm_start(tmp_path / "new", encoder=folder, decoder=transformer_xl, latent_size=L)
-    assert report.left_out["encoder"] == ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma"]
-    assert report.left_out["decoder"] == []
+    assert report.unused["encoder"] == ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma"]
+    assert report.unused["decoder"] == []
     config = DAVAEConfig.from_json(tmp_path / "new" / "config.json")
-    ours, theirs = read_encoder(folder, config), read_encoder(bare_bert[0], config)
-    assert_same(ours, {path: array.astype(np.float16) for path, array in theirs.items()})
+    arrays = stored(tmp_path / "new")
+    expected = source_arrays({name: x.half() for name, x in bare_bert[1].state_dict().items()}, config, ENCODER)
+    assert_same({path: arrays[path] for path in report.loaded["encoder"]}, expected)
 
 
 def test_frequencies_may_be_absent(masked_lm, tmp_path):
@@ -205,13 +220,13 @@ def test_frequencies_may_be_absent(masked_lm, tmp_path):
     assert INV_FREQ not in read_bin(export(tmp_path / "new", tmp_path / "back"))
 
 
-# What is drawn
+# Initialized weights
 
 
-def test_the_rest_is_a_new_models(started):
+def test_other_weights_are_those_of_a_new_model(started):
     folder, report = started
     config, arrays = DAVAEConfig.from_json(folder / "config.json"), stored(folder)
-    assert set(report.drawn) == {
+    assert set(report.initialized) == {
         "encoder.pooler.weight",
         "encoder.pooler.bias",
         "encoder.posterior.weight",
@@ -221,53 +236,55 @@ def test_the_rest_is_a_new_models(started):
         "discriminator.output.weight",
         "discriminator.output.bias",
     }
-    assert set(report.drawn) | {path for paths in report.taken.values() for path in paths} == arrays.keys()
+    assert set(report.initialized) | {path for paths in report.loaded.values() for path in paths} == arrays.keys()
 
     @jax.jit
     def new_model():
         params = flat_params(DAVAE(config, rngs=nnx.Rngs(3)))
-        return {path: params[path] for path in report.drawn}
+        return {path: params[path] for path in report.initialized}
 
     for path, array in new_model().items():
         np.testing.assert_allclose(arrays[path], array, rtol=1e-5, atol=1e-8)
-    paths = [path for path in report.drawn if path.startswith("encoder.")]
-    other = draw(config, paths, seed=4)
+    paths = [path for path in report.initialized if path.startswith("encoder.")]
+    other = initialize_weights(config, paths, seed=4)
     assert not np.allclose(other["encoder.posterior.weight"], arrays["encoder.posterior.weight"])
 
 
 def test_a_part_without_a_source_is_drawn_piece_by_piece(
     masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups
 ):
-    for part, source, drawn in (
+    for part, source, initialized in (
         ("encoder", masked_lm[0], ["encoder.pooler", "encoder.posterior", "decoder", "discriminator"]),
         ("decoder", transformer_xl, ["encoder", "decoder.latent_projection", "discriminator"]),
     ):
         report = warm_start(tmp_path / part, config=config_file, **{part: source})
-        assert modules(report.drawn, report.taken[part] + report.drawn) == drawn
-        assert [path for group in drawn_in_groups for path in group] == report.drawn
+        assert covering_modules(report.initialized, report.loaded[part] + report.initialized) == initialized
+        assert [path for group in drawn_in_groups for path in group] == report.initialized
         assert not [group for group in drawn_in_groups if len({path.split(".")[0] for path in group}) > 1]
         assert ["decoder.embedding.weight"] in drawn_in_groups or part == "decoder"  # 320 MB, by itself
         drawn_in_groups.clear()
 
 
 def test_the_latents_map_can_begin_small(masked_lm, transformer_xl, config_file, tmp_path):
-    """A half says nothing of it, the config does."""
+    """The scale comes from the config: the sources' own do not have it."""
     values = json.loads(config_file.read_text(encoding="utf-8"))
-    drawn = {}
+    initialized = {}
     for scale in (1.0, 0.01):
         values["decoder"]["latent_initializer_scale"] = scale
         (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
         folder = tmp_path / str(scale)
         warm_start(folder, encoder=masked_lm[0], decoder=transformer_xl, config=tmp_path / "config.json", seed=3)
-        drawn[scale] = stored(folder)["decoder.latent_projection.weight"]
-    np.testing.assert_allclose(drawn[0.01], 0.01 * drawn[1.0], rtol=1e-5)
-    assert 0.01 < drawn[1.0].std() < 0.03  # initializer_range is 0.02
+        initialized[scale] = stored(folder)["decoder.latent_projection.weight"]
+    np.testing.assert_allclose(initialized[0.01], 0.01 * initialized[1.0], rtol=1e-5)
+    assert 0.01 < initialized[1.0].std() < 0.03  # initializer_range is 0.02
 
 
-# What comes of it
+# The new checkpoint
 
 
-def test_the_config_is_put_together(started, masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups):
+def test_the_config_combines_those_of_the_sources(
+    started, masked_lm, transformer_xl, config_file, tmp_path, drawn_in_groups
+):
     config = DAVAEConfig.from_json(started[0] / "config.json")
     assert (config.encoder.hidden_size, config.decoder.hidden_size, config.latent_size) == (24, 24, L)
     assert (config.top_k, config.top_p, config.repetition_penalty, config.std_scale) == (0, 0.9, 2.0, 1.5)
@@ -298,10 +315,10 @@ def test_it_exports_to_the_published_layout(started, model, tmp_path):
 
 def test_modules():
     every = ["a.b.c", "a.b.d", "a.e", "f.0.g", "f.1.g", "h"]
-    assert modules(["a.b.c", "a.b.d"], every) == ["a.b"]
-    assert modules(["a.b.c", "a.b.d", "a.e", "f.1.g"], every) == ["a", "f.1"]
-    assert modules(["a.b.d", "h"], every) == ["a.b.d", "h"]
-    assert modules([], every) == []
+    assert covering_modules(["a.b.c", "a.b.d"], every) == ["a.b"]
+    assert covering_modules(["a.b.c", "a.b.d", "a.e", "f.1.g"], every) == ["a", "f.1"]
+    assert covering_modules(["a.b.d", "h"], every) == ["a.b.d", "h"]
+    assert covering_modules([], every) == []
 
 
 # What does not fit
@@ -331,7 +348,7 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part, config, said",
+    "part, config, message",
     [
         ("encoder", BERT | {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("encoder", BERT | {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 24"),
@@ -340,12 +357,12 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
         ("decoder", [1], "holds no JSON object"),
     ],
 )
-def test_a_sources_config_that_cannot_be(part, config, said, tmp_path):
+def test_invalid_configs_of_sources(part, config, message, tmp_path):
     source = publish(tmp_path / "source", {}, config)
     with pytest.raises(InputError) as raised:
         warm_start(tmp_path / "new", **{part: source})
     assert str(source / "config.json") in str(raised.value)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_the_wrong_kind_of_source(bare_bert, transformer_xl, tmp_path):
@@ -359,7 +376,7 @@ def test_the_wrong_kind_of_source(bare_bert, transformer_xl, tmp_path):
 # The command
 
 
-def test_the_command_says_what_came_from_where(masked_lm, transformer_xl, tmp_path, capsys):
+def test_the_command_reports_the_origin_of_weights(masked_lm, transformer_xl, tmp_path, capsys):
     new = tmp_path / "new"
     new.mkdir()
     arguments = [new, "--encoder", masked_lm[0], "--decoder", transformer_xl, "--latent-size", L, "--overwrite"]
@@ -378,7 +395,7 @@ def test_the_command_says_what_came_from_where(masked_lm, transformer_xl, tmp_pa
 
 def test_bad_arguments(masked_lm, tmp_path, config_file, capsys):
     new = tmp_path / "new"
-    for arguments, code, said in (
+    for arguments, code, message in (
         ([new], 2, "--encoder"),
         ([new, "--encoder", masked_lm[0], "--latent-size", 0], 2, "--latent-size"),
         ([], 2, "DST"),
@@ -391,7 +408,7 @@ def test_bad_arguments(masked_lm, tmp_path, config_file, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert said in err
+        assert message in err
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""A random model of the smallest useful size with tokenizers of its own, in the layout of a converted checkpoint."""
+"""A random model of the smallest useful size with its own tokenizers, in the layout of a converted checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from davae_jax.model.davae import abstract_model
 from davae_jax.model.decoder import inverse_frequencies
 
 PIECES = 300
-MAX_IDS = 30  # of a text, its own [CLS] and [SEP] counted
+MAX_IDS = 30  # encoder ids of a text, its inner [CLS] and [SEP] included
 MAX_OUT_LENGTH = 12
 SCALES = {"decoder.latent_projection.weight": 1.5}
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """Fills a folder; what it holds is always the same."""
+    """Writes the checkpoint, always the same one, to a folder and returns the folder."""
     make_spiece(folder, PIECES)
     config = DAVAEConfig(
         encoder=EncoderConfig(
@@ -49,7 +49,7 @@ def make_checkpoint(folder: Path) -> Path:
 
 
 def random_weights(config: DAVAEConfig) -> dict[str, np.ndarray]:
-    """Weights a good deal larger than a fresh model's, so that different texts give different latents and texts."""
+    """Returns weights larger than a new model's, so that different texts give different latents and texts."""
     rng = np.random.default_rng(2)
     weights = {}
     for path, leaf in flat_params(abstract_model(config)).items():

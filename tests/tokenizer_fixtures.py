@@ -1,6 +1,6 @@
-"""Small tokenizer files for tests, made on the spot: a SentencePiece BPE model and a WordPiece vocabulary.
+"""Makes small tokenizer files for tests: a SentencePiece BPE model and a WordPiece vocabulary.
 
-Both know every character of `sentences`. Everything is deterministic.
+Both know every character in `sentences`. Everything is deterministic.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _LEXICON = (
 )
 WORDS = _LEXICON.split()
 
-# WordPiece: the special tokens first, so that [CLS] is 2 and [SEP] is 3; [PAD] must be 0.
+# The first tokens of vocab.txt: [PAD] must have id 0.
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# An entry that `str.splitlines` would break in two, as the published vocabulary has two of. It stands early, so that
-# breaking it would move the ids of all others.
+# A token that `str.splitlines` would split, such as two in the published vocabulary. It stands near the beginning, so
+# that splitting it would change nearly all ids.
 LINE_SEPARATOR_ENTRY = "x\u2028x"
 CLS_ID, SEP_ID = 2, 3
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """`count` sentences of a few words each, Chinese with a little English, a digit and punctuation in each."""
+    """Returns short Chinese sentences, each with a digit and punctuation, some with an English word."""
     rng = random.Random(seed)
     return [_sentence(rng) for _ in range(count)]
 
@@ -37,7 +37,7 @@ def _sentence(rng: random.Random) -> str:
 
 
 def make_spiece(folder: str | Path, size: int = 300) -> Path:
-    """Trains `folder`/spiece.model: BPE with `size` pieces; `<unk>` 0, `<s>` 1 and `</s>` 2, as in the published one.
+    """Trains `folder`/spiece.model: BPE with `size` pieces, of which `<unk>` is 0, `<s>` 1 and `</s>` 2 as published.
 
     The added tokens then have the ids `size` (end), `size` + 1 (pad) and `size` + 2 (bos). `size` may be 150 to 1000.
     """
@@ -62,7 +62,7 @@ def make_spiece(folder: str | Path, size: int = 300) -> Path:
 
 
 def make_vocab(folder: str | Path) -> list[str]:
-    """Writes `folder`/vocab.txt and returns its entries; an entry's place is its id."""
+    """Writes `folder`/vocab.txt. Returns its tokens, by id."""
     characters = sorted({c for word in WORDS for c in word} | set("0123456789，。！"))
     letters = [f"##{c}" for c in characters if c.isascii() and c.isalnum()]
     entries = [*SPECIAL, LINE_SEPARATOR_ENTRY, *characters, *letters, "hello", "model", "##s", "##ing"]

@@ -1,1 +1,1 @@
-"""What lies on disk: weights, the published layout, conversion both ways."""
+"""Reads and writes checkpoints: Orbax weights, the published PyTorch layout, and the conversion between them."""

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, or a repo of the Hugging Face hub."""
+"""Finds a model's folder: a local one, or a download from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import re
 from pathlib import Path
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.torch_file import TORCH_FILES
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 
-TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors needs no PyTorch
-
-
-HUB_PATTERNS = [CONFIG_FILE, *TORCH_FILES, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
+DOWNLOADED_FILES = [CONFIG_FILE, *TORCH_FILES, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
 
 
 def resolve_source(source: str | Path) -> Path:
-    """The folder of a model: `source` itself, or where the hub's client put the repo of that id."""
+    """Returns a model's folder: `source` itself, or the hub client's local copy of the repo with that id.
+
+    Raises:
+      InputError: `source` is a file, or neither a folder nor a repo that can be downloaded.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -27,8 +29,8 @@ def resolve_source(source: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=DOWNLOADED_FILES))
     except Exception as e:  # the client raises a dozen unrelated types: network, authentication, missing repo
         raise InputError(
-            f"{source}: no such folder, and not to be had from the Hugging Face hub: {first_line(e)}"
+            f"{source}: no such folder, and cannot be downloaded from the Hugging Face hub: {first_line(e)}"
         ) from e

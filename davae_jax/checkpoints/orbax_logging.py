@@ -1,16 +1,19 @@
-"""Orbax's log lines that tell a user nothing."""
+"""Silences Orbax's warnings about its own internals."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 
-class quiet_orbax:
-    """Orbax logs a few lines a save at WARNING that tell a user nothing to act on."""
-
-    def __enter__(self):
-        self.level = logging.getLogger("absl").level
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_):
-        logging.getLogger("absl").setLevel(self.level)
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences Orbax's log within the context: each save and load logs warnings that no user can act on."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

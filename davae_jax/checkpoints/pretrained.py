@@ -1,13 +1,8 @@
-"""Checkpoints on disk, and `from_pretrained`.
-
-A converted checkpoint is a folder with the published config.json, the tokenizers' files where the source had them, and
-`params/`, an Orbax checkpoint in the source's dtype. What is loaded goes straight to its place on the mesh, cast on the
-way.
-"""
+"""Loads a model from any folder that holds one: `from_pretrained`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -16,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from davae_jax.checkpoints.hub import resolve_source
+from davae_jax.checkpoints.published_state import read_published_weights
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder, weights_path
-from davae_jax.checkpoints.weights import FlatParams, flatten, load_weights, unflatten
+from davae_jax.checkpoints.weights import INV_FREQ_PATH, FlatParams, flatten, load_weights, unflatten
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, abstract_model, merge, split, weight_axes
 from davae_jax.model.decoder import inverse_frequencies
@@ -29,15 +25,14 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     """Loads a model.
 
     Args:
-      source: a converted checkpoint; a run folder, of which the newest complete checkpoint is read; one checkpoint of a
-        run, `RUN/checkpoints/STEP`; a published folder
-        (config.json and pytorch_model.bin, which needs PyTorch, or model.safetensors, which does not); or a Hugging
-        Face repo id, downloaded to the hub's cache.
-      dtype: what weights are kept and computed in; softmax, LayerNorm and losses are float32 all the same.
-      mesh: devices to lay the weights over (axes `data`, `fsdp`, `tensor`); None for the first device alone.
+      source: a converted checkpoint; a run folder, whose newest complete checkpoint is read; one checkpoint of a run,
+        `RUN/checkpoints/STEP`; a published folder (config.json and pytorch_model.bin, which needs PyTorch, or
+        model.safetensors, which does not); or a Hugging Face repo id, downloaded to the hub's cache.
+      dtype: of the weights and the computation; softmax, LayerNorm and losses are float32 in any case.
+      mesh: devices over which the weights are sharded (axes `data`, `fsdp`, `tensor`); None for the first device.
 
     Raises:
-      InputError: nothing there, or what is there does not fit its config.json; the message names the file.
+      InputError: there is no model, or its weights do not fit its config.json; the message names the file.
     """
     folder = resolve_source(source)
     config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
@@ -51,19 +46,15 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     if stored := weights_path(folder):
         arrays = load_weights(stored, targets)
     else:
-        from davae_jax.checkpoints.from_torch import read_arrays
-
-        arrays = _place(read_arrays(folder, config), targets)
-    if (missing := targets.keys() - arrays.keys()) == {"decoder.inv_freq"}:
-        # A source without the stored frequencies: the published program computes them, and so does a fresh decoder.
-        arrays |= _place([("decoder.inv_freq", inverse_frequencies(config.decoder.hidden_size))], targets)
+        arrays = _put(read_published_weights(folder, config), targets)
+    if (missing := targets.keys() - arrays.keys()) == {INV_FREQ_PATH}:
+        # Where the file lacks the frequencies, the published program computes them.
+        arrays |= _put([(INV_FREQ_PATH, inverse_frequencies(config.decoder.hidden_size))], targets)
     elif missing:
         raise InputError(f"{folder}: lacks {', '.join(sorted(missing))}")
     return merge(graphdef, unflatten(arrays))
 
 
-def _place(
-    arrays: Iterable[tuple[str, np.ndarray]] | Iterator, targets: Mapping[str, jax.ShapeDtypeStruct]
-) -> FlatParams:
-    """Casts each array and puts it on its devices, one at a time."""
+def _put(arrays: Iterable[tuple[str, np.ndarray]], targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
+    """Casts each array to its target's dtype and puts it on its devices, one at a time."""
     return {p: jax.device_put(np.asarray(a).astype(targets[p].dtype), targets[p].sharding) for p, a in arrays}

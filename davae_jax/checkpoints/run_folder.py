@@ -1,4 +1,9 @@
-"""What lies where in a run folder and in a converted checkpoint."""
+"""Locates config, tokenizers and weights in a run folder and in a converted checkpoint.
+
+A converted checkpoint holds config.json, the tokenizers' files and `params/`, an Orbax checkpoint of the weights.
+A run folder holds config.json, the tokenizers' files and `checkpoints/STEP/`, an Orbax checkpoint for each saved step,
+in which the weights are the part named "params".
+"""
 
 from __future__ import annotations
 
@@ -7,16 +12,16 @@ from pathlib import Path
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 
 CONFIG_FILE = "config.json"
-
-
 PARAMS_FOLDER = "params"
-
-
-CHECKPOINTS_FOLDER = "checkpoints"  # of a run: one folder a step, whose part named "params" holds the weights
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def weights_path(folder: Path) -> Path | None:
-    """Where a folder's weights lie: a converted checkpoint's, or those of a run's newest complete checkpoint."""
+    """Returns the Orbax checkpoint that holds a folder's weights, or None if there is none.
+
+    `folder` is a converted checkpoint, a run folder (its newest complete checkpoint is taken) or one checkpoint of a
+    run.
+    """
     if config_folder(folder) != folder:
         return folder
     if (folder / PARAMS_FOLDER).is_dir():
@@ -25,12 +30,12 @@ def weights_path(folder: Path) -> Path | None:
 
 
 def config_folder(folder: Path) -> Path:
-    """Where config.json and the tokenizers lie: the folder itself, or the run whose checkpoint it is."""
+    """Returns the folder of config.json and the tokenizers: `folder`, or the run that the checkpoint belongs to."""
     return folder.absolute().parent.parent if folder.absolute().parent.name == CHECKPOINTS_FOLDER else folder
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, each named by its step."""
+    """Returns the complete checkpoints of a run, in no particular order; each folder's name is its step."""
     from orbax.checkpoint import v1 as ocp
 
     with quiet_orbax():

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Writes a folder so that it appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from davae_jax.utils.errors import InputError, system_reason
 
 @contextlib.contextmanager
 def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """Yields an empty folder beside `dst`; renamed to `dst` on success, removed on any failure or interrupt.
+    """Yields an empty folder beside `dst` that is renamed to `dst` on success and removed on failure or interrupt.
 
-    With `overwrite`, what stood at `dst` goes only once the new folder is complete. Parents that had to be made go too
-    when nothing comes of it. The path yielded is absolute, as Orbax wants it.
+    With `overwrite`, an older `dst` is removed only after the new folder is complete. Parents that were created for
+    `dst` are removed on failure too. The path is absolute, which Orbax needs.
 
     Raises:
-      InputError: `dst` exists and `overwrite` is off, `dst` holds one of the `sources` or files that are no checkpoint,
-        or it cannot be written.
+      InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or files that are not a
+        checkpoint, or it cannot be written.
     """
     if dst.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
@@ -34,7 +34,7 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
     tag = secrets.token_hex(4)
     staging = target.with_name(f".{target.name}.partial-{tag}")
     old = target.with_name(f".{target.name}.old-{tag}")
-    made = [parent for parent in target.parents if not parent.exists()]
+    created = [parent for parent in target.parents if not parent.exists()]
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -47,20 +47,20 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         if not (reason := system_reason(e)):
             raise
         file = Path(getattr(e, "filename", None) or staging)
-        ours = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
-        raise InputError(f"{dst}: cannot be written ({reason})" if ours else f"{file}: {reason}") from e
+        at_destination = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
+        raise InputError(f"{dst}: cannot be written ({reason})" if at_destination else f"{file}: {reason}") from e
     finally:
         if old.exists() and not target.exists():  # interrupted between the two renames
             old.rename(target)
         for leftover in (staging, old):
             _remove(leftover)
-        for parent in made:
-            with contextlib.suppress(OSError):  # it holds the result
+        for parent in created:
+            with contextlib.suppress(OSError):  # not empty: it holds the result
                 parent.rmdir()
 
 
 def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
-    """Those of the files that the source has."""
+    """Copies the files that the source has."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)

@@ -1,4 +1,4 @@
-"""A davae-jax checkpoint → the published PyTorch layout, which the published program loads.
+"""Exports a davae-jax checkpoint to the published PyTorch layout, which the published program loads.
 
 python -m convert.to_torch SRC DST [--dtype float16] [--format bin|safetensors|both]
 """
@@ -33,19 +33,20 @@ def export(
     format: Format = "bin",
     overwrite: bool = False,
 ) -> Path:
-    """Writes pytorch_model.bin and/or model.safetensors, with config.json and the tokenizers' files.
+    """Writes pytorch_model.bin and/or model.safetensors with config.json and the tokenizers' files; returns `dst`.
 
-    Names and shapes are the published ones; the two buffers are written only if the checkpoint's source had them.
+    Names, shapes and their order are the published ones; the two buffers are written only if the checkpoint's source
+    had them.
 
     Raises:
-      InputError: `src` is no converted checkpoint, `dst` exists, or a value is too large for float16.
+      InputError: `src` is not a converted or trained checkpoint, `dst` exists, or a value is too large for `dtype`.
     """
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
     if not weights_path(folder):
         raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
     if not config.decoder.latent_every_layer:
-        raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program knows no such decoder")
+        raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program has no such decoder")
     with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = published_state(folder, config, np.dtype(dtype))
         if format in ("bin", "both"):
@@ -57,18 +58,22 @@ def export(
 
 
 def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """The checkpoint's arrays under the published names, in the published file's order."""
+    """Returns the checkpoint's arrays by their published names, in the published file's order.
+
+    Raises:
+      InputError: the checkpoint is damaged, or values are not finite after the cast to `dtype`.
+    """
     path = weights_path(folder)
     stored = stored_shapes(path)
     table = name_table(config)
-    here = SingleDeviceSharding(jax.local_devices()[0])
+    device = SingleDeviceSharding(jax.local_devices()[0])
     dtypes = {row.path: stored[row.path].dtype if row.path in stored else np.float32 for row in table}
-    targets = {row.path: jax.ShapeDtypeStruct(row.path_shape, dtypes[row.path], sharding=here) for row in table}
+    targets = {row.path: jax.ShapeDtypeStruct(row.model_shape, dtypes[row.path], sharding=device) for row in table}
     arrays = load_weights(path, targets)
-    extras = stored_metadata(path)
-    if path.name == PARAMS_FOLDER and "buffers" not in extras:
-        raise InputError(f"{path}: its metadata is damaged; what the source held beside weights is not known")
-    buffers = extras.get("buffers", [])
+    metadata = stored_metadata(path)
+    if path.name == PARAMS_FOLDER and "buffers" not in metadata:
+        raise InputError(f"{path}: its metadata is damaged: it does not say which buffers the source had")
+    buffers = metadata.get("buffers", [])
     state = {}
     if "position_ids" in buffers:
         state[POSITION_IDS] = np.arange(config.encoder.max_position_embeddings)[None]

@@ -1,4 +1,4 @@
-"""Reading and writing PyTorch checkpoints as NumPy arrays, safely and without copies."""
+"""Reads and writes PyTorch checkpoints as NumPy arrays: memory-mapped, and without running code of a pickle."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from davae_jax.checkpoints.hub import TORCH_FILES
 from davae_jax.utils.errors import InputError
 
+TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors needs no PyTorch
 SAFETENSORS_DTYPES = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
@@ -29,8 +29,12 @@ SAFETENSORS_DTYPES = {
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
-def find(folder: Path) -> Path:
-    """The weights file of a folder: model.safetensors, else pytorch_model.bin. `folder` may be the file itself."""
+def find_weights_file(folder: Path) -> Path:
+    """Returns the weights file of a folder: model.safetensors, else pytorch_model.bin. A file is returned as it is.
+
+    Raises:
+      InputError: the folder has neither.
+    """
     if folder.is_file():
         return folder
     for name in TORCH_FILES:
@@ -39,11 +43,11 @@ def find(folder: Path) -> Path:
     raise InputError(f"{folder}: holds no {' and no '.join(TORCH_FILES)}")
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, memory-mapped: a page is read when it is touched.
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns every tensor of a checkpoint by name, memory-mapped: a page is read when it is touched.
 
     Raises:
-      InputError: the file is cut off, is not a checkpoint, or is a pickle that would run code (it is not run).
+      InputError: the file is truncated, is not a checkpoint, or is a pickle that would run code (which is not run).
     """
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
@@ -51,11 +55,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(f"reading {path.name}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is raised
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; real problems are raised
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as e:
-        if what := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e)):
-            name = what[1] or what[2]
+        if requested := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e)):
+            name = requested[1] or requested[2]
             raise InputError(
                 f"{path}: refused: its pickle asks for more than tensors ({name}) and could run code"
             ) from e
@@ -64,20 +68,21 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: cannot be read: {_why_unreadable(path)}") from e
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
-    if others := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(f"{path}: holds what is not a tensor: {', '.join(others)}")
-    if nameless := [repr(name) for name in state if not isinstance(name, str)]:
-        raise InputError(f"{path}: holds tensors without a name: {', '.join(nameless)}")
+    if not_tensors := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise InputError(f"{path}: holds what is not a tensor: {', '.join(not_tensors)}")
+    if not_strings := [repr(name) for name in state if not isinstance(name, str)]:
+        raise InputError(f"{path}: holds tensors without a name: {', '.join(not_strings)}")
     arrays = {}
     for name, tensor in state.items():
         try:
             arrays[name] = _as_numpy(tensor)
-        except (TypeError, RuntimeError) as e:  # sparse, quantised, float8: what NumPy has no array for
+        except (TypeError, RuntimeError) as e:  # sparse, quantised, float8: NumPy has no such arrays
             raise InputError(f"{path}: {name} cannot be read: {tensor.dtype}, {tensor.layout}") from e
     return arrays
 
 
 def _why_unreadable(path: Path) -> str:
+    """Says from a file's first bytes why PyTorch cannot read it."""
     with open(path, "rb") as file:
         start = file.read(32)
     if not start:
@@ -94,14 +99,14 @@ def _why_unreadable(path: Path) -> str:
 def _as_numpy(tensor) -> np.ndarray:
     import torch
 
-    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
+    if tensor.dtype == torch.bfloat16:  # torch.Tensor.numpy() refuses bfloat16
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().numpy()
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # The format is a length, a JSON header and the bytes. Mapping them ourselves keeps the file out of memory, which
-    # the safetensors package's NumPy interface does not, and gives bfloat16.
+    # The format is a length, a JSON header and the data. The safetensors package's NumPy interface reads the whole file
+    # into memory and has no bfloat16, so the data are mapped here.
     try:
         with open(path, "rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
@@ -122,19 +127,20 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """torch.save's zip format, as published."""
+    """Writes pytorch_model.bin in torch.save's zip format, as published."""
     torch = _torch("writing pytorch_model.bin")
     torch.save({name: as_torch(array) for name, array in state.items()}, path)
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes model.safetensors."""
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path, metadata={"format": "pt"})
 
 
 def as_torch(array: np.ndarray):
-    """A tensor over the array's own memory, where its layout allows."""
+    """Returns a torch tensor that shares the array's memory if the array is contiguous."""
     import torch
 
     array = np.ascontiguousarray(array)
@@ -144,17 +150,19 @@ def as_torch(array: np.ndarray):
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in pieces that stay in the processor's cache."""
+    """Returns whether no value is NaN or infinite. Works in blocks that stay in the processor's cache."""
     flat = array.reshape(-1)
-    step = 1 << 18
-    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+    block = 1 << 18
+    return all(np.isfinite(flat[i : i + block]).all() for i in range(0, flat.size, block))
 
 
 def is_float(array: np.ndarray) -> bool:
+    """Returns whether the dtype is floating point, bfloat16 included."""
     return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
 
 
 def _torch(purpose: str):
+    """Imports PyTorch, which is optional. Raises InputError where it is not installed."""
     try:
         import torch
     except ImportError:

@@ -1,10 +1,10 @@
-"""A new checkpoint whose encoder comes from a BERT and/or whose decoder comes from a Transformer-XL.
+"""Makes a checkpoint whose encoder comes from a BERT and/or whose decoder comes from a Transformer-XL.
 
     python -m convert.warm_start DST --encoder BERT --decoder TRANSFORMER_XL
 
-BERT is a Hugging Face checkpoint, its names bare or behind `bert.`; TRANSFORMER_XL is one in the layout of the
-Fengshenbang Transformer-XL 1.1B. Both layouts are the published one (`names.py`) less a prefix. Taken weights keep
-their dtype; what neither source holds is drawn by the model's own initializers, in float32.
+BERT is a Hugging Face checkpoint, with bare names or with the prefix `bert.`; TRANSFORMER_XL has the layout of the
+Fengshenbang Transformer-XL 1.1B. Both layouts are the published one (`published_names.py`) without a prefix. Loaded
+weights keep their dtype; the rest is drawn by the model's own initializers, in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from davae_jax.checkpoints import torch_file
-from davae_jax.checkpoints.from_torch import check, write_params
+from davae_jax.checkpoints.from_torch import write_params
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
+from davae_jax.checkpoints.published_state import check_tensors
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.checkpoints.staging import copy_files, staged_folder
 from davae_jax.checkpoints.weights import FlatParams, flat_params
@@ -30,55 +31,57 @@ from davae_jax.model.davae import DAVAE, InitKeys
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
 
-NO_SOURCE_SAYS = ("latent_initializer_scale",)  # of a part's config: a half has nothing to do with a latent
-# What a new model samples with, unless --config says otherwise: the published checkpoint's settings.
-PUBLISHED = DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5)
+# Fields of a section that the sources' own configs do not have: neither BERT nor Transformer-XL has a latent.
+NOT_IN_SOURCE_CONFIGS = ("latent_initializer_scale",)
+# The default config: the published sizes and sampling settings.
+PUBLISHED_SETTINGS = DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5)
+# BERT checkpoints from 2018 have older names.
+LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-class Layout(NamedTuple):
-    """How a source's names differ from the published ones."""
+class SourceLayout(NamedTuple):
+    """How the names in a source's file differ from the published ones. The fields hold names without any prefix."""
 
-    kind: str
-    stands_at: str  # what the published file has before a source's names
-    prefix: str  # what a source may have before its names
-    not_in_source: tuple[str, ...]  # the text VAE's own; all names here are without either prefix
-    may_lack: tuple[str, ...]  # all together
-    buffers: tuple[str, ...] = ()  # carry nothing
+    model_kind: str
+    published_prefix: str  # what the published file puts before the source's names
+    source_prefix: str  # what the source's file may put before them
+    absent: tuple[str, ...]  # weights that only the text VAE has
+    optional: tuple[str, ...]  # weights that a source may lack, all of them or none
+    buffers: tuple[str, ...] = ()  # tensors that are not read
 
 
-LAYOUTS = {
-    "encoder": Layout(
+SOURCE_LAYOUTS = {
+    "encoder": SourceLayout(
         "BERT",
-        "vae_model.encoder.",
-        "bert.",
-        not_in_source=("linear.weight",),
-        may_lack=("pooler.dense.weight", "pooler.dense.bias"),
+        published_prefix="vae_model.encoder.",
+        source_prefix="bert.",
+        absent=("linear.weight",),
+        optional=("pooler.dense.weight", "pooler.dense.bias"),
         buffers=("embeddings.position_ids", "embeddings.token_type_ids"),
     ),
-    "decoder": Layout(
+    "decoder": SourceLayout(
         "Transformer-XL",
-        "vae_model.decoder.",
-        "",
-        not_in_source=("transformer.linear_emb.weight",),
-        may_lack=("transformer.position_embeddings.inv_freq",),
+        published_prefix="vae_model.decoder.",
+        source_prefix="",
+        absent=("transformer.linear_emb.weight",),
+        optional=("transformer.position_embeddings.inv_freq",),
     ),
 }
-LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of BERTs from 2018
 
 
-class Taken(NamedTuple):
-    """What a source gave."""
+class SourceWeights(NamedTuple):
+    """The weights that were read from one source."""
 
-    arrays: dict[str, np.ndarray]  # path in the model → array in the file's dtype, mapped from the file
-    left_out: list[str]  # names in the file: heads that the text VAE has no place for
+    arrays: dict[str, np.ndarray]  # path in the model → array in the file's dtype, memory-mapped
+    unused: list[str]  # names of the file's other tensors: heads that the text VAE does not have
 
 
-class Report(NamedTuple):
+class WarmStartReport(NamedTuple):
     """Where each weight of a new checkpoint comes from, as paths in the model."""
 
-    taken: dict[str, list[str]]  # of "encoder" and "decoder", those that were given
-    left_out: dict[str, list[str]]  # likewise; names in the source's file
-    drawn: list[str]
+    loaded: dict[str, list[str]]  # by source, "encoder" and "decoder"
+    unused: dict[str, list[str]]  # by source; names in its file
+    initialized: list[str]  # drawn anew
 
 
 def warm_start(
@@ -90,158 +93,146 @@ def warm_start(
     latent_size: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
-) -> Report:
-    """Writes a checkpoint, in the layout of `from_torch.convert`; it appears at `dst` only when it is complete.
+) -> WarmStartReport:
+    """Writes a checkpoint in the layout of `from_torch.convert`, which appears at `dst` only when it is complete.
 
     Args:
-      encoder, decoder: folder or Hugging Face repo id of a BERT and of a Transformer-XL, each with its config.json; the
-        tokenizers' files are copied where a source has them.
-      config: a full config.json, for all that the sources' own do not say; by default the published settings.
-      latent_size: L; by default the config's.
-      seed: of what neither source holds. The draws are those of a new model with this seed.
+      encoder, decoder: folders or Hugging Face repo ids of a BERT and of a Transformer-XL, each with its config.json.
+        The tokenizer's file of each is copied if it is there.
+      config: a complete config.json, for the settings that the sources' own do not have; default: the published ones.
+      latent_size: L; default: the config's.
+      seed: of the weights that neither source has, which are those of a new model with this seed.
 
     Raises:
-      InputError: neither source is given, `dst` exists, or a source does not fit its config.json: all missing,
-        unexpected, misshapen and non-finite tensors of both in one message.
+      InputError: neither source is given, `dst` exists, or a source does not fit its config.json; one message names all
+        missing, unexpected, misshapen and non-finite tensors of both.
     """
     if encoder is None and decoder is None:
         raise OptionError("--encoder", "or --decoder must be given; there is nothing to start from")
     if latent_size is not None and latent_size < 1:
         raise OptionError("--latent-size", f"must be at least 1, not {latent_size}")
-    given = {"encoder": encoder, "decoder": decoder}
-    folders = {part: resolve_source(source) for part, source in given.items() if source is not None}
-    davae_config = _config_of(folders, config, latent_size)
+    sources = {"encoder": encoder, "decoder": decoder}
+    folders = {part: resolve_source(source) for part, source in sources.items() if source is not None}
+    davae_config = _combined_config(folders, config, latent_size)
     dst = Path(dst)
     with staged_folder(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
         table = name_table(davae_config)
-        taken = _read_all(folders, table)
-        arrays: FlatParams = {path: array for part in taken.values() for path, array in part.arrays.items()}
+        source_weights = _read_sources(folders, table)
+        arrays: FlatParams = {
+            path: array for source in source_weights.values() for path, array in source.arrays.items()
+        }
         table = [row for row in table if row.name != INV_FREQ or row.path in arrays]
-        drawn = [row.path for row in table if row.path not in arrays]
+        initialized = [row.path for row in table if row.path not in arrays]
 
-        def arrays_of(group):
-            found = {row.path: arrays[row.path] for row in group if row.path in arrays}
-            return found | draw(davae_config, [row.path for row in group if row.path not in found], seed)
+        def load_group(rows: list[NameRow]) -> FlatParams:
+            loaded = {row.path: arrays[row.path] for row in rows if row.path in arrays}
+            return loaded | initialize_weights(davae_config, [row.path for row in rows if row.path not in loaded], seed)
 
         buffers = ["inv_freq"] if any(row.name == INV_FREQ for row in table) else []
-        write_params(staging, table, arrays_of, buffers=buffers, label=f"→ {dst.name}")
+        write_params(staging, table, load_group, buffers=buffers, label=f"→ {dst.name}")
         davae_config.to_json(staging / CONFIG_FILE)
-        for part, name in zip(LAYOUTS, TOKENIZER_FILES, strict=True):
+        for part, name in zip(SOURCE_LAYOUTS, TOKENIZER_FILES, strict=True):
             if part in folders:
                 copy_files([name], folders[part], staging)
-    return Report(
-        {part: list(from_source.arrays) for part, from_source in taken.items()},
-        {part: from_source.left_out for part, from_source in taken.items()},
-        drawn,
+    return WarmStartReport(
+        {part: list(source.arrays) for part, source in source_weights.items()},
+        {part: source.unused for part, source in source_weights.items()},
+        initialized,
     )
 
 
-def read_encoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
-    """A BERT's weights by their paths in the model ("encoder.word.weight"); the pooler's may be absent.
-
-    Raises:
-      InputError: the file is damaged or does not fit `config.encoder`; all that is wrong in one message.
-    """
-    return _read("encoder", folder, name_table(config)).arrays
-
-
-def read_decoder(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
-    """A Transformer-XL's weights by their paths in the model; `decoder.inv_freq` may be absent.
-
-    Raises:
-      InputError: the file is damaged or does not fit `config.decoder`; all that is wrong in one message.
-    """
-    return _read("decoder", folder, name_table(config)).arrays
-
-
-def draw(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, jax.Array]:
-    """The weights at `paths` of a new model, in float32."""
-    return _draw(config, tuple(paths), jax.random.key(seed)) if paths else {}
+def initialize_weights(config: DAVAEConfig, paths: Collection[str], seed: int) -> dict[str, jax.Array]:
+    """Returns the weights at `paths` of a new model, in float32."""
+    return _initialize_weights(config, tuple(paths), jax.random.key(seed)) if paths else {}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _draw(config: DAVAEConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
+def _initialize_weights(config: DAVAEConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
     params = flat_params(DAVAE(config, rngs=InitKeys(key)))
-    return {path: params[path] for path in paths}  # the compiler drops the draws of all others
+    return {path: params[path] for path in paths}  # the compiler removes the draws of all other weights
 
 
-def modules(chosen: Collection[str], every: Collection[str]) -> list[str]:
-    """The fewest module names that stand for the chosen paths and for none of the others."""
+def covering_modules(chosen: Collection[str], all_paths: Collection[str]) -> list[str]:
+    """Returns the shortest list of modules that contain all chosen paths and no other path."""
     names: dict[str, None] = {}
-    others = [path for path in every if path not in chosen]
+    others = [path for path in all_paths if path not in chosen]
     for path in chosen:
-        levels = accumulate(path.split("."), "{}.{}".format)
-        names[next(m for m in levels if m == path or not any(p.startswith(m + ".") for p in others))] = None
+        modules = accumulate(path.split("."), "{}.{}".format)  # a, a.b, a.b.c
+        names[next(m for m in modules if m == path or not any(p.startswith(m + ".") for p in others))] = None
     return list(names)
 
 
-def format_report(report: Report, sources: Mapping[str, str | None]) -> str:
-    """What was taken from each source, what of it was left out, and what is freshly drawn; a few lines."""
-    every = [path for paths in (*report.taken.values(), report.drawn) for path in paths]
+def format_report(report: WarmStartReport, sources: Mapping[str, str | None]) -> str:
+    """Formats the report as a few lines: loaded weights, unused tensors, freshly drawn weights."""
+    all_paths = [path for paths in (*report.loaded.values(), report.initialized) for path in paths]
     lines = []
-    for part, paths in report.taken.items():
-        lines.append(f"{part}: {len(paths)} weights from {sources[part]}: {', '.join(modules(paths, every))}")
-        if left_out := report.left_out[part]:
-            heads = dict.fromkeys(name.split(".")[0] for name in left_out)
-            lines.append(f"{part}: {len(left_out)} tensors of the source left out: {', '.join(heads)}")
-    return "\n".join([*lines, f"freshly drawn: {len(report.drawn)} weights: {', '.join(modules(report.drawn, every))}"])
+    for part, paths in report.loaded.items():
+        lines.append(
+            f"{part}: {len(paths)} weights from {sources[part]}: {', '.join(covering_modules(paths, all_paths))}"
+        )
+        if unused := report.unused[part]:
+            heads = dict.fromkeys(name.split(".")[0] for name in unused)
+            lines.append(f"{part}: {len(unused)} tensors of the source left out: {', '.join(heads)}")
+    names = covering_modules(report.initialized, all_paths)
+    return "\n".join([*lines, f"freshly drawn: {len(report.initialized)} weights: {', '.join(names)}"])
 
 
-def _read_all(folders: dict[str, Path], published: list[NameRow]) -> dict[str, Taken]:
-    taken, problems = {}, []
+def _read_sources(folders: dict[str, Path], published: list[NameRow]) -> dict[str, SourceWeights]:
+    """Reads all sources before it raises one InputError for the problems of all of them."""
+    weights, problems = {}, []
     for part, folder in folders.items():
         try:
-            taken[part] = _read(part, folder, published)
+            weights[part] = _read_source(part, folder, published)
         except InputError as e:
             problems.append(e)
     if problems:
         raise InputError("; ".join(map(str, problems)))
-    return taken
+    return weights
 
 
-def _read(part: str, folder: Path, published: list[NameRow]) -> Taken:
-    layout, path = LAYOUTS[part], torch_file.find(folder)
-    state = torch_file.read(path)
-    table = _rows_of(layout, published)
-    prefix = layout.prefix if any(name.startswith(layout.prefix) for name in state) else ""
+def _read_source(part: str, folder: Path, published: list[NameRow]) -> SourceWeights:
+    layout, path = SOURCE_LAYOUTS[part], torch_file.find_weights_file(folder)
+    state = torch_file.read_tensors(path)
+    table = _source_rows(layout, published)
+    prefix = layout.source_prefix if any(name.startswith(layout.source_prefix) for name in state) else ""
     roots = {row.name.split(".")[0] for row in table}
-    own_names = {}  # without prefix, as the table has them → in the file
-    for name in state:
-        own_name = name.removeprefix(prefix)
-        if name.startswith(prefix) and own_name.split(".")[0] in roots:
-            for legacy, today in LEGACY_NAMES.items():
-                own_name = own_name.replace(legacy, today)
-            own_names[own_name] = name
-    if not own_names:
-        raise InputError(f"{path}: holds no {layout.kind}: no tensor is called {table[0].name}")
-    if not any(name in own_names for name in layout.may_lack):
-        table = [row for row in table if row.name not in layout.may_lack]
-    # From here on by the file's own names, which are what a message should give.
-    table = [row._replace(name=own_names.get(row.name, prefix + row.name)) for row in table]
-    left_out = [name for name in state if name not in own_names.values()]
-    check(state, table, path, ignored=[*left_out, *(own_names.get(name, name) for name in layout.buffers)])
-    return Taken({row.path: row.to_model(state[row.name]) for row in table}, left_out)
+    file_names = {}  # name in the table → name in the file
+    for file_name in state:
+        name = file_name.removeprefix(prefix)
+        if file_name.startswith(prefix) and name.split(".")[0] in roots:
+            for legacy, current in LEGACY_NAMES.items():
+                name = name.replace(legacy, current)
+            file_names[name] = file_name
+    if not file_names:
+        raise InputError(f"{path}: holds no {layout.model_kind}: no tensor is called {table[0].name}")
+    if not any(name in file_names for name in layout.optional):
+        table = [row for row in table if row.name not in layout.optional]
+    # The file's own names from here on, so that messages give them.
+    table = [row._replace(name=file_names.get(row.name, prefix + row.name)) for row in table]
+    unused = [name for name in state if name not in file_names.values()]
+    check_tensors(state, table, path, ignored=[*unused, *(file_names.get(name, name) for name in layout.buffers)])
+    return SourceWeights({row.path: row.to_model(state[row.name]) for row in table}, unused)
 
 
-def _rows_of(layout: Layout, published: list[NameRow]) -> list[NameRow]:
-    """The part of the published table that a source holds, under the source's names."""
+def _source_rows(layout: SourceLayout, published: list[NameRow]) -> list[NameRow]:
+    """Returns the rows of the published table that a source may have, with the source's names."""
     table = [
-        row._replace(name=row.name.removeprefix(layout.stands_at))
+        row._replace(name=row.name.removeprefix(layout.published_prefix))
         for row in published
-        if row.name.startswith(layout.stands_at)
+        if row.name.startswith(layout.published_prefix)
     ]
-    return [row for row in table if row.name not in layout.not_in_source]
+    return [row for row in table if row.name not in layout.absent]
 
 
-def _config_of(folders: dict[str, Path], config: str | Path | None, latent_size: int | None) -> DAVAEConfig:
-    """The sources' own configs as the sections of a DAVAE's."""
-    values = (PUBLISHED if config is None else DAVAEConfig.from_json(config)).to_dict()
+def _combined_config(folders: dict[str, Path], config: str | Path | None, latent_size: int | None) -> DAVAEConfig:
+    """Returns a DAVAE's config whose sections are the sources' own configs."""
+    values = (PUBLISHED_SETTINGS if config is None else DAVAEConfig.from_json(config)).to_dict()
     if latent_size is not None:
         values["latent_size"] = latent_size
     for part, folder in folders.items():
         path = folder / CONFIG_FILE
-        ours = {name: value for name, value in values[part].items() if name in NO_SOURCE_SAYS}
-        values[part] = ours | read_json(path)
+        latent_settings = {name: value for name, value in values[part].items() if name in NOT_IN_SOURCE_CONFIGS}
+        values[part] = latent_settings | read_json(path)
         try:
             DAVAEConfig.from_dict(values)
         except ConfigError as e:  # the source's own config.json has no section

@@ -1,8 +1,8 @@
-"""Weights on disk: Orbax checkpoints, read into dtypes and shardings."""
+"""Reads and writes the weights of Orbax checkpoints, and converts between nested and flat weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,37 @@ from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
 
 FlatParams = dict[str, Any]  # "decoder.layers.3.qkv_weight" → array
+INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
 
 
 def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
-    """Reads an Orbax checkpoint of weights into the targets' dtypes and shardings. `decoder.inv_freq` may be absent.
+    """Reads an Orbax checkpoint of weights into the targets' dtypes and shardings.
+
+    The result lacks `decoder.inv_freq` if the checkpoint does.
 
     Raises:
-      InputError: no complete checkpoint, arrays that do not fit the targets, or values that are not finite.
+      InputError: the checkpoint is incomplete, its arrays do not fit the targets, or values are not finite.
     """
     from orbax.checkpoint import v1 as ocp
 
     stored = stored_shapes(path)
-    wanted = {p: t for p, t in targets.items() if p in stored or p != "decoder.inv_freq"}
-    problems = [f"{p} is missing" for p in wanted if p not in stored]
+    targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
+    problems = [f"{p} is missing" for p in targets if p not in stored]
     problems += [f"{p} is unknown" for p in stored if p not in targets]
     problems += [
         f"{p} is {list(stored[p].shape)}, not {list(t.shape)}"
-        for p, t in wanted.items()
+        for p, t in targets.items()
         if p in stored and tuple(stored[p].shape) != t.shape
     ]
     if problems:
         raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     with quiet_orbax():
         try:
-            arrays = flatten(ocp.load(path.absolute(), nest(wanted), checkpointable_name=_part(path)))
+            arrays = flatten(ocp.load(path.absolute(), nest(targets), checkpointable_name=_checkpointable_name(path)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
-    if bad := [p for p, finite in _are_finite(arrays).items() if not finite]:
-        raise InputError(f"{path}: {len(bad)} NaN or infinite: {', '.join(bad)}")
+    if not_finite := [p for p, finite in _are_finite(arrays).items() if not finite]:
+        raise InputError(f"{path}: {len(not_finite)} NaN or infinite: {', '.join(not_finite)}")
     return arrays
 
 
@@ -53,19 +56,19 @@ def _are_finite(arrays: FlatParams) -> FlatParams:
 
 
 def stored_shapes(path: Path) -> dict[str, Any]:
-    """Shape and dtype of each array of an Orbax checkpoint of weights, by path."""
+    """Returns an object with `shape` and `dtype` for each weight of an Orbax checkpoint, by path."""
     return flatten(_metadata(path).metadata)
 
 
 def stored_metadata(path: Path) -> dict[str, Any]:
-    """What `save_weights` was given as `extras`."""
+    """Returns the metadata that `save_weights` wrote."""
     return _metadata(path).custom_metadata or {}
 
 
-def save_weights(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any]) -> None:
-    """Writes an Orbax checkpoint group by group, uncompressed, so that no more than a group is held in buffers.
+def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, Any]) -> None:
+    """Writes an Orbax checkpoint, uncompressed, one group at a time, so that only one group is held in buffers.
 
-    The caller gives a `path` that does not exist, in a folder of its own: nothing is finished until this returns.
+    `path` must not exist, and the checkpoint is incomplete until this returns: the caller writes to a staging folder.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -73,12 +76,12 @@ def save_weights(path: Path, groups: Iterable[FlatParams], extras: dict[str, Any
     context.array.saving.use_compression = False
     with context, quiet_orbax():
         for group in groups:
-            ocp.partial.save(path.absolute(), nest(group), custom_metadata=extras)
+            ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata)
         ocp.partial.finalize(path.absolute())
 
 
 def flatten(params: Params) -> FlatParams:
-    """{"decoder": {"layers": {0: {"qkv_weight": x}}}} → {"decoder.layers.0.qkv_weight": x}"""
+    """Converts {"decoder": {"layers": {0: {"qkv_weight": x}}}} to {"decoder.layers.0.qkv_weight": x}."""
     flat = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
@@ -89,11 +92,12 @@ def flatten(params: Params) -> FlatParams:
 
 
 def unflatten(flat: FlatParams) -> Params:
-    """The inverse of `flatten`: the layout `model.split` gives, where layers are numbered by int."""
+    """Inverts `flatten`. Layers are keyed by int, as in the weights that `model.split` returns."""
     return nest(flat, lambda part: int(part) if part.isdigit() else part)
 
 
-def nest(flat: FlatParams, key=str) -> Params:
+def nest(flat: FlatParams, key: Callable[[str], Any] = str) -> Params:
+    """Converts a flat dict to nested ones; `key` makes a dict's key of each part of a path."""
     params: Params = {}
     for path, leaf in flat.items():
         *parents, name = (key(part) for part in path.split("."))
@@ -104,8 +108,13 @@ def nest(flat: FlatParams, key=str) -> Params:
     return params
 
 
-def _part(path: Path) -> str:
-    """Which part of an Orbax checkpoint the weights are; a run's hold the optimizers' states beside them."""
+def flat_params(model: nnx.Module) -> FlatParams:
+    """Returns the model's weights by path."""
+    return flatten(split(model)[1])
+
+
+def _checkpointable_name(path: Path) -> str:
+    """Returns the name of the weights in an Orbax checkpoint; those of a run hold optimizer states as well."""
     return PARAMS_FOLDER if path.parent.name == CHECKPOINTS_FOLDER else "AUTO"
 
 
@@ -114,14 +123,9 @@ def _metadata(path: Path):
 
     with quiet_orbax():
         try:
-            metadata = ocp.metadata(path.absolute(), _part(path))
-        except Exception as e:  # not a checkpoint, or one that was cut off
+            metadata = ocp.metadata(path.absolute(), _checkpointable_name(path))
+        except Exception as e:  # not a checkpoint, or an incomplete one
             raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
     if metadata.metadata is None:
         raise InputError(f"{path}: not a complete checkpoint")
     return metadata
-
-
-def flat_params(model: nnx.Module) -> FlatParams:
-    """The model's weights by path."""
-    return flatten(split(model)[1])

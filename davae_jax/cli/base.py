@@ -138,12 +138,12 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
 def exit_with(main: Callable[[], int]) -> None:
     """Runs a program's main function and ends the process with its exit code.
 
-    After an interrupt the process ends without Python's clean-up, because threads of XLA that are still computing would
-    crash it.
+    After an error or an interrupt it ends at once, without Python's clean-up: threads of XLA that still compute would
+    crash, and in a run of several processes JAX would wait for the others, which may wait for this one.
     """
     sys.unraisablehook = _report_unraisable
     code = main()
-    if code == INTERRUPTED:
+    if code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

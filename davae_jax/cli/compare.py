@@ -1,17 +1,17 @@
-"""`davae compare`: trains a list of settings on the same data, seeds and budget, and sets their measures side by side.
+"""`davae compare`: trains several settings on the same data, seeds and budget, and compares their measures.
 
 A study is a TOML file:
 
-    train = "--data.train texts.txt --steps 2000"   # options of train.py that every run has; may begin with a preset
+    train = "--data.train texts.txt --steps 2000"   # training options of all runs; may begin with a preset
     evaluate = "--data held-out.txt --samples 50"   # options of `davae evaluate`
     seeds = [0, 1, 2]
 
-    [settings]                                      # the first is what the others are held against
+    [settings]                                      # the others are compared with the first
     "plain KL" = "--free-bits.mode off"
     "MMD" = "--beta.start 0 --beta.max 0 --regularizers.mmd.weight 10"
 
-Every setting and seed is a run folder of its own, OUTPUT/SETTING/seed-N, trained by train.py and measured by `davae
-evaluate`. What is complete is not done again, and a run that was cut off goes on where it stopped.
+Every setting and seed is a run folder of its own, OUTPUT/SETTING/seed-N, which is trained and then measured by `davae
+evaluate`. What is complete is not done again, and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,10 @@ from tqdm import tqdm
 
 from davae_jax.cli.base import Command
 from davae_jax.cli.evaluate import Evaluate
+from davae_jax.cli.renamed import RENAMED_OPTIONS
 from davae_jax.cli.train import parse_train
 from davae_jax.evaluation.comparison import Results, format_table, statistics
+from davae_jax.evaluation.evaluate import as_json
 from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
@@ -43,26 +46,27 @@ from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_json, write_text
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
-PROGRAM = Path(__file__).parent.parent / "train.py"
-MEASURES = "evaluation.json"  # in a run's folder, when all is done
-COMPILED = "compiled"  # in the output: what JAX has compiled
-SECONDS_BETWEEN_PAGES = 10  # at least
+TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
+EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
+MEASURES_FILE = "evaluation.json"  # in a run folder, once the run is complete
+COMPILED_FOLDER = "compiled"  # in the output: JAX's compilation cache
+PAGE_INTERVAL = 10  # seconds between two updates of the output's files, at least
 
 
 class Study(NamedTuple):
-    settings: dict[str, list[str]]  # options of train.py, those of all runs included
+    settings: dict[str, list[str]]  # training options, the common ones included
     evaluate: list[str]
     seeds: list[int]
-    notes: list[str]  # on what settings differ in that a comparison should have alike
+    notes: list[str]  # warnings on settings whose budget or data differ
 
 
 @dataclass(kw_only=True)
 class Compare(Command):
-    """Trains settings side by side and compares what comes of them: one table and one page with plots.
+    """Trains several settings and compares their measures: one table, and one page with plots.
 
-    STUDY is a TOML file: `train` and `evaluate` are the options that all runs have, `seeds` a list of numbers,
-    `[settings]` a name and its own options each, of which the first is what the others are held against. Started again,
-    it goes on where it stopped. docs/regularizers.md has examples.
+    STUDY is a TOML file: `train` and `evaluate` are the options of all runs, `seeds` is a list of numbers, and
+    `[settings]` maps each setting's name to its own training options; the others are compared with the first. Started
+    again, the command resumes where it stopped. docs/regularizers.md has examples.
     """
 
     study: tyro.conf.Positional[Path]
@@ -78,157 +82,200 @@ class Compare(Command):
 
     def compare(self, study: Study) -> int:
         """Trains and measures what is missing, and writes the comparison. Returns the exit code."""
-        if not PROGRAM.is_file():
-            raise InputError(f"{PROGRAM}: no such file; `davae compare` trains by it and works in a checkout only")
-        found: Results = {name: {} for name in study.settings}
-        failed, written = [], time.monotonic()
-        # A seed after the other, so that all settings can be compared when the first seed is through.
-        todo = [(seed, name) for seed in study.seeds for name in study.settings]
-        with tqdm(todo, unit="run", disable=not sys.stderr.isatty()) as bar:
+        results: Results = {name: {} for name in study.settings}
+        failed, written = False, time.monotonic()
+        # All settings with the first seed, then all with the next, so that they can be compared early.
+        runs = [(seed, name) for seed in study.seeds for name in study.settings]
+        with tqdm(runs, unit="run", disable=not sys.stderr.isatty()) as bar:
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 try:
-                    found[name][seed] = run_one(study, name, seed, self.output / folder_of(name) / f"seed-{seed}")
+                    results[name][seed] = run_one(study, name, seed, self.output / folder_of(name) / f"seed-{seed}")
                 except InputError as e:
-                    failed.append(str(e))
+                    failed = True
                     tqdm.write(f"davae compare: error: {e}", file=sys.stderr)
                     continue
-                # What is read from an earlier start is not worth a page each.
-                if time.monotonic() > written + SECONDS_BETWEEN_PAGES:
-                    self.write(found, study)
+                # Runs that an earlier start has completed come quickly, and need no update each.
+                if time.monotonic() > written + PAGE_INTERVAL:
+                    self.write(results, study)
                     written = time.monotonic()
-        if not any(found.values()):
+        if not any(results.values()):
             return 1
-        self.write(found, study)
-        print(format_table(found, study.notes))
+        self.write(results, study)
+        print(format_table(results, study.notes))
         print(f"\n{self.output / 'comparison.html'}")
         return 1 if failed else 0
 
-    def write(self, found: Results, study: Study) -> None:
+    def write(self, results: Results, study: Study) -> None:
+        """Writes the comparison's files."""
         title = self.study.stem
-        compared = {"settings": study.settings, "seeds": study.seeds, "found": found, "compared": statistics(found)}
-        write_json(self.output / "comparison.json", compared)
-        write_text(self.output / "comparison.md", format_table(found, study.notes) + "\n")
-        write_text(self.output / "comparison.html", page(title, found, study.settings, study.notes))
-        write_text(self.output / "comparison.svg", figure(title, found))
+        values = {"settings": study.settings, "seeds": study.seeds, "found": results, "compared": statistics(results)}
+        write_json(self.output / "comparison.json", as_json(values))
+        write_text(self.output / "comparison.md", format_table(results, study.notes) + "\n")
+        write_text(self.output / "comparison.html", page(title, results, study.settings, study.notes))
+        write_text(self.output / "comparison.svg", figure(title, results))
+
+
+# The study.
 
 
 def read_study(path: Path) -> Study:
-    """Raises InputError (exit code 2), naming file and entry, where the file cannot be read or an option cannot be."""
+    """Reads and checks a study.
 
-    def bad(what: str) -> InputError:
-        return InputError(f"{path}: {what}", exit_code=2)
+    Raises:
+      InputError: the file cannot be read, or an entry or an option is wrong (exit code 2). The message names the file
+        and the entry.
+    """
+    try:
+        values = _read_toml(path)
+        common = _split_words(values.get("train", ""), "train")
+        settings = _check_settings(values.get("settings", {}))
+        options = {name: common + _split_words(words, f"settings.{name}") for name, words in settings.items()}
+        configs = {name: _train_config(name, words) for name, words in options.items()}
+        evaluate = _split_words(values.get("evaluate", ""), "evaluate")
+        _check_evaluate(evaluate)
+        return Study(options, evaluate, _check_seeds(values.get("seeds", [0, 1, 2])), _differences(configs))
+    except _StudyError as e:
+        raise InputError(f"{path}: {e}", exit_code=2) from None
 
+
+class _StudyError(Exception):
+    """An entry of a study is wrong; the message does not name the file."""
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise bad(f"cannot be read ({e.strerror})") from None
+        raise _StudyError(f"cannot be read ({e.strerror})") from None
     except ValueError as e:  # not TOML, or not UTF-8
-        raise bad(f"is not TOML ({e})") from None
-    known = {"train": str, "evaluate": str, "seeds": list, "settings": dict}
+        raise _StudyError(f"is not TOML ({e})") from None
+    known = {"train": (str, "text"), "evaluate": (str, "text"), "seeds": (list, "list"), "settings": (dict, "table")}
     if unknown := values.keys() - known:
-        raise bad(f"{min(unknown)!r} is not known; known: {', '.join(known)}")
-    for name, kind in known.items():
+        raise _StudyError(f"{min(unknown)!r} is not known; known: {', '.join(known)}")
+    for name, (kind, called) in known.items():
         if not isinstance(values.get(name, kind()), kind):
-            raise bad(f"{name} must be a {({str: 'text', list: 'list', dict: 'table'})[kind]}")
-    seeds, settings = values.get("seeds", [0, 1, 2]), values.get("settings", {})
-    whole = all(type(s) is int and 0 <= s < 2**32 for s in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise bad("seeds must be different whole numbers, at least one, from 0 and below 2³²")
+            raise _StudyError(f"{name} must be a {called}")
+    return values
+
+
+def _check_seeds(seeds: list[Any]) -> list[int]:
+    valid = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    if not seeds or not valid or len(set(seeds)) < len(seeds):
+        raise _StudyError("seeds must be different whole numbers, at least one, from 0 and below 2³²")
+    return seeds
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Checks that there are settings, that they are texts, and that each has a folder of its own."""
     if not settings:
-        raise bad("[settings] has none")
-    folders: dict[str, str] = {}
+        raise _StudyError("[settings] has none")
+    names: dict[str, str] = {}  # by folder
     for name, options in settings.items():
         if not isinstance(options, str):
-            raise bad(f"settings.{name} must be a text of options")
-        if (folder := folder_of(name)) == COMPILED or folder.startswith("comparison."):
-            raise bad(f"setting {name!r} would have the folder {folder}, which is taken")
-        if (other := folders.setdefault(folder_of(name), name)) != name:
-            raise bad(f"settings {other!r} and {name!r} would have the same folder")
-    common = _words(values.get("train", ""), path)
-    words = {name: common + _words(options, path) for name, options in settings.items()}
-    evaluate = _words(values.get("evaluate", ""), path)
-    configs = {}
-    for name, options in words.items():
-        if {"--seed", "--run-dir"} & _names(options):
-            raise bad(f"settings.{name}: --seed and --run-dir are given by the comparison")
-        registered = dict(REGISTRY)
-        try:
-            parsed = parse_train(options)
-        except InputError as e:
-            raise bad(f"settings.{name}: {e}") from None
-        finally:  # a setting's plugins are its own
-            REGISTRY.clear()
-            REGISTRY.update(registered)
-        if parsed is None:
-            raise bad(f"settings.{name}: asks for the help text")
-        configs[name] = parsed[1]
-    if {"--model", "--json"} & _names(evaluate):
-        raise bad("evaluate: --model and --json are given by the comparison")
+            raise _StudyError(f"settings.{name} must be a text of options")
+        folder = folder_of(name)
+        if folder == COMPILED_FOLDER or folder.startswith("comparison."):
+            raise _StudyError(f"setting {name!r} would have the folder {folder}, which is taken")
+        if (other := names.setdefault(folder, name)) != name:
+            raise _StudyError(f"settings {other!r} and {name!r} would have the same folder")
+    return settings
+
+
+def _train_config(name: str, options: list[str]) -> TrainConfig:
+    """Parses the training options of a setting."""
+    if {"--seed", "--run-dir"} & _option_names(options):
+        raise _StudyError(f"settings.{name}: --seed and --run-dir are given by the comparison")
+    registered = dict(REGISTRY)
     try:
-        if Evaluate.parse(["--model", "run", *evaluate], "davae evaluate") is None:
-            raise bad("evaluate: asks for the help text")
+        parsed = parse_train(options)
     except InputError as e:
-        raise bad(f"evaluate: {e}") from None
-    return Study(words, evaluate, seeds, _unlike(configs))
+        raise _StudyError(f"settings.{name}: {e}") from None
+    finally:  # plugins belong to their setting: another one may register the same name
+        REGISTRY.clear()
+        REGISTRY.update(registered)
+    if parsed is None:
+        raise _StudyError(f"settings.{name}: asks for the help text")
+    return parsed[1]
 
 
-def _names(options: list[str]) -> set[str]:
-    return {option.partition("=")[0].replace("_", "-") for option in options if option.startswith("--")}
+def _check_evaluate(options: list[str]) -> None:
+    if {"--model", "--json"} & _option_names(options):
+        raise _StudyError("evaluate: --model and --json are given by the comparison")
+    try:
+        parsed = Evaluate.parse(["--model", "run", *options], "davae evaluate")
+    except InputError as e:
+        raise _StudyError(f"evaluate: {e}") from None
+    if parsed is None:
+        raise _StudyError("evaluate: asks for the help text")
 
 
-def _unlike(configs: dict[str, TrainConfig]) -> list[str]:
-    """What should be alike in a comparison, and is not."""
-    asked = [{"--steps": c.steps, "--batch-size": c.batch_size, "--data.train": c.data.train} for c in configs.values()]
+def _option_names(words: list[str]) -> set[str]:
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
+def _differences(configs: dict[str, TrainConfig]) -> list[str]:
+    """Returns a warning for each option that should have one value in all settings, and has several."""
+    rows = [{"--steps": c.steps, "--batch-size": c.batch_size, "--data.train": c.data.train} for c in configs.values()]
     return [
         f"settings differ in {option}: their budget or data are not the same"
-        for option, first in asked[0].items()
-        if any(other[option] != first for other in asked)
+        for option, first in rows[0].items()
+        if any(row[option] != first for row in rows)
     ]
 
 
-def _words(options: str, path: Path) -> list[str]:
+def _split_words(options: str, entry: str) -> list[str]:
     try:
         return shlex.split(options)
     except ValueError as e:
-        raise InputError(f"{path}: {options!r}: {e}", exit_code=2) from None
+        raise _StudyError(f"{entry}: {options!r}: {e}") from None
 
 
 def folder_of(name: str) -> str:
-    """A setting's name as a folder's."""
+    """Returns the name of a setting's folder."""
     return re.sub(r"[^\w.=-]+", "-", name).strip("-.") or "setting"
 
 
+# The runs.
+
+
 def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """The measures of one run, trained and measured where that is not done yet.
+    """Trains and measures one run, as far as that is not done yet, and returns its measures.
 
     Raises:
-      InputError: it failed, with the last line that it wrote; or its folder was made with other options.
+      InputError: training or measuring failed, with the last line of its log; or the folder was made with other
+        options.
     """
-    options = study.settings[name]
-    told = {"train": options, "evaluate": study.evaluate}
-    stored, measured = folder.parent / f"{folder.name}.json", folder / MEASURES
-    before = _read(stored) if folder.exists() else None
-    if before and before.get("train") != options:
+    options = {"train": study.settings[name], "evaluate": study.evaluate}
+    options_file, measures_file = folder.parent / f"{folder.name}.json", folder / MEASURES_FILE
+    stored = _read_json(options_file) if folder.exists() else None
+    if stored and _current_names(stored.get("train", [])) != _current_names(options["train"]):
         raise InputError(f"{folder}: was made with other options; give another --output, or remove this folder")
-    if before == told and (found := _read(measured)):
-        return found
+    if stored and stored.get("evaluate") == options["evaluate"] and (measures := _read_json(measures_file)):
+        return measures
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_json(stored, told)
-    measured.unlink(missing_ok=True)  # of other options of `davae evaluate`, or damaged
+    write_json(options_file, options)
+    measures_file.unlink(missing_ok=True)  # measured with other options, or damaged
     log = folder.parent / f"{folder.name}.log"
-    train = [PROGRAM, *options, "--seed", seed, "--run-dir", folder]
-    if "--log.figures" not in _names(options):
+    train = [*TRAIN_COMMAND, *options["train"], "--seed", seed, "--run-dir", folder]
+    if "--log.figures" not in _option_names(options["train"]):
         train += ["--log.figures", 0]  # `davae evaluate` measures more
-    _called(train, log)
-    _called(["-m", "davae_jax.cli", "evaluate", "--model", folder, *study.evaluate, "--json", measured], log)
-    if (found := _read(measured)) is None:
-        raise InputError(f"{measured}: cannot be read")
-    return found
+    _run_python(train, log)
+    _run_python([*EVALUATE_COMMAND, "--model", folder, *options["evaluate"], "--json", measures_file], log)
+    if (measures := _read_json(measures_file)) is None:
+        raise InputError(f"{measures_file}: cannot be read")
+    return measures
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a file of ours holds; None where there is none, or it is damaged and has to be made again."""
+def _current_names(words: Sequence[str]) -> list[str]:
+    """Returns training options under their current names, so that studies of earlier versions are recognised."""
+    renamed = RENAMED_OPTIONS["train.py"]
+    split = [word.partition("=") for word in words]
+    return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a file that this command wrote. None if it does not exist or is damaged, and so has to be made again."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -236,13 +283,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and values else None
 
 
-def _called(argv: list[Any], log: Path) -> None:
-    """Runs Python on these words; what it writes goes to a log."""
-    # Seeds of a setting run the same programs: what one has compiled, the others take.
-    env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED)} | os.environ
+def _run_python(argv: Sequence[Any], log: Path) -> None:
+    """Runs Python with these arguments and appends its output to a log."""
+    # The seeds of a setting run the same programs, so they share a compilation cache.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED_FOLDER)} | os.environ
     words = [sys.executable, *map(str, argv)]
     with log.open("a", encoding="utf-8") as file:
-        # In a session of its own, so that every interruption reaches it once, and by us.
+        # In a session of its own, so that an interrupt reaches it once, from this process and not from the terminal.
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             code = process.wait()

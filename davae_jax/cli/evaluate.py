@@ -1,4 +1,4 @@
-"""`davae evaluate`: measures a model over texts; a table, JSON, and a report to look at."""
+"""`davae evaluate`: measures a model on texts, and writes a table, JSON and a report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from davae_jax.cli.base import Command
 from davae_jax.cli.text import check_output, write_whole
 from davae_jax.data import demo_corpus
-from davae_jax.data.texts import json_text, read_lines, read_texts
-from davae_jax.evaluation.evaluate import evaluate
-from davae_jax.evaluation.table import as_json, format_table
+from davae_jax.data.texts import decode_lines, parse_json_text, read_texts
+from davae_jax.evaluation.evaluate import as_json, evaluate
+from davae_jax.evaluation.table import format_table
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
@@ -33,50 +33,50 @@ def _option(metavar: str, default: str):
 
 @dataclass(kw_only=True)
 class Evaluate(Command):
-    """What a model is worth: reconstruction, likelihood, use of the latent, samples, interpolations.
+    """Evaluates a model: reconstruction, likelihood, use of the latent, samples, interpolations.
 
-    Prints a table. Figures over too few texts or samples to mean anything come with a warning, in the table and in the
-    files. docs/evaluate.md says what each is and what it cannot tell.
+    Prints a table. The table and the files have warnings on measures that too few texts or samples make unreliable.
+    docs/evaluate.md defines the measures and names their limits.
     """
 
     model: str
     """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
-    data: Annotated[Path | None, _option("FILE", "of a run of the demo, its held-out texts")] = None
-    """Texts that training has not shown, UTF-8, one a line; or JSON Lines (.jsonl, .json)."""
+    data: Annotated[Path | None, _option("FILE", "the held-out texts of a run of the demo")] = None
+    """Texts that were not used for training: UTF-8, one per line, or JSON Lines (.jsonl, .json)."""
 
     field: Annotated[str | None, _option("FIELD", "text")] = None
-    """Where a text stands in a line of JSON."""
+    """Field of a JSON line that holds the text."""
 
-    label: Annotated[tuple[str, ...], _option("FIELD", "none; of the demo, its factors")] = ()
-    """Fields of the same lines that say what kind a text is: the report colours by them, and they are probed for."""
+    label: Annotated[tuple[str, ...], _option("FIELD", "none; the factors of the demo")] = ()
+    """Fields of the JSON line that hold classes of the text: they are probed for, and colour the report's maps."""
 
     n: int = 1000
-    """Texts at most, the first ones of the file."""
+    """Limit on the number of texts; the first ones of the file are used."""
 
     samples: int = 50
-    """K, draws of the latent a text for the likelihood."""
+    """K, the number of latents drawn for each text's likelihood."""
 
     json: Annotated[Path | None, _option("FILE", "none")] = None
-    """File for the figures."""
+    """File for the measures."""
 
     html: Annotated[Path | None, _option("FILE", "none")] = None
-    """File for the report: one page that needs no other file."""
+    """File for the report, one page that needs no other file."""
 
     tokenizers: Annotated[Path | None, _option("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What to compute in."""
+    """Type of weights and activations."""
 
     batch_size: int = 64
-    """Texts worked on at once; changes speed and memory, not results."""
+    """Texts processed at once; changes speed and memory, not results."""
 
     seed: int = 0
     """Seed of every draw."""
 
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
-    """How the model lies over all devices; with 1 everywhere, on the first alone."""
+    """Mesh of all devices that the model is sharded over; with 1 everywhere, it is on the first device."""
 
     def run(self) -> None:
         check_options(self, "", "n samples batch_size", lambda n: n >= 1, "be at least 1")
@@ -109,44 +109,48 @@ class Evaluate(Command):
 
 
 class Data(NamedTuple):
+    """Texts to evaluate on."""
+
     texts: list[str]
-    labels: dict[str, Sequence[str]]
-    language: Container[str] | None
-    source: str
+    labels: dict[str, Sequence[str]]  # by factor, the class of each text
+    language: Container[str] | None  # the valid texts, where they are known
+    source: str  # for messages
 
 
 def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
-    """Texts of a file, and of JSON Lines their labels. Raises InputError naming the file and the line."""
+    """Reads the texts of a file, and the labels from JSON Lines. Raises InputError naming the file and the line."""
     for option, given in (("--field", field is not None), ("--label", labels)):
         if given and path.suffix not in (".jsonl", ".json"):
             raise OptionError(option, f"needs JSON Lines (.jsonl); {path} has no fields")
     texts = read_texts(path, field or "text")
-    lines = read_lines(path.read_bytes(), str(path)) if labels else []
+    lines = decode_lines(path.read_bytes(), str(path)) if labels else []
     read = {name: [label_of(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels}
     return Data(texts, read, None, str(path))
 
 
 def label_of(line: str, field: str, where: str) -> str:
-    """A field of a line of JSON as a class: a text, a whole number, true or false. Of a blank line, none."""
+    """Reads the class of a text from a field of a JSON line: a text, a whole number, true or false; "" of a blank line.
+
+    Raises:
+      InputError: the field is missing or holds something else; `where` names the line.
+    """
     if not line.strip():
         return ""
     values = json.loads(line)
     if field not in values:
         raise InputError(f"{where} has no field {field!r}")
     if not isinstance(values[field], str | int):
-        raise InputError(
-            f"{where}: the field {field!r} is no class, but a text, a whole number, true or false can be one"
-        )
+        raise InputError(f"{where}: the field {field!r} must be a text, a whole number, true or false to be a class")
     if not isinstance(values[field], str):
         return str(values[field])
     try:
-        return json_text(line, field)
+        return parse_json_text(line, field)
     except ValueError as e:
-        raise InputError(f"{where}{e}") from None
+        raise InputError(f"{where}: {e}") from None
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:
-    """The texts that the demo holds out, and their factors. Raises InputError where the folder is not such a run's."""
+    """Returns the held-out texts of the demo and their factors. Raises InputError if `run` is no run of the demo."""
     try:
         of_demo = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
     except (OSError, ValueError, KeyError, TypeError):

@@ -57,12 +57,12 @@ class PlanCommand(Command):
             return parse_options(cls, argv, prog, default=default)
 
     def run(self) -> None:
-        from davae_jax.planning.plan import make_plan, planned
+        from davae_jax.planning.plan import make_plan, with_planned_vocabularies
         from davae_jax.training.setup import unsharded_weights
 
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
-        config, tokenizers = planned(self.config, self.preset)
+        config, tokenizers = with_planned_vocabularies(self.config, self.preset)
         plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
         if warning := unsharded_weights(plan.config.model, plan.mesh):
             warnings.warn(warning, stacklevel=2)
@@ -73,7 +73,7 @@ class PlanCommand(Command):
 
 def format_plan(plan: Plan, tokenizers: str) -> str:
     """Returns the plan as a table. tokenizers: says which tokenizers the vocabulary sizes are taken from."""
-    from davae_jax.planning.plan import MOST_CHIPS
+    from davae_jax.planning.memory import MAX_CHIPS
 
     config, chip, model = plan.config, plan.chip, plan.config.model
     longest = plan.tokens // config.batch_size
@@ -111,7 +111,7 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         + f"  to {plan.tokens / plan.seconds[0]:,.0f}",
         "",
         _row(f"fewest {chip.name} that it fits on", str(plan.fewest[0]) if plan.fewest else "none")
-        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MOST_CHIPS} with this batch"),
+        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MAX_CHIPS} with this batch"),
     ]
     return "\n".join(lines)
 

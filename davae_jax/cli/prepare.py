@@ -1,135 +1,85 @@
-"""`davae prepare`."""
+"""`davae prepare`: tokenizes texts into shards for training."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from davae_jax.cli.base import Command
-from davae_jax.data.build_shards import (
-    HELD_OUT_BYTES,
-    HELD_OUT_PART,
-    MIB,
-    PARTS,
-    Task,
-    _cores,
-    _finish,
-    _open_folder,
-    _put_tokenizers,
-    _sha256,
-    _summary,
-    _work_through,
-)
-from davae_jax.data.readers import find_files, pieces_of
-from davae_jax.data.shards import MANIFEST
-from davae_jax.tokenizers.load import TOKENIZER_FILES
-from davae_jax.utils.errors import InputError, check_options, system_reason
-
-
-def _option(metavar: str, default: str):
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+from davae_jax.cli.base import Command, option_hint
+from davae_jax.data.build_shards import MIB, VocabularySizes, build_shards
+from davae_jax.data.shard_index import describe_excluded
+from davae_jax.data.shard_writer import ShardSettings
+from davae_jax.utils.errors import check_options
 
 
 @dataclass(kw_only=True)
 class Prepare(Command):
-    """Turns texts into tokenised shards for `train.py --data.train DIR`.
+    """Tokenizes texts into shards for `train.py --data.train DIR`.
 
-    Started again after an interruption, with the same options, it goes on where it stopped. Blank texts and those that
-    are too long are left out and counted; lines that cannot be read are counted, and the first of them listed in
-    bad_lines.jsonl.
+    After an interruption, the same command continues where it stopped. Blank texts and texts that are too long are left
+    out and counted. Lines that cannot be read are counted too, and bad_lines.jsonl lists the first of them.
     """
 
     input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")]
-    """Files: plain text, one a line (.txt), JSON Lines (.jsonl, .json, .ndjson), both also .gz or .zst, .parquet,
-    .arrow; or folders of one of these kinds, such as a Hugging Face dataset's."""
+    """Files of plain text with one text a line (.txt), JSON Lines (.jsonl, .json, .ndjson), Parquet (.parquet) and
+    Arrow (.arrow). Plain text and JSON Lines may be compressed (.gz, .zst). A folder, such as a Hugging Face dataset,
+    stands for its files, which must have one format."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the result."""
 
-    tokenizers: Annotated[Path | None, _option("DIR", "trained on a sample of the texts")] = None
+    tokenizers: Annotated[Path | None, option_hint("DIR", "trained on a sample of the texts")] = None
     """Folder with spiece.model and vocab.txt."""
 
     field: str = "text"
-    """Where in a line of JSON the text is; of a table, the column."""
+    """The field of JSON Lines, or the column of a table, that holds the text."""
 
     max_length: int = 512
-    """Longer texts are left out; in tokens of the decoder, the beginning and the end counted."""
+    """The most decoder tokens of a text, its beginning and its end token included. Longer texts are left out."""
 
     encoder_positions: int = 512
-    """Positions of the model's encoder. Texts of more ids are left out."""
+    """The number of positions of the model's encoder. Texts of more encoder tokens are left out."""
 
-    cut: bool = False
-    """Keep those texts: the encoder gets their beginning, the decoder all of them, up to --max-length. For runs with
-    --data.segment-length."""
+    truncate: bool = False
+    """Keep texts that are too long for the encoder. It reads their beginning, and the decoder reads them up
+    to --max-length. For training with --data.segment-length."""
 
-    held_out: Annotated[float | None, _option("PART", "0.01; of large inputs less, about 16 MB")] = None
-    """Part of the different texts that is kept apart to measure on, with all copies of each."""
+    held_out: Annotated[float | None, option_hint("FRACTION", "0.01; less of large inputs, about 16 MB")] = None
+    """The fraction of the distinct texts that is kept for measurements, with all copies of each."""
 
-    pieces: int = 8000
-    """Size of the decoder's vocabulary, where tokenizers are trained."""
+    decoder_vocab_size: int = 8000
+    """The size of the decoder's vocabulary, where tokenizers are trained."""
 
-    entries: int = 8000
-    """Size of the encoder's vocabulary, where tokenizers are trained."""
+    encoder_vocab_size: int = 8000
+    """The size of the encoder's vocabulary, where tokenizers are trained."""
 
-    shard_size: Annotated[int | None, _option("MIB", "a 256th of the input, from 1 to 1024")] = None
-    """MiB of input that make a shard."""
+    shard_size: Annotated[int | None, option_hint("MIB", "a 256th of the input, from 1 to 1024")] = None
+    """MiB of text in a shard."""
 
-    workers: Annotated[int | None, _option("INT", "as many as there are cores")] = None
-    """Processes that work at once; changes no result."""
+    workers: Annotated[int | None, option_hint("INT", "one for each core")] = None
+    """Number of worker processes; does not change the result."""
 
     def run(self) -> None:
         check_options(self, "", "max_length", lambda n: n >= 3, "be at least 3")
         check_options(self, "", "encoder_positions", lambda n: n >= 5, "be at least 5")
-        check_options(self, "", "pieces entries", lambda n: n >= 10, "be at least 10")
+        check_options(self, "", "decoder_vocab_size encoder_vocab_size", lambda n: n >= 10, "be at least 10")
         check_options(self, "", "shard_size workers", lambda n: n is None or n >= 1, "be at least 1")
         check_options(self, "", "held_out", lambda x: x is None or 0 <= x < 1, "be at least 0 and below 1")
-        files = find_files(self.input)
-        settings = self.settings(files)
-        _open_folder(self.output, settings)
-        try:
-            self.prepare(files, settings)
-        except OSError as e:  # a read that fails is an InputError already
-            raise InputError(f"{e.filename or self.output}: cannot be written ({system_reason(e)})") from e
-        shutil.rmtree(self.output / PARTS, ignore_errors=True)
-        counts = json.loads((self.output / MANIFEST).read_text(encoding="utf-8"))["counts"]
-        print(_summary(self.output, counts))
-
-    def prepare(self, files: list[Path], settings: dict[str, Any]) -> None:
-        """Makes what is not there yet."""
-        folder = self.output
-        if not (folder / MANIFEST).exists():
-            pieces = [piece for file in files for piece in pieces_of(file, settings["shard_size"])]
-            _put_tokenizers(folder, self.tokenizers, settings, pieces)
-            tasks = [
-                Task(str(folder), n, piece, **{name: settings[name] for name in Task._fields[3:]})
-                for n, piece in enumerate(pieces)
-            ]
-            _work_through(tasks, self.workers or _cores())
-            _finish(folder, tasks, settings)
-
-    def settings(self, files: list[Path]) -> dict[str, Any]:
-        """What decides the result, as prepare.json and the manifest have it."""
-        found = {str(file): file.stat() for file in files}
-        size = sum(stat.st_size for stat in found.values())
-        shard_size = self.shard_size * MIB if self.shard_size else min(max(size // 256, MIB), 1024 * MIB)
-        if self.tokenizers is None:
-            tokenizers = {"pieces": self.pieces, "entries": self.entries}
-        else:
-            tokenizers = {name: _sha256(self.tokenizers / name) for name in TOKENIZER_FILES}
-        when = {name: datetime.fromtimestamp(stat.st_mtime, UTC).isoformat() for name, stat in found.items()}
-        return {
-            "inputs": {name: f"{stat.st_size} bytes of {when[name]}" for name, stat in found.items()},
-            "field": self.field,
-            "max_length": self.max_length,
-            "encoder_positions": self.encoder_positions,
-            "cut": self.cut,
-            "held_out": min(HELD_OUT_PART, HELD_OUT_BYTES / max(1, size)) if self.held_out is None else self.held_out,
-            "shard_size": shard_size,
-            "tokenizers": tokenizers,
-        }
+        settings = ShardSettings(
+            field=self.field,
+            max_length=self.max_length,
+            encoder_positions=self.encoder_positions,
+            truncate=self.truncate,
+            held_out=self.held_out,
+            shard_size=self.shard_size and self.shard_size * MIB,
+        )
+        tokenizers = self.tokenizers or VocabularySizes(self.decoder_vocab_size, self.encoder_vocab_size)
+        counts = build_shards(self.input, self.output, settings, tokenizers, self.workers)
+        excluded = describe_excluded(counts)
+        print(
+            f"{self.output}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} decoder tokens, "
+            f"{counts['encoder_tokens']:,} encoder tokens" + (f"; left out: {excluded}" if excluded else "")
+        )

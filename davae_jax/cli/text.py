@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from davae_jax.cli.base import Command, option_hint
-from davae_jax.data.texts import read_lines
+from davae_jax.data.texts import decode_lines
 from davae_jax.model.config import check_sampling
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_text
@@ -125,7 +125,7 @@ class TextCommand(Command):
             raise OptionError("--input", "or texts must be given")
         name = str(self.input or "standard input")
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
-        return read_lines(data, name), f"{name}: line {{}}".format
+        return decode_lines(data, name), f"{name}: line {{}}".format
 
     def read_groups(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
         """Returns groups of n texts, and a function that names the group of the i-th text in messages.
@@ -302,7 +302,7 @@ class Interpolate(GreedyCommand):
         pairs, label = self.read_groups(2)
         vae = self.load(label)
         means = posterior_means(vae, pairs)
-        interpolate = latent.spherical if self.spherical else latent.interpolate
+        interpolate = latent.slerp if self.spherical else latent.interpolate
         latents = interpolate(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
         texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **self.sampling())
         return [

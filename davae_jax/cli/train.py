@@ -95,15 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupt_on_signals():
             if (parsed := parse_train(options)) is None:
                 return 0
-            from davae_jax.parallel.multihost import naming_the_lost  # imports JAX, which --help does not need
+            from davae_jax.parallel.multihost import explain_lost_process  # imports JAX, which --help does not need
 
-            with naming_the_lost():
+            with explain_lost_process():
                 return train_from_command_line(*parsed, options)
 
-    code = run_cli(work, "train.py", debug="--debug" in argv)
-    if multihost := sys.modules.get("davae_jax.parallel.multihost"):  # else it ended before JAX was imported
-        multihost.end(code)
-    return code
+    return run_cli(work, "train.py", debug="--debug" in argv)
 
 
 def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str]) -> int:
@@ -115,7 +112,7 @@ def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str
     multihost.connect(config.distributed)
     result = train(config)
     if result.interrupted:
-        multihost.barrier("all processes have saved", config.distributed.timeout)  # process 0 ends what connects them
+        multihost.disconnect()
         if multihost.is_process_zero():
             print(f"interrupted after step {result.step}; to go on: {resume_command(argv)}", file=sys.stderr)
         return INTERRUPTED

@@ -1,1 +1,1 @@
-"""Texts: read, tokenised, laid out in batches."""
+"""Reads texts, tokenizes them, stores them in shards, and lays them out in batches."""

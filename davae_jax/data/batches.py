@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.shapes import round_up
 
 Row = tuple[np.ndarray, np.ndarray]  # a text's encoder ids and decoder ids; the latter begin with bos and end with end
@@ -78,7 +78,7 @@ class TextBatches:
 
     def __init__(
         self,
-        texts: Texts,
+        texts: TokenizedTexts,
         batch_size: int,
         *,
         pad_id: int,

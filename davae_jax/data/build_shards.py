@@ -1,414 +1,217 @@
-"""`davae prepare`: texts → tokenised shards that a run reads in any order (prepared.py says how they lie).
+"""Tokenizes texts into shards, which a training run reads in any order (`shards.py` describes the files).
 
-The input is divided into pieces, which worker processes go through; a piece makes one shard, or several where its file
-cannot be entered in the middle. A shard and what is known of it appear under their names when they are whole, so a
-second start goes on behind the last of them. When all are there, their notes in `parts/` become the manifest.
+The input files are split into slices, and worker processes write the shards of each slice (`shard_writer.py`). A
+shard and its statistics appear under their names when they are complete, so the same call continues interrupted work
+after the last complete shard. When all shards are there, `shard_index.py` writes the manifest.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
 import json
-import multiprocessing
-import os
-import threading
-from array import array
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_end
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from davae_jax.data.readers import Chunk, Piece, read_piece
-from davae_jax.data.shards import FORMAT, MANIFEST, WRITER_OPTIONS, id_dtype, record_of
-from davae_jax.data.tokenize import rows_of
-from davae_jax.tokenizers.decoder import DecoderTokenizer, count_pieces
-from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
+from davae_jax.data.line_readers import FileSlice
+from davae_jax.data.readers import find_files, read_slice, split_into_slices
+from davae_jax.data.shard_index import merge_shards
+from davae_jax.data.shard_writer import (
+    PARTS,
+    ShardSettings,
+    ShardTask,
+    is_held_out,
+    load_new_tokenizers,
+    write_shards,
+)
+from davae_jax.data.shards import MANIFEST, from_stored_names, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
-from davae_jax.utils.errors import InputError, OptionError, first_line
-from davae_jax.utils.files import atomic_write, is_partial, remove_partial, write_bytes, write_json, write_text
+from davae_jax.utils.errors import InputError, OptionError, system_reason
+from davae_jax.utils.files import file_sha256, is_partial, remove_partial, write_bytes, write_json
 from davae_jax.utils.settings import changed_settings
+from davae_jax.utils.worker_pool import available_cores, run_tasks
 
-SETTINGS, PARTS = "prepare.json", "parts"
-BAD_LINES = 1000  # that are listed, the first ones
-TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26  # at most, to train tokenizers on; taken from all over the input
-HELD_OUT_PART, HELD_OUT_BYTES = 0.01, 1 << 24
+SETTINGS = "prepare.json"
+# At most so many texts and bytes train tokenizers; they are taken from the beginning of every slice.
+TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26
+# The default fraction of held-out texts, less where they would come to more than so many bytes.
+HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.01, 1 << 24
 MIB = 1 << 20
 
 
-class Task(NamedTuple):
-    """A piece, and all that a worker has to know to make its shards."""
+class VocabularySizes(NamedTuple):
+    """The sizes of the vocabularies of tokenizers that are to be trained."""
 
-    folder: str
-    number: int
-    piece: Piece
-    field: str
-    max_length: int
-    encoder_positions: int
-    cut: bool
-    held_out: float
-    shard_size: int
+    decoder_vocab_size: int
+    encoder_vocab_size: int
 
 
-# ---- before: the folder, the tokenizers
+def build_shards(
+    inputs: Sequence[Path],
+    output: Path,
+    settings: ShardSettings,
+    tokenizers: Path | VocabularySizes,
+    workers: int | None = None,
+) -> dict[str, int]:
+    """Tokenizes texts into shards, or completes the work of an interrupted call with the same arguments.
+
+    Args:
+      inputs: files, or folders of files of one format.
+      output: the folder for the result.
+      settings: what the shards contain. `held_out` may be None: a hundredth of the texts, and less of large inputs.
+        `shard_size` may be None: a 256th of the input, from 1 MiB to 1024 MiB.
+      tokenizers: a folder with vocab.txt and spiece.model, or the sizes of tokenizers that are trained on a sample of
+        the texts.
+      workers: the number of worker processes, which does not change the result; None: one for each core.
+
+    Returns:
+      The counts in the manifest: texts, tokens, and for each reason the texts that were left out.
+
+    Raises:
+      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, or no text is
+        left.
+      OptionError: the output was made with other settings, or the texts have more characters than
+        `decoder_vocab_size`.
+    """
+    files = find_files(inputs)
+    settings = _with_defaults(settings, sum(file.stat().st_size for file in files))
+    stored = to_stored_names(
+        {
+            "inputs": _describe_inputs(files),
+            **settings._asdict(),
+            "tokenizers": _describe_tokenizers(tokenizers),
+        }
+    )
+    _open_folder(output, stored)
+    try:
+        if not (output / MANIFEST).exists():
+            slices = [part for file in files for part in split_into_slices(file, settings.shard_size)]
+            _provide_tokenizers(output, tokenizers, slices, settings)
+            tasks = [ShardTask(str(output), n, part, settings) for n, part in enumerate(slices)]
+            _run_with_progress(tasks, workers or available_cores())
+            merge_shards(output, stored)
+    except OSError as e:  # of a file that is written; a reader's errors are InputErrors
+        raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
+    shutil.rmtree(output / PARTS, ignore_errors=True)
+    return json.loads((output / MANIFEST).read_text(encoding="utf-8"))["counts"]
 
 
-def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or checks that what stands there is of the same settings. Raises InputError if it is not."""
-    stored = folder / SETTINGS
+def _with_defaults(settings: ShardSettings, input_bytes: int) -> ShardSettings:
+    """Returns the settings with the values of those that are None, which depend on the size of the input."""
+    held_out, shard_size = settings.held_out, settings.shard_size
+    if held_out is None:
+        held_out = min(HELD_OUT_FRACTION, HELD_OUT_BYTES / max(1, input_bytes))
+    if shard_size is None:
+        shard_size = min(max(input_bytes // 256, MIB), 1024 * MIB)
+    return settings._replace(held_out=held_out, shard_size=shard_size)
+
+
+def _describe_tokenizers(tokenizers: Path | VocabularySizes) -> dict[str, Any]:
+    """Returns the hashes of the tokenizers' files, or the sizes of those to be trained."""
+    if isinstance(tokenizers, VocabularySizes):
+        return tokenizers._asdict()
+    return {name: file_sha256(tokenizers / name) for name in TOKENIZER_FILES}
+
+
+def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
+    """Returns the size and the time of modification of every file: whoever changes a file changes the settings."""
+    stats = {str(file): file.stat() for file in files}
+    return {
+        name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}"
+        for name, stat in stats.items()
+    }
+
+
+def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:
+    total = sum(task.file_slice.size for task in tasks)
+    with tqdm(
+        total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False
+    ) as bar:
+        run_tasks(write_shards, tasks, workers, bar)
+
+
+# ---- prepare.json
+
+
+def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
+    """Makes the output folder, or checks that an existing one was made with the same settings.
+
+    Args:
+      stored: the content of prepare.json.
+
+    Raises:
+      OptionError: the folder was made with other settings, or holds other files.
+      InputError: the folder cannot be written.
+    """
+    path = folder / SETTINGS
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        if stored.exists():
-            before = {"cut": False} | json.loads(stored.read_text(encoding="utf-8"))  # there was no --cut once
-            changed = changed_settings(before, settings)
-            if changed and not (folder / MANIFEST).exists() and not any((folder / PARTS).glob("*.json")):
-                for name in TOKENIZER_FILES:  # nothing was prepared yet: begin anew
-                    (folder / name).unlink(missing_ok=True)
-            elif changed:
-                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-                raise OptionError(
-                    "--output",
-                    f"{folder} was prepared with other settings: {', '.join(changed[:3])}{more}; give another folder",
-                )
-        elif any(path.name != PARTS and not is_partial(path) for path in folder.iterdir()):
+        if path.exists():
+            # Folders of the first versions do not have the setting "cut".
+            _check_settings(folder, {"cut": False} | json.loads(path.read_text(encoding="utf-8")), stored)
+        elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
             raise OptionError("--output", f"{folder} holds files, but no {SETTINGS}; give another folder")
-        write_json(stored, settings)
-        for place in (folder, folder / PARTS):
-            remove_partial(place)
+        write_json(path, stored)
+        for parent in (folder, folder / PARTS):
+            remove_partial(parent)
     except (OSError, ValueError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while data := file.read(MIB):
-                digest.update(data)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    return digest.hexdigest()
+def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises OptionError where settings have changed and shards exist. Removes the tokenizers where none do."""
+    changed = changed_settings(from_stored_names(before), from_stored_names(now))
+    if not changed:
+        return
+    if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; give another folder"
+        raise OptionError("--output", f"{folder} {reason}")
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
-def _put_tokenizers(folder: Path, given: Path | None, settings: dict[str, Any], pieces: list[Piece]) -> None:
-    """vocab.txt and spiece.model into the folder: those given, or new ones."""
+# ---- tokenizers
+
+
+def _provide_tokenizers(
+    folder: Path, tokenizers: Path | VocabularySizes, slices: list[FileSlice], settings: ShardSettings
+) -> None:
+    """Puts vocab.txt and spiece.model into the folder, copied or trained, unless they are already there."""
     missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
-    if missing and given is not None:
-        for name in missing:
-            write_bytes(folder / name, (given / name).read_bytes())
-    elif missing:
-        texts = _sample(pieces, settings["field"], settings["held_out"])
+    if missing and isinstance(tokenizers, VocabularySizes):
+        texts = sample_texts(slices, settings.field, settings.held_out)
         if not texts:
-            raise InputError(f"{pieces[0].file}: holds no text to train tokenizers on (--field {settings['field']})")
-        sizes = settings["tokenizers"]
-        try:
-            trained = train_wordpiece(texts, sizes["entries"]), train_sentencepiece(texts, sizes["pieces"])
-        except OptionError as e:  # here the options have no section
-            raise OptionError(e.option.replace("--data.", "--"), e.reason) from e
-        for name, data in zip(TOKENIZER_FILES, trained, strict=True):
+            raise InputError(f"{slices[0].file}: holds no text to train tokenizers on (--field {settings.field})")
+        vocab = train_wordpiece(texts, tokenizers.encoder_vocab_size)
+        spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size")
+        for name, data in zip(TOKENIZER_FILES, (vocab, spiece), strict=True):
             write_bytes(folder / name, data)
-    _tokenizers(str(folder), settings["encoder_positions"])  # raises if they are damaged
+    else:
+        for name in missing:
+            write_bytes(folder / name, (tokenizers / name).read_bytes())
+    load_new_tokenizers(str(folder), settings.encoder_positions)  # raises InputError where they are damaged
 
 
-def _sample(pieces: list[Piece], field: str, held_out: float) -> list[str]:
-    """Texts from the beginning of every piece, so many in all that memory and time are bounded."""
-    n, size = -(-TOKENIZER_TEXTS // len(pieces)), -(-TOKENIZER_BYTES // len(pieces))
-    found = []
-    for piece in pieces:
-        left, bytes_left = n, size
-        for chunk in read_piece(piece, field):
-            texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:left]
-            found += [text for text in texts if not _is_held_out(text, held_out)]
-            left, bytes_left = left - len(texts), bytes_left - chunk.text_bytes
-            if left <= 0 or bytes_left <= 0:
+def sample_texts(slices: list[FileSlice], field: str, held_out: float) -> list[str]:
+    """Returns texts from the beginning of every slice, without the held-out ones, to train tokenizers on.
+
+    Their number and their size are bounded, and so are memory and time.
+    """
+    texts_per_slice, bytes_per_slice = -(-TOKENIZER_TEXTS // len(slices)), -(-TOKENIZER_BYTES // len(slices))
+    sample = []
+    for file_slice in slices:
+        texts_left, bytes_left = texts_per_slice, bytes_per_slice
+        for chunk in read_slice(file_slice, field):
+            texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:texts_left]
+            sample += [text for text in texts if not is_held_out(text, held_out)]
+            texts_left, bytes_left = texts_left - len(texts), bytes_left - chunk.text_bytes
+            if texts_left <= 0 or bytes_left <= 0:
                 break
-    return found
-
-
-@functools.cache
-def _tokenizers(folder: str, positions: int) -> tuple[EncoderTokenizer, DecoderTokenizer]:
-    """With the ids that a run gives the special tokens (`setup_run.model_config`)."""
-    vocab, spiece = (Path(folder) / name for name in TOKENIZER_FILES)
-    entries, n = read_vocabulary(vocab), count_pieces(spiece)
-    cls_id, sep_id = (entries.index(token) if token in entries else 0 for token in ("[CLS]", "[SEP]"))
-    encoder = EncoderTokenizer(folder, cls_id=cls_id, sep_id=sep_id, max_ids=positions - 2)
-    return encoder, DecoderTokenizer(folder, end_id=n, pad_id=n + 1, bos_id=n + 2)
-
-
-def _is_held_out(text: str, part: float) -> bool:
-    """By the text itself, so that all its copies go together and no order or list matters."""
-    return int.from_bytes(_digest(text)) < part * 2**64
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-
-
-# ---- the work, in processes
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _work_through(tasks: list[Task], workers: int) -> None:
-    total = sum(task.piece.size for task in tasks)
-    bar = tqdm(total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False)
-    with bar:
-        if min(workers, len(tasks)) == 1:
-            for task in tasks:
-                make_shards(task, bar.update)
-            return
-        # Not forked: the threads of what is imported here would not survive that.
-        context = multiprocessing.get_context("spawn")
-        done, stop = context.Value("d", 0.0), context.Event()
-        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_begin, initargs=(done, stop))
-        try:
-            left = {pool.submit(_make_shards, task) for task in tasks}
-            while left:
-                finished, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-                bar.update(done.value - bar.n)
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool:
-            raise InputError("a worker process was ended from outside (out of memory?); start again to go on") from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-class _Stopped(Exception):
-    pass
-
-
-def _begin(done, stop) -> None:
-    """In a worker: end with the program, leave Ctrl-C to it, and use one core."""
-    import signal
-
-    global _done, _stop
-    _done, _stop = done, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def end_with_parent():
-        wait_for_end([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _make_shards(task: Task) -> None:
-    def report(n: float) -> None:
-        if _stop.is_set():
-            raise _Stopped
-        with _done.get_lock():
-            _done.value += n
-
-    make_shards(task, report)
-
-
-def make_shards(task: Task, report: Callable[[float], Any] = lambda n: None) -> None:
-    """Makes the shards of a piece that are not there yet. `report` is told how many bytes of the file that was."""
-    past = 0.0
-
-    def counted(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        nonlocal past
-        for chunk in chunks:
-            yield chunk
-            report(task.piece.size * (chunk.done - past))
-            past = chunk.done
-
-    chunks = counted(read_piece(task.piece, task.field))
-    line = 1  # of the piece, with which the next shard begins
-    for part in itertools.count():
-        name = f"{task.number:05}-{part:04}"
-        notes = Path(task.folder) / PARTS / f"{name}.json"
-        if notes.exists():
-            stats = json.loads(notes.read_text(encoding="utf-8"))
-            if not stats["last"]:
-                for _ in itertools.islice(chunks, stats["chunks"]):
-                    pass
-        else:
-            stats, chunks = _make_shard(name, chunks, line, task)
-            write_json(notes, stats)
-        if stats["last"]:
-            break
-        line += stats["lines"]
-    report(task.piece.size * (1.0 - past))
-
-
-def _make_shard(name: str, chunks: Iterator[Chunk], line: int, task: Task) -> tuple[dict, Iterator[Chunk]]:
-    """Makes one shard of the next chunks. Returns what is known of it, and the chunks that are left."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    folder = Path(task.folder)
-    path = folder / f"{name}.arrayrecord"
-    encoder, decoder = _tokenizers(task.folder, task.encoder_positions)
-    dtype = id_dtype(max(encoder.size, decoder.size + 2))
-    stats = dict.fromkeys(("lines", "chunks", "texts", "held_out", "blank", "too_long", "bad"), 0)
-    stats |= dict(encoder_tokens=0, decoder_tokens=0, file=task.piece.file, number=task.number, bad_lines=[])
-    table, kept_apart, text_bytes, chunk = array("I"), {}, 0, None
-    with atomic_write(path) as file:
-        try:
-            writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
-            try:
-                for chunk in chunks:
-                    texts = []
-                    for number, (text, problem) in enumerate(chunk.lines, line + stats["lines"]):
-                        if problem:
-                            stats["bad"] += 1
-                            if len(stats["bad_lines"]) < BAD_LINES:
-                                stats["bad_lines"].append([number, problem])
-                        elif not text.strip():
-                            stats["blank"] += 1
-                        else:
-                            texts.append((number, text))
-                    rows = rows_of([text for _, text in texts], encoder, decoder, task.max_length, task.cut)
-                    for (number, text), row in zip(texts, rows, strict=True):
-                        if row is None:
-                            stats["too_long"] += 1
-                        elif _is_held_out(text, task.held_out):
-                            stats["held_out"] += 1
-                            kept_apart[text] = None
-                        else:
-                            writer.write(record_of(*row, dtype))
-                            table.extend((number, len(row[0]), len(row[1])))
-                    stats["lines"] += len(chunk.lines)
-                    stats["chunks"] += 1
-                    text_bytes += chunk.text_bytes
-                    if text_bytes >= task.shard_size or not writer.ok():
-                        break
-            finally:
-                writer.close()  # raises what went wrong with a write
-        except (RuntimeError, OSError) as e:
-            raise InputError(f"{path}: cannot be written ({_why(e)})") from e
-        following = next(chunks, None)
-        columns = np.array(table, np.uint32).reshape(-1, 3)
-        stats["last"] = following is None
-        stats["texts"] = len(columns)
-        stats["encoder_tokens"] = int(columns[:, 1].sum())
-        stats["decoder_tokens"] = int(columns[:, 2].sum()) - len(columns)  # those that are trained: all but bos
-        stats["bytes"], stats["sha256"] = file.stat().st_size, _sha256(file)
-        with atomic_write(folder / f"{name}.npy") as other, other.open("wb") as out:
-            np.save(out, columns)
-        write_text(folder / PARTS / f"{name}.jsonl", "".join(map(_json_line, kept_apart)))
-    return stats, chunks if following is None else itertools.chain([following], chunks)
-
-
-def _why(error: Exception) -> str:
-    """ "write() failed: No space left on device; writing …" of the library's message."""
-    return first_line(error).split(";")[0].removeprefix("write() failed: ").removeprefix("open() failed: ")
-
-
-def _json_line(text: str) -> str:
-    return json.dumps({"text": text}, ensure_ascii=False) + "\n"
-
-
-# ---- after: what the shards' notes say, put together
-
-
-def _finish(folder: Path, tasks: list[Task], settings: dict[str, Any]) -> None:
-    """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and the manifest last."""
-    names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
-    counts = dict.fromkeys(("lines", "texts", "held_out", "blank", "too_long", "bad"), 0)
-    counts |= dict(encoder_tokens=0, decoder_tokens=0)
-    shards, bad_lines, piece, file, before = [], [], 0, None, 0
-    lines_of_piece = 0
-    for name in names:
-        stats = json.loads((folder / PARTS / f"{name}.json").read_text(encoding="utf-8"))
-        if stats["number"] != piece:
-            piece, before, lines_of_piece = stats["number"], before + lines_of_piece, 0
-        if stats["file"] != file:
-            file, before = stats["file"], 0
-        lines_of_piece += stats["lines"]
-        for count in counts:
-            counts[count] += stats[count]
-        bad_lines += [
-            {"file": file, "line": before + number, "problem": problem} for number, problem in stats["bad_lines"]
-        ][: BAD_LINES - len(bad_lines)]
-        if stats["texts"]:
-            shards.append({key: stats[key] for key in ("texts", "bytes", "sha256", "file")})
-            shards[-1] |= {"name": name, "line": before}
-        else:
-            for suffix in ("arrayrecord", "npy"):
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-    write_text(folder / "bad_lines.jsonl", "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad_lines))
-    if not shards:
-        raise InputError(f"{', '.join(settings['inputs'])}: {_left_out(counts) or 'holds no text'}; nothing is left")
-    counts["held_out_distinct"] = _write_held_out(folder, names)
-    _write_order(folder, shards)
-    encoder, decoder = _tokenizers(tasks[0].folder, tasks[0].encoder_positions)
-    manifest = {
-        "format": FORMAT,
-        "settings": settings,
-        "tokenizers": {name: _sha256(folder / name) for name in TOKENIZER_FILES},
-        "dtype": id_dtype(max(encoder.size, decoder.size + 2)).str,
-        "counts": counts,
-        "shards": shards,
-    }
-    write_json(folder / MANIFEST, manifest)
-
-
-def _write_held_out(folder: Path, names: list[str]) -> int:
-    """The texts kept apart, each once, in an order that has nothing to do with the input's."""
-    texts = {}
-    for name in names:
-        with (folder / PARTS / f"{name}.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                text = json.loads(line)["text"]
-                texts[_digest(text)[::-1]] = text
-    with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
-        out.writelines(_json_line(texts[digest]) for digest in sorted(texts))
-    return len(texts)
-
-
-def _write_order(folder: Path, shards: list[dict]) -> None:
-    """order.npy, sorted by counting, and lengths.npy. A shard's lengths at a time are in memory."""
-    counts, longest = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    for shard in shards:
-        _, encoder, decoder = np.load(folder / f"{shard['name']}.npy").T
-        more = int(decoder.max()) + 1 - len(counts)
-        counts, longest = (np.pad(x, (0, max(0, more))) for x in (counts, longest))
-        counts += np.bincount(decoder, minlength=len(counts))
-        np.maximum.at(longest, decoder, encoder)
-    n = int(counts.sum())
-    dtype = np.dtype("<u4" if n < 1 << 32 else "<u8")
-    places = counts.cumsum() - counts
-    with atomic_write(folder / "order.npy") as file, file.open("wb") as out:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
-        np.lib.format.write_array_header_1_0(out, header)
-        begin, first = out.tell(), 0
-        for shard in shards:
-            decoder = np.load(folder / f"{shard['name']}.npy")[:, 2]
-            order = np.argsort(decoder, kind="stable")
-            found, starts = np.unique(decoder[order], return_index=True)
-            for length, records in zip(found, np.split(order, starts[1:]), strict=True):
-                out.seek(begin + int(places[length]) * dtype.itemsize)
-                out.write((records + first).astype(dtype).tobytes())
-                places[length] += len(records)
-            first += len(decoder)
-    found = np.flatnonzero(counts)
-    with atomic_write(folder / "lengths.npy") as file, file.open("wb") as out:
-        np.save(out, np.stack([found, counts[found], longest[found]], axis=1))
-
-
-def _left_out(counts: dict[str, int]) -> str:
-    words = {"blank": "blank", "too_long": "too long", "bad": "bad lines (bad_lines.jsonl)", "held_out": "held out"}
-    return ", ".join(f"{counts[name]:,} {word}" for name, word in words.items() if counts[name])
-
-
-def _summary(folder: Path, counts: dict[str, int]) -> str:
-    left_out = _left_out(counts)
-    return (
-        f"{folder}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} tokens of the decoder, "
-        f"{counts['encoder_tokens']:,} of the encoder" + (f"; not among them: {left_out}" if left_out else "")
-    )
+    return sample

@@ -1,8 +1,8 @@
-"""The demo's corpus: short Chinese reviews and notices from a small grammar whose factors are known.
+"""Generates the corpus of the demo: short Chinese reviews and notices from a small grammar with known factors.
 
-A sentence is fixed by seven factors, and no two choices of them give the same sentence, so every text can be parsed
-back. Whole combinations of topic, aspect and style are held out: no training sentence shows such three together, and a
-model that reproduces them must have learnt the parts.
+Seven factors determine a sentence, and different factors give different sentences, so the factors of a text can be
+looked up. Some combinations of topic, aspect and style are held out completely: no training sentence has these three
+factors together, so a model that reproduces such sentences has learnt to combine the factors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from typing import NamedTuple
 
 TOPICS = ["餐厅", "酒店", "超市", "书店", "影院", "健身房", "咖啡馆", "理发店", "面包店", "游泳馆"]
-# The words for good and for bad.
+# Each aspect with its word for good and its word for bad.
 ASPECTS = {
     "服务": ("热情", "冷淡"),
     "价格": ("实惠", "离谱"),
@@ -25,7 +25,7 @@ DEGREES = ["比较", "相当", "非常", "极其"]
 STRONG = DEGREES[2:]
 TIMES = ["昨天", "周末", "上个月", "春节期间", "去年夏天"]
 PEOPLE = ["家人", "同事", "老朋友"]
-# A frame, and four ways to end: mildly good, very good, mildly bad, very bad.
+# Each style with its sentence frame and four endings: mildly good, very good, mildly bad, very bad.
 STYLES = {
     "chat": (
         "{time}跟{person}去了趟{topic}，{aspect}{degree}{word}，{end}",
@@ -72,7 +72,7 @@ HELD_OUT = 0.05  # of the combinations of topic, aspect and style
 
 
 class Factors(NamedTuple):
-    """What a sentence says. `good` is its sentiment, `degree` the intensity of it."""
+    """The factors of a sentence. `good` is its sentiment, and `degree` the intensity of the sentiment."""
 
     topic: str
     aspect: str
@@ -84,25 +84,34 @@ class Factors(NamedTuple):
 
 
 def sentence(factors: Factors) -> str:
+    """Returns the sentence that the factors determine."""
     frame, ends = STYLES[factors.style]
     bad, strong = not factors.good, factors.degree in STRONG
     return frame.format(word=ASPECTS[factors.aspect][bad], end=ends[2 * bad + strong], **factors._asdict())
 
 
 def all_factors() -> list[Factors]:
-    """Every choice of factors, 72,000 of them, in a fixed order."""
+    """Returns all 72,000 combinations of factors, in a fixed order."""
     choices = itertools.product(TOPICS, ASPECTS, (True, False), DEGREES, TIMES, PEOPLE, STYLES)
     return [Factors(*choice) for choice in choices]
 
 
 class Corpus(NamedTuple):
+    """The sentences of the grammar.
+
+    Attributes:
+      train: the training sentences, shuffled.
+      held_out: the sentences with held-out combinations of topic, aspect and style, shuffled.
+      factors: the factors of every sentence; a text that is not among the keys is not in the language.
+    """
+
     train: list[str]
     held_out: list[str]
-    factors: dict[str, Factors]  # of every sentence of the language: what the grammar accepts is what is a key here
+    factors: dict[str, Factors]
 
 
 def make_corpus(seed: int = 0) -> Corpus:
-    """All sentences, shuffled; those of the held-out combinations of topic, aspect and style apart."""
+    """Returns all sentences, shuffled, divided into training sentences and held-out ones; the seed decides both."""
     rng = random.Random(seed)
     combinations = list(itertools.product(TOPICS, ASPECTS, STYLES))
     held_out = set(rng.sample(combinations, round(HELD_OUT * len(combinations))))
@@ -118,6 +127,6 @@ def make_corpus(seed: int = 0) -> Corpus:
 
 
 def opposite(text: str, factors: dict[str, Factors]) -> str:
-    """The same said with the other sentiment."""
+    """Returns the sentence with the other sentiment and otherwise the same factors."""
     f = factors[text]
     return sentence(f._replace(good=not f.good))

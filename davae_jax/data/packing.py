@@ -18,7 +18,7 @@ from davae_jax.utils.shapes import round_up
 
 if TYPE_CHECKING:
     from davae_jax.data.shard_batches import PreparedTexts
-    from davae_jax.data.tokenize import Texts
+    from davae_jax.data.tokenize import TokenizedTexts
 
 WINDOW = 512  # number of texts that the next one of a row is chosen from
 
@@ -30,7 +30,9 @@ class PackedBatches:
     corpus, so that both sides fill alike.
     """
 
-    def __init__(self, texts: Texts | PreparedTexts, batch_size: int, *, pad_id: int, row_length: int, seed: int = 0):
+    def __init__(
+        self, texts: TokenizedTexts | PreparedTexts, batch_size: int, *, pad_id: int, row_length: int, seed: int = 0
+    ):
         """Packs the texts; keeps about 100 bytes a text in memory.
 
         Args:

@@ -1,19 +1,19 @@
-"""Texts that `davae prepare` has made ready: how they lie on disk, and the batch of every step of them.
+"""A folder of texts that `davae prepare` has tokenized: its files, and reading its records.
 
-manifest.json              settings, counts, tokenizers, the list of shards; written last
-vocab.txt, spiece.model    the tokenizers, which become a run's
-NAME.arrayrecord           the records of a shard
-NAME.npy                   uint32 [texts, 3]: each text's line in its piece of the input, and its numbers of encoder and
-                           decoder ids
-order.npy                  the records' numbers through all shards, the texts with the fewest decoder ids first
-lengths.npy                [lengths, 3]: a number of decoder ids, the texts that have it, the most encoder ids of these
-held_out.jsonl             texts that are in no shard, to measure on
-bad_lines.jsonl            the first lines that could not be read, and why
+manifest.json              settings, counts, hashes of the tokenizers, and the list of shards; written last
+prepare.json               the settings; written first
+vocab.txt, spiece.model    the tokenizers, which a training run copies
+NAME.arrayrecord           a shard: one record for each text
+NAME.npy                   uint32 [texts, 3], a row for each record of the shard: the line of the text in its slice of
+                           the input file, its number of encoder ids, and its number of decoder ids
+order.npy                  the numbers of all records, counted over all shards, sorted by number of decoder ids
+lengths.npy                [lengths, 3], a row for each number of decoder ids that occurs: this number, how many texts
+                           have it, and the most encoder ids among these texts
+held_out.jsonl             the texts that are in no shard, because they are kept for measurements
+bad_lines.jsonl            the first lines that could not be read, each with its file, its line number and the problem
 
-A record is one text in little-endian uint16, or uint32 where a vocabulary needs it (`dtype` in the manifest): the
-number of its encoder ids, these, and its decoder ids, bos first and the end token last.
-
-What a step shows is arithmetic on its number: nothing is kept in memory that grows with the number of texts.
+A record is one text as little-endian uint16, or uint32 for vocabularies of more than 65,536 ids (`dtype` in the
+manifest): the number of encoder ids, then the encoder ids, then the decoder ids with bos first and the end token last.
 """
 
 from __future__ import annotations
@@ -33,102 +33,147 @@ from davae_jax.utils.errors import InputError, first_line
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# Records together in a chunk, of which a read takes one: 40 bytes of a chunk's header are shared, the index is small.
-# Packing ids by a general compressor saves a tenth and costs five times the time.
+# The names that settings have in prepare.json and the manifest, where they differ from those in the code.
+STORED_NAMES = {"truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
+# ArrayRecord stores records in groups of 16, which share a header of 40 bytes and an entry in the index; a read takes
+# one group. General compression of the ids would save a tenth of the space and take five times as long.
 WRITER_OPTIONS = "group_size:16,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-THREADS = 4  # that read ahead
-HELD_OUT_AT_MOST = 10_000  # texts that are measured on
+THREADS = 4  # that prefetch batches
+MAX_HELD_OUT_TEXTS = 10_000  # of held_out.jsonl, that a training run uses
 
 
-def record_of(encoder_ids: Sequence[int], decoder_ids: Sequence[int], dtype: np.dtype) -> bytes:
+def encode_record(encoder_ids: Sequence[int], decoder_ids: Sequence[int], dtype: np.dtype) -> bytes:
+    """Returns the record of a text."""
     return np.array([len(encoder_ids), *encoder_ids, *decoder_ids], dtype).tobytes()
 
 
-def ids_of(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(encoder ids, decoder ids) of a record."""
-    numbers = np.frombuffer(record, dtype)
-    n = int(numbers[0])
-    return numbers[1 : 1 + n], numbers[1 + n :]
+def decode_record(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the encoder ids and the decoder ids in a record."""
+    values = np.frombuffer(record, dtype)
+    n = int(values[0])
+    return values[1 : 1 + n], values[1 + n :]
 
 
 def id_dtype(largest_id: int) -> np.dtype:
+    """Returns the smallest data type of records whose ids go up to `largest_id`."""
     return np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
 
 
+def to_stored_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings under the names that they have in prepare.json and in the manifest."""
+    return _rename(settings, STORED_NAMES)
+
+
+def from_stored_names(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a prepare.json or manifest under the names that they have in the code."""
+    return _rename(stored, {stored_name: name for name, stored_name in STORED_NAMES.items()})
+
+
+def _rename(settings: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Renames the keys of settings and of their tokenizers, but not those of their inputs, which are file names."""
+    renamed = {names.get(key, key): value for key, value in settings.items()}
+    if isinstance(tokenizers := renamed.get("tokenizers"), dict):
+        renamed["tokenizers"] = {names.get(key, key): value for key, value in tokenizers.items()}
+    return renamed
+
+
 class Prepared:
-    """A prepared folder, opened. `prepared[i]` gives the ids of record i."""
+    """The records of a prepared folder: `prepared[i]` is the encoder ids and the decoder ids of record i.
+
+    Attributes:
+      folder: the prepared folder.
+      manifest: the content of manifest.json.
+      shards: the manifest's list of shards.
+      dtype: the data type of the ids.
+    """
 
     def __init__(self, folder: Path):
-        """Raises InputError where the folder is not complete: no manifest, or a shard missing or of another size."""
+        """Opens a folder.
+
+        Raises:
+          InputError: there is no manifest of this version, or a shard is missing or does not have the size in the
+            manifest.
+        """
         self.folder = folder
         path = folder / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{folder}: holds no {MANIFEST}; `davae prepare` makes it when all is done") from None
+            raise InputError(
+                f"{folder}: holds no {MANIFEST}; `davae prepare` writes it when all shards are done"
+            ) from None
         except (OSError, ValueError) as e:
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise InputError(f"{path}: is no manifest of this version; prepare the texts anew")
+            raise InputError(f"{path}: is not a manifest of this version; prepare the texts again")
         self.manifest: dict[str, Any] = manifest
         self.shards: list[dict] = manifest["shards"]
         self.dtype = np.dtype(manifest["dtype"])
         for shard in self.shards:
-            self._check(folder / f"{shard['name']}.arrayrecord", shard["bytes"])
-        self._first = [0, *itertools.accumulate(shard["texts"] for shard in self.shards)]
+            _check_size(folder / f"{shard['name']}.arrayrecord", shard["bytes"])
+        self._first_records = [0, *itertools.accumulate(shard["texts"] for shard in self.shards)]
         self._readers: list[Any] = [None] * len(self.shards)
         self._locks = [threading.Lock() for _ in self.shards]
         _allow_open_files(len(self.shards) + 256)
 
-    def _check(self, path: Path, size: int) -> None:
-        try:
-            found = path.stat().st_size
-        except OSError as e:
-            raise InputError(f"{path}: a shard of the manifest cannot be read ({e.strerror})") from None
-        if found != size:
-            raise InputError(f"{path}: has {found} bytes, and {size} in the manifest; copy or prepare it anew")
-
     def __len__(self) -> int:
-        return self._first[-1]
+        return self._first_records[-1]
 
     @property
     def digest(self) -> str:
-        """Of the ids and their order."""
+        """Returns a hash of the ids and their order."""
         parts = [self.manifest["dtype"], *(shard["sha256"] for shard in self.shards)]
         parts += self.manifest["tokenizers"].values()
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
+    @property
+    def truncated(self) -> bool:
+        """Returns whether texts that were too long for the encoder were truncated; otherwise they were left out."""
+        return from_stored_names(self.manifest["settings"]).get("truncate", False)  # missing in the first versions
+
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(encoder ids, decoder ids). Raises InputError where the shard is damaged."""
-        n = bisect.bisect_right(self._first, i) - 1
+        """Returns the encoder ids and the decoder ids of record i. Raises InputError where the shard is damaged."""
+        n, i = self._locate(i)
         path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
         try:
-            # `read([i])` would walk through the index of the whole shard at every call; this takes microseconds.
+            # The time of `read([i])` grows with the size of the shard; `seek` and `read` take microseconds.
             with self._locks[n]:
                 if self._readers[n] is None:
                     self._readers[n] = _open(path)
                 reader = self._readers[n]
-                reader.seek(i - self._first[n])
+                reader.seek(i)
                 record = reader.read()
-            return ids_of(record, self.dtype)
+            return decode_record(record, self.dtype)
         except (RuntimeError, ValueError, IndexError, OSError) as e:
-            raise InputError(f"{path}: record {i - self._first[n]} cannot be read ({first_line(e)})") from e
+            raise InputError(f"{path}: record {i} cannot be read ({first_line(e)})") from e
 
     def where(self, records: Sequence[int]) -> str:
-        """The lines of the input that became these records, for messages."""
+        """Returns the input lines that these records come from, for messages."""
         lines: dict[str, list[int]] = {}
         for i in sorted(records):
-            n = bisect.bisect_right(self._first, i) - 1
+            n, i = self._locate(i)
             shard = self.shards[n]
-            line = np.load(self.folder / f"{shard['name']}.npy", mmap_mode="r")[i - self._first[n], 0]
+            line = np.load(self.folder / f"{shard['name']}.npy", mmap_mode="r")[i, 0]
             lines.setdefault(shard["file"], []).append(shard["line"] + int(line))
-        return "; ".join(f"lines {', '.join(map(str, found))} of {file}" for file, found in lines.items())
+        return "; ".join(f"lines {', '.join(map(str, numbers))} of {file}" for file, numbers in lines.items())
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Returns the number of the shard that holds record i, and the record's number in that shard."""
+        n = bisect.bisect_right(self._first_records, i) - 1
+        return n, i - self._first_records[n]
 
     def lengths(self, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The numbers of decoder ids that texts have, how many have each, and the most encoder ids up to there.
+        """Returns three vectors with an entry for each number of decoder ids that occurs, in ascending order.
 
-        Raises InputError where no text is of `max_length` decoder ids at most.
+        They are the number of decoder ids, how many texts have it, and the most encoder ids of texts with at most so
+        many decoder ids.
+
+        Args:
+          max_length: the most decoder ids; None: no limit.
+
+        Raises:
+          InputError: no text has at most `max_length` decoder ids.
         """
         path = self.folder / "lengths.npy"
         try:
@@ -141,13 +186,22 @@ class Prepared:
         return lengths[:n], counts[:n], np.maximum.accumulate(longest[:n])
 
     def held_out(self) -> list[str]:
-        """The first texts that are kept apart."""
+        """Returns the held-out texts, at most MAX_HELD_OUT_TEXTS of them."""
         path = self.folder / "held_out.jsonl"
         try:
             with path.open(encoding="utf-8") as file:
-                return [json.loads(line)["text"] for line in itertools.islice(file, HELD_OUT_AT_MOST)]
+                return [json.loads(line)["text"] for line in itertools.islice(file, MAX_HELD_OUT_TEXTS)]
         except (OSError, ValueError, KeyError) as e:
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        raise InputError(f"{path}: a shard of the manifest cannot be read ({e.strerror})") from None
+    if size != expected:
+        raise InputError(f"{path}: has {size} bytes, but {expected} in the manifest; copy or prepare it again")
 
 
 def _open(path: Path) -> Any:
@@ -157,12 +211,12 @@ def _open(path: Path) -> Any:
 
 
 def _allow_open_files(n: int) -> None:
-    """Every shard is one open file, and a system's usual limit is 1024."""
+    """Raises the limit of open files to n where the system permits it; it is often 1024, and each shard is one file."""
     try:
         import resource
-    except ImportError:  # not on Windows
+    except ImportError:  # on Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < n:
-        most = n if hard == resource.RLIM_INFINITY else min(n, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        new_limit = n if hard == resource.RLIM_INFINITY else min(n, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, new_limit), hard))

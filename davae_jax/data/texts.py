@@ -1,4 +1,4 @@
-"""Texts from a file that fits in memory."""
+"""Reads the texts of a file that fits in memory."""
 
 from __future__ import annotations
 
@@ -7,56 +7,59 @@ from pathlib import Path
 
 from davae_jax.utils.errors import InputError
 
+JSON_LINES_SUFFIXES = (".jsonl", ".json")
+
 
 def read_texts(path: Path, field: str = "text") -> list[str]:
-    """One text a line; of JSON Lines (`.jsonl`, `.json`), the field of each line. Blank lines are empty texts.
+    """Returns the text of every line: the line itself, or its field in JSON Lines. A blank line is an empty text.
 
     Raises:
-      InputError: no such file, an empty one, or a line that is not UTF-8 or not JSON with that field, by its number.
+      InputError: the file cannot be read or holds no text, or a line is not UTF-8 or has no such field of text; the
+        message gives the number of the line.
     """
     try:
         data = path.read_bytes()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    lines = read_lines(data, str(path))
-    if not any(line.strip() for line in lines):
-        raise InputError(f"{path}: holds no text")
-    if path.suffix not in (".jsonl", ".json"):
-        return lines
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(json_text(line, field))
-        except ValueError as e:
-            raise InputError(f"{path}: line {number}{e}") from None
+    texts = decode_lines(data, str(path))
+    if path.suffix in JSON_LINES_SUFFIXES:
+        for i, line in enumerate(texts):
+            try:
+                texts[i] = parse_json_text(line, field)
+            except ValueError as e:
+                raise InputError(f"{path}: line {i + 1}: {e}") from None
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: holds no text")
     return texts
 
 
-def json_text(line: str, field: str) -> str:
-    """The field of a line of JSON; of a blank line, an empty text.
+def parse_json_text(line: str, field: str) -> str:
+    """Returns the text in a field of a line of JSON Lines; an empty text for a blank line.
 
     Raises:
-      ValueError: what is wrong, to be said behind the line's number.
+      ValueError: the line is not JSON or has no such field of text.
     """
     try:
         text = json.loads(line)[field] if line.strip() else ""
     except (ValueError, RecursionError):
-        raise ValueError(" is not JSON") from None
+        raise ValueError("is not JSON") from None
     except (KeyError, TypeError, IndexError):
-        raise ValueError(f" has no field {field!r}") from None
+        raise ValueError(f"has no field {field!r}") from None
     if not isinstance(text, str):
-        raise ValueError(f": the field {field!r} is not a text")
+        raise ValueError(f"the field {field!r} is not a text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f": the field {field!r} holds half of a surrogate pair") from None
+        raise ValueError(f"the field {field!r} holds half of a surrogate pair") from None
     return text
 
 
-def read_lines(data: bytes, name: str) -> list[str]:
-    """The lines of UTF-8 bytes, split at line feeds alone. Raises InputError naming a line that is not UTF-8."""
+def decode_lines(data: bytes, name: str) -> list[str]:
+    """Returns the lines of UTF-8 bytes. Only line feeds end a line, with or without a carriage return before them.
+
+    Raises:
+      InputError: a line is not UTF-8; the message begins with `name` and gives the number of the line.
+    """
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()

@@ -1,4 +1,4 @@
-"""Texts as ids."""
+"""Tokenizes texts for the encoder and the decoder, and leaves out those that are too long."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.utils.errors import InputError
 
-CHUNK = 1000  # texts tokenized at once
+TEXTS_PER_CALL = 1000  # texts that a tokenizer gets at once, between two updates of the progress bar
 
 
-class Texts(NamedTuple):
-    """Tokenized texts. Row i is line `lines[i]` of `source`, counted from 1."""
+class TokenizedTexts(NamedTuple):
+    """Texts as token ids.
+
+    Attributes:
+      encoder_ids: int32 ids of each text for the encoder, special tokens included.
+      decoder_ids: int32 ids of each text for the decoder, bos first and the end token last.
+      lines: the line of each text in `source`, counted from 1.
+      too_long: the number of texts that were left out because they are too long.
+      source: the file, for messages.
+    """
 
     encoder_ids: list[np.ndarray]
     decoder_ids: list[np.ndarray]
     lines: np.ndarray
-    too_long: int  # how many were left out for it
-    source: str = ""  # for messages
+    too_long: int
+    source: str = ""
 
     @property
     def sizes(self) -> np.ndarray:
-        """[n, 2], of each text its numbers of encoder and decoder ids."""
+        """Returns [n, 2]: the number of encoder ids and of decoder ids of each text."""
         return np.array([(len(e), len(d)) for e, d in zip(self.encoder_ids, self.decoder_ids, strict=True)])
 
     def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
-        """(encoder ids, decoder ids)"""
+        """Returns the encoder ids and the decoder ids of a text."""
         return self.encoder_ids[text], self.decoder_ids[text]
 
     def where(self, texts: Sequence[int]) -> str:
-        """Their lines, for messages."""
+        """Returns the lines that these texts stand on, for messages."""
         return f"lines {', '.join(map(str, sorted(self.lines[texts])))} of {self.source}"
 
 
@@ -45,23 +53,26 @@ def tokenize(
     *,
     max_length: int,
     source: str,
-    cut: bool = False,
-) -> Texts:
-    """Ids of all texts but the blank ones and those too long: for the encoder's positions, or of more than `max_length`
-    decoder ids, bos and end counted.
+    truncate: bool = False,
+) -> TokenizedTexts:
+    """Tokenizes all texts except blank ones and those that are too long.
 
-    cut: texts that are too long for the encoder alone are kept, of its ids those that fit.
+    Args:
+      max_length: the most decoder ids of a text, bos and the end token included.
+      source: the file that the texts come from, for messages.
+      truncate: keep a text that is too long for the encoder's positions, with the first of its encoder ids. Otherwise
+        it is left out.
 
     Raises:
-      InputError: nothing is left.
+      InputError: no text is left.
     """
     encoder_rows, decoder_rows, lines, too_long = [], [], [], 0
     with tqdm(total=len(texts), desc="tokenize", unit="text", disable=None, leave=False) as bar:
-        for start in range(0, len(texts), CHUNK):
-            part = texts[start : start + CHUNK]
-            filled = [i for i, text in enumerate(part) if text.strip()]
-            rows = rows_of([part[i] for i in filled], encoder, decoder, max_length, cut=cut)
-            for i, row in zip(filled, rows, strict=True):
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            part = texts[start : start + TEXTS_PER_CALL]
+            non_blank = [i for i, text in enumerate(part) if text.strip()]
+            rows = encode_texts([part[i] for i in non_blank], encoder, decoder, max_length, truncate=truncate)
+            for i, row in zip(non_blank, rows, strict=True):
                 if row is None:
                     too_long += 1
                     continue
@@ -70,30 +81,32 @@ def tokenize(
                 lines.append(start + i + 1)
             bar.update(len(part))
     if not lines:
-        longest = f"{max_length} tokens (or {encoder.max_ids} of the encoder's)"
-        raise InputError(f"{source}: holds only blank texts and texts of more than {longest}")
-    return Texts(encoder_rows, decoder_rows, np.array(lines), too_long, source)
+        limits = f"{max_length} decoder tokens or {encoder.max_ids} encoder tokens"
+        raise InputError(f"{source}: holds only blank texts and texts of more than {limits}")
+    return TokenizedTexts(encoder_rows, decoder_rows, np.array(lines), too_long, source)
 
 
-def rows_of(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
+def encode_texts(
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, truncate: bool = False
 ) -> Iterator[tuple[list[int], list[int]] | None]:
-    """The encoder's and the decoder's ids of each text, as a batch has them; None of a text that is too long.
+    """Yields the encoder ids and the decoder ids of each text; None for a text that is too long.
 
-    cut: as `tokenize`.
+    `max_length` and `truncate` have the same meaning as in `tokenize`.
     """
-    for text, ids in zip(texts, encoder.encode(texts), strict=True):
-        was_cut = ids[-2] != encoder.sep_id and not cut  # the inner one of two is lost when a text is cut
-        row = None if was_cut else [decoder.bos_id, *decoder.encode(text)]
-        yield None if row is None or len(row) > max_length else (ids, row)
+    for text, encoder_ids in zip(texts, encoder.encode(texts), strict=True):
+        if encoder.is_truncated(encoder_ids) and not truncate:
+            yield None
+            continue
+        decoder_ids = [decoder.bos_id, *decoder.encode(text)]
+        yield (encoder_ids, decoder_ids) if len(decoder_ids) <= max_length else None
 
 
 def filter_by_length(
-    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, cut: bool = False
+    texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, truncate: bool = False
 ) -> list[str]:
-    """Those of the texts that `tokenize` would keep."""
+    """Returns the texts that `tokenize` would keep."""
     try:
-        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", cut=cut)
+        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", truncate=truncate)
     except InputError:
         return []
     return [texts[i - 1] for i in kept.lines]

@@ -1,72 +1,106 @@
-"""What the figures of an evaluation cannot be trusted for: too few texts or samples for an estimate."""
+"""Warnings on the measures of an evaluation that too few texts or samples make unreliable."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from davae_jax.evaluation.probes import BINS, FOLDS
 from davae_jax.tokenizers.decoder import END
 
-SETTLED = 0.1  # nats a text that twice the samples may lower the bound by
-STEADY = 0.05  # nats that twice the texts may raise the information by; what is missing is two or three times as much
+SETTLED = 0.1  # nats per text by which doubling the samples may still lower the bound
+STEADY = 0.05  # nats by which doubling the texts may still raise the information; two or three times as much is missing
+
+Measures = Mapping[str, Any]
 
 
-def warnings_of(measures: Mapping[str, Any]) -> list[str]:
-    """What these figures cannot be trusted for, each line beginning with the measures that it is about."""
-    n, k, effective = measures["n"], measures["iw_samples"], measures["effective_sample_size"]
-    fell = measures["iw_nll_of_half"] - measures["iw_nll"]
-    said = []
-    ended = measures["left_out_for_end_token"]
-    if left := measures["left_out"] - ended:
-        said.append(f"n: {left} texts were left out, blank or too long for the encoder")
+def warnings_of(measures: Measures) -> list[str]:
+    """Returns the warnings on these measures, each beginning with the names of those that it is about."""
+    return [line for needed, check in CHECKS if needed in measures for line in check(measures)]
+
+
+def _left_out(m: Measures) -> Iterator[str]:
+    ended = m["left_out_for_end_token"]
+    if others := m["left_out"] - ended:
+        yield f"n: {others} texts were left out, blank or too long for the encoder"
     if ended:
-        said.append(
-            f"n: {ended} texts were left out that hold {END}: a text's likelihood ends there, and the words behind it "
-            "would cost nothing"
+        yield (
+            f"n: {ended} texts were left out that hold {END}: the likelihood of a text ends there, and the words after "
+            "it would cost nothing"
         )
-    if unknown := measures["unknown_tokens"]:
-        said.append(
+
+
+def _unknown_tokens(m: Measures) -> Iterator[str]:
+    if unknown := m["unknown_tokens"]:
+        yield (
             f"iw_nll, ppl: {unknown} tokens stand for characters that the tokenizer does not know; the likelihood does "
-            "not pay for saying which"
+            "not include which characters these are"
         )
-    if n < 100:
-        said.append(f"all: over {n} texts; below 100 the intervals themselves are too narrow")
-    ceiling, information = measures["mutual_information_ceiling"], measures["mutual_information"]
-    rose = information - measures["mutual_information_of_half"]
-    if information > 0.5 * ceiling or rose > STEADY:
-        said.append(
-            f"mutual_information, aggregate_kl: {information:.2f} of log n = {ceiling:.2f}, and {rose:.2f} more than "
-            "of half of the texts; the information is too low and the aggregate KL too high by at least as much, by "
-            "more the nearer to log n, and the intervals do not cover that; take a larger --n"
+
+
+def _few_texts(m: Measures) -> Iterator[str]:
+    if m["n"] < 100:
+        yield f"all: over {m['n']} texts; below 100 the intervals themselves are too narrow"
+
+
+def _mutual_information(m: Measures) -> Iterator[str]:
+    information, ceiling = m["mutual_information"], m["mutual_information_ceiling"]
+    rise = information - m["mutual_information_of_half"]
+    if information > 0.5 * ceiling or rise > STEADY:
+        yield (
+            f"mutual_information, aggregate_kl: {information:.2f} of log n = {ceiling:.2f}, and {rise:.2f} more than "
+            "with half of the texts; the information is too low and the aggregate KL too high by at least as much, by "
+            "more the closer it is to log n, and the intervals do not cover that; take more texts"
         )
-    if not measures["active_units"] and n > 1:
-        said.append(
-            "active_units: none is active, so what is read off the latent means nothing: probes, MIG, DCI, maps, "
-            "neighbours and interpolations"
+
+
+def _active_units(m: Measures) -> Iterator[str]:
+    n, size = m["n"], m["latent_size"]
+    if not m["active_units"] and n > 1:
+        yield (
+            "active_units: none is active, so whatever is computed from the latent means nothing: probes, MIG, DCI, "
+            "maps, neighbours and interpolations"
         )
-    if n < 10 * measures["latent_size"]:
-        said.append(
-            f"active_units: a variance from {n} texts; take ten for each of the {measures['latent_size']} dimensions"
-        )
+    if n < 10 * size:
+        yield f"active_units: a variance from {n} texts; take ten texts for each of the {size} dimensions"
+
+
+def _likelihood(m: Measures) -> Iterator[str]:
+    k, effective, fall = m["iw_samples"], m["effective_sample_size"], m["iw_nll_of_half"] - m["iw_nll"]
     if k < 10:
-        said.append(f"iw_nll, ppl: K = {k} samples are hardly more than the ELBO; take --samples 50 or more")
-    elif effective < 5 or fell > SETTLED:
-        said.append(
-            f"iw_nll, ppl: of {k} samples only {effective:.1f} count, and the second half of them lowered −log p(x) by "
-            f"{fell:.2f} nats a text; it is an upper bound, and not settled: take more --samples"
+        yield f"iw_nll, ppl: with K = {k} samples the bound is hardly better than the ELBO; take --samples 50 or more"
+    elif effective < 5 or fall > SETTLED:
+        yield (
+            f"iw_nll, ppl: the effective sample size is {effective:.1f} of {k}, and the second half of the samples "
+            f"lowered −log p(x) by {fall:.2f} nats per text; it is an upper bound that has not converged: take more "
+            "--samples"
         )
-    if measures["prior_samples"] < 100:
-        said.append(f"self_bleu, distinct, forward_ppl, reverse_ppl: of {measures['prior_samples']} samples only")
-    if "factors" in measures:
-        most = max(factor["classes"] for factor in measures["factors"].values())
-        if n < 5 * BINS * most:
-            said.append(f"mig: histograms of {BINS} × {most} cells from {n} texts come out too high")
-        if n < 5 * measures["latent_size"]:
-            said.append(f"probe_accuracy, dci: probes of {measures['latent_size']} dimensions learnt from {n} texts")
-        rare = {name: factor["rare_classes"] for name, factor in measures["factors"].items()}
-        if counts := [f"{count} of {name}" for name, count in rare.items() if count]:
-            said.append(
-                f"probe_accuracy: classes of fewer than {FOLDS} texts, {', '.join(counts)}; hardly to be learnt"
-            )
-    return said
+
+
+def _diversity(m: Measures) -> Iterator[str]:
+    if m["prior_samples"] < 100:
+        yield f"self_bleu, distinct, forward_ppl, reverse_ppl: of {m['prior_samples']} samples only"
+
+
+def _factors(m: Measures) -> Iterator[str]:
+    n, size, factors = m["n"], m["latent_size"], m["factors"]
+    most_classes = max(factor["classes"] for factor in factors.values())
+    if n < 5 * BINS * most_classes:
+        yield f"mig: histograms of {BINS} × {most_classes} cells from {n} texts come out too high"
+    if n < 5 * size:
+        yield f"probe_accuracy, dci: probes of {size} dimensions fitted to {n} texts"
+    if rare := [f"{factor['rare_classes']} of {name}" for name, factor in factors.items() if factor["rare_classes"]]:
+        yield f"probe_accuracy: classes of fewer than {FOLDS} texts, {', '.join(rare)}; too few to learn from"
+
+
+# The measure that a check needs, and the check.
+CHECKS: list[tuple[str, Callable[[Measures], Iterator[str]]]] = [
+    ("left_out", _left_out),
+    ("unknown_tokens", _unknown_tokens),
+    ("n", _few_texts),
+    ("mutual_information", _mutual_information),
+    ("active_units", _active_units),
+    ("iw_nll", _likelihood),
+    ("self_bleu", _diversity),
+    ("factors", _factors),
+]

@@ -1,5 +1,4 @@
-"""Measures of several settings side by side, each over its seeds: a table, plots, and which differences are more than
-chance."""
+"""Compares the measures of several settings, each over its seeds: a table, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import numpy as np
 
 Results = dict[str, dict[int, dict[str, Any]]]  # setting → seed → what `davae evaluate --json` writes
 LEVEL = 0.05  # of significance
-PLANE = "kl", "rec_nll"  # rate and distortion
+RATE_AND_DISTORTION = "kl", "rec_nll"
 
 
 class Measure(NamedTuple):
@@ -38,9 +37,11 @@ MEASURES = [
 
 
 class Cell(NamedTuple):
-    values: list[float]  # of each seed that has the measure
-    p: float | None  # that it is as the first setting; None for that one, and where it cannot be told
-    runs: int  # all of the setting's; more than values where some have no such measure
+    """A measure's values over the runs of one setting."""
+
+    values: list[float]  # of the runs that have the measure
+    p: float | None  # corrected p-value of the difference from the first setting; None for that one, or if not testable
+    runs: int  # all of the setting's
 
     @property
     def mean(self) -> float:
@@ -48,60 +49,66 @@ class Cell(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Of the seeds, by n − 1."""
+        """Standard deviation over the runs, with n − 1."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
 
-def compared(found: Results) -> dict[Measure, dict[str, Cell]]:
-    """Of each measure that any run has, every setting's values, and the probability that they differ from the first
-    setting's by chance alone: Welch's t-test, corrected for the number of settings (Holm 1979)."""
+def compare_settings(results: Results) -> dict[Measure, dict[str, Cell]]:
+    """Returns a table of the measures that any run has: measure → setting → cell.
+
+    p-values are of Welch's t-test against the first setting, corrected for the number of settings (Holm 1979).
+    """
     table = {}
     for measure in MEASURES:
         values = {
-            name: [float(m[measure.key]) for _, m in sorted(runs.items()) if _is_number(m.get(measure.key))]
-            for name, runs in found.items()
+            name: [float(m[measure.key]) for _, m in sorted(runs.items()) if is_number(m.get(measure.key))]
+            for name, runs in results.items()
         }
         if not any(values.values()):
             continue
         first, *others = values
-        lacking = {name for name, runs in found.items() if len(values[name]) < len(runs)}
-        # A setting of which some runs have no such value is not held against others by those that are left.
-        p = holm([None if {first, name} & lacking else welch(values[first], values[name]) for name in others])
+        # A setting is not tested if some of its runs lack the value: the remaining ones are no fair sample.
+        incomplete = {name for name, runs in results.items() if len(values[name]) < len(runs)}
+        p = holm([None if {first, name} & incomplete else welch(values[first], values[name]) for name in others])
         cells = zip(values, [None, *p], strict=True)
-        table[measure] = {name: Cell(values[name], q, len(found[name])) for name, q in cells}
+        table[measure] = {name: Cell(values[name], q, len(results[name])) for name, q in cells}
     return table
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether x is a finite number."""
     return isinstance(x, (int, float)) and math.isfinite(x)
 
 
-def statistics(found: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """`compared` as numbers to be written: of each measure and setting the mean, the deviation and the corrected p."""
+def statistics(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the table of `compare_settings` as plain numbers, for JSON."""
     return {
         measure.key: {
             name: {"mean": cell.mean, "deviation": cell.deviation, "p": cell.p, "values": len(cell.values)}
             for name, cell in cells.items()
         }
-        for measure, cells in compared(found).items()
+        for measure, cells in compare_settings(results).items()
     }
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """The two-sided p of Welch's t-test (1947); None with fewer than two values on a side, and where neither side
-    varies: two or three equal values do not tell how much it would."""
+    """Returns the two-sided p-value of Welch's t-test (1947).
+
+    None with fewer than two values on a side, and where neither side varies: two or three equal values do not show how
+    much they would vary.
+    """
     from scipy.stats import ttest_ind_from_stats
 
     if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return None
-    # From means and deviations: ttest_ind itself warns of a side whose values are equal, which is no fault here.
+    # From means and deviations, because ttest_ind warns where all values of a side are equal, which is no fault here.
     sides = [(np.mean(x), np.std(x, ddof=1), len(x)) for x in (a, b)]
     p = float(ttest_ind_from_stats(*sides[0], *sides[1], equal_var=False).pvalue)
     return p if math.isfinite(p) else None
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """p-values of as many tests, so corrected that the chance of any false finding stays at the level (Holm 1979)."""
+    """Corrects p-values so that the chance of any false positive among them stays at the level (Holm 1979)."""
     known = sorted((value, i) for i, value in enumerate(p) if value is not None)
     corrected: list[float | None] = [None] * len(p)
     highest = 0.0
@@ -111,61 +118,63 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def caveats(found: Results, notes: Sequence[str] = ()) -> list[str]:
-    """What is too little to mean anything, and what the evaluations themselves warn of: each kind once, with the
-    number of runs and the first one's figures.
+def caveats(results: Results, notes: Sequence[str] = ()) -> list[str]:
+    """Returns warnings: the notes, too few seeds, missing values, and the warnings of the evaluations themselves.
 
-    notes: what else is to be said.
+    Warnings of evaluations that differ in their numbers only are one line, with the number of runs and the first one's
+    numbers.
     """
-    n = min(map(len, found.values()))
-    said = list(notes)
-    if n < 3:
-        said.append(
-            f"{n} seed{'s' * (n != 1)} of some settings: what differs by chance is hard to tell; give 3 or more"
+    seeds = min(map(len, results.values()))
+    lines = list(notes)
+    if seeds < 3:
+        lines.append(
+            f"{seeds} seed{'s' * (seeds != 1)} of some settings: differences by chance are hard to tell; give 3 or more"
         )
-    for measure, cells in compared(found).items():
-        said += [
+    for measure, cells in compare_settings(results).items():
+        lines += [
             f"{measure.name}: {cell.runs - len(cell.values)} of {cell.runs} runs of “{name}” have no finite value"
             for name, cell in cells.items()
             if len(cell.values) < cell.runs
         ]
-    runs = sum(map(len, found.values()))
+    evaluations = [m for runs in results.values() for m in runs.values()]
     kinds: dict[str, list[str]] = {}
-    for warning in (w for of_setting in found.values() for m in of_setting.values() for w in m.get("warnings", [])):
+    for warning in (line for m in evaluations for line in m.get("warnings", [])):
         kinds.setdefault(re.sub(r"\d[\d.,]*", "0", warning), []).append(warning)
-    return said + [
-        f"{len(alike)} of {runs} runs: {alike[0]}" + " (figures of the first)" * (len(set(alike)) > 1)
+    return lines + [
+        f"{len(alike)} of {len(evaluations)} runs: {alike[0]}" + " (figures of the first)" * (len(set(alike)) > 1)
         for alike in kinds.values()
     ]
 
 
-def format_table(found: Results, notes: Sequence[str] = ()) -> str:
-    """As Markdown, a row a setting: mean ± deviation over the seeds; * where it differs from the first setting's."""
-    table = compared(found)
-    settings = list(found)
+def format_table(results: Results, notes: Sequence[str] = ()) -> str:
+    """Returns the table in Markdown, a row a setting, with what it means and the warnings below."""
+    table = compare_settings(results)
     lines = [
         "| setting | seeds | " + " | ".join(measure.name for measure in table) + " |",
         "|---" * (len(table) + 2) + "|",
     ]
-    for name in settings:
-        cells = [_cell(measure, cells[name]) for measure, cells in table.items()]
-        lines.append(" | ".join(["| " + name.replace("|", "\\|"), str(len(found[name])), *cells]) + " |")
-    first = settings[0]
-    lines += [
-        "",
-        f"mean ± deviation over the seeds; * differs from “{first}”: p < {LEVEL} by Welch's t-test, corrected",
-    ]
-    lines[-1] += " for the number of settings by Holm's method, each measure by itself"
-    return "\n".join([*lines, *(f"warning: {line}" for line in caveats(found, notes))])
+    for name, runs in results.items():
+        cells = [format_cell(measure, cells[name]) for measure, cells in table.items()]
+        lines.append(" | ".join(["| " + name.replace("|", "\\|"), str(len(runs)), *cells]) + " |")
+    return "\n".join([*lines, "", table_note(results), *(f"warning: {line}" for line in caveats(results, notes))])
 
 
-def _cell(measure: Measure, cell: Cell) -> str:
+def table_note(results: Results) -> str:
+    """Returns the line that explains the cells of a table."""
+    return (
+        f"mean ± deviation over the seeds; * differs from “{next(iter(results))}”: p < {LEVEL} by Welch's t-test, "
+        "corrected for the number of settings by Holm's method, each measure by itself"
+    )
+
+
+def format_cell(measure: Measure, cell: Cell) -> str:
+    """Returns mean ± deviation, with a mark if it differs from the first setting's."""
     if not cell.values:
         return "–"
     spread = "" if math.isnan(cell.deviation) else f" ± {measure.form.format(cell.deviation)}"
     some = f" ({len(cell.values)} of {cell.runs})" if len(cell.values) < cell.runs else ""
-    return f"{measure.form.format(cell.mean)}{spread}{_star(cell)}{some}"
+    return f"{measure.form.format(cell.mean)}{spread}{significance_mark(cell)}{some}"
 
 
-def _star(cell: Cell) -> str:
+def significance_mark(cell: Cell) -> str:
     return "*" * (cell.p is not None and cell.p < LEVEL)

@@ -1,6 +1,6 @@
-"""How much of the latent is used, how well its posteriors fill the prior, and how likely the texts are.
+"""Estimators of how much of the latent is used, how close its posteriors are to the prior, and how likely texts are.
 
-Formulas, sources and limits of each are in docs/evaluate.md. Randomness comes in as a key.
+docs/evaluate.md has the formula, the source and the limits of each. Randomness is an argument, a key.
 """
 
 from __future__ import annotations
@@ -25,79 +25,84 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def active_units(means: Float[Array, "n L"], threshold: float = 0.01) -> int:
-    """Dimensions whose posterior mean varies over the texts by more than the threshold (Burda et al. 2016)."""
+    """Counts the dimensions whose posterior mean has a variance above the threshold (Burda et al. 2016)."""
     return int((np.var(np.asarray(means), axis=0) > threshold).sum())
 
 
 def mutual_information(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> float:
-    """I(text; z) under the encoder, in nats: E[log q(z|x) − log q(z)] over one z of each text (Hoffman & Johnson 2016).
+    """Estimates I(text; z) under the encoder, in nats: E[log q(z|x) − log q(z)] (Hoffman & Johnson 2016).
 
-    q(z) is the mean of the n posteriors, and the same z stands in both terms, so that an estimate never passes its
-    ceiling, `mutual_information_ceiling(n)`. It is too low already from about half of that on: a text's own posterior
-    is 1/n of q(z), where of all texts it would be nothing. `of_halves` shows by how much n matters.
+    The expectation is over one z of each text, and q(z) is the mean of the n posteriors. The same z is in both terms,
+    so the estimate never exceeds its ceiling, `mutual_information_ceiling(n)`. From about half of the ceiling on it is
+    too low, because a text's own posterior is 1/n of this q(z), but a negligible part of the true one.
+    `aggregate_density_by_halves` shows how much depends on n.
     """
     return float(log_densities(means, logvars, key).information.mean())
 
 
 def mutual_information_ceiling(n: int) -> float:
-    """log n: what n texts that share nothing would give."""
+    """Returns log n, the estimate for n texts whose posteriors do not overlap."""
     return math.log(n)
 
 
 def aggregate_kl(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> float:
-    """KL(q(z) ‖ p(z)) in nats, q(z) being the mean of the n posteriors: E[log q(z) − log p(z)] over one z of each text.
+    """Estimates KL(q(z) ‖ p(z)) in nats, with q(z) the mean of the n posteriors: E[log q(z) − log p(z)].
 
-    The mean KL of the posteriors is this and the mutual information together (Hoffman & Johnson 2016), so it is too
-    high by what the information is too low: a large value may only mean that n is small.
+    The mean KL of the posteriors is the sum of this and the mutual information (Hoffman & Johnson 2016), so this is too
+    high by as much as the mutual information is too low: a large value may only mean that n is small.
     """
     return float(log_densities(means, logvars, key).from_prior.mean())
 
 
 class LogDensities(NamedTuple):
-    """Of one z of each text, in nats."""
+    """Log densities of one z of each text, in nats."""
 
-    own: Float[Array, " n"]  # log q(z|x), of the text it was drawn for
-    aggregate: Float[Array, " n"]  # log q(z), of the mean of all n posteriors
+    posterior: Float[Array, " n"]  # log q(z|x), x being the text that z was drawn for
+    aggregate: Float[Array, " n"]  # log q(z), the mean of all n posteriors
     prior: Float[Array, " n"]  # log p(z)
-    z: Float[Array, "n L"]  # the draws
+    z: Float[Array, "n L"]
 
     @property
     def information(self) -> Float[Array, " n"]:
-        return self.own - self.aggregate
+        """log q(z|x) − log q(z), whose mean is the mutual information."""
+        return self.posterior - self.aggregate
 
     @property
     def from_prior(self) -> Float[Array, " n"]:
+        """log q(z) − log p(z), whose mean is the aggregate KL."""
         return self.aggregate - self.prior
 
 
 def log_densities(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> LogDensities:
-    """Draws a z of each text and gives its log density under its own posterior, all of them together, and the prior.
+    """Draws one z of each text and computes its log density under its posterior, under their mean, and under the prior.
 
-    Of arrays that lie over several devices by rows, each device reads its rows' posteriors.
+    Where the arrays are sharded by rows, each device computes the densities under its rows' posteriors.
     """
     return LogDensities(*_log_densities(jnp.asarray(means), jnp.asarray(logvars), key))
 
 
-def of_halves(
+def aggregate_density_by_halves(
     densities: LogDensities,
     means: Float[Array, "n L"],
     logvars: Float[Array, "n L"],
     seed: int = 0,
-    place: Callable[[Any], Any] = lambda arrays: arrays,
+    shard: Callable[[Any], Any] = lambda arrays: arrays,
 ) -> Float[np.ndarray, " n"]:
-    """log q(z) of the same draws in nats, q(z) being of the text's own half of the texts alone; the seed parts them.
+    """Computes log q(z) of the same draws in nats, with q(z) the mean over the half of the texts that the text is in.
 
-    By how much it is higher is about what another doubling of n would change, while that is little; near the ceiling
-    each doubling brings log 2. NaN for one text.
+    Its increase over the mean over all texts is about what another doubling of n would change, as long as it is small;
+    near the ceiling each doubling changes log 2. NaN for one text.
 
-    place: lays arrays over devices by rows.
+    Args:
+      seed: splits the texts into halves.
+      shard: lays arrays over devices by rows.
     """
     n = len(means)
-    found = np.full(n, np.nan)
+    log_q = np.full(n, np.nan)
     for half in np.array_split(np.random.default_rng(seed % 2**32).permutation(n), 2) if n > 1 else ():
         z, *posteriors = (np.asarray(x)[half] for x in (densities.z, means, logvars))
-        found[half] = _densities_of(z, *place(tuple(posteriors)))[1]
-    return found
+        log_q[half] = _densities_of(z, *shard(tuple(posteriors)))[1]
+    return log_q
 
 
 @jax.jit
@@ -110,26 +115,29 @@ def _log_densities(means, logvars, key):
 def _densities_of(z_nL, means, logvars):
     n, L = means.shape
 
-    def of_one(z_and_own):
-        z_L, own = z_and_own
+    def densities(z_and_text):
+        z_L, text = z_and_text
         log_q = log_normal(z_L, means, logvars)  # of this z under every text's posterior
-        return log_q[own], logsumexp(log_q) - math.log(n), log_normal(z_L, 0.0, jnp.zeros(()))
+        return log_q[text], logsumexp(log_q) - math.log(n), log_normal(z_L, 0.0, jnp.zeros(()))
 
-    at_once = max(1, min(64, 2**24 // (n * L)))  # 64 MiB of differences
-    return lax.map(of_one, (z_nL, jnp.arange(n)), batch_size=at_once)
+    chunk = max(1, min(64, 2**24 // (n * L)))  # 64 MiB of differences
+    return lax.map(densities, (z_nL, jnp.arange(n)), batch_size=chunk)
 
 
 def log_normal(z, mean, logvar):
-    """log N(z; mean, exp(logvar)), summed over the last axis."""
+    """Returns log N(z; mean, exp(logvar)), summed over the last axis."""
     return -0.5 * (jnp.square(z - mean) * jnp.exp(-logvar) + logvar + LOG_2PI).sum(-1)
 
 
 def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
-    """Squared maximum mean discrepancy between draws of q(z) and the prior N(0, I), without bias (Gretton et al. 2012).
+    """Estimates the squared maximum mean discrepancy between q(z) and the prior N(0, I) (Gretton et al. 2012).
 
-    The kernel is exp(−|x − y|² / 2h²) with h² = L, half the mean squared distance of two draws of the prior. All
-    expectations over the prior are known (Rustamov 2021), so that only z is random. 0 where q(z) is the prior, and
-    by chance a little below; at most about 1.
+    The estimate is unbiased. The kernel is exp(−|x − y|² / 2h²) with h² = L, half the mean squared distance of two
+    draws of the prior. The expectations over the prior are in closed form (Rustamov 2021), so only z is random. The
+    value is 0 if q(z) is the prior, up to noise that may make it negative, and at most about 1.
+
+    Args:
+      z: a draw from each text's posterior.
     """
     z = np.asarray(z, np.float64)
     n, L = z.shape
@@ -139,7 +147,7 @@ def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
         np.exp(-np.maximum(squares[i : i + 256, None] + squares - 2 * z[i : i + 256] @ z.T, 0) / (2 * h2)).sum()
         for i in range(0, n, 256)
     )
-    within = (within - n) / (n * (n - 1)) if n > 1 else math.nan  # a z and itself are no pair
+    within = (within - n) / (n * (n - 1)) if n > 1 else math.nan  # without the pairs of a z and itself
     across = (h2 / (h2 + 1)) ** (L / 2) * np.exp(-squares / (2 * (h2 + 1))).mean()
     return float(within - 2 * across + (h2 / (h2 + 2)) ** (L / 2))
 
@@ -147,10 +155,10 @@ def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
 def iw_log_likelihood(
     model: DAVAE, encoder_ids: Int[Array, "B S"], decoder_ids: Int[Array, "B T"], *, samples: int, key: jax.Array
 ) -> Float[Array, "B"]:
-    """log p(text) from below, in nats: log mean over K samples of p(x|z) p(z) / q(z|x) (Burda et al. 2016).
+    """Bounds log p(text) from below, in nats: log mean over K samples of p(x|z) p(z) / q(z|x) (Burda et al. 2016).
 
     Args:
-      decoder_ids: rows begin with bos and end with one end id, which counts; what follows it is padding.
+      decoder_ids: each row begins with bos and ends with one end id, which is part of the text; padding follows.
       samples: K. The bound rises with K to the likelihood itself.
     """
     if samples < 1:
@@ -169,7 +177,7 @@ def _iw_log_likelihood(graphdef, params, encoder_ids, decoder_ids, key, samples)
 
 
 def text_log_likelihood(model: DAVAE, decoder_ids: Int[Array, "B T"], z: Float[Array, "B L"]) -> Float[Array, "B"]:
-    """log p(text | z) in nats; `decoder_ids` as for `iw_log_likelihood`."""
+    """Computes log p(text | z) in nats; `decoder_ids` as for `iw_log_likelihood`."""
     targets = decoder_ids[:, 1:]
     output = model.decoder(decoder_ids[:, :-1], z)
     return -reconstruction_nll(
@@ -183,31 +191,34 @@ def importance_samples(
     keys: Key[Array, "B"],
     samples: int,
 ) -> tuple[Float[Array, "K B"], Float[Array, "K B"]]:
-    """(log p(x|z), log p(z) − log q(z|x)) at K draws of z from the posterior; their sum is the weights' logarithm.
+    """Draws K latents from each posterior and computes log p(x|z) and log p(z) − log q(z|x).
 
-    keys: one a text, so that what a text's draws are does not depend on the texts beside it.
+    The sum of the two is the logarithm of the importance weight.
+
+    Args:
+      keys: one for each text, so that a text's draws do not depend on the rest of the batch.
     """
 
-    def one(k):
+    def sample(k):
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), posterior.mean.shape[1:]))(keys)
         z = posterior.at(noise)
         return log_likelihood(z), log_normal(z, 0.0, jnp.zeros(())) - log_normal(z, *posterior)
 
-    # One sample after another: memory does not grow with their number.
-    return lax.map(one, jnp.arange(samples))
+    # One sample after another, so that memory does not grow with their number.
+    return lax.map(sample, jnp.arange(samples))
 
 
 def log_mean_weight(log_weights: Float[Array, "K *B"]) -> Float[Array, "*B"]:
-    """Logarithm of the mean of K weights."""
+    """Returns the logarithm of the mean of K weights."""
     return logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
 
 
 def effective_sample_size(log_weights: Float[Array, "K *B"]) -> Float[Array, "*B"]:
-    """(Σ w)² / Σ w² of K weights (Kong 1992): K where all weigh alike, 1 where one of them is all."""
+    """Returns (Σ w)² / Σ w² of K weights (Kong 1992): K if all are equal, 1 if one of them is the whole sum."""
     return jnp.exp(2 * logsumexp(log_weights, axis=0) - logsumexp(2 * log_weights, axis=0))
 
 
 def text_mask(targets: Int[Array, "B T"], end_id: int) -> Array:
-    """Which of the targets count: all up to and with the first end token of a row."""
+    """Returns which targets are part of the text: those of each row up to its first end token, which is included."""
     is_end = targets == end_id
     return jnp.cumsum(is_end, axis=1) - is_end == 0

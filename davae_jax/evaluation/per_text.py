@@ -1,6 +1,6 @@
-"""What the model says of each text: its posterior, and how likely it finds the text.
+"""Computes the model's numbers for each text: its posterior and bounds on its likelihood.
 
-The model reads a batch at a time; of a batch, numbers a text are kept and nothing larger.
+The model reads a batch at a time; only a few numbers for each text are kept of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from davae_jax.data.batches import pad_rows
-from davae_jax.data.tokenize import Texts
+from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.evaluation import metrics
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.latent import Posterior, kl_per_dimension
@@ -24,25 +24,30 @@ from davae_jax.utils.shapes import power_of_two
 
 
 class PerText(NamedTuple):
-    """Numbers of each text, in the texts' order."""
+    """The model's numbers for each text, in the order of the texts."""
 
     mean: Float[np.ndarray, "n L"]
     logvar: Float[np.ndarray, "n L"]
     kl: Float[np.ndarray, "n L"]  # of each dimension, nats; nothing is masked, whatever free bits training had
-    tokens: Int[np.ndarray, " n"]  # that the decoder has to tell: the end token counts, bos does not
-    hits: Int[np.ndarray, " n"]  # of them, those that it holds most likely, told the true ones before them
+    tokens: Int[np.ndarray, " n"]  # number of target tokens: the end token is one, bos is not
+    hits: Int[np.ndarray, " n"]  # number of them that are the decoder's most likely token after the true preceding ones
     mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
     rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, over the K samples
-    iw_nll: Float[np.ndarray, " n"]  # −log p(x), nats, importance weighted
+    iw_nll: Float[np.ndarray, " n"]  # upper bound on −log p(x), nats, importance weighted
     half_nll: Float[np.ndarray, " n"]  # the same from the first half of the samples
     effective: Float[np.ndarray, " n"]  # effective sample size, 1 to K
 
 
 def per_text(
-    model: DAVAE, texts: Texts, *, samples: int, seed: int, batch_size: int, progress: bool = False
+    model: DAVAE, texts: TokenizedTexts, *, samples: int, seed: int, batch_size: int, progress: bool = False
 ) -> PerText:
-    """The model's numbers of each text. They do not depend on the batches, but for rounding: a text's draws follow from
-    the seed and its line."""
+    """Computes the model's numbers for each text.
+
+    A text's draws depend on the seed and on its line only, so the batch size changes results by rounding only.
+
+    Args:
+      samples: K, latents drawn for each text.
+    """
     graphdef, params = split(model)
     n = len(texts.lines)
     order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
@@ -52,7 +57,8 @@ def per_text(
         for start in range(0, n, batch_size):
             part = order[start : start + batch_size]
             rows = [texts.ids(i) for i in part]
-            # Rounded up, so that a few programs serve texts of all lengths; what fills a batch is dropped again.
+            # Sizes are rounded up, so that a few compiled programs serve all lengths. The rows that fill up a batch
+            # are dropped afterwards.
             S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
             shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1
             fill = power_of_two(len(part), least=1) - len(part) if n < batch_size else batch_size - len(part)
@@ -62,8 +68,8 @@ def per_text(
             values = jax.device_get(_of_batch(graphdef, params, *inputs, key, samples))
             parts.append([value[: len(part)] for value in values])
             bar.update(len(part))
-    place = np.argsort(order)
-    return PerText(*(np.concatenate(column)[place] for column in zip(*parts, strict=True)))
+    original = np.argsort(order)
+    return PerText(*(np.concatenate(column)[original] for column in zip(*parts, strict=True)))
 
 
 @partial(jax.jit, static_argnums=(0, 6))

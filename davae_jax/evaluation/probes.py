@@ -1,79 +1,88 @@
-"""How factors of the texts can be read off their latents: a linear probe, the mutual information gap, DCI."""
+"""Measures how well factors of the texts can be read from their latents: linear probes, mutual information gap, DCI."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize
-from scipy.special import log_softmax
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 FOLDS, PENALTY, BINS = 5, 1e-3, 20
 
 
 class Probe(NamedTuple):
-    hits: Bool[np.ndarray, " n"]  # whether each text's class was read right, by a probe that had not seen the text
-    majority: float  # the part that the most frequent class has: what reading nothing would get
-    weights: Float[np.ndarray, "L C"]  # of a probe of all texts, on dimensions of variance 1
+    """A factor's linear probe, scored by cross-validation."""
+
+    hits: Bool[np.ndarray, " n"]  # whether a probe that was not fitted to the text predicts its class
+    majority: float  # the frequency of the most frequent class: the accuracy of a constant prediction
+    weights: Float[np.ndarray, "L C"]  # of a probe fitted to all texts, on dimensions of variance 1
 
 
 def linear_probe(means: Float[np.ndarray, "n L"], classes: Sequence[str], seed: int = 0) -> Probe:
-    """Multinomial logistic regression from the posterior means to a factor, in five folds (Alain & Bengio 2017)."""
-    names, y = np.unique(np.asarray(classes), return_inverse=True)
-    x = standardised(means)
-    fold = np.random.default_rng(seed % 2**32).permutation(len(x)) % FOLDS
-    hits = np.zeros(len(x), bool)
-    for k in range(FOLDS):
-        if (fold == k).any() and (fold != k).any():
-            weights, bias = fit_logistic(x[fold != k], y[fold != k], len(names))
-            hits[fold == k] = (x[fold == k] @ weights + bias).argmax(1) == y[fold == k]
-    return Probe(hits, np.bincount(y).max() / len(y), fit_logistic(x, y, len(names))[0])
+    """Fits multinomial logistic regression from the posterior means to a factor, in five folds (Alain & Bengio 2017).
+
+    Args:
+      classes: the factor's class of each text, at least two different ones.
+      seed: draws which texts are in which fold.
+    """
+    from sklearn.model_selection import PredefinedSplit
+
+    x, y = standardised(means), np.unique(np.asarray(classes), return_inverse=True)[1]
+    folds = PredefinedSplit(np.random.default_rng(seed % 2**32).permutation(len(x)) % FOLDS)
+    predicted = np.zeros(len(y), int)
+    for train, test in folds.split():
+        several = len(np.unique(y[train])) > 1
+        predicted[test] = fit_logistic(x[train], y[train]).predict(x[test]) if several else y[train[0]]
+    return Probe(predicted == y, np.bincount(y).max() / len(y), weights_of(fit_logistic(x, y)))
 
 
 def standardised(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n L"]:
-    """Each dimension with mean 0 and variance 1; one that hardly varies stays near 0: no probe is to live of noise."""
+    """Scales each dimension to mean 0 and variance 1. A dimension that hardly varies stays near 0, so that a probe
+    cannot use its noise."""
     means = np.asarray(means, np.float64)
     return (means - means.mean(0)) / np.maximum(means.std(0), 1e-2)
 
 
-def fit_logistic(x: Float[np.ndarray, "n L"], y: Int[np.ndarray, " n"], classes: int):
-    """(weights [L, C], bias [C]) that minimise the mean cross-entropy + ½ · 0.001 · |weights|²."""
-    L, one_hot = x.shape[1], np.eye(classes)[y]
+def fit_logistic(x: Float[np.ndarray, "n L"], y: Int[np.ndarray, " n"]) -> LogisticRegression:
+    """Minimises the mean cross-entropy of a softmax over the classes + ½ · 0.001 · |weights|²; biases are free."""
+    from sklearn.linear_model import LogisticRegression
 
-    def loss(flat):
-        weights, bias = flat[: L * classes].reshape(L, classes), flat[L * classes :]
-        log_p = log_softmax(x @ weights + bias, axis=1)
-        error = (np.exp(log_p) - one_hot) / len(x)
-        value = -(one_hot * log_p).sum() / len(x) + 0.5 * PENALTY * (weights**2).sum()
-        return value, np.concatenate([(x.T @ error + PENALTY * weights).ravel(), error.sum(0)])
+    # scikit-learn minimises C · Σ cross-entropy + ½ |w|². For two classes it has one weight vector w, which stands for
+    # the softmax weights −w/2 and w/2; their squared norm is half of |w|².
+    two_classes = len(np.unique(y)) == 2
+    return LogisticRegression(C=(2 if two_classes else 1) / (PENALTY * len(x)), tol=1e-6, max_iter=1000).fit(x, y)
 
-    found = minimize(loss, np.zeros((L + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
-    return found[: L * classes].reshape(L, classes), found[L * classes :]
+
+def weights_of(fitted: LogisticRegression) -> Float[np.ndarray, "L C"]:
+    """Returns the softmax weights of a fitted logistic regression, a column for each class."""
+    w = fitted.coef_
+    return np.concatenate([-w / 2, w / 2]).T if len(w) == 1 else w.T
 
 
 def information_with_dimensions(means: Float[np.ndarray, "n L"], classes: Sequence[str]) -> Float[np.ndarray, "L"]:
-    """I(factor; dimension) of each dimension in nats, its posterior means in 20 bins of equal width.
+    """Estimates I(factor; dimension) of each dimension in nats, its posterior means in 20 bins of equal width.
 
-    As Locatello et al. (2019) estimate it. With few texts it is too high, by about (C − 1) · 19 / 2n.
+    The estimator of Locatello et al. (2019). With few texts it is too high, by about (C − 1) · 19 / 2n.
     """
-    y = np.unique(np.asarray(classes), return_inverse=True)[1]
-    found = []
-    for values in np.asarray(means, np.float64).T:
-        edges = np.linspace(values.min(), values.max(), BINS + 1)[1:-1]
-        joint = np.zeros((BINS, y.max() + 1))
-        np.add.at(joint, (np.digitize(values, edges), y), 1 / len(y))
-        apart = joint.sum(1, keepdims=True) * joint.sum(0)
-        seen = joint > 0
-        found.append((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
-    return np.array(found)
+    from sklearn.metrics import mutual_info_score
+
+    def binned(values: np.ndarray) -> np.ndarray:
+        return np.digitize(values, np.linspace(values.min(), values.max(), BINS + 1)[1:-1])
+
+    return np.array([mutual_info_score(classes, binned(values)) for values in np.asarray(means, np.float64).T])
 
 
 def mutual_information_gap(means: Float[np.ndarray, "n L"], classes: Sequence[str]) -> float:
-    """MIG of one factor (Chen et al. 2018): how much more the best dimension says of it than the second best, as a
-    part of the factor's entropy. NaN for a factor of one class, or a latent of one dimension."""
+    """Returns the MIG of one factor (Chen et al. 2018).
+
+    It is the information that the best dimension has on the factor, less that of the second best, as a part of the
+    factor's entropy. NaN for a factor of one class, or a latent of one dimension.
+    """
     share = np.unique(np.asarray(classes), return_counts=True)[1] / len(classes)
     if len(share) < 2 or means.shape[1] < 2:
         return math.nan
@@ -82,14 +91,15 @@ def mutual_information_gap(means: Float[np.ndarray, "n L"], classes: Sequence[st
 
 
 def importances(probes: Sequence[Probe]) -> Float[np.ndarray, "L J"]:
-    """How much each factor's probe leans on each dimension: the norm of its weights over the classes."""
+    """Returns the importance of each dimension for each factor: the norm of the probe's weights over the classes."""
     return np.stack([np.linalg.norm(probe.weights, axis=1) for probe in probes], axis=1)
 
 
 def disentanglement(importance: Float[np.ndarray, "L J"]) -> float:
-    """1 where every dimension serves one factor, 0 where each serves all alike (Eastwood & Williams 2018).
+    """Returns DCI disentanglement (Eastwood & Williams 2018).
 
-    Dimensions weigh by their part of all importance. NaN for fewer than two factors.
+    1 where every dimension is important for one factor only, 0 where each is equally important for all of them.
+    Dimensions are weighted by their share of the total importance. NaN for fewer than two factors.
     """
     if importance.shape[1] < 2 or not importance.sum():
         return math.nan
@@ -97,12 +107,15 @@ def disentanglement(importance: Float[np.ndarray, "L J"]) -> float:
 
 
 def completeness(importance: Float[np.ndarray, "L J"]) -> Float[np.ndarray, " J"]:
-    """Of each factor: 1 where one dimension holds it, 0 where all do alike (Eastwood & Williams 2018)."""
+    """Returns DCI completeness of each factor (Eastwood & Williams 2018).
+
+    1 where one dimension alone is important for the factor, 0 where all are equally important.
+    """
     return _concentration(importance.T)
 
 
 def _concentration(rows: Float[np.ndarray, "a b"]) -> Float[np.ndarray, " a"]:
-    """1 − the entropy of each row, to the base of its length. Of a row of zeros, 0."""
+    """Returns 1 − the entropy of each row, to the base of the row's length; 0 for a row of zeros."""
     total = rows.sum(1, keepdims=True)
     p = np.divide(rows, total, out=np.full(rows.shape, 1 / rows.shape[1]), where=total > 0)
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(1)

@@ -1,146 +1,160 @@
-"""The figures of an evaluation as a table, for the terminal and for the report."""
+"""The measures of an evaluation as a table, for the terminal and for the report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import string
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from davae_jax.evaluation.figures import columns
-
-DASH = "–"  # in the place of a figure that cannot be had
+DASH = "–"  # in the place of a value that cannot be computed
 
 
 class Row(NamedTuple):
     name: str
     value: str
     interval: str  # of 95 %, or ""
-    note: str  # what the value is of, or is to be held against
+    note: str  # the unit, or what to compare the value with
+
+
+class _Line(NamedTuple):
+    """How a row is made of a measure. Notes may name other measures, as format strings do."""
+
+    name: str
+    key: str
+    form: str
+    note: str = ""
+    missing: str = ""  # the note where the value is NaN: what it would need
+
+
+_TWO_TEXTS = "needs two texts"
+_TWO_SAMPLES = "needs two samples"
+_IN_DISTANCES = "in distances between the ends"
+_ENDS_DIFFER = "no interpolation whose ends differ"
+_TWO_FACTORS = "needs two factors, and a dimension in use"
+_TWO_DIMENSIONS = "needs two dimensions"
+_N_IS_ENOUGH = "close to the line above if n is large enough"
+
+_SECTIONS: dict[str, list[_Line]] = {
+    "Reconstruction": [
+        _Line("BLEU", "bleu", "{:.1f}", "greedy from the posterior mean, over characters"),
+        _Line("exact match", "exact_match", "{:.1%}", "the same"),
+        _Line("BLEU, posterior sample", "bleu_sampled", "{:.1f}", "greedy from one sample of the posterior"),
+        _Line("BLEU, another text's latent", "bleu_other_latent", "{:.1f}", "what an unused latent would reach"),
+        _Line("token accuracy", "token_accuracy", "{:.1%}", "given the true preceding tokens"),
+    ],
+    "Likelihood": [
+        _Line("reconstruction loss", "rec_nll", "{:.2f}", "nats per text, −E log p(x|z)"),
+        _Line("ELBO", "elbo", "{:.2f}", "nats per text"),
+        _Line("−log p(x)", "iw_nll", "{:.2f}", "nats per text, importance weighted, K = {iw_samples}"),
+        _Line("−log p(x), half of K", "iw_nll_of_half", "{:.2f}", "close to the line above if K is large enough"),
+        _Line("effective sample size", "effective_sample_size", "{:.1f}", "median, of {iw_samples}"),
+        _Line("perplexity per token", "ppl_per_token", "{:.2f}", "{denominators[tokens]:,} tokens, ends counted"),
+        _Line(
+            "perplexity per word",
+            "ppl_per_word",
+            "{:.2f}",
+            "{denominators[words]:,} words, ends counted; each Chinese character is one",
+        ),
+        _Line("perplexity per word, ELBO", "elbo_ppl_per_word", "{:.2f}", "the same words"),
+    ],
+    "Latent": [
+        _Line("KL", "kl", "{:.2f}", "nats per text, nothing masked"),
+        _Line("active units", "active_units", "{:d}", "of {latent_size}"),
+        _Line(
+            "mutual information",
+            "mutual_information",
+            "{:.2f}",
+            "nats, of log n = {mutual_information_ceiling:.2f} at most; too low close to it",
+        ),
+        _Line("… of half of the texts", "mutual_information_of_half", "{:.2f}", _N_IS_ENOUGH, _TWO_TEXTS),
+        _Line(
+            "aggregate KL",
+            "aggregate_kl",
+            "{:.2f}",
+            "nats from the prior, 0 is best; too high by as much",
+        ),
+        _Line("… of half of the texts", "aggregate_kl_of_half", "{:.2f}", _N_IS_ENOUGH, _TWO_TEXTS),
+        _Line("aggregate MMD²", "aggregate_mmd", "{:.4f}", "from the prior, 0 is best", _TWO_TEXTS),
+    ],
+    "Samples from the prior": [
+        _Line("valid samples", "prior_valid", "{:.1%}", "accepted by the grammar", "no grammar is known"),
+        _Line("distinct samples", "prior_distinct", "{:.1%}", "of {prior_samples} samples"),
+        _Line("self-BLEU", "self_bleu", "{:.1f}", "texts: {self_bleu_texts:.1f}", _TWO_SAMPLES),
+        _Line("distinct-1", "distinct_1", "{:.3f}", "texts: {distinct_1_texts:.3f}", "no sample has a word"),
+        _Line("distinct-2", "distinct_2", "{:.3f}", "texts: {distinct_2_texts:.3f}", "no sample has 2 words"),
+        _Line("distinct-3", "distinct_3", "{:.3f}", "texts: {distinct_3_texts:.3f}", "no sample has 3 words"),
+        _Line("forward perplexity", "forward_ppl", "{:.2f}", "trigrams of texts; texts: {real_ppl:.2f}", _TWO_TEXTS),
+        _Line("reverse perplexity", "reverse_ppl", "{:.2f}", "trigrams of samples; texts: {real_ppl:.2f}", _TWO_TEXTS),
+    ],
+    "Interpolation": [
+        _Line("length", "interpolation_length", "{:.2f}", f"{_IN_DISTANCES}; 1 is a straight path", _ENDS_DIFFER),
+        _Line("largest step", "interpolation_largest_step", "{:.2f}", _IN_DISTANCES, _ENDS_DIFFER),
+    ],
+    "Factors": [  # below a row for each factor
+        _Line("MIG", "mig", "{:.3f}", "mean over the factors; 1 is best", _TWO_DIMENSIONS),
+        _Line(
+            "DCI disentanglement",
+            "dci_disentanglement",
+            "{:.3f}",
+            "1 is best",
+            _TWO_FACTORS,
+        ),
+        _Line("DCI completeness", "dci_completeness", "{:.3f}", "1 is best", _TWO_DIMENSIONS),
+        _Line("DCI informativeness", "dci_informativeness", "{:.1%}", "mean accuracy of the probes"),
+    ],
+}
 
 
 def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """The rows under their headings. What cannot be had is a dash, and its note says why."""
-    m = measures
-    parts = m["denominators"]
-
-    def row(name: str, key: str, form: str, note: str = "", lacking: str = "") -> Row:
-        if math.isnan(m[key]):
-            return Row(name, DASH, "", lacking)
-        return Row(name, form.format(m[key]), _interval(m["intervals"].get(key), form), note)
-
-    enough, two = "near the line above where n is enough", "of two texts or more"
-    of_texts = f"texts: {_or_dash(m['real_ppl'], '{:.2f}')}"
-    ends, apart = "in distances of the ends", "no interpolation whose ends differ"
+    """Returns the rows of these measures under their headings. A value that is NaN or None is a dash."""
     found = {
-        "Reconstruction": [
-            row("BLEU", "bleu", "{:.1f}", "greedy from the posterior mean, over characters"),
-            row("exact", "exact_match", "{:.1%}", "the same"),
-            row("token accuracy", "token_accuracy", "{:.1%}", "told the true tokens before"),
-        ],
-        "Likelihood": [
-            row("reconstruction", "rec_nll", "{:.2f}", "nats a text, −E log p(x|z)"),
-            row("ELBO", "elbo", "{:.2f}", "nats a text"),
-            row("−log p(x)", "iw_nll", "{:.2f}", f"nats a text, importance weighted, K = {m['iw_samples']}"),
-            row("−log p(x), half of K", "iw_nll_of_half", "{:.2f}", "near the line above where K is enough"),
-            row("effective samples", "effective_sample_size", "{:.1f}", f"median, of {m['iw_samples']}"),
-            row("perplexity per token", "ppl_per_token", "{:.2f}", f"{parts['tokens']:,} tokens, ends counted"),
-            row(
-                "perplexity per word",
-                "ppl_per_word",
-                "{:.2f}",
-                f"{parts['words']:,} words, ends counted; each Chinese character is one",
-            ),
-            row("perplexity per word, ELBO", "elbo_ppl_per_word", "{:.2f}", "the same words"),
-        ],
-        "Latent": [
-            row("KL", "kl", "{:.2f}", "nats a text, nothing masked"),
-            row("active units", "active_units", "{:d}", f"of {m['latent_size']}"),
-            row(
-                "mutual information",
-                "mutual_information",
-                "{:.2f}",
-                f"nats, of log n = {m['mutual_information_ceiling']:.2f} at most; too low near it",
-            ),
-            row("… of half of the texts", "mutual_information_of_half", "{:.2f}", enough, two),
-            row(
-                "KL of all posteriors together",
-                "aggregate_kl",
-                "{:.2f}",
-                "nats to the prior, 0 is best; too high by as much",
-            ),
-            row("… of half of the texts", "aggregate_kl_of_half", "{:.2f}", enough, two),
-            row("MMD² of all posteriors together", "aggregate_mmd", "{:.4f}", "to the prior; 0 is best", two),
-        ],
-        "Samples from the prior": [
-            row("different", "prior_distinct", "{:.1%}", f"of {m['prior_samples']} samples"),
-            row(
-                "self-BLEU",
-                "self_bleu",
-                "{:.1f}",
-                f"texts: {_or_dash(m['self_bleu_texts'], '{:.1f}')}",
-                "of two samples or more",
-            ),
-            *(
-                row(
-                    f"distinct-{n}",
-                    f"distinct_{n}",
-                    "{:.3f}",
-                    f"texts: {_or_dash(m[f'distinct_{n}_texts'], '{:.3f}')}",
-                    f"no sample has {n} words",
-                )
-                for n in (1, 2, 3)
-            ),
-            row("forward perplexity", "forward_ppl", "{:.2f}", f"trigrams of texts; {of_texts}", two),
-            row("reverse perplexity", "reverse_ppl", "{:.2f}", f"trigrams of samples; {of_texts}", two),
-        ],
-        "Interpolation": [
-            row("length of the way", "interpolation_length", "{:.2f}", f"{ends}; 1 is straight", apart),
-            row("largest step", "interpolation_largest_step", "{:.2f}", ends, apart),
-        ],
+        title: [_row(line, measures) for line in lines if line.key in measures] for title, lines in _SECTIONS.items()
     }
-    if "prior_valid" in m:
-        found["Samples from the prior"].insert(0, row("the grammar accepts", "prior_valid", "{:.1%}"))
-    if "factors" in m:
-        one = "one factor only" if len(m["factors"]) == 1 else "no dimension is used"
-        found["Factors"] = [
-            *(
-                Row(
-                    name,
-                    f"{factor['probe_accuracy']:.1%}",
-                    _interval(m["intervals"].get(f"probe_{name}"), "{:.1%}"),
-                    f"by a linear probe; the most frequent of {factor['classes']}: {factor['majority']:.1%}",
-                )
-                for name, factor in m["factors"].items()
-            ),
-            row("MIG", "mig", "{:.3f}", "mean over the factors; 1 is best", "a latent of one dimension"),
-            row("DCI disentanglement", "dci_disentanglement", "{:.3f}", "1 is best", one),
-            row("DCI completeness", "dci_completeness", "{:.3f}", "1 is best", "a latent of one dimension"),
-            row("DCI informativeness", "dci_informativeness", "{:.1%}", "mean accuracy of the probes"),
-        ]
-    return found
+    found["Factors"] = [*_factor_rows(measures), *found["Factors"]]
+    return {title: rows for title, rows in found.items() if rows}
 
 
-def _or_dash(value: float, form: str) -> str:
-    return DASH if math.isnan(value) else form.format(value)
+def _row(line: _Line, measures: Mapping[str, Any]) -> Row:
+    value = measures[line.key]
+    if value is None or math.isnan(value):
+        return Row(line.name, DASH, "", line.missing)
+    interval = _format_interval(measures["intervals"].get(line.key), line.form)
+    return Row(line.name, line.form.format(value), interval, _NOTES.vformat(line.note, (), measures))
 
 
-def _interval(ends: list[float] | None, form: str) -> str:
-    if ends is None:
-        return ""
-    form = form.replace("d}", ".0f}")
-    return " to ".join(form.format(end) for end in ends)
+def _factor_rows(measures: Mapping[str, Any]) -> Iterator[Row]:
+    for name, factor in measures.get("factors", {}).items():
+        interval = _format_interval(measures["intervals"].get(f"probe_{name}"), "{:.1%}")
+        note = "linear probe; the most frequent of {classes} classes: {majority:.1%}".format_map(factor)
+        yield Row(name, f"{factor['probe_accuracy']:.1%}", interval, note)
+
+
+class _NoteFormatter(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        return DASH if missing else super().format_field(value, format_spec)
+
+
+_NOTES = _NoteFormatter()
+
+
+def _format_interval(ends: Sequence[float] | None, form: str) -> str:
+    form = form.replace("d}", ".0f}")  # the ends of a whole number's interval may lie between whole numbers
+    return "" if ends is None else " to ".join(form.format(end) for end in ends)
 
 
 def format_table(measures: Mapping[str, Any]) -> str:
-    """For the terminal, with the warnings below."""
+    """Formats the measures for the terminal, with the warnings below."""
     by_section = sections(measures)
     rows = [row for section in by_section.values() for row in section]
-    widths = [max(columns(row[i]) for row in rows) for i in range(3)]
+    widths = [max(display_width(row[i]) for row in rows) for i in range(3)]
     lines = [f"over {measures['n']} texts, with 95 % intervals"]
     for title, section in by_section.items():
         lines += ["", title]
         lines += [
-            f"  {_pad(row.name, widths[0])}  {' ' * (widths[1] - columns(row.value))}{row.value}"
+            f"  {_pad(row.name, widths[0])}  {' ' * (widths[1] - display_width(row.value))}{row.value}"
             f"  {_pad(row.interval, widths[2])}  {row.note}".rstrip()
             for row in section
         ]
@@ -149,14 +163,10 @@ def format_table(measures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def display_width(text: str) -> int:
+    """Returns the width of a text on a terminal, where a Chinese character takes two columns."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
 def _pad(text: str, width: int) -> str:
-    return text + " " * (width - columns(text))
-
-
-def as_json(value: Any) -> Any:
-    """The same with None for what JSON cannot hold: NaN and the infinities."""
-    if isinstance(value, Mapping):
-        return {name: as_json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return text + " " * (width - display_width(text))

@@ -1,4 +1,4 @@
-"""How texts differ from one another: words, distinct n-grams, self-BLEU, and the way between two texts."""
+"""Measures how texts differ from one another: words, distinct n-grams, self-BLEU, edit distances along a path."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Chinese and Japanese characters with their full-width signs stand alone; all else is parted by white space.
+# Chinese and Japanese characters and full-width signs are words of their own; white space separates all others.
 _CJK = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_PIECE = re.compile(rf"\s+|[{_CJK}]|[^\s{_CJK}]+")
+_WORD_OR_SPACE = re.compile(rf"\s+|[{_CJK}]|[^\s{_CJK}]+")
 BLEU_ORDER = 4
 
 
 def words(text: str) -> list[str]:
-    """What counts as a word: each Chinese character or full-width sign, and else what white space parts.
+    """Splits a text into words. Each Chinese character or full-width sign is one; white space separates the others.
 
-    Of text without Chinese these are `text.split()`, as perplexities of Penn Treebank count them.
+    For text without Chinese this is `text.split()`, as perplexities on Penn Treebank count words.
     """
-    return [piece for piece in pieces(text) if not piece.isspace()]
+    return [part for part in words_and_spaces(text) if not part.isspace()]
 
 
-def pieces(text: str) -> list[str]:
-    """The words and the white space between them: together they are the text."""
-    return _PIECE.findall(text)
+def words_and_spaces(text: str) -> list[str]:
+    """Splits a text into its words and the white space between them. Joined, they are the text."""
+    return _WORD_OR_SPACE.findall(text)
 
 
 def ngrams(text: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """Counts the n-grams of a text."""
     return Counter(zip(*(text[i:] for i in range(n))))
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Different n-grams of all texts as a part of all their n-grams (Li et al. 2016). NaN where there is none."""
+    """Returns the number of distinct n-grams of all texts divided by the number of their n-grams (Li et al. 2016).
+
+    NaN without any n-gram.
+    """
     counts = sum((ngrams(text, n) for text in texts), Counter())
     return len(counts) / counts.total() if counts else math.nan
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:
-    """Mean BLEU-4 of each text against all others as its references, 0 to 100 (Zhu et al. 2018). NaN for one text.
+    """Returns the mean BLEU-4 of each text with all others as its references, 0 to 100 (Zhu et al. 2018).
 
-    Not smoothed, as sacrebleu computes it with smoothing off and the effective order: of a text of fewer than four
-    words, up to the n-grams that it has. 100 where every text has a twin, of an empty one too.
+    It equals sacrebleu without smoothing and with the effective order: a text of fewer than four words is scored by the
+    n-grams that it has. 100 if every text has a duplicate, empty ones included; NaN for a single text.
     """
     if len(texts) < 2:
         return math.nan
@@ -62,9 +66,9 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
 
 
 def _largest_counts(counts: Sequence[Counter]) -> tuple[dict, dict, dict]:
-    """Of each n-gram the largest count in one text, the next largest in another, and whose the largest is.
+    """Returns for each n-gram its largest count in a text, the second largest in another, and the index of the first.
 
-    With these a text's clipped hits against all others take no pass over the others.
+    They give a text's clipped hits against all others without a pass over the others.
     """
     largest, second, owner = {}, {}, {}
     for i, count in enumerate(counts):
@@ -78,31 +82,31 @@ def _largest_counts(counts: Sequence[Counter]) -> tuple[dict, dict, dict]:
 
 
 def _log_brevity(length: int, others: np.ndarray) -> float:
-    """Logarithm of BLEU's brevity penalty by the reference that is closest in length, of two the shorter."""
+    """Returns the log of BLEU's brevity penalty. The reference is the closest in length, the shorter one of two."""
     closest = min(others, key=lambda other: (abs(other - length), other))
-    if not length:  # of an empty text an empty one is the twin, and nothing else like it
+    if not length:  # an empty text is only like another empty one
         return -math.inf if closest else 0.0
     return min(0.0, 1 - closest / length)
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Insertions, deletions and substitutions that turn a into b (Levenshtein 1966)."""
+    """Returns the number of insertions, deletions and substitutions that turn a into b (Levenshtein 1966)."""
     number = {word: i for i, word in enumerate({*a, *b})}
-    codes, place = np.array([number[word] for word in b], int), np.arange(len(b) + 1)
-    row = place
+    codes, columns = np.array([number[word] for word in b], int), np.arange(len(b) + 1)
+    row = columns
     for i, word in enumerate(a, 1):
         best = np.minimum(row[1:] + 1, row[:-1] + (codes != number[word]))
-        # An insertion costs 1 more than the place before it: a running minimum of what is left without the places.
-        row = np.minimum.accumulate(np.concatenate([[i], best]) - place) + place
+        # row[j] = min(best[j], row[j − 1] + 1): with j subtracted it is a running minimum.
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - columns) + columns
     return int(row[-1])
 
 
 def path_length(texts: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """(length, largest step) of the way from the first text to the last, in edit distances of neighbours.
+    """Returns the length and the largest step of the path from the first text to the last.
 
-    Both as multiples of the distance of the ends. The length is 1 at least: 1 where every step leads nearer, more where
-    texts come up that neither end knows. The largest step is 1 over the number of steps where they are even, and 1
-    where the text jumps at once. NaN where both ends are the same.
+    Steps are edit distances of neighbours; both results are divided by the distance of the ends. The length is 1 if
+    every step leads nearer to the last text, and more if the path makes detours. The largest step is 1 over the number
+    of steps if they are even, and 1 if the text changes all at once. Both are NaN if the ends are equal.
     """
     steps = [edit_distance(a, b) for a, b in itertools.pairwise(texts)]
     ends = edit_distance(texts[0], texts[-1])

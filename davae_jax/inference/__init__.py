@@ -1,1 +1,1 @@
-"""Texts from a model: sampling, generation, `TextVAE`."""
+"""Generation from a model: sampling, cached decoding, and `TextVAE` from texts to texts."""

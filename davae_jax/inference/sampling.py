@@ -1,6 +1,6 @@
-"""From logits to the distribution of the next token, as published.
+"""The distribution of the next token, computed from logits as published:
 
-logits / temperature → top-k → nucleus → softmax → repetition penalty on the probabilities → renormalised.
+logits / temperature → top-k → nucleus → softmax → repetition penalty on the probabilities → renormalization.
 """
 
 from __future__ import annotations
@@ -23,31 +23,34 @@ def next_token_probs(
     top_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Float[Array, "B V"]:
-    """Probabilities of the next token, float32, each row summing to 1.
+    """Returns the probabilities of the next token in float32; each row sums to 1.
 
     Args:
-      previous_ids: the context so far, beginning-of-text and prompt included; each occurrence divides an id's
-        probability by the penalty once more.
+      previous_ids: the context so far, beginning-of-text token and prompt included. Each occurrence of an id divides
+        its probability by the penalty once.
       top_k: keeps the k most likely ids and all ties with the k-th; 0 is off.
-      top_p: an id goes once the mass of the more likely ones exceeds top_p; the best always stays; 0 and 1 are off.
+      top_p: removes an id if the mass of the more likely ones exceeds top_p, so that the most likely one always
+        remains (Holtzman et al. 2020); 0 and 1 are off.
 
     Raises:
-      InputError: a setting out of its range.
+      InputError: a setting is out of its range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
-    settings = traceable(temperature, top_k, top_p, repetition_penalty)
+    settings = canonical_settings(temperature, top_k, top_p, repetition_penalty)
     return _next_token_probs(jnp.asarray(logits), jnp.asarray(previous_ids), *settings.values())
 
 
-def traceable(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, float | int]:
-    """The settings as numbers that keep their meaning in float32 and int32, one type each.
+def canonical_settings(
+    temperature: float, top_k: int, top_p: float, repetition_penalty: float
+) -> dict[str, float | int]:
+    """Returns the settings with one type each, in values that float32 and int32 can represent.
 
-    A whole number where a fraction stood before would compile a caller's loop anew.
+    Without it, an int in place of a float would compile a caller's loop again.
     """
     return {
         "temperature": float(temperature),
         "top_k": min(int(top_k), np.iinfo(np.int32).max),
-        "top_p": max(float(top_p), 1e-30) if top_p else 0.0,  # not so small that it became 0, which is off
+        "top_p": max(float(top_p), 1e-30) if top_p else 0.0,  # must not underflow to 0, which means off
         "repetition_penalty": float(repetition_penalty),
     }
 
@@ -60,57 +63,58 @@ def _next_token_probs(logits, previous_ids, temperature, top_k, top_p, repetitio
 
 
 def filter_logits(logits: Float[Array, "B V"], top_k, top_p) -> Float[Array, "B V"]:
-    """Top-k, then nucleus (Holtzman et al. 2020): what is filtered out becomes −inf. Both settings may be traced.
+    """Applies top-k, then nucleus filtering: the logits of removed ids become −inf. Both settings may be traced.
 
-    Neither needs a sort, which on a CPU costs as much as a tenth of the whole model: what stays is all above a cut and,
-    of the nucleus's ties with it, the first ones by id (as a stable sort would leave them).
+    Neither filter sorts, which on a CPU would cost a tenth of the model's time. The ids that remain are those above a
+    threshold and, of the ties with the nucleus's threshold, the first ones by id, as after a stable sort.
     """
     V = logits.shape[-1]
-    floor = smallest_cut(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k - 1, V))
+    floor = smallest_threshold(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k - 1, V))
     logits = jnp.where(logits < floor, -jnp.inf, logits)
 
     probs = jax.nn.softmax(logits, axis=-1)
-    cut = smallest_cut(logits, probs, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
-    above, ties = logits > cut, logits == cut
+    threshold = smallest_threshold(logits, probs, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
+    above, ties = logits > threshold, logits == threshold
     mass_above = jnp.where(above, probs, 0).sum(-1, keepdims=True)
     ties_before = jnp.cumsum(ties, axis=-1) - 1
-    stays = above | (ties & (mass_above + ties_before * probs <= top_p)) | jnp.isnan(logits)  # a fault must show
-    return jnp.where(stays, logits, -jnp.inf)
+    keep = above | (ties & (mass_above + ties_before * probs <= top_p)) | jnp.isnan(logits)  # NaN must not be hidden
+    return jnp.where(keep, logits, -jnp.inf)
 
 
-def smallest_cut(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit) -> Float[Array, "B 1"]:
-    """The smallest value in a row above which the weights sum to `limit` at most; −inf if all of them do.
+def smallest_threshold(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit) -> Float[Array, "B 1"]:
+    """Returns the smallest t of each row such that the weights of all x > t sum to at most `limit`; −inf if all do.
 
-    Bisection over the float32 numbers themselves, in their order: 32 halvings leave one.
+    The search is a bisection over the float32 numbers in their order; 32 steps leave one.
     """
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # rounded down, without overflow
-        fits = jnp.where(x > _float_of(middle), weights, 0).sum(-1, keepdims=True) <= limit
+        fits = jnp.where(x > _order_to_float(middle), weights, 0).sum(-1, keepdims=True) <= limit
         return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
 
-    ends = (jnp.full((x.shape[0], 1), _order_of(end), jnp.int32) for end in (-np.inf, np.inf))
-    return _float_of(lax.fori_loop(0, 32, halve, tuple(ends))[1])
+    ends = (jnp.full((x.shape[0], 1), _float_to_order(end), jnp.int32) for end in (-np.inf, np.inf))
+    return _order_to_float(lax.fori_loop(0, 32, halve, tuple(ends))[1])
 
 
-def _order_of(x: float) -> np.int32:
-    """The place of a float32 among all of them: a smaller number has a smaller place."""
+def _float_to_order(x: float) -> np.int32:
+    """Returns an int32 for a float32, such that the order of the ints is that of the floats."""
     bits = np.float32(x).view(np.int32)
     return bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)
 
 
-def _float_of(order: Int[Array, "..."]) -> Float[Array, "..."]:
+def _order_to_float(order: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the float32 of each int32: the inverse of `_float_to_order`."""
     bits = jnp.where(order >= 0, order, order ^ 0x7FFFFFFF)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def penalized_log_probs(logits: Float[Array, "B V"], counts: Float[Array, "B V"], penalty) -> Float[Array, "B V"]:
-    """log of p / penalty^count, renormalised. In logarithms no count is large enough to lose a row's whole mass."""
+    """Returns log(p / penalty^count), renormalized. In logarithms, no count can underflow the whole mass of a row."""
     return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-1) - counts * jnp.log(penalty), axis=-1)
 
 
 def count_ids(ids: Int[Array, "B S"], weights: Array, vocab_size: int) -> Float[Array, "B V"]:
-    """How often each id occurs in its row; `weights` 0 leaves a place out."""
+    """Returns how often each id occurs in each row, each occurrence weighted by `weights` (0 leaves it out)."""
     rows = jnp.arange(ids.shape[0])[:, None]
     return jnp.zeros((ids.shape[0], vocab_size), jnp.float32).at[rows, ids].add(weights.astype(jnp.float32))

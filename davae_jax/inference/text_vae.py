@@ -1,4 +1,4 @@
-"""Texts in, texts out."""
+"""`TextVAE`: a model with its tokenizers, from texts to texts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.inference.generation import check_prompts, generate, sampling_settings
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE
-from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours
-from davae_jax.model.latent import spherical as great_arc
+from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours, slerp
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import END, DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
@@ -33,12 +32,17 @@ from davae_jax.utils.shapes import power_of_two
 class TextVAE:
     """A model with its two tokenizers.
 
-    Every method takes texts in any number and works through them `batch_size` at a time; what comes out for a text
-    depends on the seed and the text's place in the list, never on the batches.
+    The methods take any number of texts and process them in batches. The result for a text depends on the seed and on
+    the text's index in the list, and not on the batch size.
 
-    `**sampling` is any of max_length (tokens, `<bos>` and prompt included), temperature, top_k, top_p and
-    repetition_penalty; what is left out comes from the checkpoint's config. All but `generate`,
-    `simulate_batch` and `sample` are greedy unless one of the last four is given.
+    `**sampling` is any of max_length (in tokens, `<bos>` and prompt included), temperature, top_k, top_p and
+    repetition_penalty; the defaults are those of the checkpoint's config. All methods but `generate`, `simulate_batch`
+    and `sample` decode greedily unless one of the last four settings is given.
+
+    Attributes:
+      batch_size: how many texts are processed at once.
+      progress: whether to show a progress bar.
+      label: a function from the number of a text, counted from 1, to its name in warnings.
     """
 
     def __init__(self, model: DAVAE, encoder_tokenizer: EncoderTokenizer, decoder_tokenizer: DecoderTokenizer):
@@ -46,8 +50,8 @@ class TextVAE:
         self.encoder_tokenizer = encoder_tokenizer
         self.decoder_tokenizer = decoder_tokenizer
         self.batch_size = 16
-        self.progress = False  # a bar on the terminal
-        self.label = "text {}".format  # how a warning names the text it is about, counted from 1
+        self.progress = False
+        self.label = "text {}".format
 
     @classmethod
     def from_pretrained(
@@ -58,49 +62,51 @@ class TextVAE:
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ) -> TextVAE:
-        """Loads model and tokenizers; `source`, `dtype` and `mesh` as for `davae_jax.from_pretrained`.
+        """Loads a model and its tokenizers.
 
         Args:
-          tokenizers: folder with spiece.model and vocab.txt; by default the source's own.
+          source, dtype, mesh: as for `davae_jax.from_pretrained`.
+          tokenizers: a folder with spiece.model and vocab.txt; the default is the source.
 
         Raises:
-          InputError: nothing there, or the tokenizers do not fit the model.
+          InputError: a file is missing or damaged, or the tokenizers do not fit the model.
         """
         folder = resolve_source(source)
         config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
-        # The tokenizers first: a mistake there should not cost a minute of loading.
+        # The tokenizers are loaded first, so that an error in them does not come after a minute of loading weights.
         pair = load_tokenizers(config_folder(folder) if tokenizers is None else Path(tokenizers), config)
         return cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
 
     @property
     def config(self) -> DAVAEConfig:
+        """Returns the model's config."""
         return self.model.config
 
     # Ids.
 
     def encoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """WordPiece ids as published: special tokens doubled, cut at 510 ids.
+        """Returns WordPiece ids as published: with doubled special tokens, truncated to 510 ids.
 
-        Warns, naming the text, where one is empty, wholly unknown, or cut.
+        Warns, with the text's label, if a text is empty, has no known character, or is truncated.
         """
-        all_ids = self.encoder_tokenizer.encode(_as_list(texts))
+        all_ids = self.encoder_tokenizer.encode(_check_texts(texts))
         for i, ids in enumerate(all_ids, 1):
             if problem := self.encoder_tokenizer.problem(ids):
                 warnings.warn(f"{self.label(i)}: {problem}", stacklevel=2)
         return all_ids
 
     def decoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """SentencePiece ids as published, the end token last."""
-        return [self.decoder_tokenizer.encode(text) for text in _as_list(texts)]
+        """Returns SentencePiece ids as published, with the end token at the end."""
+        return [self.decoder_tokenizer.encode(text) for text in _check_texts(texts)]
 
     def decode_ids(self, ids: Sequence[Sequence[int]], *, clean: bool = False) -> list[str]:
-        """Decoder ids to text; `clean` applies the published clean-up, as all generated text gets."""
+        """Returns the text of each list of decoder ids; `clean` applies the published clean-up of generated texts."""
         texts = [self.decoder_tokenizer.decode(row) for row in ids]
         return [clean_up(text) for text in texts] if clean else texts
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """`<bos>` and the prompt's pieces. Raises InputError on a prompt that holds the end token."""
-        prompts = _as_list(prompts)
+        """Returns the ids of `<bos>` and each prompt. Raises InputError if a prompt contains the end token."""
+        prompts = _check_texts(prompts)
         for i, prompt in enumerate(prompts, 1):
             if END in prompt:
                 raise OptionError(f"prompt {i}", f"holds the end token {END}")
@@ -109,9 +115,9 @@ class TextVAE:
     # Latents.
 
     def posterior(self, texts: Sequence[str]) -> Posterior:
-        """Mean and log-variance of each text, NumPy arrays [n, L]."""
+        """Returns the posterior's mean and log-variance of each text, NumPy arrays [n, L]."""
         parts = [(np.asarray(p.mean)[:n], np.asarray(p.logvar)[:n]) for p, _, n in self._posteriors(texts)]
-        means, logvars = zip(*parts, strict=True) if parts else ([self._no_latents()], [self._no_latents()])
+        means, logvars = zip(*parts, strict=True) if parts else ([self._empty_latents()], [self._empty_latents()])
         return Posterior(np.concatenate(means), np.concatenate(logvars))
 
     def encode(
@@ -122,27 +128,29 @@ class TextVAE:
         seed: int = 0,
         std_scale: float | None = None,
     ) -> Float[np.ndarray, "n L"]:
-        """A latent of each text: mean + eps · exp(logvar/2) · std_scale.
+        """Returns a latent of each text: mean + eps · exp(logvar/2) · std_scale.
 
-        eps is drawn from the seed unless given; std_scale defaults to the config's (1.5 as published), 0 is the mean.
+        Args:
+          eps: standard normal noise; drawn from the seed by default.
+          std_scale: default: the config's (1.5 as published); 0 gives the mean.
         """
-        texts = _as_list(texts)
+        texts = _check_texts(texts)
         std_scale = self.config.std_scale if std_scale is None else check_std_scale(std_scale)
-        eps = self._normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
+        eps = self._standard_normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
             raise OptionError("eps", f"is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}")
-        latents = [self._no_latents()]
+        latents = [self._empty_latents()]
         for posterior, start, n in self._posteriors(texts):
             noise = np.zeros(posterior.mean.shape, np.float32)
             noise[:n] = eps[start : start + n]
-            latents.append(np.asarray(_at(posterior, noise, std_scale))[:n])
+            latents.append(np.asarray(_scaled_latents(posterior, noise, std_scale))[:n])
         return np.concatenate(latents)
 
     def _posteriors(self, texts: Sequence[str]) -> Iterator[tuple[Posterior, int, int]]:
-        """(posterior, first text, number of texts) of each batch.
+        """Yields (posterior, index of the first text, number of texts n) of each batch.
 
-        Batch and length are rounded up, so that texts of all numbers and lengths share a few compiled programs; the
-        rows past the number of texts are filler.
+        The numbers of rows and of columns are rounded up, so that batches of all sizes share a few compiled programs.
+        Only the first n rows of a posterior are those of texts.
         """
         ids = self.encoder_ids(texts)
         for start, stop in self._batches(len(ids), "encode"):
@@ -153,7 +161,7 @@ class TextVAE:
                 batch[row, : len(row_ids)] = row_ids
             yield self.model.encode(batch), start, len(part)
 
-    def _no_latents(self) -> np.ndarray:
+    def _empty_latents(self) -> np.ndarray:
         return np.zeros((0, self.config.latent_size), np.float32)
 
     # Texts from latents.
@@ -161,12 +169,12 @@ class TextVAE:
     def generate(
         self, latent: Float[Array, "n L"], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
     ) -> list[str]:
-        """A text for each latent, prompt left out, cleaned up."""
+        """Returns a text for each latent: the continuation of the prompt, without it, cleaned up as published."""
         latent = np.asarray(latent, np.float32)
         ids = self.check(prompts, **sampling)
         if ids is not None and len(ids) != len(latent):
             raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
-        key = _stream(seed, "draw")
+        key = _purpose_key(seed, "draw")
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
             part = None if ids is None else ids[start:stop]
@@ -178,50 +186,50 @@ class TextVAE:
     def simulate_batch(
         self, texts: Sequence[str], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
     ) -> list[str]:
-        """A variation of each text: encode, draw a latent (std_scale from the config), generate. As published."""
-        texts = _as_list(texts)
+        """Returns a variation of each text, as published: encode, draw a latent (the config's std_scale), generate."""
+        texts = _check_texts(texts)
         self.check(prompts, **sampling)
         if prompts is not None and len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts for {len(texts)} texts", exit_code=2)
         return self.generate(self.encode(texts, seed=seed), prompts, seed=seed, **sampling)
 
     def reconstruct(self, texts: Sequence[str], *, seed: int = 0, **sampling) -> list[str]:
-        """Each text through its posterior mean and back."""
+        """Returns each text as decoded from its posterior mean."""
         sampling = greedy_by_default(sampling)
         self.check(**sampling)
         return self.generate(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
 
     def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
-        """n texts from the prior: z ~ N(0, I). The first of them are the same however many there are."""
+        """Returns n texts from the prior, z ~ N(0, I). Text i is the same for every n."""
         if n < 0:
             raise OptionError("n", f"must be 0 or more, not {n}")
-        return self.generate(self._normal(n, seed), seed=seed, **sampling)
+        return self.generate(self._standard_normal(n, seed), seed=seed, **sampling)
 
     def interpolate(
         self, a: str, b: str, steps: int, *, spherical: bool = False, seed: int = 0, **sampling
     ) -> list[str]:
-        """`steps` texts along the straight line, or the great arc, from a's posterior mean to b's, both included."""
+        """Returns `steps` texts on the straight line, or the great arc, between the posterior means of a and b."""
         check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
-        line = (great_arc if spherical else interpolate)(mean_a, mean_b, steps)
+        line = (slerp if spherical else interpolate)(mean_a, mean_b, steps)
         return self.generate(line, seed=seed, **greedy_by_default(sampling))
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
-        """What is to c as b is to a: the text of mean(b) − mean(a) + mean(c)."""
+        """Returns the text of mean(b) − mean(a) + mean(c), which is to c as b is to a."""
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
         return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **greedy_by_default(sampling))[0]
 
     def combine(self, texts: Sequence[str], weights: Sequence[float], *, seed: int = 0, **sampling) -> str:
-        """The text of Σ weight · mean(text): with weights ½, ½ what lies between two, with −1, 1, 1 their analogy."""
-        texts = _as_list(texts)
+        """Returns the text of Σ weight · mean(text): with weights ½, ½ between two texts, with −1, 1, 1 an analogy."""
+        texts = _check_texts(texts)
         if len(texts) != len(weights) or not texts:
             raise InputError(f"{len(weights)} weights for {len(texts)} texts", exit_code=2)
         latent = combine(self.encode(texts, std_scale=0.0), weights)
         return self.generate(latent[None], seed=seed, **greedy_by_default(sampling))[0]
 
     def attribute_vector(self, having: Sequence[str], lacking: Sequence[str]) -> Float[np.ndarray, "L"]:
-        """What texts that have an attribute have on average more than texts that lack it: a direction of the latent."""
-        having, lacking = _as_list(having), _as_list(lacking)
+        """Returns the mean latent of texts that have an attribute minus that of texts that lack it, for `shift`."""
+        having, lacking = _check_texts(having), _check_texts(lacking)
         if not having or not lacking:
             raise InputError("an attribute needs a text that has it and one that lacks it", exit_code=2)
         return np.asarray(attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking))))
@@ -235,7 +243,7 @@ class TextVAE:
         seed: int = 0,
         **sampling,
     ) -> list[str]:
-        """Each text with `strength` times a direction added to its posterior mean, an attribute vector's say."""
+        """Returns each text after adding `strength` · `direction` (an attribute vector, say) to its posterior mean."""
         if np.ndim(strength):
             raise OptionError("strength", f"is one number, not an array of {list(np.shape(strength))}")
         direction = np.asarray(direction, np.float32)
@@ -245,7 +253,7 @@ class TextVAE:
         return self.generate(latent, seed=seed, **greedy_by_default(sampling))
 
     def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:
-        """n texts at the distance `radius` from a text's posterior mean, in directions that the seed draws."""
+        """Returns n texts at the distance `radius` from a text's posterior mean, in random directions."""
         if n < 0:
             raise OptionError("n", f"must be 0 or more, not {n}")
         check_radius(radius)
@@ -255,18 +263,22 @@ class TextVAE:
     def around(
         self, latent: Float[np.ndarray, "k L"], n: int, radius: float, *, seed: int = 0
     ) -> Float[np.ndarray, "k*n L"]:
-        """n latents at the distance `radius` from each, side by side; in each place the same directions."""
-        key = _stream(seed, "latent")
-        return np.concatenate([self._no_latents(), *(np.asarray(neighbours(z, n, radius, key)) for z in latent)])
+        """Returns n latents at the distance `radius` around each latent, in the same n directions for all of them."""
+        key = _purpose_key(seed, "latent")
+        return np.concatenate([self._empty_latents(), *(np.asarray(neighbours(z, n, radius, key)) for z in latent)])
 
-    def _normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
-        """Standard normal noise; row i is the same however many rows there are."""
-        return np.asarray(_normal_rows(_stream(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
+    def _standard_normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
+        """Returns standard normal noise, in which row i is the same for every n."""
+        return np.asarray(_normal_rows(_purpose_key(seed, "latent"), power_of_two(n), self.config.latent_size))[:n]
 
     def check(
         self, prompts: Sequence[str] | None = None, *, max_length: int | None = None, **settings
     ) -> list[list[int]] | None:
-        """The prompts' ids. Raises InputError, before any work is done, on what `generate` would refuse."""
+        """Checks the arguments of `generate` before any work is done, and returns the ids of the prompts.
+
+        Raises:
+          InputError: a prompt or a setting is one that `generate` does not accept.
+        """
         sampling_settings(self.config, **settings)
         max_length = self.config.max_out_length if max_length is None else max_length
         ids = None if prompts is None else self.prompt_ids(prompts)
@@ -274,6 +286,7 @@ class TextVAE:
         return ids
 
     def _batches(self, n: int, what: str) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of each batch of n texts, and shows a progress bar named `what`."""
         with tqdm(total=n, desc=what, unit="text", disable=not self.progress) as bar:
             for start in range(0, n, self.batch_size):
                 stop = min(start + self.batch_size, n)
@@ -282,49 +295,52 @@ class TextVAE:
 
 
 def check_steps(steps: int, *, name: str = "steps") -> None:
-    """Raises InputError (exit code 2) on a number of interpolation steps that makes no sense."""
+    """Raises InputError (exit code 2) if the number of interpolation steps is out of its range."""
     if not 2 <= steps <= 10_000:
         raise OptionError(name, f"must be 2 (both ends) to 10000, not {steps}")
 
 
 def greedy_by_default(sampling: dict) -> dict:
-    """The settings with top_k 1, unless they say how to draw: with top_k 1 none of the others would matter."""
-    told = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
-    return sampling if told else {"top_k": 1, **sampling}
+    """Returns the settings with top_k 1, or unchanged if they include one that a top_k of 1 would make ineffective."""
+    is_drawn = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
+    return sampling if is_drawn else {"top_k": 1, **sampling}
 
 
 def check_std_scale(std_scale: float) -> float:
-    """`std_scale` itself. Raises InputError where it is no width."""
+    """Returns `std_scale`. Raises InputError (exit code 2) if it is negative or not finite."""
     if not 0 <= std_scale < float("inf"):
         raise OptionError("std_scale", f"must be a number of 0 or more, not {std_scale}")
     return std_scale
 
 
 def check_radius(radius: float, *, name: str = "radius") -> float:
-    """`radius` itself. Raises InputError (exit code 2) where it is no distance."""
+    """Returns `radius`. Raises InputError (exit code 2) if it is negative or not finite in float32."""
     if not 0 <= radius <= float(np.finfo(np.float32).max):
         raise OptionError(name, f"must be a number of 0 or more, not {radius}")
     return radius
 
 
 @jax.jit
-def _at(posterior: Posterior, eps, std_scale):
+def _scaled_latents(posterior: Posterior, eps: Float[Array, "B L"], std_scale: float) -> Float[Array, "B L"]:
+    """Returns `posterior.at(eps, std_scale)`, compiled once for all values of `std_scale`."""
     return posterior.at(eps, std_scale)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _normal_rows(key: jax.Array, rows: int, latent_size: int):
+def _normal_rows(key: jax.Array, rows: int, latent_size: int) -> Float[Array, "rows L"]:
+    """Returns standard normal rows, each drawn with a key of its own."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     return jax.vmap(lambda k: jax.random.normal(k, (latent_size,)))(keys)
 
 
-def _stream(seed: int, purpose: str) -> jax.Array:
-    """A key for one purpose of a seed, so that the latent's noise and the tokens' draws share nothing."""
-    # A key holds 32 bits of its seed. JAX drops the others of a 64-bit seed too, and stops at larger ones.
+def _purpose_key(seed: int, purpose: str) -> jax.Array:
+    """Returns a key that belongs to a seed and a purpose, so that latents and tokens are drawn independently."""
+    # A key has 32 bits of the seed. JAX drops the higher bits of a 64-bit seed too, and refuses larger seeds.
     return jax.random.fold_in(jax.random.key(seed % 2**32), ["latent", "draw"].index(purpose))
 
 
-def _as_list(texts: Sequence[str]) -> list[str]:
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    """Returns the texts as a list. Raises TypeError for a single string and for an item that is no string."""
     if isinstance(texts, str):
         raise TypeError("give a list of texts, not one text")
     texts = list(texts)

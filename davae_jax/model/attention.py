@@ -1,4 +1,4 @@
-"""Attention with relative positions."""
+"""The attention of the encoder (Vaswani et al. 2017) and of the decoder (Dai et al. 2019, relative positions)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from davae_jax.model.layers import dropout
 
-def masked_softmax(scores: Float[Array, "... K"], visible) -> Float[Array, "... K"]:
-    """Softmax over keys in float32; a hidden score is replaced by −10000, as published (not by −inf)."""
-    return jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -10000.0), axis=-1)
+
+def dot_product_attention(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSNH: Float[Array, "B S N H"],
+    v_BSNH: Float[Array, "B S N H"],
+    score_bias: Float[Array, "B 1 #S S"],
+    *,
+    dropout_rate: float,
+    key: jax.Array | None,
+) -> Float[Array, "B S N H"]:
+    """Returns softmax(q · kᵀ / √H + score_bias) · v (Vaswani et al. 2017, section 3.2.1), as BERT uses it.
+
+    The softmax is in float32. A key turns dropout of the attention probabilities on.
+    """
+    scores = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSNH, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(scores * q_BSNH.shape[-1] ** -0.5 + score_bias, axis=-1)
+    probs = dropout(probs, dropout_rate, key).astype(v_BSNH.dtype)
+    return jnp.einsum("bnqk,bknh->bqnh", probs, v_BSNH)
 
 
 def relative_attention(
@@ -19,22 +35,31 @@ def relative_attention(
     r: Float[Array, "N K H"],
     r_w_bias: Float[Array, "N H"],
     r_r_bias: Float[Array, "N H"],
-    visible: Bool[Array, "*#BN T K"],
+    mask: Bool[Array, "*#BN T K"],
 ) -> Float[Array, "B N T H"]:
-    """Attention with relative positions. r[:, j] belongs to the distance of key j from the last query."""
+    """Returns Σ_j softmax_j(score(i, j)) v_j with relative positions (Dai et al. 2019, section 3.3):
+
+        score(i, j) = ((q_i + u) · k_j + (q_i + w) · r_{distance(i, j)}) / √H,
+
+    where u is `r_w_bias`, w is `r_r_bias`, and distance(i, j) = (i + M) − j counts tokens from key j to query i.
+
+    Args:
+      r: a vector for each distance; r[:, j] is that of key j from the last query.
+      mask: True where a query sees a key.
+    """
     u, w = (bias.astype(q.dtype)[:, None] for bias in (r_w_bias, r_r_bias))
     content = jnp.einsum("bnth,bnkh->bntk", q + u, k, preferred_element_type=jnp.float32)
     position = jnp.einsum("bnth,nkh->bntk", q + w, r, preferred_element_type=jnp.float32)
     scores = (content + relative_shift(position)) * q.shape[-1] ** -0.5
-    probs = masked_softmax(scores, visible).astype(v.dtype)
+    probs = masked_softmax(scores, mask).astype(v.dtype)
     return jnp.einsum("bntk,bnkh->bnth", probs, v)
 
 
 def relative_shift(scores: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
-    """Row i moved left by T−1−i, so that columns by distance from the last query become columns by key.
+    """Moves row i left by T−1−i: columns by distance from the last query become columns by key.
 
-    The usual trick (Dai et al. 2019, appendix B): pad one column, reshape, drop one row. What wraps around lands on
-    keys that lie after their query, which the mask hides.
+    The method of Dai et al. 2019, appendix B: pad one column, reshape, drop one row. The values that wrap around land
+    on keys that come after their query, which the mask hides.
     """
     B, N, T, K = scores.shape
     if T == 1:
@@ -43,9 +68,20 @@ def relative_shift(scores: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
     return padded.reshape(B, N, K + 1, T)[:, :, 1:].reshape(B, N, T, K)
 
 
-def visible_keys(T: int, K: int, *, offset, window: int | None = None, first=0) -> Bool[Array, "T K"]:
-    """Which keys each query sees: 0 ≤ distance (< window), distance = (i + offset) − j, and j not before `first`."""
+def masked_softmax(scores: Float[Array, "... K"], mask: Bool[Array, "... K"]) -> Float[Array, "... K"]:
+    """Returns the softmax over keys in float32. A masked score becomes −10000, as published, and not −inf."""
+    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -10000.0), axis=-1)
+
+
+def causal_mask(T: int, K: int, *, offset, window: int | None = None, first_key=0) -> Bool[Array, "T K"]:
+    """Returns which keys each query sees: those with 0 ≤ distance (< window), where distance = (i + offset) − j.
+
+    Args:
+      offset: the index of the key that belongs to the first query. It may be traced.
+      window: how many of the most recent keys a query sees; None: all.
+      first_key: keys before it are never seen. It may be traced.
+    """
     j = jnp.arange(K)
     distance = jnp.arange(T)[:, None] + offset - j
-    visible = (distance >= 0) & (j >= first)
-    return visible if window is None else visible & (distance < window)
+    mask = (distance >= 0) & (j >= first_key)
+    return mask if window is None else mask & (distance < window)

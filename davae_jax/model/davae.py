@@ -1,7 +1,8 @@
-"""DAVAE: encoder, decoder and discriminator as one Flax NNX module, and its states as plain nested dicts."""
+"""DAVAE: encoder, decoder and discriminator as one Flax NNX module, and its weights as a nested dict of arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,13 @@ from davae_jax.model.discriminator import Discriminator
 from davae_jax.model.encoder import Encoder
 from davae_jax.model.latent import Posterior
 
-Params = dict[str, Any]  # nested dicts of arrays; a list of layers is a dict with the keys 0, 1, …
+Params = dict[str, Any]  # nested dicts of weights and buffers; a list of layers is a dict with the keys 0, 1, …
 
 
 class DAVAE(nnx.Module):
-    """The model. `dtype` is what it computes in, `param_dtype` what its weights are kept in.
+    """The model. It computes in `dtype` and stores its weights in `param_dtype`.
 
-    Calling `encode`, `decode` or `discriminate` compiles once per shape; inside a caller's `jax.jit` they are traced.
+    `encode`, `decode` and `discriminate` compile once per shape; inside a caller's `jax.jit` they are traced.
     """
 
     def __init__(self, config: DAVAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
@@ -40,7 +41,11 @@ class DAVAE(nnx.Module):
         embedding_noise: Float[Array, "B S D"] | None = None,
         key: jax.Array | None = None,
     ) -> Posterior:
-        """The posterior of each text; id 0 is padding. A key turns dropout on."""
+        """Returns the posterior of each text; id 0 is padding. A key turns dropout on.
+
+        Raises:
+          ValueError: an id is outside the vocabulary, or the rows are longer than the encoder's positions.
+        """
         _check_ids(input_ids, self.config.encoder.vocab_size)
         input_ids = jnp.asarray(input_ids)
         if input_ids.shape[1] > (longest := self.config.encoder.max_position_embeddings):
@@ -56,11 +61,16 @@ class DAVAE(nnx.Module):
         window: Window = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T V"], Memory]:
-        """float32 logits of each next token, and the memory to pass with the tokens that follow.
+        """Returns float32 logits of each next token, and the memory to pass with the tokens that follow.
 
-        latent: [B, L], or None for a plain language model.
-        memory: what the last call returned, or None at a text's beginning.
-        window: None for the full mask, "published" for the T most recent keys. A key turns dropout on.
+        Args:
+          latent: one for each row, or None for a plain language model.
+          memory: what the last call returned, or None at the beginning of a text.
+          window: None for the full mask, "published" for the T most recent keys.
+          key: turns dropout on.
+
+        Raises:
+          ValueError: an id is outside the vocabulary, or `window` is neither of the two.
         """
         if window not in (None, "published"):
             raise ValueError(f'window must be None or "published", not {window!r}')
@@ -70,11 +80,14 @@ class DAVAE(nnx.Module):
         return _decode(*split(self), input_ids, latent, memory, window, capacity, key)
 
     def empty_memory(self, batch: int) -> Memory:
-        """A memory of length 0 and fixed shape, to begin a `lax.scan` over segments with; `decode` grows its own."""
+        """Returns a memory of length 0 and of the largest shape, the first carry of a `lax.scan` over segments.
+
+        Outside of a scan it is not needed: with memory=None `decode` begins with a small one and enlarges it.
+        """
         return self.decoder.empty_memory(batch)
 
     def discriminate(self, latent: Float[Array, "B L"]) -> Float[Array, "B"]:
-        """Logits: above 0 for "drawn from the prior", below for "from the encoder"."""
+        """Returns logits: above 0 for "drawn from the prior", below 0 for "from the encoder"."""
         return _discriminate(*split(self), jnp.asarray(latent))
 
 
@@ -97,7 +110,10 @@ def _discriminate(graphdef, params, latent):
 
 
 def _check_ids(ids, vocab_size: int) -> None:
-    """JAX reads NaN past a table's end. Arrays on a device are not waited for; their ids are the caller's business."""
+    """Raises ValueError for ids outside the vocabulary, for which JAX would read NaN from the embedding table.
+
+    JAX arrays are not checked, because that would wait for the device.
+    """
     if isinstance(ids, jax.Array):
         return
     if (ids := np.asarray(ids)).size and not (ids.min() >= 0 and ids.max() < vocab_size):
@@ -105,18 +121,21 @@ def _check_ids(ids, vocab_size: int) -> None:
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """The model as a hashable description and a nested dict of plain arrays, which is what crosses jit and disk."""
+    """Returns the model's structure, which is hashable, and its weights and buffers as a nested dict of arrays.
+
+    Only the nested dict passes through `jit` boundaries and into checkpoints.
+    """
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> DAVAE:
-    """The inverse of `split`."""
+    """Returns the model of a structure and params: the inverse of `split`."""
     return nnx.merge(graphdef, params)
 
 
 class InitKeys:
-    """The keys of `nnx.Rngs(key)`. Its own count is a traced Variable, which makes tracing quadratic in the weights."""
+    """Gives the keys of `nnx.Rngs(key)`. Its counter is a traced Variable, which makes tracing quadratic in weights."""
 
     def __init__(self, key: jax.Array):
         self.key, self.count = key, 0
@@ -127,14 +146,34 @@ class InitKeys:
 
 
 def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32) -> DAVAE:
-    """The model with shapes in place of arrays: nothing is allocated or drawn."""
+    """Returns the model with `jax.ShapeDtypeStruct`s in place of arrays: nothing is allocated or drawn."""
     return nnx.eval_shape(lambda: DAVAE(config, rngs=InitKeys(jax.random.key(0)), dtype=dtype, param_dtype=param_dtype))
 
 
 def weight_axes(model: nnx.Module) -> Params:
-    """The logical axis names of every weight, in the layout of the params."""
-    return nnx.to_pure_dict(jax.tree.map(_axes_of, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    """Returns the logical axis names of each weight and buffer, in the layout of the params."""
+    return _map_variables(lambda variable: variable.get_metadata("axes"), model)
 
 
-def _axes_of(variable: nnx.Variable):
-    return variable.replace(variable.get_metadata("axes"))
+def trainable_mask(model: nnx.Module) -> Params:
+    """Returns, in the layout of the params, True for each weight (`nnx.Param`) and False for each `Buffer`.
+
+    The params hold both, and so do the optimizer's moments and the checkpoints. Only the type of a variable says
+    whether it is trained.
+    """
+    return _map_variables(lambda variable: isinstance(variable, nnx.Param), model)
+
+
+def zero_buffers(trainable: Params, updates: Params) -> Params:
+    """Returns gradients or updates in the layout of the params, with zeros for what is not trained.
+
+    trainable: from `trainable_mask`.
+    """
+    return jax.tree.map(lambda is_trained, x: x if is_trained else jnp.zeros_like(x), trainable, updates)
+
+
+def _map_variables(function: Callable[[nnx.Variable], Any], model: nnx.Module) -> Params:
+    """Returns the function's value for each variable of a module, in the layout of the params."""
+    state = nnx.state(model)
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(function(v)), state, is_leaf=is_variable))

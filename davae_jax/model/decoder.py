@@ -1,15 +1,15 @@
-"""The decoder: a pre-norm Transformer-XL whose every layer is told the latent, with a recurrent memory.
+"""The decoder: a pre-norm Transformer-XL (Dai et al. 2019) with a recurrent memory; the latent is added at every layer.
 
-Attention is that of Dai et al. 2019 (section 3.3): the score of query i and key j is
-    ((q_i + u) · k_j + (q_i + v) · r_{i−j}) / √H,
-u and v being the two biases `r_w_bias` and `r_r_bias`, shared by all layers, and r a linear map of sinusoidal features
-of the distance. Positions enter by distance only, so the keys and values of past tokens stay valid for ever.
+A linear map of the latent is added to the state of each token before the first layer and after every layer. Attention
+uses distances between tokens and no absolute positions (`attention.relative_attention`), so the keys and values of past
+tokens stay valid as the text grows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from davae_jax.model.attention import relative_attention, visible_keys
+from davae_jax.model.attention import causal_mask, relative_attention
 from davae_jax.model.config import DecoderConfig, Remat
 from davae_jax.model.layers import (
     Buffer,
@@ -43,11 +43,11 @@ Window = Literal["published"] | None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """The recurrent memory: a fixed buffer and how much of it holds something.
+    """The recurrent memory: the hidden states of the last M tokens, in a buffer with room for C.
 
-    hidden: 1 + layers arrays [B, C, D]: the input of the first layer (embedding and latent), then each layer's output
-      with the latent added. The newest row stands last; only the last `length` of the C rows count.
-    length: int32 scalar, M. `int(memory.length)` works outside jit; inside it may be traced.
+    hidden: 1 + layers arrays: the input of the first layer (embedding and latent), then each layer's output with the
+      latent added. The newest row is the last one; only the last `length` of the C rows are used.
+    length: M, an int32 scalar. `int(memory.length)` works outside jit; inside it may be traced.
     """
 
     hidden: tuple[Float[Array, "B C D"], ...]
@@ -55,15 +55,24 @@ class Memory:
 
     @property
     def capacity(self) -> int:
+        """Returns C, the number of rows of the buffer."""
         return self.hidden[0].shape[1]
 
 
 class DecoderOutput(NamedTuple):
-    hidden: tuple[Float[Array, "B T D"], ...]  # embedding and latent, then each layer's output with the latent added
-    final: Float[Array, "B T D"]  # after the final LayerNorm: what the tied embedding turns into logits
+    """The decoder's hidden states.
+
+    hidden: 1 + layers arrays, as in `Memory`.
+    final: the output of the final LayerNorm, from which `Decoder.logits` computes the logits.
+    """
+
+    hidden: tuple[Float[Array, "B T D"], ...]
+    final: Float[Array, "B T D"]
 
 
 class Decoder(nnx.Module):
+    """Transformer-XL with tied embeddings and a bias-free Linear(L → D) for the latent, shared by all layers."""
+
     def __init__(self, config: DecoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
         D, N = config.hidden_size, config.num_attention_heads
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -89,83 +98,116 @@ class Decoder(nnx.Module):
         window: Window = None,
         key: jax.Array | None = None,
         remat: Remat = "none",
-        segments: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> DecoderOutput:
-        """Reads T new tokens behind the memory. `window="published"` shows a query its T most recent keys only.
+        """Reads T new tokens that follow the memory.
 
-        A key turns dropout on: on the position features, the input, and twice in each layer.
-
-        remat: `layers.apply_remat`.
-        segments: where rows hold up to P texts, which one each token is of (1 … P, 0 is padding). Then the latent is
-          [B, P, L], a token sees its own text alone, and there is no memory.
+        Args:
+          latent: one for each row, or None for a plain language model.
+          memory: the recurrent memory of the tokens before these; None at the beginning of a text.
+          window: None lets a query see all keys up to its own; "published" only the T most recent ones.
+          key: turns dropout on: on the position features, on the input, and twice in each layer.
+          remat: what of a layer is saved for the backward pass (`layers.apply_remat`).
+          segment_ids: for rows that hold up to P texts, the number of each token's text (1 … P; 0 is padding). The
+            latent is then [B, P, L], a token sees only tokens of its own text, and there is no memory.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
         key_position, key_input, *layer_keys = split_keys(key, 2 + len(self.layers))
         distances = jnp.arange(C + T - 1, -1, -1)
         features = dropout(self.position_features(distances), self.dropout_rate, key_position)
-        visible = visible_keys(
+        mask = causal_mask(
             T,
             C + T,
             offset=C,
             window=T if window == "published" else None,
-            first=0 if memory is None else C - memory.length,
+            first_key=0 if memory is None else C - memory.length,
         )
-        if segments is not None:
-            visible = visible & same_segment(segments)
-        latent_term = self.latent_term(latent, segments)
+        if segment_ids is not None:
+            mask = mask & same_segment(segment_ids)
+
+        def apply_layer(i: int, layer: DecoderLayer, x: Float[Array, "B T D"]):
+            def run(x):
+                r_NKH = layer.relative_keys(features)
+                past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
+                biases = self.r_w_bias[...], self.r_r_bias[...]
+                return layer(x, r_NKH, *biases, mask, past=past, key=layer_keys[i])[0]
+
+            return apply_remat(run, remat)(x), None
+
+        return self.apply_layers(ids, self.latent_term(latent, segment_ids), apply_layer, input_key=key_input)[0]
+
+    def apply_layers(
+        self,
+        ids: Int[Array, "B T"],
+        latent_term: Float[Array, "B #T D"] | float,
+        apply_layer: Callable[[int, DecoderLayer, Float[Array, "B T D"]], tuple[Float[Array, "B T D"], Any]],
+        *,
+        input_key: jax.Array | None = None,
+    ) -> tuple[DecoderOutput, list]:
+        """Runs the decoder's parts in their order: embedding + latent, each layer + latent, final LayerNorm.
+
+        Training and cached decoding both call this method, and differ only in how they apply a layer.
+
+        Args:
+          latent_term: what `latent_term` returns.
+          apply_layer: called as `apply_layer(i, layer, x)`. It returns the output of layer i, the latent not yet added,
+            and anything else that the caller wants from the layer (cached decoding: its keys and values).
+          input_key: turns dropout on the input on.
+
+        Returns:
+          The hidden states, and a list of the second values that `apply_layer` returned.
+        """
         x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
-        x = dropout(x, self.dropout_rate, key_input)
-        hidden = [x]
+        x = dropout(x, self.dropout_rate, input_key)
+        hidden, extras = [x], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-
-                def run(x, layer=layer, i=i):
-                    r_NKH = layer.relative_keys(features)
-                    past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
-                    biases = self.r_w_bias[...], self.r_r_bias[...]
-                    return layer(x, r_NKH, *biases, visible, past=past, key=layer_keys[i])[0]
-
-                x = apply_remat(run, remat)(x) + self.after_layer(latent_term)
+                x, extra = apply_layer(i, layer, x)
+                x = x + self.post_layer_term(latent_term)
             hidden.append(x)
-        return DecoderOutput(tuple(hidden), self.norm(x))
+            extras.append(extra)
+        return DecoderOutput(tuple(hidden), self.norm(x)), extras
 
     def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """float32 logits over the tied embedding."""
+        """Returns the logits of the tied embedding, in float32."""
         with jax.named_scope("logits"):
             return constrain(self.embedding.logits(final), "batch", *[None] * (final.ndim - 2), "vocab")
 
     def latent_term(
-        self, latent: Float[Array, "B L"] | None, segments: Int[Array, "B T"] | None = None
+        self, latent: Float[Array, "B L"] | None, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B #T D"] | float:
-        """What is added to every token's state before the first and after every layer; 0 without a latent.
+        """Returns the term that is added to each token's state before the first layer; 0 without a latent.
 
-        Of several texts in a row, [B, P, L], each token gets its own.
+        With `segment_ids` the latent is [B, P, L], and each token gets the term of its own text.
         """
         if latent is None:
             return 0.0
         projected = self.latent_projection(latent)
-        return projected[:, None, :] if segments is None else gather_per_token(projected, segments)
+        return projected[:, None, :] if segment_ids is None else gather_per_token(projected, segment_ids)
 
-    def after_layer(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
-        """What is added after a layer: the latent's term, or 0 where the config tells it to the first layer alone."""
+    def post_layer_term(self, latent_term: Float[Array, "B #T D"] | float) -> Float[Array, "B #T D"] | float:
+        """Returns the term that is added after each layer: `latent_term`, or 0 if not `config.latent_every_layer`."""
         return latent_term if self.latent_every_layer else 0.0
 
     def position_features(self, distances: Int[Array, "K"]) -> Float[Array, "K D"]:
-        """[sin(d·f), cos(d·f)]: all sines, then all cosines. Negative distances (hidden keys) give finite filler."""
+        """Returns [sin(d·f), cos(d·f)], all sines before all cosines, where f is `inv_freq`.
+
+        Negative distances, of keys that the mask hides, give values that are finite and not used.
+        """
         phase = distances[:, None].astype(jnp.float32) * self.inv_freq[...].astype(jnp.float32)
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
     def empty_memory(self, batch: int) -> Memory:
-        """A memory of length 0 whose buffer never grows: what a `lax.scan` over segments begins with."""
+        """Returns a memory of length 0 with the largest buffer, for the first step of a `lax.scan` over segments."""
         rows = jnp.zeros((batch, self.max_memory_length, self.embedding.weight.shape[1]), self.embedding.dtype)
         return Memory((rows,) * (1 + len(self.layers)), jnp.int32(0))
 
     def memory_capacity(self, memory: Memory | None, T: int) -> int:
-        """Rows of the buffer that holds the memory after T more tokens: a power of two, at most max_memory_length.
+        """Returns the size of the buffer after T more tokens: a power of two, at most max_memory_length.
 
-        Reading a text in pieces of any size thus compiles a handful of programs. Where the length is traced, the old
-        buffer's size stands for it.
+        Segments of any length thus share a few compiled programs. If the memory's length is traced, the size of its
+        buffer is used instead.
         """
         old = 0 if memory is None else memory.capacity
         if memory is not None and not isinstance(memory.length, jax.core.Tracer):
@@ -173,9 +215,13 @@ class Decoder(nnx.Module):
         return min(self.max_memory_length, power_of_two(old + T))
 
     def extend_memory(self, memory: Memory | None, hidden: tuple[Float[Array, "B T D"], ...], capacity: int) -> Memory:
-        """The memory after T new tokens: the last min(max_memory_length, M + T) rows of old and new, gradient stopped.
+        """Returns the memory after T new tokens: the last min(max_memory_length, M + T) rows of old and new ones.
 
-        capacity: from `memory_capacity`.
+        No gradient flows through it (Dai et al. 2019, section 3.2).
+
+        Args:
+          hidden: `DecoderOutput.hidden` of the new tokens.
+          capacity: from `memory_capacity`.
         """
         T = hidden[0].shape[1]
         old = 0 if memory is None else memory.capacity
@@ -190,6 +236,8 @@ class Decoder(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """A pre-norm Transformer-XL layer: LayerNorm and relative attention, then LayerNorm and MLP, each added to x."""
+
     def __init__(self, config: DecoderConfig, *, rngs, dtype, param_dtype):
         D = config.hidden_size
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -197,10 +245,10 @@ class DecoderLayer(nnx.Module):
         residual = kw | {"stddev": residual_stddev(config.initializer_range, config.num_layers)}
         normal = nnx.initializers.normal(config.initializer_range)
         self.attention_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
-        # One weight makes q, k and v. Kept [3, D, D], so that a split over devices never cuts across the three.
+        # One weight for q, k and v. Its shape is [3, D, D] so that sharding never splits across the three.
         self.qkv_weight = param((3, D, D), (None, "heads", "embed"), init=normal, rngs=rngs, dtype=param_dtype)
         self.qkv_bias = param((3, D), (None, "heads"), init=nnx.initializers.zeros, rngs=rngs, dtype=param_dtype)
-        # Softmax ignores this bias (it shifts all scores of a query alike); it is kept for export.
+        # The bias of `relative` shifts all scores of a query alike, so softmax ignores it; it exists for export.
         self.relative = Linear(D, D, ("heads", "embed"), **weight)
         self.attention_out = Linear(D, D, ("embed", "heads"), **residual)
         self.mlp_norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
@@ -216,17 +264,25 @@ class DecoderLayer(nnx.Module):
         r_NKH: Float[Array, "N K H"],
         r_w_bias: Float[Array, "N H"],
         r_r_bias: Float[Array, "N H"],
-        visible: Bool[Array, "*#BN T K"],
+        mask: Bool[Array, "*#BN T K"],
         *,
         past: tuple[Array, Array] | None = None,
         cache: tuple[Array, Array] | None = None,
         position: Int[Array, ""] | int = 0,
         key: jax.Array | None = None,
     ):
-        """One layer over T new tokens. Returns its output (the latent not yet added) and the updated cache.
+        """Applies the layer to T new tokens.
 
-        past: keys and values [B, N, M, H] that stand before the new ones (the recurrent memory's).
-        cache: buffers of keys and values [B, N, K, H]; the new ones are written at `position`.
+        Args:
+          r_NKH: from `relative_keys`.
+          r_w_bias, r_r_bias: the decoder's, shared by all layers.
+          mask: True where a query sees a key.
+          past: keys and values [B, N, M, H] of the recurrent memory, which come before the new ones.
+          cache: buffers of keys and values [B, N, K, H]; the new ones are written at `position`.
+          key: turns dropout on.
+
+        Returns:
+          The output, the latent not yet added, and the keys and values that the queries attended to.
         """
         key_attention, key_mlp = split_keys(key, 2)
         q, k, v = self._project(self.attention_norm(x_BTD), slice(0, 3))
@@ -234,9 +290,9 @@ class DecoderLayer(nnx.Module):
             k, v = (jnp.concatenate([old, new], axis=2) for old, new in zip(past, (k, v), strict=True))
         if cache is not None:
             k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=2) for c, n in zip(cache, (k, v), strict=True))
-            # Else XLA's CPU backend writes the updated cache twice: once to keep and once to read.
+            # Without the barrier, XLA's CPU backend writes the updated cache twice: for the loop's state and to read.
             k, v = lax.optimization_barrier((k, v))
-        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, visible).swapaxes(1, 2).reshape(x_BTD.shape)
+        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, mask).swapaxes(1, 2).reshape(x_BTD.shape)
         attended = constrain(self.attention_out(context), "batch", None, None)
         x = x_BTD + dropout(attended, self.dropout_rate, key_attention)
         inner = constrain(self.mlp_in(self.mlp_norm(x)), "batch", None, "mlp")
@@ -244,14 +300,15 @@ class DecoderLayer(nnx.Module):
         return x + dropout(mlp, self.dropout_rate, key_mlp), (k, v)
 
     def relative_keys(self, features: Float[Array, "K D"]) -> Float[Array, "N K H"]:
-        """r of every distance. It depends on no data: a decoding loop makes it once."""
+        """Returns r of each distance. It depends on no data, so a decoding loop computes it once."""
         return self.relative(features).reshape(features.shape[0], self.num_heads, -1).swapaxes(0, 1)
 
     def memory_keys_values(self, memory_BMD: Float[Array, "B M D"]):
-        """Keys and values of the memory's rows, which pass through the same LayerNorm as the new tokens."""
+        """Returns keys and values of the memory's rows, after the LayerNorm that new tokens pass through too."""
         return self._project(self.attention_norm(memory_BMD), slice(1, 3))
 
     def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B N T H"]]:
+        """Returns those of queries, keys and values (0, 1, 2) that the slice selects."""
         weight, bias = (p[...][which].astype(self.dtype) for p in (self.qkv_weight, self.qkv_bias))
         n, D = bias.shape
         y = matmul_transposed(h, weight) + bias
@@ -260,8 +317,8 @@ class DecoderLayer(nnx.Module):
 
 
 def inverse_frequencies(width: int) -> Float[Array, "D/2"]:
-    """f_i = 10000^(−2i/D), float32, for checkpoints that do not store them.
+    """Returns f_i = 10000^(−2i/D) in float32, for checkpoints that do not store them.
 
-    By NumPy: a compiled program and an uncompiled one would round differently.
+    Computed by NumPy, because compiled and uncompiled JAX would round differently.
     """
     return jnp.asarray(1 / np.float32(10000) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)))

@@ -1,4 +1,4 @@
-"""The latent discriminator: does a latent come from the prior (1) or from the encoder (0)?"""
+"""The latent discriminator: tells latents drawn from the prior (1) from latents of the encoder (0)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from davae_jax.model.layers import Linear
 
 
 class Discriminator(nnx.Module):
-    """Linear(L → 4L), ReLU, Linear(4L → 1). Returns logits."""
+    """Linear(L → 4L), ReLU, Linear(4L → 1), as published. It returns logits."""
 
     def __init__(self, latent_size: int, *, rngs, dtype, param_dtype):
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)

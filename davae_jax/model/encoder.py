@@ -1,4 +1,4 @@
-"""The encoder: BERT (post-norm) and the posterior head on its pooled output."""
+"""The encoder: a BERT (post-norm), and a linear map from its pooled output to the posterior's mean and log-variance."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from davae_jax.model.attention import dot_product_attention
 from davae_jax.model.config import EncoderConfig, Remat
 from davae_jax.model.layers import (
     Embedding,
@@ -25,16 +26,21 @@ from davae_jax.parallel.sharding import constrain
 
 
 class EncoderOutput(NamedTuple):
-    """Of texts that share rows, P in each, `pooled` is [B, P, D], `mean` and `logvar` are [B, P, L]."""
+    """What the encoder computes. For rows with P texts `pooled` is [B, P, D], `mean` and `logvar` are [B, P, L].
 
-    hidden: tuple[Float[Array, "B S D"], ...]  # the embeddings (noise included), then each layer's output
+    hidden: 1 + layers arrays: the embeddings (noise included), then the output of each layer.
+    pooled: tanh of a linear map of each text's first token.
+    mean, logvar: the posterior's, in float32.
+    """
+
+    hidden: tuple[Float[Array, "B S D"], ...]
     pooled: Float[Array, "B D"]
-    mean: Float[Array, "B L"]  # float32
-    logvar: Float[Array, "B L"]  # float32
+    mean: Float[Array, "B L"]
+    logvar: Float[Array, "B L"]
 
 
 class Encoder(nnx.Module):
-    """BERT (Devlin et al. 2018), pooled by tanh(Linear(first token)), then one bias-free Linear to (mean, logvar)."""
+    """BERT (Devlin et al. 2018), pooled by tanh(Linear(first token)), then a bias-free Linear to (mean, logvar)."""
 
     def __init__(self, config: EncoderConfig, latent_size: int, *, rngs, dtype, param_dtype):
         D = config.hidden_size
@@ -46,7 +52,7 @@ class Encoder(nnx.Module):
         self.norm = LayerNorm(D, eps=config.layer_norm_eps, **kw)
         self.layers = nnx.List([EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers)])
         self.pooler = Linear(D, D, ("mlp", "embed"), **weight)
-        # In float32 whatever the model's dtype: of a log-variance in bfloat16 eight bits would be left.
+        # Computed in float32 for every dtype of the model: bfloat16 keeps only 8 significant bits of a log-variance.
         self.posterior = Linear(D, 2 * latent_size, (None, "embed"), bias=False, **weight | {"dtype": jnp.float32})
         self.dropout_rate = config.hidden_dropout_prob
 
@@ -58,24 +64,28 @@ class Encoder(nnx.Module):
         remat: Remat = "none",
         segments: Segments | None = None,
     ) -> EncoderOutput:
-        """Ids of 0 are padding. Noise is added after the embeddings' LayerNorm and dropout. A key turns dropout on.
+        """Encodes rows of ids; id 0 is padding, which no token attends to.
 
-        remat: `layers.apply_remat`.
-        segments: where rows hold several texts. A token sees its own text alone, and positions begin anew with each.
+        Args:
+          embedding_noise: added to the embeddings after their LayerNorm and dropout.
+          key: turns dropout on: on the embeddings, the attention probabilities and both outputs of each layer.
+          remat: what of a layer is saved for the backward pass (`layers.apply_remat`).
+          segments: for rows with several texts. A token then sees only its own text, and positions count from the
+            text's beginning.
         """
         keys = split_keys(key, len(self.layers) + 1)
         with jax.named_scope("embeddings"):
-            places = jnp.arange(ids.shape[1]) if segments is None else segments.places()
-            h = self.word(ids) + self.position(places) + self.token_type(jnp.zeros((), jnp.int32))
+            positions = jnp.arange(ids.shape[1]) if segments is None else segments.positions()
+            h = self.word(ids) + self.position(positions) + self.token_type(jnp.zeros((), jnp.int32))
             h = dropout(self.norm(h), self.dropout_rate, keys[0])
             if embedding_noise is not None:
                 h = h + embedding_noise.astype(h.dtype)
             h = constrain(h, "batch", None, None)
-        # Padding is masked by adding −10000 to its keys' scores, as published.
-        visible = (ids > 0)[:, None, None, :]
+        # As published, masking adds −10000 to a score, where the decoder replaces the score.
+        mask = (ids > 0)[:, None, None, :]
         if segments is not None:
-            visible &= same_segment(segments.of_token)
-        score_bias = jnp.where(visible, 0.0, -10000.0)
+            mask &= same_segment(segments.segment_ids)
+        score_bias = jnp.where(mask, 0.0, -10000.0)
         hidden = [h]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
@@ -95,6 +105,8 @@ class Encoder(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
+    """A Transformer layer of BERT: attention and MLP, each added to its input before a LayerNorm."""
+
     def __init__(self, config: EncoderConfig, *, rngs, dtype, param_dtype):
         D, F = config.hidden_size, config.intermediate_size
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -121,10 +133,9 @@ class EncoderLayer(nnx.Module):
             constrain(f(x_BSD).reshape(B, S, self.num_heads, -1), "batch", None, "head", None)
             for f in (self.query, self.key, self.value)
         )
-        scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
-        probs = jax.nn.softmax(scores * q.shape[-1] ** -0.5 + score_bias, axis=-1)
-        probs = dropout(probs, self.attention_dropout_rate, key_probs).astype(v.dtype)
-        context = jnp.einsum("bnqk,bknh->bqnh", probs, v).reshape(B, S, D)
+        context = dot_product_attention(
+            q, k, v, score_bias, dropout_rate=self.attention_dropout_rate, key=key_probs
+        ).reshape(B, S, D)
         attended = constrain(self.attention_out(context), "batch", None, None)
         x = self.attention_norm(x_BSD + dropout(attended, self.dropout_rate, key_attention))
         inner = constrain(self.mlp_in(x), "batch", None, "mlp")

@@ -11,76 +11,76 @@ from jaxtyping import Array, Float
 
 
 class Posterior(NamedTuple):
-    """q(z | text), a diagonal Gaussian. Both fields are float32 [B, L]."""
+    """The diagonal Gaussian q(z | text). Both fields are float32 [B, L]."""
 
     mean: Float[Array, "B L"]
     logvar: Float[Array, "B L"]
 
     def sample(self, key: jax.Array, std_scale: float = 1.0) -> Float[Array, "B L"]:
-        """A draw; `std_scale` widens it (the published generation settings use 1.5)."""
+        """Draws a latent; `std_scale` multiplies the standard deviation (1.5 in the published generation settings)."""
         return self.at(jax.random.normal(key, self.mean.shape), std_scale)
 
     def at(self, eps: Float[Array, "B L"], std_scale: float = 1.0) -> Float[Array, "B L"]:
-        """mean + eps · exp(logvar/2) · std_scale (Kingma & Welling 2014, the reparameterisation)."""
+        """Returns mean + eps · exp(logvar/2) · std_scale (the reparameterization of Kingma & Welling 2014)."""
         return self.mean + eps * jnp.exp(0.5 * self.logvar) * std_scale
 
 
 def kl_per_dimension(posterior: Posterior) -> Float[Array, "B L"]:
-    """KL(q ‖ N(0, 1)) of each latent dimension, in nats: ½(mean² + exp(logvar) − logvar − 1)."""
+    """Returns KL(q ‖ N(0, 1)) of each latent dimension, in nats: ½(mean² + exp(logvar) − logvar − 1)."""
     mean, logvar = posterior
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - logvar - 1)
 
 
 def hard_free_bits_kl(kl: Float[Array, "B L"], dim_target_kl: float) -> Float[Array, "B"]:
-    """The published free bits: the sum over those dimensions alone whose KL is above the target (a hard mask)."""
+    """Returns the published free-bits KL: the sum over the dimensions whose KL exceeds the target (a hard mask)."""
     return jnp.where(kl > dim_target_kl, kl, 0).sum(-1)
 
 
-def deterministic(posterior: Posterior) -> Posterior:
-    """fb_mode 2: the log-variance replaced by 0, so the latent has unit noise and KL = ½ Σ mean²."""
+def with_unit_variance(posterior: Posterior) -> Posterior:
+    """Returns the posterior with log-variance 0 (fb_mode 2): its latent has unit noise, and its KL is ½ Σ mean²."""
     return Posterior(posterior.mean, jnp.zeros_like(posterior.logvar))
 
 
 def interpolate(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
-    """`steps` latents on the straight line from a to b, both ends included."""
+    """Returns `steps` latents on the straight line from a to b, both ends included."""
     weight = jnp.linspace(0, 1, steps).reshape(-1, *[1] * jnp.ndim(a))
     return (1 - weight) * a + weight * b
 
 
-def spherical(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
-    """`steps` latents on the great arc from a to b, both ends included (Shoemake 1985; for latents White 2016).
+def slerp(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Float[Array, "steps ... L"]:
+    """Returns `steps` latents on the great arc from a to b, both ends included (Shoemake 1985; White 2016 for latents).
 
-    Where a and b are of one length, so are all between them, while the straight line passes nearer to the origin, where
-    a Gaussian of many dimensions has hardly any mass. Latents that point the same way, or opposite ways and so have no
-    arc of their own, and the origin itself, are joined by the straight line.
+    If a and b have the same length, so do all latents between them, while the straight line passes closer to the
+    origin, where a Gaussian of many dimensions has hardly any mass. Where the arc is not defined or not needed (a and b
+    point in the same or in opposite directions, or one of them is 0) the result is the straight line.
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
     weight = jnp.linspace(0, 1, steps).reshape(-1, *[1] * a.ndim)
     lengths = jnp.linalg.norm(a, axis=-1, keepdims=True) * jnp.linalg.norm(b, axis=-1, keepdims=True)
     cosine = (a * b).sum(-1, keepdims=True) / jnp.where(lengths > 0, lengths, 1)
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    straight = (lengths == 0) | (jnp.sin(angle) < 1e-3)  # float32's arccos is no better near 0 and π
+    straight = (lengths == 0) | (jnp.sin(angle) < 1e-3)  # float32's arccos is inexact near 0 and π
     sine = jnp.where(straight, 1, jnp.sin(angle))
     arc = (jnp.sin((1 - weight) * angle) * a + jnp.sin(weight * angle) * b) / sine
     return jnp.where(straight, interpolate(a, b, steps), arc)
 
 
 def combine(latents: Float[Array, "k ... L"], weights: Sequence[float]) -> Float[Array, "... L"]:
-    """Σ weight · latent: sums, differences and means of latents."""
+    """Returns Σ weight · latent, for sums, differences and means of latents."""
     return jnp.tensordot(jnp.asarray(weights, jnp.float32), jnp.asarray(latents), axes=1)
 
 
 def attribute_vector(having: Float[Array, "n L"], lacking: Float[Array, "m L"]) -> Float[Array, "L"]:
-    """What latents that have an attribute have on average more than latents that lack it (Larsen et al. 2016)."""
+    """Returns the mean of the latents that have an attribute minus that of those that lack it (Larsen et al. 2016)."""
     return jnp.mean(jnp.asarray(having), axis=0) - jnp.mean(jnp.asarray(lacking), axis=0)
 
 
 def neighbours(z: Float[Array, "L"], n: int, radius: float, key: jax.Array) -> Float[Array, "n L"]:
-    """n latents at the distance `radius` from z, in directions drawn evenly from all."""
+    """Returns n latents at the distance `radius` from z, in directions drawn uniformly."""
     direction = jax.random.normal(key, (n, z.shape[-1]))
     return z + radius * direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
 
 
 def analogy(a: Float[Array, "... L"], b: Float[Array, "... L"], c: Float[Array, "... L"]) -> Float[Array, "... L"]:
-    """b − a + c: what is to c as b is to a (Mikolov et al. 2013)."""
+    """Returns b − a + c, which is to c as b is to a (Mikolov et al. 2013)."""
     return b - a + c

@@ -1,10 +1,10 @@
-"""The few modules both halves of the model are made of, and how each weight is laid out over a mesh.
+"""The modules that encoder and decoder are built from. Each weight is declared with its logical axes.
 
 Letters used for shapes in the whole project: B batch, S encoder length, T decoder length, D width, N heads, H = D/N
 head width, F feed-forward width, L latent size, V vocabulary, M memory length, K = M + T keys, P texts in a row.
 
-Weights of linear maps are [out, in], as in the published file. XLA's CPU matrix-vector product reads rows of such a
-weight faster than columns of its transpose (`benchmarks/matvec.py`); accelerators choose their own layout.
+Weights of linear maps are [out, in], as in the published file. On CPU, XLA's matrix-vector product reads the rows of
+such a weight faster than the columns of its transpose (`benchmarks/matvec.py`); accelerators choose their own layout.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from jaxtyping import Array, Bool, Float, Int
 from davae_jax.model.config import Remat
 from davae_jax.parallel.sharding import Axes, embedding_lookup
 
-INIT_STDDEV = 0.02  # normal init of every weight, as in BERT and GPT-2; a config's initializer_range may say otherwise
+INIT_STDDEV = 0.02  # of the normal initialization, as in BERT and GPT-2, where no initializer_range is given
 
 
 class Buffer(nnx.Variable):
-    """A stored array that is not trained and never cast with the model's dtype."""
+    """A stored array that is not trained (`davae.trainable_mask`) and never cast to the model's dtype."""
 
 
 def param(shape: tuple[int, ...], axes: Axes, *, init, rngs: nnx.Rngs, dtype) -> nnx.Param:
-    """Declares one weight: shape, initializer and the logical name of each axis (`davae_jax.sharding`) together."""
+    """Declares a weight: its shape, its initializer and the logical name of each axis (`parallel.sharding.RULES`)."""
     assert len(shape) == len(axes)
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
 def residual_stddev(stddev: float, layers: int) -> float:
-    """Of the two maps of a layer that write to the residual stream: 1/√(2·layers) of the others', as in GPT-2."""
+    """Returns stddev/√(2·layers), for the two linear maps of a layer whose output is added to its input (GPT-2)."""
     return stddev * (2 * layers) ** -0.5
 
 
 class Linear(nnx.Module):
-    """y = W x + b over the last axis, computed in `dtype`."""
+    """Computes y = W x + b over the last axis, in `dtype`."""
 
     def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs, dtype, param_dtype, stddev=INIT_STDDEV, bias=True):
         normal = nnx.initializers.normal(stddev)
@@ -56,7 +56,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, in float32 whatever the model's dtype."""
+    """Layer normalization over the last axis (Ba et al. 2016), in float32 for every dtype of the model."""
 
     def __init__(self, width: int, *, eps: float, rngs, dtype, param_dtype):
         self.weight = param((width,), ("embed",), init=nnx.initializers.ones, rngs=rngs, dtype=param_dtype)
@@ -73,7 +73,7 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, one a row."""
+    """A table with a vector for each id."""
 
     def __init__(
         self, rows: int, width: int, axes: Axes = ("vocab", "embed"), *, rngs, dtype, param_dtype, stddev=INIT_STDDEV
@@ -85,16 +85,16 @@ class Embedding(nnx.Module):
         return embedding_lookup(self.weight[...], ids).astype(self.dtype)
 
     def logits(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """h · Eᵀ, accumulated and returned in float32 (tied output embedding)."""
+        """Returns h · Eᵀ, the logits of a tied output embedding, accumulated in float32."""
         return matmul_transposed(h.astype(self.dtype), self.weight[...].astype(self.dtype), out_dtype=jnp.float32)
 
 
 def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*out I"], out_dtype=None) -> Array:
-    """x · wᵀ over the last axis of both, [..., *out]: the axes of w stay apart, so that each keeps its sharding.
+    """Returns x · wᵀ over the last axis of both, [..., *out]. The axes of w are not merged, so each keeps its sharding.
 
-    For a few rows (decoding token by token) the weight goes on the left: on CPU, XLA then streams it from memory about
-    twice as fast at 2 to 8 rows (`benchmarks/matvec.py`). The numbers are the same. The barrier keeps the compiler from
-    folding the transpose back into the product.
+    For up to 8 rows (decoding token by token) the product is computed with the weight on the left: on CPU, XLA then
+    reads it from memory about twice as fast (`benchmarks/matvec.py`). The numbers are the same. The barrier keeps the
+    compiler from folding the transpose back into the product.
     """
     rows = x.size // x.shape[-1]
     if rows > 8:
@@ -105,7 +105,7 @@ def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*out I"], out_d
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
-    """Inverted dropout; without a key (evaluation) the identity."""
+    """Applies inverted dropout (Srivastava et al. 2014); without a key, in evaluation, it returns x."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -113,7 +113,10 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
 
 
 def apply_remat(layer: Callable, remat: Remat) -> Callable:
-    """none: all is kept. dots: the results of products with weights. full: the layer's input alone."""
+    """Returns the layer with gradient checkpointing: what is not saved is computed again in the backward pass.
+
+    remat: "none" saves everything, "dots" the results of products with weights, "full" only the layer's input.
+    """
     match remat:
         case "none":
             return layer
@@ -124,27 +127,31 @@ def apply_remat(layer: Callable, remat: Remat) -> Callable:
 
 
 def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
-    """n independent keys, or n times None where there is no key."""
+    """Returns n independent keys, or n times None if there is no key."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
 class Segments(NamedTuple):
-    """Where each text is in rows that hold up to P of them, one behind the other."""
+    """Which tokens belong to which text, in rows that hold up to P texts one after the other.
 
-    of_token: Int[Array, "B S"]  # 1 … P, the number of a token's text; 0 is padding
-    starts: Int[Array, "B P"]  # each text's first place
+    segment_ids: the number of each token's text in its row, 1 … P; 0 is padding.
+    starts: the index of each text's first token.
+    """
 
-    def places(self) -> Int[Array, "B S"]:
-        """Each token's place in its own text, from 0; padding's is 0."""
-        starts = gather_per_token(self.starts[..., None], self.of_token)[..., 0]
-        return jnp.where(self.of_token > 0, jnp.arange(self.of_token.shape[1]) - starts, 0)
+    segment_ids: Int[Array, "B S"]
+    starts: Int[Array, "B P"]
+
+    def positions(self) -> Int[Array, "B S"]:
+        """Returns the position of each token in its own text, from 0; 0 for padding."""
+        starts = gather_per_token(self.starts[..., None], self.segment_ids)[..., 0]
+        return jnp.where(self.segment_ids > 0, jnp.arange(self.segment_ids.shape[1]) - starts, 0)
 
 
-def gather_per_token(of_texts: Float[Array, "B P D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """What each token's text has; padding gets the first text's."""
-    return jnp.take_along_axis(of_texts, jnp.maximum(segments - 1, 0)[..., None], axis=1)
+def gather_per_token(per_text: Float[Array, "B P D"], segment_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Returns, for each token, the vector of its text; padding gets that of the row's first text."""
+    return jnp.take_along_axis(per_text, jnp.maximum(segment_ids - 1, 0)[..., None], axis=1)
 
 
-def same_segment(segments: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
-    """Which keys are of a query's own text."""
-    return (segments[:, :, None] == segments[:, None, :])[:, None]
+def same_segment(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
+    """Returns a mask that is True where query and key belong to the same text."""
+    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]

@@ -1,4 +1,4 @@
-"""The published losses, number for number. What a trainer should do better is said beside each."""
+"""The published losses, which reproduce the published program's numbers, and the reconstruction loss of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.decoder import Decoder
-from davae_jax.model.latent import Posterior, deterministic, hard_free_bits_kl, kl_per_dimension
+from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension, with_unit_variance
 
 
 def published_loss(
@@ -25,18 +25,20 @@ def published_loss(
     fb_mode: int | None = None,
     length_weighted: bool | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The published training loss, dropout off.
+    """Computes the published training loss, without dropout.
 
-    Per example rec / sent_length + β·KL (length_weighted) or rec + β·KL, summed over the batch. `sent_length` counts
-    the ids that are not padding, and padding is the end token's id, as published: the end token is never trained. Use
-    it to compare with the published program; a trainer should mask by length instead.
+    The loss of a text is rec / sent_length + β·KL (length_weighted) or rec + β·KL, and the total is the sum over the
+    batch. As published, padding has the id of the end token, so `sent_length` counts all other ids and the end token
+    is never trained. The function is for comparisons with the published program; training masks by length instead
+    (`training.objective`).
 
     Args:
       encoder_ids, decoder_ids: padded with 0 and with the end token's id.
       eps: standard normal noise of the latent.
       beta: weight of the KL.
-      fb_mode: 0 KL summed; 1 free bits with a hard mask at config.dim_target_kl; 2 unit variance, KL = ½ Σ mean².
-      length_weighted: both default to the model's config.
+      fb_mode: 0 the sum of the KL; 1 free bits with a hard mask at config.dim_target_kl; 2 unit variance, where
+        KL = ½ Σ mean². Default: the config's.
+      length_weighted: default: the config's `length_weighted_loss`.
 
     Returns:
       (mean over the batch of rec / sent_length, mean KL as weighted by fb_mode, total), all in nats.
@@ -55,7 +57,7 @@ def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mo
     encoded = model.encoder(encoder_ids)
     posterior = Posterior(encoded.mean, encoded.logvar)
     if fb_mode == 2:
-        posterior = deterministic(posterior)
+        posterior = with_unit_variance(posterior)
     kl_BL = kl_per_dimension(posterior)
     kl = hard_free_bits_kl(kl_BL, model.config.dim_target_kl) if fb_mode == 1 else kl_BL.sum(-1)
 
@@ -72,9 +74,9 @@ def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mo
 def reconstruction_nll(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """Σ_t −log p(target_t) over the targets that the mask keeps, in nats.
+    """Returns Σ_t −log p(target_t) over the targets where the mask is True, in nats.
 
-    Of rows with P texts the mask is [B, T, P], whether a target is of each, and the sums are [B, P].
+    For rows with P texts the mask is [B, T, P], which targets belong to which text, and the sums are [B, P].
     """
     nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.where(mask, nll if mask.ndim == 2 else nll[..., None], 0).sum(1)
@@ -83,37 +85,42 @@ def reconstruction_nll(
 def chunked_nll(
     decoder: Decoder, final: Float[Array, "B T D"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"], chunk: int
 ) -> Float[Array, "B"]:
-    """`reconstruction_nll` of the decoder's logits, `chunk` positions at a time.
+    """Returns `reconstruction_nll` of the decoder's logits, computed for `chunk` positions at a time.
 
-    No more than [B, chunk, V] logits are ever in memory: the backward pass makes those of each part again.
+    At most [B, chunk, V] logits are in memory at once: the backward pass computes those of each chunk again.
+
+    Args:
+      final: `DecoderOutput.final`.
     """
     T = targets.shape[1]
     if chunk >= T:
         return reconstruction_nll(decoder.logits(final), targets, mask)
 
-    def in_parts(x):
+    def split_into_chunks(x):
         x = jnp.pad(x, ((0, 0), (0, -T % chunk), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def part(final, targets, mask):
+    def chunk_nll(final, targets, mask):
         return reconstruction_nll(decoder.logits(final), targets, mask)
 
     def add(total, xs):
-        return total + part(*xs), None
+        return total + chunk_nll(*xs), None
 
     zero = jnp.zeros((targets.shape[0], *mask.shape[2:]), jnp.float32)
-    return jax.lax.scan(add, zero, jax.tree.map(in_parts, (final, targets, mask)))[0]
+    return jax.lax.scan(add, zero, jax.tree.map(split_into_chunks, (final, targets, mask)))[0]
 
 
 def adversarial_losses(
     model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"], mean: Callable = jnp.mean
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(L_d, L_g), binary cross-entropy on logits, mean over the batch (Goodfellow et al. 2014, as published).
+    """Returns (L_d, L_g), the adversarial losses of Goodfellow et al. 2014 as published, means over the batch.
 
-    L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1) trains the discriminator, L_g = BCE(D(z), 1) the encoder.
+    L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1) trains the discriminator, L_g = BCE(D(z), 1) the encoder, where BCE
+    is the binary cross-entropy on logits and n ~ N(0, I).
 
-    mean: over the texts' values, where some places hold no text.
+    Args:
+      mean: takes the mean over texts; for packed rows one that leaves empty positions out.
     """
     bce = optax.sigmoid_binary_cross_entropy
     fake, real = model.discriminate(jax.lax.stop_gradient(latent)), model.discriminate(prior_sample)

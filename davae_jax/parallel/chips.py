@@ -1,4 +1,4 @@
-"""What the makers say of their chips: memory, speed, and how fast they talk to each other."""
+"""The vendors' specifications of accelerators: memory, peak FLOP/s, and bandwidth between chips."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     name: str
     memory: float  # bytes
-    flops: float  # peak FLOP/s of dense bfloat16 products
-    link: float  # bytes/s that one chip can send to the others of its group
-    group: int  # chips joined by the fast link: a node's, or a pod's
-    network: float  # bytes/s that one chip can send beyond its group
-    kinds: tuple[str, ...]  # what JAX calls it
+    flops: float  # peak FLOP/s of dense bfloat16 matrix products
+    link: float  # bytes/s that one chip can send within its group
+    group: int  # chips connected by the fast link: those of a node or of a pod
+    network: float  # bytes/s that one chip can send to other groups
+    kinds: tuple[str, ...]  # JAX's `Device.device_kind`
 
 
 GB, GiB, TERA = 1e9, 2**30, 1e12
-# Sources: NVIDIA's data sheets of A100, H100 and H200 (SXM; figures without sparsity; NVLink's rate is given there for
-# both directions together) and the user guides of DGX A100, H100 and H200 (one network card a GPU, 200 and 400 Gb/s);
-# Google's Cloud TPU documentation, "System architecture" of v4, v5e, v5p and v6e (interconnect in one direction; the
-# data centre network's rate divided by the pod's chips; v4's is not given there, and v5p's stands in for it).
+# Sources: NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity; half of NVLink's rate, which is given
+# there for both directions together); the user guides of DGX A100, H100 and H200 (one network card per GPU, 200 or
+# 400 Gb/s); Google's Cloud TPU documentation, "System architecture" of v4, v5e, v5p and v6e (interconnect in one
+# direction; the rate of the data centre network divided by the pod's chips; v4's is not published, v5p's is used).
 CHIPS = {
     "h200": Chip("H200", 141 * GB, 989 * TERA, 450 * GB, 8, 50 * GB, ("NVIDIA H200",)),
     "h100": Chip("H100", 80 * GB, 989 * TERA, 450 * GB, 8, 50 * GB, ("NVIDIA H100 80GB HBM3",)),
@@ -37,5 +37,5 @@ CHIPS = {
 
 
 def find_chip(kind: str) -> Chip | None:
-    """By JAX's name of a device; None of one that is not in the table."""
+    """Returns the chip with JAX's `device_kind` `kind`, or None if it is not in the table."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

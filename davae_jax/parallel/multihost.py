@@ -1,374 +1,172 @@
-"""Several processes that train one model: how they find each other, wait for each other, and who speaks for them."""
+"""Runs of several processes: joining them, agreeing on values and errors, and ending together.
+
+JAX's coordination service, which runs in process 0, ends every process when one has sent no heartbeat for the timeout;
+its log message names that process. A collective operation that has lost a process raises an error, or waits for that.
+"""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
-import itertools
-import json
 import os
-import re
-import signal
-import socket
-import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from davae_jax.parallel.config import RANKS, DistributedConfig
+from davae_jax.parallel.config import DistributedConfig
+from davae_jax.parallel.launchers import OPTIONS, check_alone, local_devices
 from davae_jax.utils.errors import InputError, first_line
 
 Params = dict[str, Any]
+Result = TypeVar("Result")
+
+HEARTBEAT_TIMEOUT = 100  # seconds, JAX's default
+STOP_INTERVAL = 10  # steps between two exchanges of stop requests
+INTERRUPTED = 130  # exit code
+OUTCOME_BYTES = 2048  # of an encoded exit code and error message
 
 
-ANSWER = 5  # seconds for a process to say that it is here
-LEAVING = 2  # seconds from its last word to its end, on a busy machine
-EXIT = 300  # seconds for all to come to the end of the program
-BYE = "bye"  # the last call
-LOCAL_RANKS = (("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"), ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"))
+def connect(config: DistributedConfig) -> None:
+    """Joins this process with the other processes of the run, if there are any. Call it before JAX looks for devices.
 
-
-def connect(config: DistributedConfig, stand: Callable[[], str] = str) -> None:
-    """Joins this process with the others. To be called before anything asks for devices.
-
-    stand: how far the run is, for the message of a process that has lost another.
+    JAX itself ends the process when the other processes do not join within the timeout.
 
     Raises:
-      InputError: the others did not come within the timeout; the missing ones are named. Or the environment says that
-        there are others, and not how to find them (exit code 2).
+      InputError: the coordinator cannot be started or found; or the environment tells of other processes but not how
+        to reach them (exit code 2).
     """
-    where = config.where(os.environ)
-    if config.coordinator is not None:
-        _roll_call(*where, config.timeout)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    coordinator, num_processes, process_id = config.resolve(os.environ)
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace the handler of SIGTERM
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*Kubernetes environment detected")  # said below where it matters
-            devices = local_devices(os.environ)
-            # Who is told all is told nothing by Kubernetes, which it may have no leave to ask.
-            told = (
-                {"cluster_detection_method": "deactivate"}
-                if where[0] and "KUBERNETES_SERVICE_HOST" in os.environ
-                else {}
+            warnings.filterwarnings("ignore", "(?s).*Kubernetes environment detected")  # check_alone says more
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                local_devices(os.environ),
+                # With an address given there is no need to ask Kubernetes, which may not be permitted.
+                cluster_detection_method="deactivate" if coordinator and in_kubernetes else None,
+                initialization_timeout=config.timeout,
+                heartbeat_timeout_seconds=min(config.timeout, HEARTBEAT_TIMEOUT),
+                shutdown_timeout_seconds=config.timeout,
             )
-            jax.distributed.initialize(*where, devices, initialization_timeout=config.timeout, **told)
-    except ValueError:
-        if config.coordinator is not None:
-            raise
-        check_alone(os.environ)  # No cluster around this process that JAX knows: it is alone.
-    except Exception as e:  # Kubernetes' client has many
-        if "KUBERNETES_SERVICE_HOST" not in os.environ or where[0]:
-            raise
-        if "JOB_COMPLETION_INDEX" in os.environ:
-            raise InputError(f"Kubernetes: {first_line(e)}; or give {_BY_HAND}") from e
-        check_alone(os.environ)  # A pod of no indexed job.
-    if _client() is not None:
-        line = _Line(stand)
-        line.start()
-        atexit.register(line.hang_up)
+    except Exception as e:  # a ValueError if JAX detects no cluster; the client of Kubernetes raises many types
+        if coordinator is not None:
+            raise InputError(f"--distributed.coordinator {coordinator}: {first_line(e)}") from e
+        if not isinstance(e, ValueError):
+            if not in_kubernetes:
+                raise
+            if "JOB_COMPLETION_INDEX" in os.environ:
+                raise InputError(f"Kubernetes: {first_line(e)}; or give {OPTIONS}") from e
+        check_alone(os.environ)
 
 
-_BY_HAND = "--distributed.coordinator HOST:PORT --distributed.num-processes N --distributed.process-id I"
+def disconnect() -> None:
+    """Leaves JAX's coordination service when all processes do so; call it on all of them before they end.
 
-
-def check_alone(environ: Mapping[str, str]) -> None:
-    """Raises InputError (exit code 2) where the environment knows of other processes."""
-    for size, rank in (*RANKS, ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")):
-        if int(environ.get(size) or 1) > 1:
-            give = "--distributed.coordinator HOST:PORT" if (size, rank) in RANKS and rank in environ else _BY_HAND
-            raise InputError(f"{size} is {environ[size]}, but JAX finds no other process; give {give}", exit_code=2)
-    if "PMIX_RANK" in environ and int(environ["PMIX_RANK"]) > 0:
-        raise InputError(
-            f"PMIX_RANK is {environ['PMIX_RANK']}, but JAX finds no other process; give {_BY_HAND}", exit_code=2
-        )
-    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        raise InputError(
-            f"JOB_COMPLETION_INDEX is {environ['JOB_COMPLETION_INDEX']}, but JAX cannot ask Kubernetes for the other "
-            f"pods: pip install '.[k8s]', or give {_BY_HAND}",
-            exit_code=2,
-        )
-
-
-def local_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """Which GPUs of its node this process takes: [] all, where it is the only one there; of several under an MPI, the
-    one of its number. None: as JAX decides, which under Slurm is the same."""
-    if "JAX_LOCAL_DEVICE_IDS" in environ:
-        return None
-    for size, rank in LOCAL_RANKS:
-        if size in environ and rank in environ:
-            return [] if environ[size] == "1" else [int(environ[rank])]
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
-    return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None
-
-
-def _roll_call(coordinator: str, n: int, process: int, timeout: float) -> None:
-    """Waits until all processes are there. JAX's own wait ends with the process, and names nobody."""
-    host, _, port = coordinator.rpartition(":")
-    ends = time.monotonic() + timeout
-    if process == 0:
-        try:
-            server = socket.create_server(("", int(port)))
-        except OSError as e:
-            raise InputError(f"--distributed.coordinator {coordinator}: {e.strerror}") from e
-        with server:
-            missing = _received(server, n, ends)
-            if missing:
-                raise InputError(f"{coordinator}: waited {timeout} s for {_processes(missing)}")
-        return
-    while (left := ends - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host, int(port)), timeout=left) as connection:
-                connection.sendall(process.to_bytes(4, "big"))
-                if connection.recv(1):
-                    return
-            ends = min(ends, time.monotonic())  # process 0 gave up
-        except OSError:
-            time.sleep(0.2)
-    raise InputError(f"{coordinator}: waited {timeout} s for process 0, or it waited in vain for others")
-
-
-def _received(server: socket.socket, n: int, ends: float) -> set[int]:
-    """Process 0's part: answers the others once all are there. Returns those that did not come."""
-    came: dict[int, socket.socket] = {}
-    missing = set(range(1, n))
-    with contextlib.ExitStack() as stack:
-        while missing and (left := ends - time.monotonic()) > 0:
-            server.settimeout(left)
-            with contextlib.suppress(OSError):
-                connection = stack.enter_context(server.accept()[0])
-                connection.settimeout(5)
-                process = int.from_bytes(connection.recv(4), "big")
-                came[process] = connection
-                missing.discard(process)
-        for connection in came.values() if not missing else ():
-            with contextlib.suppress(OSError):
-                connection.sendall(b"!")
-    return missing
-
-
-def barrier(reached: str, timeout: int = 300) -> None:
-    """Waits until every process is here. Raises InputError, which names those that are not, after `timeout` seconds.
-
-    reached: what stands behind them, for the message; each barrier of a run has its own.
+    It runs in process 0, whose end would abort a process that is still connected.
     """
-    if jax.process_count() == 1:
-        return
-    client, place = _client(), reached.replace(" ", "_")  # multihost_utils.sync_global_devices has no timeout
-    client.key_value_set(f"{place}/{jax.process_index()}", "", allow_overwrite=True)
-    try:
-        client.wait_at_barrier(place, timeout * 1000)
-    except RuntimeError as e:
-        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(f"{place}/")}
-        missing = set(range(jax.process_count())) - came
-        raise InputError(f"waited {timeout} s until {reached}: no word from {_processes(missing)}") from e
-
-
-def run_on_process_zero(what: str, work: Callable[[], Any]) -> None:
-    """Process 0 does the work for all; each of them returns when it is done. What process 0 fails with, all raise.
-
-    what: a name for it; each of a run has its own.
-    """
-    if jax.process_count() == 1:
-        work()
-        return
-    client, place = _client(), f"outcome/{what.replace(' ', '_')}"
-    if is_process_zero():
-        said, code = "", 0
-        try:
-            work()
-        except InputError as e:
-            said, code = str(e), e.exit_code
-            raise
-        except BaseException as e:
-            said, code = f"process 0: {type(e).__name__}: {first_line(e)}", 130 if type(e) is KeyboardInterrupt else 1
-            raise
-        finally:
-            client.key_value_set(place, json.dumps([said, code]))
-        return
-    said, code = json.loads(_heard(client, place, seconds=1))  # between two looks, signals are heard
-    if code == 130:
-        raise KeyboardInterrupt
-    if said:
-        raise InputError(said, exit_code=code)
-
-
-def any_process_requested_stop(asked: bool, step: int) -> bool:
-    """Whether any process was asked to stop. Several look at it together, every ten steps."""
-    if jax.process_count() == 1:
-        return asked
-    return step % 10 == 0 and bool(_of_all(asked).any())
-
-
-def all_processes(good: bool) -> bool:
-    """Whether it is so on every process; to be called by all."""
-    return good if jax.process_count() == 1 else bool(_of_all(good).all())
-
-
-def check_same_on_all_processes(what: str, digest: str) -> None:
-    """Raises InputError, on every process, where one has another digest than process 0."""
-    if jax.process_count() == 1:
-        return
-    found = _of_all(np.frombuffer(hashlib.sha256(digest.encode()).digest()[:4], np.uint32))
-    if others := {int(i) for i in np.flatnonzero((found != found[0]).any(1))}:
-        raise InputError(f"{what}: {_processes(others)} and process 0 have different ones")
-
-
-def _of_all(value) -> np.ndarray:
-    """[processes, …]"""
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(np.array(value)))
-
-
-def gather_params(params: Params) -> Params:
-    """Weights that this process can use alone."""
-    if jax.process_count() == 1:
-        return params
-    from jax.experimental import multihost_utils
-
-    return jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])
+    jax.distributed.shutdown()
 
 
 def is_process_zero() -> bool:
-    """Process 0 writes logs and prints for all."""
+    """Returns whether this is process 0, which alone writes logs and prints."""
     return jax.process_index() == 0
 
 
-def _processes(ids: set[int]) -> str:
-    named = ", ".join(map(str, sorted(ids)))
-    return f"process{'es' if len(ids) > 1 else ''} {named}" if ids else "the other processes"
+def run_on_all_processes(work: Callable[[], Result]) -> Result:
+    """Runs `work` on every process and returns its result there. If it fails on any process, it raises on all.
+
+    A process on which `work` succeeds raises InputError with the exit code and the message of the first process that
+    failed, or KeyboardInterrupt if that was interrupted. All are disconnected by then and can end in any order.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except BaseException as e:
+        error = e
+    outcomes = multihost_utils.process_allgather(_encode_outcome(error))
+    failed = np.flatnonzero(outcomes[:, 0])
+    if not failed.size:
+        return result
+    disconnect()
+    if error is not None:
+        raise error
+    code, message = int(outcomes[failed[0], 0]), bytes(outcomes[failed[0], 1:]).rstrip(b"\0").decode(errors="ignore")
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    raise InputError(message if failed[0] == 0 else f"process {failed[0]}: {message}", exit_code=code)
 
 
-# ---- when a process is lost, or ends before the others
+def _encode_outcome(error: BaseException | None) -> np.ndarray:
+    """Returns a uint8 array: the exit code (0 without an error), then the message in UTF-8, filled up with zeros."""
+    if error is None:
+        code, message = 0, ""
+    elif isinstance(error, KeyboardInterrupt):
+        code, message = INTERRUPTED, ""
+    elif isinstance(error, InputError):
+        code, message = error.exit_code, str(error)
+    else:
+        code, message = 1, f"{type(error).__name__}: {first_line(error)}"
+    return np.frombuffer(
+        (bytes([code]) + message.encode(errors="replace"))[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"), np.uint8
+    )
 
 
-def _client() -> Any:
-    """Of JAX's key-value store, which lies in process 0; None where this process is alone."""
-    from jax._src import distributed  # jax.distributed gives it to nobody
-
-    return distributed.global_state.client
+def run_on_process_zero(work: Callable[[], None]) -> None:
+    """Runs `work` on process 0 while the other processes wait. If it fails, all raise (see `run_on_all_processes`)."""
+    run_on_all_processes(work if is_process_zero() else lambda: None)
 
 
-def _heard(client: Any, key: str, seconds: int = 3600) -> str:
-    """The key's value, once it has one; it is waited for in parts of so many seconds."""
-    while True:
-        try:
-            return client.blocking_key_value_get(key, seconds * 1000)
-        except Exception as e:
-            if "DEADLINE_EXCEEDED" not in str(e):
-                raise
+def check_same_on_all_processes(name: str, value: str) -> None:
+    """Raises InputError on every process if `value` differs between processes; `name` is for the message."""
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest).reshape(jax.process_count(), -1)
+    if different := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
+        disconnect()
+        processes = ", ".join(map(str, different))
+        raise InputError(f"{name} of process {processes} differ from those of process 0")
 
 
-class _Line(threading.Thread):
-    """Where this process is called, whatever its main thread waits for: with nothing, to hear whether it is here, or
-    with the reason why all must end. Calls are numbered, and every process hears each of them."""
-
-    current: _Line | None = None  # of this process
-
-    def __init__(self, stand: Callable[[], str]):
-        from jax._src.distributed import global_state as state
-
-        super().__init__(daemon=True)
-        self.client, self.me, self.n = state.client, state.process_id, state.num_processes
-        self.stand, self.ended, self._speaking = stand, False, threading.Lock()
-        _Line.current = self
-
-    def run(self) -> None:
-        try:
-            for number in itertools.count(1):
-                said = _heard(self.client, f"call/{number}")
-                if said == BYE:
-                    return
-                if said:
-                    code, _, said = said.partition(" ")
-                    self.stop(said, int(code))
-                else:
-                    self.client.key_value_set(f"here/{self.me}", "", allow_overwrite=True)
-        except Exception:  # what all are called through lies in process 0
-            self.stop(*_lost({0} - {self.me}))
-
-    def call(self, said: str = "") -> None:
-        self.client.key_value_set(f"call/{self.client.key_value_increment('calls', 1)}", said)
-
-    def missing(self) -> set[int]:
-        """Those that do not answer; where nothing can be asked, process 0, or to its own knowledge none."""
-        ends, missing = time.monotonic() + ANSWER, set(range(self.n))
-        try:
-            self.call()
-            while missing and time.monotonic() < ends:
-                time.sleep(0.05)
-                missing -= {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get("here/")}
-            return missing
-        except Exception:
-            return {0} - {self.me}
-
-    def stop(self, said: str, code: int) -> None:
-        """Ends this process with one line, if it does not end already."""
-        if not self.ended and self._speaking.acquire(blocking=False):
-            print(f"train.py: error: {said}{self.stand()}; start all processes again to go on", file=sys.stderr)
-            self.leave(code)
-
-    def leave(self, code: int) -> None:
-        """Ends the process at once; of all, process 0 last: when it goes, JAX ends what is left with a stack trace."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with contextlib.suppress(Exception):
-            self.client.key_value_set(f"gone/{self.me}", "", allow_overwrite=True)
-            ends = time.monotonic() + ANSWER
-            while self.me == 0 and len(self.client.key_value_dir_get("gone/")) < self.n and time.monotonic() < ends:
-                time.sleep(0.05)
-        if self.me == 0:
-            time.sleep(LEAVING)
-        os._exit(code)
-
-    def hang_up(self) -> None:
-        """At the end of a run that went well, before JAX's own: Python would not end well with the thread in a call."""
-        self.ended = True
-        try:
-            self.client.wait_at_barrier("all have ended", 1000 * EXIT)
-            if self.me == 0:
-                self.call(BYE)
-            self.join(EXIT)
-        except BaseException as e:
-            self.leave(130 if isinstance(e, KeyboardInterrupt) else 1)
+def any_process_requested_stop(requested: bool, step: int) -> bool:
+    """Returns whether any process was asked to stop. Several processes exchange this at every tenth step."""
+    if jax.process_count() == 1:
+        return requested
+    return step % STOP_INTERVAL == 0 and not all_processes(not requested)
 
 
-def _lost(processes: set[int]) -> tuple[str, int]:
-    return f"lost {_processes(processes)}", 1
+def all_processes(condition: bool) -> bool:
+    """Returns whether the condition holds on every process."""
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())
+
+
+def gather_params(params: Params) -> Params:
+    """Returns the whole weights on one device of this process."""
+    if jax.process_count() == 1:
+        return params
+    return jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])
 
 
 @contextlib.contextmanager
-def naming_the_lost() -> Iterator[None]:
-    """Where an error comes of a process that is gone, ends all that are left with a line that names it."""
+def explain_lost_process() -> Iterator[None]:
+    """Turns an unexpected error in a run of several processes into an InputError that points to the other processes.
+
+    A collective that another process has left fails with an error that names a network address at best.
+    """
     try:
         yield
-    except Exception:
-        if (line := _Line.current) and (missing := line.missing()):
-            said, code = _lost(missing)
-            with contextlib.suppress(Exception):
-                line.call(f"{code} {said}")
-            line.stop(said, code)
-            time.sleep(ANSWER)  # the other thread is at it
+    except (InputError, OSError):
         raise
-
-
-def end(code: int) -> None:
-    """This process is about to exit. After a failure it does so here, and the others hear of it: JAX's own way out
-    would wait for them for minutes."""
-    if not code or (line := _Line.current) is None:
-        return
-    line.ended = True
-    for number in (signal.SIGINT, signal.SIGTERM):  # it takes seconds, and is under way
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        line.client.wait_at_barrier("all have failed", ANSWER * 1000)
-    except Exception:
-        with contextlib.suppress(Exception):
-            line.call(f"{code} process {line.me} has ended with code {code}")
-    line.leave(code)
+    except Exception as e:
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+            raise
+        reason = f"process {jax.process_index()}: {type(e).__name__}: {first_line(e)}"
+        raise InputError(f"{reason}; if another process ended before, its output says why") from e

@@ -1,10 +1,10 @@
-"""How a run's arrays lie over the devices: one table from logical axis names to mesh axes.
+"""How arrays are sharded over devices: a table of rules from logical axis names to mesh axes.
 
-Every weight names its axes where it is declared (`layers.param`), every activation where it is made (`constrain`).
-An axis is split only where the mesh has the axis and its size divides; otherwise it stays whole. The published decoder
-has 25 heads, which divide by neither 2 nor 4: there the 1600-wide axis that the heads are cut from, the 6400-wide
-feed-forward axis and the 50048 words are split, and the attention between them is computed whole on each device of the
-`tensor` axis. Where the heads do divide, they stay split through the attention.
+A weight names its logical axes where it is declared (`layers.param`), an activation where it is computed (`constrain`).
+An array axis is sharded only if the mesh has the axes of its rule and their product divides its size; otherwise it is
+replicated. The published decoder has 25 heads, which neither 2 nor 4 devices divide. Tensor parallelism then shards the
+1600 outputs of the heads, the feed-forward axis of 6400 and the vocabulary of 50048, and each device of the `tensor`
+axis computes all of the attention between them. If the heads do divide, they stay sharded through the attention.
 """
 
 from __future__ import annotations
@@ -22,35 +22,40 @@ from davae_jax.utils.errors import OptionError
 
 Axes = tuple[str | None, ...]
 
+# Mesh axes: "data" replicates the weights and shards the batch (data parallelism); "fsdp" shards the weights, the
+# optimizer's state and the batch (fully sharded data parallelism); "tensor" shards each layer (tensor parallelism).
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "group": ("data",),  # the batch, of what the devices of fsdp compute together
-    "embed": ("fsdp",),  # the model's width: of weights, and of looked-up rows until they are exchanged
-    "heads": ("tensor",),  # all heads' outputs side by side
-    "head": ("tensor",),  # the heads one by one
-    "mlp": ("tensor",),  # the feed-forward width
-    "vocab": ("tensor",),  # rows of the embedding tables, and the logits they make
+    # Axes of activations.
+    "batch": ("data", "fsdp"),  # B: texts, or rows of texts
+    "group": ("data",),  # B, where the devices of an fsdp group compute the same texts (`embedding_lookup`)
+    "head": ("tensor",),  # N: an axis with an element for each head
+    # Axes of weights, and of the activations that they make.
+    "embed": ("fsdp",),  # D: the model's width; of an activation only in `embedding_lookup`
+    "heads": ("tensor",),  # N·H: the outputs of all heads in one axis
+    "mlp": ("tensor",),  # F: the feed-forward width
+    "vocab": ("tensor",),  # V: rows of the embedding tables, and logits
 }
 
 
 def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
-    """All devices, of all processes. The compiler propagates shardings through the model (AxisType.Auto).
+    """Returns a mesh of all devices of all processes. The compiler propagates shardings through it (AxisType.Auto).
 
-    accumulate: parts of the batch that are computed one after the other; each is divided over the devices.
+    Args:
+      accumulate: the number of parts of a batch that are computed one after the other; each is sharded.
 
     Raises:
-      InputError: the devices or the batch cannot be divided so (exit code 2).
+      InputError: the mesh does not fit the number of devices or the batch size (exit code 2).
     """
-    return jax.make_mesh(*_axes_of_mesh(config, batch_size, accumulate, jax.device_count()))
+    return jax.make_mesh(*_mesh_axes(config, batch_size, accumulate, jax.device_count()))
 
 
 def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int, accumulate: int = 1) -> AbstractMesh:
-    """The mesh of a machine that is not there, of so many devices. Raises as `make_mesh`."""
-    return AbstractMesh(*_axes_of_mesh(config, batch_size, accumulate, devices))
+    """Returns a mesh of a number of devices that need not exist. Raises as `make_mesh`."""
+    return AbstractMesh(*_mesh_axes(config, batch_size, accumulate, devices))
 
 
-def _axes_of_mesh(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
-    """Sizes, names and types of the axes."""
+def _mesh_axes(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
+    """Returns the sizes, names and types of the axes. Raises as `make_mesh`."""
     shape = config.shape(devices)
     parts = math.prod(shape[axis] for axis in RULES["batch"])
     if batch_size % (parts * accumulate):
@@ -60,29 +65,29 @@ def _axes_of_mesh(config: MeshConfig, batch_size: int, accumulate: int, devices:
 
 
 def partition_spec(axes: Axes, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-    """Where each axis of an array is split. No mesh axis splits two of them: the first that fits has it."""
+    """Returns the spec of an array by `RULES`. A mesh axis shards at most one array axis: the first that it divides."""
     spec, used = [], set()
     for name, size in zip(axes, shape, strict=True):
-        over = tuple(axis for axis in RULES[name] if axis in mesh_shape and axis not in used) if name else ()
-        fits = over and size % math.prod(mesh_shape[axis] for axis in over) == 0
-        spec.append((over if len(over) > 1 else over[0]) if fits else None)
-        used |= set(over) if fits else set()
+        mesh_axes = tuple(axis for axis in RULES[name] if axis in mesh_shape and axis not in used) if name else ()
+        fits = mesh_axes and size % math.prod(mesh_shape[axis] for axis in mesh_axes) == 0
+        spec.append((mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]) if fits else None)
+        used |= set(mesh_axes) if fits else set()
     return PartitionSpec(*spec)
 
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> jax.sharding.Sharding:
-    """The sharding of one weight; without a mesh, the first device alone."""
+    """Returns the sharding of a weight; without a mesh, it is on the first device."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if len(shape) == 1:  # over fsdp vectors stay whole: their bytes are not worth hundreds of small gatherings a step
+    if len(shape) == 1:  # vectors are not sharded over fsdp: they are small, and hundreds of small all-gathers are slow
         axes = tuple(None if name == "embed" else name for name in axes)
-    # Whatever axis types the caller's mesh was made with: the model's own operations name no shardings.
+    # The model's operations name no output shardings, so the axes must be Auto whatever mesh the caller made.
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
 
 
 def shard_batch(arrays: Any, params: Any) -> Any:
-    """Lays arrays [B, …] over the mesh that the weights lie on. Of weights on one device, gives them as they are."""
+    """Shards arrays [B, …] over the mesh of the weights. If the weights are on one device, returns them unchanged."""
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding):
         return arrays
@@ -95,7 +100,7 @@ def shard_batch(arrays: Any, params: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation lies over the mesh that `jax.set_mesh` has set; without one, nothing."""
+    """Constrains the sharding of an activation, by `RULES`, on the mesh of `jax.set_mesh`; without one, returns x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
@@ -103,10 +108,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def embedding_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table [V, D] whose width is split over fsdp, [B, T, D] with B split over data and fsdp.
+    """Returns the rows of a table [V, D], D sharded over fsdp, for ids [B, T], B sharded over data and fsdp.
 
-    A device looks its own columns up for all texts of its fsdp group, and the group exchanges them. Left to itself the
-    compiler gathers the gradient of the whole batch on every device.
+    Each device looks up its own columns for all texts of its fsdp group, and the group exchanges them. Without the
+    constraints, the compiler gathers the gradient of the whole batch on every device.
     """
     fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
     if ids.ndim < 2 or table.shape[1] % fsdp:

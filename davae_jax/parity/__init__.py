@@ -1,1 +1,1 @@
-"""The PyTorch twin, and the comparison with it module by module."""
+"""Compares the JAX model with a PyTorch twin of the published one, module by module."""

@@ -1,8 +1,8 @@
-"""The text VAE in PyTorch, in one short file: the reference that converted checkpoints are compared with.
+"""Implements the text VAE in PyTorch: the reference that converted checkpoints are compared with.
 
 `Twin` computes what the published Randeng-DAVAE program computes, and its `state_dict` has exactly the published names,
-so the published file loads into it as it is. It is written to be read next to the JAX model: nothing is fused, nothing
-cached, and there is no dropout (evaluation only).
+so it loads the published file unchanged. It is meant to be read next to the JAX model: nothing is fused or cached, and
+there is no dropout (evaluation only).
 
 Letters in shapes: B batch, S encoder length, T decoder length, D width, N heads, H = D/N head width, L latent size,
 V vocabulary, M memory length, K = M + T keys. `x_BTD` has shape [B, T, D].
@@ -23,30 +23,31 @@ from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.model.config import DAVAEConfig
 
-MASKED = -10000.0  # finite as published, not -inf: what a masked score becomes, or (encoder) what is added to it
-END = 50000  # <|endoftext|>, with which the published loss pads: it is therefore never trained
+MASKED = -10000.0  # replaces a masked score (decoder) or is added to it (encoder); finite as published, not −inf
+END = 50000  # <|endoftext|>, which is also the padding of the published loss, so that it is never trained
 
 
 class Encoded(NamedTuple):
     mean: Tensor  # [B, L]
     logvar: Tensor  # [B, L]
     pooled: Tensor  # [B, D]
-    hidden: list[Tensor]  # 1 + layers times [B, S, D]: what enters the first layer, then each layer's output
+    hidden: list[Tensor]  # 1 + layers times [B, S, D]: the first layer's input, then each layer's output
 
 
 class Decoded(NamedTuple):
     logits: Tensor  # [B, T, V]
     memory: list[Tensor]  # 1 + layers times [B, min(max_memory_length, K), D], without gradient
-    hidden: list[Tensor]  # 1 + layers times [B, T, D]: what enters the first layer, each layer's output, latent added
+    hidden: list[Tensor]  # 1 + layers times [B, T, D]: the first layer's input, then each layer's output plus latent
     final: Tensor  # [B, T, D]: the last hidden state after the final LayerNorm
 
 
 def tree(**children: nn.Module) -> nn.ModuleDict:
-    """A bare level of the published names; its children are reached as attributes."""
+    """Makes a module without parameters of its own for one level of the published names."""
     return nn.ModuleDict(children)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Returns float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
             token_type_embeddings=nn.Embedding(config["type_vocab_size"], D),
             LayerNorm=nn.LayerNorm(D, eps),
         )
-        # A published name without a use: positions are always 0, 1, 2, …
+        # Part of the published file, but not used: positions are always 0, 1, 2, …
         self.embeddings.register_buffer("position_ids", torch.arange(config["max_position_embeddings"])[None])
         self.encoder = tree(
             layer=nn.ModuleList(
@@ -114,15 +115,15 @@ class Encoder(nn.Module):
 
 
 def frequencies(D: int) -> Tensor:
-    """10000^(−2i/D), i = 0..D/2−1 (Vaswani et al. 2017), for files that do not hold them."""
+    """Returns 10000^(−2i/D), i = 0..D/2−1 (Vaswani et al. 2017), for files that lack the frequencies."""
     return 1 / 10000 ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
 
 
 class PositionFeatures(nn.Module):
-    """Sinusoids of a distance: all sines, then all cosines.
+    """Computes the sinusoids of a distance: all sines, then all cosines.
 
-    The published file holds the frequencies rounded to float16, and the published program uses them so; the phase error
-    against exact ones grows with distance. They are kept as the file has them, in float32 whatever the model's dtype.
+    The published file holds the frequencies rounded to float16, and the published program uses the rounded values; the
+    phase error grows with distance. They keep the file's values, in float32 whatever the model's dtype.
     """
 
     def __init__(self, D: int):
@@ -130,11 +131,11 @@ class PositionFeatures(nn.Module):
         self.register_buffer("inv_freq", frequencies(D))
 
     def _apply(self, fn, recurse=True):
-        # .to(dtype), .half() and the like cast only floats: the bits passed as int32 change device, never value.
+        # .to(dtype), .half() etc. cast floating point tensors only: viewed as int32, the bits are moved but not cast.
         return super()._apply(lambda t: fn(t.view(torch.int32)).view(torch.float32), recurse)
 
     def forward(self, K: int, dtype: torch.dtype) -> Tensor:
-        """Features [K, D] of the distances 0..K−1."""
+        """Returns the features [K, D] of the distances 0..K−1."""
         inv_freq = self.inv_freq.to(at_least_float32(dtype))
         phase = torch.arange(K, device=inv_freq.device, dtype=inv_freq.dtype)[:, None] * inv_freq
         return torch.cat([phase.sin(), phase.cos()], dim=-1).to(dtype)
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         super().__init__()
         D, heads = config["hidden_size"], config["num_attention_heads"]
         self.heads, self.max_memory_length = heads, config["max_memory_length"]
-        eps = config.get("layer_norm_eps", 1e-5)  # published configs do not say it
+        eps = config.get("layer_norm_eps", 1e-5)  # absent from published configs
         self.word_embeddings = nn.Embedding(config["vocab_size"], D)
         self.transformer = tree(
             linear_emb=nn.Linear(latent_size, D, bias=False),
@@ -219,7 +220,7 @@ class Decoder(nn.Module):
 
         content_BNTK = (q_BNTH + body.r_w_bias[:, None]) @ k_BNKH.transpose(-1, -2)
         by_distance_BNTK = (q_BNTH + body.r_r_bias[:, None]) @ r_NKH.transpose(-1, -2)  # last axis: distance, not key
-        # Distances below 0 lie in the future and are masked below, so which value they pick is of no matter.
+        # Distances below 0 lie in the future; their scores are masked below, so any value will do.
         position_BNTK = by_distance_BNTK.gather(-1, distance_TK.clamp(min=0).expand_as(content_BNTK))
         score_BNTK = (content_BNTK + position_BNTK) / math.sqrt(q_BNTH.shape[-1])
         score_BNTK = score_BNTK.masked_fill(~visible_TK, MASKED)
@@ -228,12 +229,12 @@ class Decoder(nn.Module):
 
 
 def kl_per_dim(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) ‖ N(0, 1)) of each latent dimension, in nats (Kingma & Welling 2013, appendix B)."""
+    """Returns KL(N(mean, exp(logvar)) ‖ N(0, 1)) per dimension, in nats (Kingma & Welling 2013, appendix B)."""
     return 0.5 * (mean**2 + logvar.exp() - logvar - 1)
 
 
 class Twin(nn.Module):
-    """The whole published model. `config` is the published config.json as a plain dict."""
+    """The complete published model. `config` is the published config.json as a dict."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -247,7 +248,7 @@ class Twin(nn.Module):
         )
 
     def encode(self, ids: Tensor, embedding_noise: Tensor | None = None) -> Encoded:
-        """ids [B, S], 0 is padding; embedding_noise [B, S, D] is added after the embeddings' LayerNorm."""
+        """Encodes ids [B, S], padded with 0. embedding_noise [B, S, D] is added after the embeddings' LayerNorm."""
         return self.vae_model.encoder(ids, embedding_noise)
 
     def decode(
@@ -257,30 +258,30 @@ class Twin(nn.Module):
         memory: list[Tensor] | None = None,
         window: str | None = None,
     ) -> Decoded:
-        """ids [B, T], latent [B, L] or None, memory as the last call returned it.
+        """Decodes ids [B, T] with a latent [B, L] or None, after the memory that the previous call returned.
 
-        window None: every earlier key is seen. "published": the T most recent keys; the same without memory.
+        window None: queries see all earlier keys. "published": the T most recent ones; the same without memory.
         """
         return self.vae_model.decoder(ids, latent, memory, window)
 
     def discriminate(self, latent: Tensor) -> Tensor:
-        """Logits [B], high for draws from the prior."""
+        """Returns logits [B], high for draws from the prior."""
         return self.vae_model.Disc(latent.to(self.vae_model.Disc[0].weight.dtype))[:, 0]
 
     def kl(self, mean: Tensor, logvar: Tensor, fb_mode: int) -> Tensor:
-        """The KL [B] that enters the loss: 0 all, 1 only dimensions above `dim_target_kl`, 2 as if logvar were 0."""
+        """Returns the loss's KL [B]. fb_mode 0: all dimensions; 1: those above `dim_target_kl`; 2: with logvar 0."""
         if fb_mode not in (0, 1, 2):
             raise ValueError(f"fb_mode must be 0, 1 or 2, not {fb_mode!r}")
         kl_BL = kl_per_dim(mean, torch.zeros_like(logvar) if fb_mode == 2 else logvar)
-        if fb_mode == 1:  # free bits as Optimus has them (Li et al. 2020): a hard mask, not a maximum
+        if fb_mode == 1:  # free bits as in Optimus (Li et al. 2020): a hard mask, not a maximum
             kl_BL = kl_BL * (kl_BL > self.config["dim_target_kl"])
         return kl_BL.sum(-1)
 
     def reconstruction(self, ids: Tensor, latent: Tensor | None) -> Tensor:
-        """−log p(ids | latent) [B] in nats, summed over the targets that are not the loss's padding."""
+        """Returns −log p(ids | latent) [B] in nats, summed over the targets that are not the loss's padding."""
         logits_BTV, targets_BT = self.decode(ids, latent).logits[:, :-1], ids[:, 1:]
         logits_BTV = logits_BTV.to(at_least_float32(logits_BTV.dtype))
-        # Classes stay on the last axis: over a strided axis torch's float32 sum of V terms is ten times less exact.
+        # Classes stay on the last axis: over a strided axis torch's float32 sum of V terms is ten times less accurate.
         nll = F.cross_entropy(
             logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=self.loss_pad, reduction="none"
         )
@@ -289,9 +290,9 @@ class Twin(nn.Module):
     def published_loss(
         self, encoder_ids: Tensor, decoder_ids: Tensor, eps: Tensor, beta: float, fb_mode: int, length_weighted: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean reconstruction per token, mean KL, total); the total is a sum over the batch.
+        """Returns (mean reconstruction per token, mean KL, total); the total is a sum over the batch.
 
-        eps [B, L] is the standard normal draw. A row's length counts every id but the padding, the first one included.
+        eps [B, L] is a standard normal draw. A row's length counts all ids except padding, the first one included.
         """
         posterior = self.encode(encoder_ids)
         mean_BL, logvar_BL = posterior.mean, posterior.logvar
@@ -303,7 +304,7 @@ class Twin(nn.Module):
         return per_token_B.mean(), kl_B.mean(), total
 
     def adversarial_losses(self, latent: Tensor, prior_sample: Tensor) -> tuple[Tensor, Tensor]:
-        """(L_d, L_g), after Goodfellow et al. 2014: posterior latents [B, L] against prior draws [B, L]."""
+        """Returns (L_d, L_g) of latents [B, L] and draws of the prior [B, L] (Goodfellow et al. 2014)."""
 
         def bce(logits_B: Tensor, label: float) -> Tensor:
             return F.binary_cross_entropy_with_logits(logits_B, torch.full_like(logits_B, label))
@@ -312,9 +313,9 @@ class Twin(nn.Module):
         return loss_d, bce(self.discriminate(latent), 1.0)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Takes the published names; the two buffers may be absent.
+        """Loads tensors by their published names; the two buffers may be absent.
 
-        Sibling models (PPVAE, GAVAE) hold the same tensors under one more `vae_model.`: of theirs, only those are read.
+        Sibling models (PPVAE, GAVAE) hold the same tensors under one more `vae_model.`; their others are ignored.
         """
         if any(name.startswith("vae_model.vae_model.") for name in state_dict):
             state_dict = {
@@ -332,27 +333,27 @@ class Twin(nn.Module):
 
 
 def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
-    """Reads config.json and the weights file of a published folder, ready for evaluation.
+    """Loads the twin of a published folder, ready for evaluation.
 
     Raises:
-      InputError: the folder lacks a file, or the file is damaged or would run code.
-      RuntimeError: its tensors do not fit config.json.
+      InputError: a file is missing or damaged, or would run code.
+      RuntimeError: the tensors do not fit config.json.
     """
     folder = Path(folder)
-    config = DAVAEConfig.from_json(folder / CONFIG_FILE)  # fills in what a config.json may leave out
-    return build_twin(config.to_dict(), torch_file.read(torch_file.find(folder)), dtype)
+    config = DAVAEConfig.from_json(folder / CONFIG_FILE)  # adds the fields that a config.json may lack
+    return build_twin(config.to_dict(), torch_file.read_tensors(torch_file.find_weights_file(folder)), dtype)
 
 
 def build_twin(config: dict, state: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Twin:
-    """The twin over arrays under the published names, ready for evaluation.
+    """Makes the twin of arrays with published names, ready for evaluation.
 
-    Built without storage first and handed the tensors one by one, so the model is never in memory twice; an array
-    that already has the dtype is not copied.
+    It is built without storage and then takes the tensors, so that the model is never in memory twice; an array that
+    already has the dtype is not copied.
     """
     with torch.device("meta"):
         twin = Twin(config)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # mapped, and only read
+    with warnings.catch_warnings():  # the arrays are memory-mapped, and never written
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = {name: torch_file.as_torch(array) for name, array in state.items()}
     tensors = {name: t if name.endswith("inv_freq") else t.to(dtype) for name, t in tensors.items()}
     twin.load_state_dict(tensors, assign=True)

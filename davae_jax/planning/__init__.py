@@ -1,1 +1,1 @@
-"""What a training run needs on machines that are not here."""
+"""Plans training runs for machines that are not here."""

@@ -1,4 +1,4 @@
-"""Latents in two dimensions, to look at."""
+"""Projects latents to two dimensions for charts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from jaxtyping import Bool, Float, Int
 
 
 def pca(means: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, "n 2"], float]:
-    """(the two directions of largest variance, their part of all variance). The larger side points up and right."""
+    """Projects to the two directions of largest variance.
+
+    Returns:
+      The points, and the fraction of the variance that they keep. Each axis is oriented so that its larger side is
+      positive.
+    """
     centred = np.asarray(means, np.float64) - np.mean(means, axis=0)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     flat = centred @ directions[:2].T
-    flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))  # of a latent of one dimension, or one text
+    flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))  # one text, or a latent of one dimension
     total = (scales**2).sum()
     up = np.where(np.abs(flat.max(0)) < np.abs(flat.min(0)), -1, 1)
     return flat * up, float((scales[:2] ** 2).sum() / total) if total else 0.0
 
 
 def discriminant(
-    means: Float[np.ndarray, "n L"], classes: Sequence[str], shown: Float[np.ndarray, "m L"]
+    means: Float[np.ndarray, "n L"], classes: Sequence[str], others: Float[np.ndarray, "m L"]
 ) -> Float[np.ndarray, "m 2"]:
-    """`shown` in the plane where the classes of `means` lie furthest apart, in units of their spread (Fisher 1936).
+    """Projects other latents to the plane that separates the classes of `means` best (Fisher 1936).
 
-    Of many dimensions and few texts some plane parts any classes, so what is shown should be other texts.
+    The unit is the standard deviation within the classes. With many dimensions and few texts some plane separates any
+    classes, so the texts that are shown must not be those that the plane was fitted to.
     """
     means = np.asarray(means, np.float64)
     y = np.unique(np.asarray(classes), return_inverse=True)[1]
@@ -34,32 +40,32 @@ def discriminant(
     spread += 1e-3 * max(np.trace(spread) / len(spread), 1e-9) * np.eye(len(spread))
     whiten = np.linalg.inv(np.linalg.cholesky(spread)).T
     directions = np.linalg.svd((centres[y] - means.mean(0)) @ whiten, full_matrices=False)[2][:2]
-    flat = (shown - means.mean(0)) @ whiten @ directions.T
+    flat = (others - means.mean(0)) @ whiten @ directions.T
     return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
 
 
-def halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
-    """Which texts are of the first half: of each class a half, drawn; of an odd number, one more."""
-    rng, named = np.random.default_rng(seed), np.asarray(classes)
-    first = np.zeros(len(named), bool)
-    for name in np.unique(named):
-        rows = rng.permutation(np.flatnonzero(named == name))
+def first_halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
+    """Draws half of the texts of each class, and one more where their number is odd. Returns which texts are drawn."""
+    rng, classes = np.random.default_rng(seed), np.asarray(classes)
+    first = np.zeros(len(classes), bool)
+    for name in np.unique(classes):
+        rows = rng.permutation(np.flatnonzero(classes == name))
         first[rows[: (len(rows) + 1) // 2]] = True
     return first
 
 
-def some(rows: Int[np.ndarray, " n"], most: int, seed: int = 0) -> Int[np.ndarray, " m"]:
-    """The rows, in their order; where they are more than `most`, so many of them, drawn."""
-    if len(rows) <= most:
+def subsample(rows: Int[np.ndarray, " n"], limit: int, seed: int = 0) -> Int[np.ndarray, " m"]:
+    """Returns the rows in their order; of more than `limit`, that many, drawn without replacement."""
+    if len(rows) <= limit:
         return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
 
 
 def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:
-    """By UMAP (McInnes et al. 2018), where the package umap-learn is installed and the texts are enough for it."""
+    """Projects by UMAP (McInnes et al. 2018). None if umap-learn is not installed, or with fewer than 20 texts."""
     if len(means) < 20:
         return None
-    try:  # not whether there is a `umap`: any folder of that name would be one
+    try:  # imports the class, because any folder called umap in the search path could be imported
         from umap import UMAP
     except ImportError:
         return None

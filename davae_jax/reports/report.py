@@ -5,74 +5,62 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from davae_jax.evaluation.evaluate import ACTIVE, Evaluation
+from davae_jax.evaluation.evaluate import Evaluation
+from davae_jax.evaluation.measures import ACTIVE
 from davae_jax.evaluation.table import sections
-from davae_jax.evaluation.text_metrics import edit_distance, pieces, words
+from davae_jax.evaluation.text_metrics import edit_distance, words, words_and_spaces
 from davae_jax.reports import charts, projection
+from davae_jax.reports.html import Figure, render
 
-SHOWN = 6  # good reconstructions and bad ones, and texts with their neighbours
-NEAREST, STRIPS, SAMPLES = 4, 4, 24
-DRAWN = 2000  # dots of a map, and points of a curve, at most
-CURVES = {  # values of metrics.jsonl, and of held_out.jsonl where they stand there
-    "rec": "reconstruction, nats a token",
-    "kl_unmasked": "KL, nats a text",
+MAX_TEXTS = 6  # best reconstructions, worst ones, and texts with their neighbours
+MAX_NEIGHBOURS, MAX_INTERPOLATIONS, MAX_SAMPLES = 4, 4, 24
+MAX_POINTS = 2000  # of a map or a curve
+CURVES = {  # keys of metrics.jsonl and held_out.jsonl, and their titles
+    "rec": "reconstruction, nats per token",
+    "kl_unmasked": "KL, nats per text",
     "loss": "loss",
     "beta": "β, the KL's weight",
 }
+Parts = list[tuple[str, str]]  # of a text: (kind, part), kind being "kept", "lost" or "new"
 
 
 def report(found: Evaluation, model: Path) -> str:
-    """The page. Training curves are those of `model` where it is a run's folder."""
+    """Returns the page. It has training curves if `model` is a run folder."""
     m = found.measures
-    name = model.resolve().name or str(model)
-    parts = [
-        f"<h1>{escape(name)}</h1>",
-        f'<p class="soft">{m["n"]:,} of {m.get("of", m["n"]):,} texts of {escape(str(m.get("data", "")))}; '
-        f"K = {m['iw_samples']}, seed {m['seed']}. Intervals are of 95 %, over the texts.</p>",
-        _heads(m),
-        _warnings(m["warnings"]),
-        "<h2>Figures</h2>",
-        _figures(m),
-        "<h2>KL of each dimension</h2>",
-        _kl(m),
-        "<h2>The latent in two dimensions</h2>",
-        _maps(found),
-        _section("Training", _curves(model)),
-        "<h2>Reconstructions</h2>",
-        _reconstructions(found),
-        _section("Interpolations", _strips(found.lines)),
-        _section("Nearest neighbours", _neighbours(found)),
-        "<h2>Samples from the prior</h2>",
-        _samples(found),
-    ]
-    style = resources.files("davae_jax.reports").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)}: evaluation</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
+    exact, reconstructions = reconstruction_cards(found.texts, found.reconstructions)
+    maps, factor_maps = latent_maps(found)
+    return render(
+        "report.html",
+        title=model.resolve().name or str(model),
+        kind="evaluation",
+        subtitle=f"{m['n']:,} of {m.get('of', m['n']):,} texts of {m.get('data', '')}; "
+        f"K = {m['iw_samples']}, seed {m['seed']}. Intervals are of 95 %, over the texts.",
+        measures=m,
+        headline=headline(m),
+        sections=sections(m),
+        kl_charts=kl_charts(m),
+        maps=maps,
+        factor_maps=factor_maps,
+        curves=training_curves(model),
+        exact=f"{exact:,} of {len(found.texts):,}",
+        reconstructions=reconstructions,
+        interpolations=[interpolation_steps(line) for line in found.interpolations[:MAX_INTERPOLATIONS]],
+        neighbours=neighbours(found.texts, found.posterior.mean),
+        sampling=", ".join(f"{name} {value:g}" for name, value in m["sampling"].items()),
+        grammar_is_known=found.accepted is not None,
+        samples=marked_samples(found.samples, found.accepted),
     )
 
 
-def _section(title: str, inside: str) -> str:
-    return f"<h2>{title}</h2>\n{inside}" if inside else ""
-
-
-# Figures.
-
-
-def _heads(m: dict[str, Any]) -> str:
-    """The six that say most."""
-    shown = [
+def headline(m: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns names and values of the six measures to read first."""
+    return [
         ("BLEU", f"{m['bleu']:.1f}"),
         ("token accuracy", f"{m['token_accuracy']:.1%}"),
         ("perplexity per word", f"{m['ppl_per_word']:.2f}"),
@@ -80,234 +68,197 @@ def _heads(m: dict[str, Any]) -> str:
         (f"active units of {m['latent_size']}", str(m["active_units"])),
         (f"mutual information, {m['mutual_information_ceiling']:.2f} at most", f"{m['mutual_information']:.2f}"),
     ]
-    return f'<div class="heads">{"".join(f"<div>{name}<b>{value}</b></div>" for name, value in shown)}</div>'
-
-
-def _warnings(said: Sequence[str]) -> str:
-    if not said:
-        return ""
-    return f'<div class="warnings"><b>Warnings</b><ul>{"".join(f"<li>{escape(line)}</li>" for line in said)}</ul></div>'
-
-
-def _figures(m: dict[str, Any]) -> str:
-    parts = []
-    for title, rows in sections(m).items():
-        body = "".join(
-            f'<tr><td>{escape(row.name)}</td><td class="value">{row.value}</td>'
-            f'<td class="interval">{row.interval}</td><td class="note">{escape(row.note)}</td></tr>'
-            for row in rows
-        )
-        parts.append(f"<h3>{escape(title)}</h3><table><tbody>{body}</tbody></table>")
-    return "\n".join(parts)
 
 
 # Charts.
 
 
-def _kl(m: dict[str, Any]) -> str:
+def kl_charts(m: Mapping[str, Any]) -> list[Figure]:
+    """Draws KL and variance of each dimension, the dimension of the largest KL first."""
     order = np.argsort(m["kl_per_dim"])[::-1]
     kl, variance = np.array(m["kl_per_dim"])[order].tolist(), np.array(m["variance_per_dim"])[order]
     active = (variance > ACTIVE).tolist()
-    chart = charts.bars(kl, active, title="KL of each dimension", unit="nats")
-    beside = charts.bars(variance.tolist(), active, title="variance of each dimension's posterior means", unit="")
-    said = (
-        f"Nats, the largest first, nothing masked. Dark: active, its means vary by more than {ACTIVE} over the texts."
-    )
-    varies = "Variance of the posterior means over the texts, in the same order. The prior's is 1."
-    return f'<div class="figures">{_figure(chart, said)}{_figure(beside, varies)}</div>'
+    return [
+        Figure(
+            charts.bars(kl, active, title="KL of each dimension", unit="nats"),
+            f"Nats, the largest first, nothing masked. Dark: active, with means that vary by more than {ACTIVE}.",
+        ),
+        Figure(
+            charts.bars(variance.tolist(), active, title="variance of each dimension's posterior means", unit=""),
+            "Variance of the posterior means over the texts, in the same order. The prior's is 1.",
+        ),
+    ]
 
 
-def _maps(found: Evaluation) -> str:
-    """Posterior means by PCA and UMAP, a chart for each factor; and in the plane that parts its classes most."""
+class FactorMaps(NamedTuple):
+    """Maps of the latent in which a factor's classes have colours."""
+
+    factor: str
+    legend: list[tuple[str, str]]
+    figures: list[Figure]
+
+
+def latent_maps(found: Evaluation) -> tuple[list[Figure], list[FactorMaps]]:
+    """Draws the posterior means by PCA and, where it is installed, UMAP: once, or in the colours of each factor.
+
+    For a factor there is one more map: the plane that separates its classes best, fitted to half of the texts and
+    showing the other half.
+    """
     means = found.posterior.mean
-    drawn = projection.some(np.arange(len(means)), DRAWN)
+    drawn = projection.subsample(np.arange(len(means)), MAX_POINTS)
     of_all = f", {len(drawn):,} of {len(means):,} texts, drawn" if len(drawn) < len(means) else ""
-    flat, part = projection.pca(means)
-    ways = [(f"PCA, {part:.0%} of the variance{of_all}", flat)]
-    if (by_umap := projection.umap(means)) is not None:
-        ways.append((f"UMAP{of_all}", by_umap))
+    flat, variance = projection.pca(means)
+    maps = [(f"PCA, {variance:.0%} of the variance{of_all}", drawn, flat[drawn])]
+    if (flat := projection.umap(means)) is not None:
+        maps.append((f"UMAP{of_all}", drawn, flat[drawn]))
     factors = {name: np.array(classes) for name, classes in found.labels.items() if len(set(classes)) > 1}
     if not factors:
-        maps = [_figure(charts.scatter(points[drawn], None, title=title), title) for title, points in ways]
-        return f'<div class="figures">{"".join(maps)}</div>'
-    parts = []
+        return [Figure(charts.scatter(points, None, title=title), title) for title, _, points in maps], []
+    by_factor = []
     for name, classes in factors.items():
         colours = charts.colours_of(classes)
-
-        def draw(points, rows, said, name=name, classes=classes, colours=colours):
-            return _figure(charts.scatter(points, classes[rows].tolist(), colours, title=f"{name}, {said}"), said)
-
-        maps = [draw(points[drawn], drawn, said) for said, points in ways]
-        fit = projection.halves(classes)
-        # Of classes of one text each, none is left to show.
-        if len(np.unique(classes[~fit])) > 1:
-            rows = projection.some(np.flatnonzero(~fit), DRAWN)
-            said = f"{len(rows):,} of the texts, in the plane that parts the classes of other ones most"
-            maps.append(draw(projection.discriminant(means[fit], classes[fit], means[rows]), rows, said))
-        shown = f'<div class="figures">{"".join(maps)}</div>'
-        parts.append(f'<div class="map"><h3>{escape(name)}</h3>{_legend(colours)}{shown}</div>')
-    return f'<div class="maps">{"".join(parts)}</div>'
+        figures = [
+            Figure(charts.scatter(points, classes[rows].tolist(), colours, title=f"{name}, {title}"), title)
+            for title, rows, points in [*maps, *separating_plane(means, classes)]
+        ]
+        by_factor.append(FactorMaps(name, class_legend(colours), figures))
+    return [], by_factor
 
 
-def _legend(colours: Mapping[str, str]) -> str:
+def separating_plane(means: Float[np.ndarray, "n L"], classes: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Returns (title, texts, points) of the plane that separates the classes best.
+
+    Nothing if the half of the texts that it would show has one class only.
+    """
+    fit = projection.first_halves(classes)
+    if len(np.unique(classes[~fit])) < 2:
+        return []
+    rows = projection.subsample(np.flatnonzero(~fit), MAX_POINTS)
+    title = f"{len(rows):,} of the texts, in the plane that separates the classes of other texts best"
+    return [(title, rows, projection.discriminant(means[fit], classes[fit], means[rows]))]
+
+
+def class_legend(colours: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Returns names and colours of the classes, with one entry for all that share the last colour."""
     items = [(name, colour) for name, colour in colours.items() if colour != charts.OTHER]
-    if len(items) < len(colours):
-        items.append((f"{len(colours) - len(items)} others", charts.OTHER))
-    dots = (f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for name, colour in items)
-    return f'<ul class="legend">{"".join(dots)}</ul>'
+    others = len(colours) - len(items)
+    return [*items, (f"{others} others", charts.OTHER)] if others else items
 
 
-def _figure(chart: str, caption: str) -> str:
-    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _curves(run: Path) -> str:
-    """Of a run's folder, what it logged while it trained; "" of any other model."""
-    trained, held_out = (read_log(run / file) for file in ("metrics.jsonl", "held_out.jsonl"))
-    drawn = []
+def training_curves(run: Path) -> list[Figure]:
+    """Draws what a run logged while it trained; nothing if `run` is no run folder."""
+    logs = {"training": read_log(run / "metrics.jsonl"), "held out": read_log(run / "held_out.jsonl")}
+    figures = []
     for key, title in CURVES.items():
-        logs = {"training": trained, "held out": held_out}
         logged = {name: [line for line in log if key in line] for name, log in logs.items()}
-        kept = {name: thinned(log) for name, log in logged.items() if log}
-        series = {name: ([line["step"] for line in log], [line[key] for line in log]) for name, log in kept.items()}
-        if series:
-            legend = _legend_of(series) if len(series) > 1 else ""
-            said = f"{title}; steps across" + "".join(
-                f"; {len(log):,} of {len(logged[name]):,} points of {name}"
-                for name, log in kept.items()
-                if len(log) < len(logged[name])
-            )
-            drawn.append(_figure(charts.lines(series, title=title), said) + legend)
-    return f'<div class="figures">{"".join(f"<div>{chart}</div>" for chart in drawn)}</div>' if drawn else ""
+        thinned = {name: thin(log) for name, log in logged.items() if log}
+        if not thinned:
+            continue
+        series = {name: ([line["step"] for line in log], [line[key] for line in log]) for name, log in thinned.items()}
+        caption = f"{title}; steps across" + "".join(
+            f"; {len(log):,} of {len(logged[name]):,} points of {name}"
+            for name, log in thinned.items()
+            if len(log) < len(logged[name])
+        )
+        legend = list(zip(series, charts.COLOURS)) if len(series) > 1 else []
+        figures.append(Figure(charts.lines(series, title=title), caption, legend))
+    return figures
 
 
-def thinned(log: Sequence[Any]) -> list[Any]:
-    """At most `DRAWN` of them, evenly from the first to the last."""
-    return [log[i] for i in np.linspace(0, len(log) - 1, min(len(log), DRAWN)).round().astype(int)]
-
-
-def _legend_of(series) -> str:
-    dots = (f'<li><i style="background:{c}"></i>{name}</li>' for c, name in zip(charts.COLOURS, series, strict=False))
-    return f'<ul class="legend">{"".join(dots)}</ul>'
+def thin(log: Sequence[Any]) -> list[Any]:
+    """Returns at most `MAX_POINTS` entries, evenly from the first to the last."""
+    return [log[i] for i in np.linspace(0, len(log) - 1, min(len(log), MAX_POINTS)).round().astype(int)]
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; without the last where the run is writing it just now. [] where there is none."""
+    """Reads the lines of a run's log, up to one that a running program has not finished. [] without such a file."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = []
+    rows = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return rows
 
 
 # Texts.
 
 
-def _reconstructions(found: Evaluation) -> str:
-    apart = np.array(
-        [edit_distance(words(a), words(b)) for a, b in zip(found.texts, found.reconstructions, strict=True)]
-    )
-    lengths = np.array([max(len(words(text)), 1) for text in found.texts])
-    order = np.argsort(apart / lengths, kind="stable")
-    bad = [i for i in order[::-1] if apart[i]][:SHOWN]
-    good = [i for i in order if i not in bad][:SHOWN]
-    exact = int((apart == 0).sum())
-
-    def card(i: int) -> str:
-        old, new = found.texts[i], found.reconstructions[i]
-        return f'<div class="card"><p>{difference(old, new)}</p></div>'
-
-    parts = [
-        f"<p>{exact:,} of {len(apart):,} are the text itself. <del>What is lost</del>, <ins>what is new</ins>.</p>"
-    ]
-    for title, rows in (("The furthest from their texts", bad), ("The nearest", good)):
-        if rows:
-            parts.append(f'<h3>{title}</h3><div class="cards">{"".join(map(card, rows))}</div>')
-    return "\n".join(parts)
+def reconstruction_cards(texts: Sequence[str], reconstructions: Sequence[str]) -> tuple[int, dict[str, list[Parts]]]:
+    """Returns how many reconstructions equal their text, and the worst and the best ones, with their changes."""
+    pairs = list(zip(texts, reconstructions, strict=True))
+    distances = np.array([edit_distance(words(a), words(b)) for a, b in pairs])
+    lengths = np.array([max(len(words(text)), 1) for text in texts])
+    order = np.argsort(distances / lengths, kind="stable")
+    worst = [i for i in order[::-1] if distances[i]][:MAX_TEXTS]
+    best = [i for i in order if i not in worst][:MAX_TEXTS]
+    shown = {"The furthest from their texts": worst, "The nearest": best}
+    return int((distances == 0).sum()), {title: [changes(*pairs[i]) for i in rows] for title, rows in shown.items()}
 
 
-def difference(old: str, new: str) -> str:
-    """Both texts as one, as HTML: what of the old is lost is marked, and what of the new is new."""
-    a, b = pieces(old), pieces(new)
-    said = []
+def changes(old: str, new: str) -> Parts:
+    """Returns the two texts merged into one, word by word: what they share, what is lost, and what is new."""
+    a, b = words_and_spaces(old), words_and_spaces(new)
+    parts = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        lost, added = escape("".join(a[i:j])), escape("".join(b[k:m]))
         if kind == "equal":
-            said.append(lost)
+            parts.append(("kept", "".join(a[i:j])))
         else:
-            said.append((f"<del>{lost}</del>" if lost else "") + (f"<ins>{added}</ins>" if added else ""))
-    return "".join(said)
+            parts += [("lost", "".join(a[i:j])), ("new", "".join(b[k:m]))]
+    return [(kind, part) for kind, part in parts if part]
 
 
-def _strips(found: Sequence[Sequence[str]]) -> str:
-    """Some interpolations; steps that give the same text are one line, what is new since the last is marked."""
-    cards = []
-    for line in found[:STRIPS]:
-        steps: list[tuple[int, int, str]] = []
-        for i, text in enumerate(line):
-            if steps and steps[-1][2] == text:
-                steps[-1] = (steps[-1][0], i, text)
-            else:
-                steps.append((i, i, text))
-        last = len(line) - 1
-        items = []
-        for place, (first, end, text) in enumerate(steps):
-            said = escape(text) if not place else _new_in(steps[place - 1][2], text)
-            weights = f"{first / last:.0%}" + (f"–{end / last:.0%}" if end > first else "")
-            part = round(100 * (first + end) / 2 / last)
-            colour = f"color-mix(in srgb, {charts.COLOURS[1]} {part}%, {charts.COLOURS[0]})"
-            items.append(f'<li style="border-color:{colour}"><span>{weights}</span><span>{said}</span></li>')
-        cards.append(f'<div class="card"><ol class="strip">{"".join(items)}</ol></div>')
-    about = (
-        "<p>Greedy texts on the straight line between the means of two texts; <ins>new since the line above</ins>.</p>"
-    )
-    return f'{about}<div class="cards">{"".join(cards)}</div>' if cards else ""
+class Step(NamedTuple):
+    """Neighbouring latents of an interpolation that give the same text."""
+
+    weights: str  # of the end, in percent: of the first latent, and of the last where there are several
+    colour: str
+    parts: Parts  # of the text; "new" is what the step before does not have
 
 
-def _new_in(old: str, new: str) -> str:
-    a, b = pieces(old), pieces(new)
-    said = []
-    for kind, _, _, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        text = escape("".join(b[k:m]))
-        said.append(text if kind == "equal" or not text else f"<ins>{text}</ins>")
-    return "".join(said)
+def interpolation_steps(texts: Sequence[str]) -> list[Step]:
+    """Returns the steps of one interpolation, from the texts of its latents."""
+    runs: list[tuple[int, int, str]] = []  # first and last latent, and their text
+    for i, text in enumerate(texts):
+        if runs and runs[-1][2] == text:
+            runs[-1] = (runs[-1][0], i, text)
+        else:
+            runs.append((i, i, text))
+    end = len(texts) - 1
+    steps = []
+    for place, (first, last, text) in enumerate(runs):
+        parts = changes(runs[place - 1][2], text) if place else [("kept", text)]
+        weights = f"{first / end:.0%}" + (f"–{last / end:.0%}" if last > first else "")
+        percent = round(100 * (first + last) / 2 / end)
+        colour = f"color-mix(in srgb, {charts.COLOURS[1]} {percent}%, {charts.COLOURS[0]})"
+        steps.append(Step(weights, colour, [part for part in parts if part[0] != "lost"]))
+    return steps
 
 
-def _neighbours(found: Evaluation) -> str:
-    """A few texts, and those whose means are nearest."""
-    means = found.posterior.mean
+def neighbours(texts: Sequence[str], means: Float[np.ndarray, "n L"]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Returns a few texts, each with the texts whose means are nearest and their distances; [] for a single text."""
     n = len(means)
-    cards = []
-    for i in np.linspace(0, n - 1, min(SHOWN, n)).astype(int):
-        near, far = nearest(means, i)
-        if len(near):
-            items = (f'<li>{escape(found.texts[j])} <span class="far">{d:.2f}</span></li>' for j, d in zip(near, far))
-            cards.append(
-                f'<div class="card"><p><b>{escape(found.texts[i])}</b></p><ol class="near">{"".join(items)}</ol></div>'
-            )
-    about = "<p>Of the texts measured, those with the nearest posterior means, and how far these are.</p>"
-    return f'{about}<div class="cards">{"".join(cards)}</div>' if cards else ""
+    if n < 2:
+        return []
+    found = []
+    for i in np.linspace(0, n - 1, min(MAX_TEXTS, n)).astype(int):
+        found.append((texts[i], [(texts[j], distance) for j, distance in zip(*nearest(means, i))]))
+    return found
 
 
 def nearest(means: Float[np.ndarray, "n L"], i: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows nearest to row i, and their distances."""
-    far = np.linalg.norm(means - means[i], axis=1)
-    order = [j for j in np.argsort(far, kind="stable") if j != i][:NEAREST]
-    return np.array(order, int), far[order]
+    """Returns the rows nearest to row i, and their distances."""
+    distances = np.linalg.norm(means - means[i], axis=1)
+    order = [j for j in np.argsort(distances, kind="stable") if j != i][:MAX_NEIGHBOURS]
+    return np.array(order, int), distances[order]
 
 
-def _samples(found: Evaluation) -> str:
-    shown = found.samples[:SAMPLES]
-    marks = [""] * len(shown) if found.accepted is None else ["✓ " if yes else "✗ " for yes in found.accepted]
-    settings = ", ".join(f"{name} {value:g}" for name, value in found.measures["sampling"].items())
-    about = f"<p>Settings of the checkpoint: {escape(settings)}." + (
-        "" if found.accepted is None else " ✓: the grammar accepts the text."
-    )
-    items = "".join(f"<li>{mark}{escape(text)}</li>" for mark, text in zip(marks, shown, strict=False))
-    return f'{about}</p><ol class="texts">{items}</ol>'
+def marked_samples(samples: Sequence[str], accepted: Sequence[bool] | None) -> list[tuple[str, str]]:
+    """Returns the first samples, each with the mark that says whether the grammar accepts it."""
+    shown = samples[:MAX_SAMPLES]
+    marks = [""] * len(shown) if accepted is None else ["✓ " if valid else "✗ " for valid in accepted]
+    return list(zip(marks, shown, strict=False))

@@ -1,1 +1,1 @@
-"""Text to ids and back."""
+"""Turns texts into token ids and back."""

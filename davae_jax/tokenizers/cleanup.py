@@ -1,10 +1,10 @@
-"""The published clean-up of decoded text: blanks that tokenization left behind, and the noise of scraped pages."""
+"""Cleans up decoded text as the published program does: removes blanks from tokenization and noise of web pages."""
 
 from __future__ import annotations
 
 import re
 
-# Blanks that English tokenization puts before punctuation and contractions, in the published order.
+# Punctuation and contractions after the blank that English tokenization inserts, in the published order.
 _ENGLISH = (
     (" .", "."),
     (" ?", "?"),
@@ -18,20 +18,20 @@ _ENGLISH = (
     (" 're", "'re"),
 )
 
-# Characters between which Chinese text has no white space: CJK ideographs, ASCII digits, punctuation.
+# Characters between which Chinese text has no white space: CJK ideographs, ASCII digits and punctuation.
 _TIGHT = "[\u4e00-\u9fa50-9|，。？！@¥…—《》“”、；：‘’（）「」【】·～+]"
 
-# White space, line feeds too, with such a character on both sides. The published program matches the neighbours too
-# and so needs two passes; as the neighbours are never white space, looking at them without taking them does the same.
+# White space, including line feeds, between two such characters. The published pattern consumes the two characters, so
+# the published program applies it twice; a look-behind and a look-ahead give the same result in one pass.
 _BETWEEN_TIGHT = re.compile(rf"(?<={_TIGHT})\s+(?={_TIGHT})")
 
-# Deleted one after the other, as published: an earlier deletion can make room for a later one.
+# Deleted in the published order, which matters: a deletion can create a match for a later pattern.
 _NOISE = (
-    # References at the end of a page, up to the end of the text. The dot stops at a line feed, so with a further line
-    # behind it nothing is deleted; `$` also stands before one last line feed.
+    # References at the end of a page. The dot does not match a line feed, so nothing is deleted where another line
+    # follows; `$` also matches before a line feed at the end of the text.
     re.compile(r"引用日期.*$"),
     re.compile(r"参考资料.*$"),
-    # Footnote marks: from the first opening bracket of a line to its last closing one.
+    # Footnote marks: everything from the first opening bracket of a line to its last closing bracket.
     re.compile(r"\[.*\]"),
     re.compile(r"【.*】"),
 )
@@ -41,19 +41,19 @@ _LABELS = ("原文地址：", "原文转载：", "本文转自：", "本文摘�
 
 
 def join_english(text: str) -> str:
-    """Takes away the blank before English punctuation and contractions (transformers' clean_up_tokenization_spaces)."""
+    """Removes the blank before English punctuation and contractions (transformers' clean_up_tokenization_spaces)."""
     for spaced, joined in _ENGLISH:
         text = text.replace(spaced, joined)
     return text
 
 
 def join_chinese(text: str) -> str:
-    """Takes away white space between Chinese characters, digits and Chinese punctuation."""
+    """Removes white space between Chinese characters, digits and Chinese punctuation."""
     return _BETWEEN_TIGHT.sub("", text)
 
 
 def drop_noise(text: str) -> str:
-    """Takes away references, bracketed notes, reprint labels and `<unk>`."""
+    """Removes references, notes in brackets, labels of reprinted articles and `<unk>`."""
     for pattern in _NOISE:
         text = pattern.sub("", text)
     for label in _LABELS:
@@ -62,5 +62,5 @@ def drop_noise(text: str) -> str:
 
 
 def clean_up(text: str) -> str:
-    """Decoded text as the published program shows it."""
+    """Returns decoded text as the published program prints it."""
     return drop_noise(join_chinese(join_english(text))).strip()

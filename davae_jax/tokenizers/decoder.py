@@ -1,7 +1,7 @@
-"""The two tokenizers, as published: WordPiece for the encoder, SentencePiece BPE for the decoder.
+"""Tokenizes texts for the decoder, and decodes its ids: SentencePiece BPE, as in the published program.
 
-They differ because the two halves were warm-started from different models. Both reproduce the published program's
-ids exactly, its habits included: the encoder's special tokens stand twice, the decoder's literals win over pieces.
+The decoder's tokenizer differs from the encoder's because the two were initialized from different pretrained models.
+It gives exactly the published program's ids, also where a text contains the literal form of a special token.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ END, PAD, BOS, UNK = "<|endoftext|>", "<pad>", "<bos>", "<unk>"
 
 
 class DecoderTokenizer:
-    """SentencePiece BPE with three added tokens, `<|endoftext|>`, `<pad>` and `<bos>`, behind its own pieces.
+    """SentencePiece BPE with three added tokens, `<|endoftext|>`, `<pad>` and `<bos>`, whose ids follow the pieces.
 
     Attributes:
-      size: number of pieces of spiece.model, the added tokens not counted.
-      unk_id: id of `<unk>`, one of the pieces.
+      size: the number of pieces in spiece.model, without the added tokens.
+      unk_id: the id of `<unk>`, which is one of the pieces.
+      bos_id, end_id, pad_id: the ids of the added tokens.
     """
 
     def __init__(self, folder: str | Path, *, bos_id: int = 50002, end_id: int = 50000, pad_id: int = 50001):
-        """Reads `folder`/spiece.model and nothing else.
+        """Reads `folder`/spiece.model and no other file.
 
         Args:
-          folder: where spiece.model lies.
-          bos_id, end_id, pad_id: as the model's config has them; each one of the three ids right behind the pieces, or
-            a control piece of the model's own.
+          folder: the folder that holds spiece.model.
+          bos_id, end_id, pad_id: the ids in the model's config. Each is one of the three ids that follow the pieces, or
+            the id of a control piece in spiece.model.
 
         Raises:
-          InputError: spiece.model is missing, unreadable or damaged, or the ids given do not fit its size.
+          InputError: spiece.model is missing, unreadable or damaged, or the ids do not fit its size.
         """
         path = Path(folder) / "spiece.model"
         self._pieces = _load_sentencepiece(path)
@@ -48,32 +49,34 @@ class DecoderTokenizer:
 
     def _check_added_ids(self, path: Path) -> None:
         if len(self._added) != 3:
-            raise InputError(f"{path}: the ids of {END}, {PAD} and {BOS} must differ; got {sorted(self._added)} only")
+            raise InputError(f"{path}: the ids of {END}, {PAD} and {BOS} must differ; got only {sorted(self._added)}")
         for i, literal in self._added.items():
-            behind = self.size <= i < self.size + 3
-            if not behind and not (0 <= i < self.size and self._pieces.is_control(i)):
+            follows_pieces = self.size <= i < self.size + 3
+            if not follows_pieces and not (0 <= i < self.size and self._pieces.is_control(i)):
                 raise InputError(
                     f"{path}: {self.size} pieces, so {literal} must have one of the ids {self.size}..{self.size + 2},"
-                    f" not {i}; is this the model's own spiece.model?"
+                    f" not {i}; does this spiece.model belong to the model?"
                 )
 
     def encode(self, text: str) -> list[int]:
-        """The published decoder ids of a text: its pieces, then one end id unless they end with it already.
+        """Returns the ids of a text as in the published program: its pieces, and an end id unless they end with one.
 
-        The text is split at the literals `<unk>`, `<pad>`, `<bos>` and `<|endoftext|>` first; white space next to
-        them is dropped, and what stands between is encoded by itself.
+        The text is first split at the literals `<unk>`, `<pad>`, `<bos>` and `<|endoftext|>`. White space next to a
+        literal is removed, and each stretch between literals is encoded separately.
 
         Raises:
-          InputError: the text holds half of a surrogate pair, which is no character.
+          InputError: the text holds half of a surrogate pair, which is not a character.
         """
         ids = self._encode_pieces(text)
         return ids if ids and ids[-1] == self.end_id else [*ids, self.end_id]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """`<bos>` and the pieces of the text. As published, one end id that closes the text is left out.
+        """Returns the id of `<bos>` and the pieces of a text, without the end id, for the decoder to continue.
+
+        As in the published program, one literal `<|endoftext|>` at the end of the text is left out too.
 
         Raises:
-          InputError: the text holds half of a surrogate pair, which is no character.
+          InputError: the text holds half of a surrogate pair, which is not a character.
         """
         return [self.bos_id, *self.encode(text)[:-1]]
 
@@ -82,7 +85,7 @@ class DecoderTokenizer:
         ids = []
         parts = self._literals.split(text)  # text, literal, text, …, literal, text
         for n, part in enumerate(parts):
-            if n % 2:
+            if n % 2:  # a literal
                 ids.append(self._literal_ids[part])
                 continue
             if n > 0:
@@ -93,7 +96,9 @@ class DecoderTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The published text of the ids, before `cleanup.clean_up`. Ids past the added tokens print `<extra_id_-4>`, …
+        """Returns the text of the ids as in the published program, before `cleanup.clean_up`.
+
+        Ids after the added tokens become `<extra_id_-4>`, `<extra_id_-5>`, …
 
         Raises:
           IndexError: an id is negative.
@@ -107,7 +112,10 @@ class DecoderTokenizer:
         return " ".join(parts)
 
     def _decode_run(self, run: list[int]) -> str:
-        """A run without added tokens. A group of pieces that an unknown id ends gets a blank in front, as published."""
+        """Returns the text of a run of ids without added tokens.
+
+        As in the published program, a group of pieces that is followed by an unknown id gets a blank before it.
+        """
         groups = [(unknown, list(group)) for unknown, group in groupby(run, key=lambda i: i == self.unk_id)]
         text = ""
         for n, (unknown, group) in enumerate(groups):
@@ -119,13 +127,13 @@ class DecoderTokenizer:
         return text.strip()
 
     def _piece(self, i: int) -> str:
-        # Rows of the embedding past the added tokens were never trained. The published tokenizer counts their names
-        # down from its own size; SentencePiece passes a name it does not know through as it is.
+        # The embedding has untrained rows after the added tokens. The published tokenizer names them by counting down
+        # from its size, and SentencePiece copies a piece that it does not know into the text unchanged.
         return self._pieces.id_to_piece(i) if i < self.size else f"<extra_id_{self.size - 1 - i}>"
 
 
 def count_pieces(path: Path) -> int:
-    """Pieces of a spiece.model. Raises InputError where it is missing or damaged."""
+    """Returns the number of pieces in a spiece.model. Raises InputError where it is missing or damaged."""
     return len(_load_sentencepiece(path))
 
 
@@ -133,7 +141,7 @@ def _load_sentencepiece(path: Path):
     from sentencepiece import SentencePieceProcessor
 
     data = read_file(path)
-    if not data:  # SentencePiece takes empty bytes for "no model yet" and loads nothing
+    if not data:  # SentencePiece would raise no error, and load no model
         raise InputError(f"{path}: the file is empty")
     try:
         return SentencePieceProcessor(model_proto=data)

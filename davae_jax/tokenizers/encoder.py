@@ -1,4 +1,4 @@
-"""The encoder's tokenizer: BERT WordPiece with doubled special tokens, as published."""
+"""Tokenizes texts for the encoder: BERT WordPiece with doubled special tokens, as in the published program."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from davae_jax.utils.errors import InputError, first_line
 
 
 class EncoderTokenizer:
-    """BERT WordPiece, lower-casing: text to `[CLS] [CLS] … [SEP] [SEP]`.
+    """Turns texts into the ids of lower-casing BERT WordPiece, as `[CLS] [CLS] … [SEP] [SEP]`.
 
-    The published program lets the tokenizer add [CLS] and [SEP], cuts, and then adds both once more; the checkpoint
-    has only ever seen the doubled form. The cut comes between the two, so a cut text ends in one [SEP].
+    The published program lets the tokenizer add [CLS] and [SEP], truncates, and then adds both a second time; the
+    checkpoint was trained on this doubled form. Truncation removes the inner [SEP], so a truncated text ends in one.
 
     Attributes:
-      size: number of entries of vocab.txt.
+      size: the number of tokens in vocab.txt.
+      unk_id, cls_id, sep_id: the ids of [UNK], [CLS] and [SEP].
+      max_ids: see `__init__`.
     """
 
     def __init__(self, folder: str | Path, *, cls_id: int = 101, sep_id: int = 102, max_ids: int = 510):
-        """Reads `folder`/vocab.txt and nothing else.
+        """Reads `folder`/vocab.txt and no other file.
 
         Args:
-          folder: where vocab.txt lies.
-          cls_id: id of [CLS], as the model's config has it.
-          sep_id: id of [SEP], likewise.
-          max_ids: ids kept of a text, its own [CLS] and [SEP] counted, the outer pair not. The encoder's number of
-            positions less 2; 510 as published.
+          folder: the folder that holds vocab.txt.
+          cls_id: the id of [CLS] in the model's config.
+          sep_id: the id of [SEP] in the model's config.
+          max_ids: the most ids that are kept of a text, with the inner [CLS] and [SEP] but without the outer pair:
+            two less than the encoder has positions, 510 in the published model.
 
         Raises:
           InputError: vocab.txt is missing, unreadable or not a WordPiece vocabulary, or does not have the special
@@ -37,29 +39,30 @@ class EncoderTokenizer:
         """
         path = Path(folder) / "vocab.txt"
         data = read_file(path)
-        entries = _vocabulary(path, data)
-        # [PAD] must be 0: the encoder's attention mask is `ids > 0`.
-        for token, wanted in (("[PAD]", 0), ("[UNK]", None), ("[CLS]", cls_id), ("[SEP]", sep_id), ("[MASK]", None)):
-            if token not in entries:
+        vocabulary = _parse_vocabulary(path, data)
+        # [PAD] must be 0, because the encoder's attention mask is `ids > 0`.
+        required = {"[PAD]": 0, "[UNK]": None, "[CLS]": cls_id, "[SEP]": sep_id, "[MASK]": None}
+        for token, expected in required.items():
+            if token not in vocabulary:
                 raise InputError(f"{path}: the vocabulary lacks {token}")
-            if wanted is not None and entries.index(token) != wanted:
-                raise InputError(f"{path}: {token} has id {entries.index(token)}, where the model expects {wanted}")
-        self.size = len(entries)
-        self.unk_id = entries.index("[UNK]")
+            if expected is not None and (token_id := vocabulary.index(token)) != expected:
+                raise InputError(f"{path}: {token} has id {token_id}, where the model expects {expected}")
+        self.size = len(vocabulary)
+        self.unk_id = vocabulary.index("[UNK]")
         self.cls_id, self.sep_id, self.max_ids = cls_id, sep_id, max_ids
         self._tokenizer = _load_wordpiece(path, data)
-        # Repeated entries shrink the vocabulary, and transformers can fall back to one of five entries in silence.
+        # A repeated token makes the vocabulary smaller, and transformers may silently use one of five tokens instead.
         if len(self._tokenizer) != self.size:
             raise InputError(
                 f"{path}: {self.size} entries, but the tokenizer made from them has {len(self._tokenizer)};"
-                " the file must hold one token a line, none twice"
+                " the file must hold one token per line, none of them twice"
             )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The published encoder ids of each text: at least four, at most `max_ids` + 2.
+        """Returns the ids of each text as in the published program: at least four, at most `max_ids` + 2.
 
         Raises:
-          InputError: a text holds half of a surrogate pair, which is no character.
+          InputError: a text holds half of a surrogate pair, which is not a character.
         """
         if not texts:
             return []
@@ -68,46 +71,47 @@ class EncoderTokenizer:
         encoded = self._tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
         return [[self.cls_id, *ids[: self.max_ids], self.sep_id] for ids in encoded["input_ids"]]
 
-    def problem(self, ids: Sequence[int]) -> str | None:
-        """Why a text with these ids, from `encode`, will not come through the latent well; None where all is fine.
+    def is_truncated(self, ids: Sequence[int]) -> bool:
+        """Returns whether `encode` has truncated the text with these ids: the inner [SEP] is missing.
 
-        Read off the ids, so the text is not tokenized again. A cut is seen by its single [SEP] at the end: a text that
-        is cut right behind a literal "[SEP]" of its own passes as whole.
+        A text that was truncated directly after a literal "[SEP]" of its own passes as complete.
         """
-        inner = ids[2:-1]  # without both [CLS] and the outer [SEP]
-        was_cut = not inner or inner[-1] != self.sep_id
-        body = inner if was_cut else inner[:-1]
+        return ids[-2] != self.sep_id
+
+    def problem(self, ids: Sequence[int]) -> str | None:
+        """Returns why the latent cannot represent the text with these ids from `encode` well; None if it can."""
+        body = ids[2:-1] if self.is_truncated(ids) else ids[2:-2]
         if not body:
             return "the text is empty or only white space"
         if all(i == self.unk_id for i in body):
             return "the encoder knows no character of the text"
-        if was_cut:
-            return f"the text is longer than {self.max_ids} ids and was cut"
+        if self.is_truncated(ids):
+            return f"the text is longer than {self.max_ids} ids and was truncated"
         return None
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """The entries of a vocab.txt; an entry's place is its id. Raises InputError where there is no such file."""
-    return _vocabulary(path, read_file(path))
+    """Returns the tokens in a vocab.txt, by id. Raises InputError where the file cannot be read."""
+    return _parse_vocabulary(path, read_file(path))
 
 
-def _vocabulary(path: Path, data: bytes) -> list[str]:
-    """The entries of vocab.txt, split at line feeds alone: two published ones contain U+2028, also a line separator."""
+def _parse_vocabulary(path: Path, data: bytes) -> list[str]:
+    # Only line feeds end a token: two published tokens contain U+2028, at which `splitlines` would split.
     try:
-        entries = data.decode("utf-8").split("\n")
+        vocabulary = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if entries[-1] == "":  # what follows the last line feed is no entry
-        entries.pop()
-    if not entries:
+    if vocabulary[-1] == "":  # after the last line feed
+        vocabulary.pop()
+    if not vocabulary:
         raise InputError(f"{path}: the vocabulary is empty")
-    return [entry.removesuffix("\r") for entry in entries]
+    return [token.removesuffix("\r") for token in vocabulary]
 
 
 def _load_wordpiece(path: Path, data: bytes):
     bert_tokenizer = _import_bert_tokenizer()
-    # In a folder of its own: a tokenizer.json or tokenizer_config.json beside it, say of the decoder's tokenizer, would
-    # take part otherwise. A local folder also keeps transformers from asking the network.
+    # A copy in an empty folder, because transformers would also read a tokenizer.json or tokenizer_config.json next to
+    # vocab.txt, for example the decoder's. With a local folder transformers does not access the network.
     with tempfile.TemporaryDirectory(prefix="davae-vocab-") as folder:
         (Path(folder) / "vocab.txt").write_bytes(data)
         try:
@@ -117,7 +121,7 @@ def _load_wordpiece(path: Path, data: bytes):
 
 
 def _import_bert_tokenizer():
-    # Where PyTorch is not installed, transformers says on import that no models will be available: none are wanted.
+    # Without PyTorch, transformers logs on import that no models are available. None are needed here.
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_no_import_advice)
     try:

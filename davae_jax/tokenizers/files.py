@@ -1,4 +1,4 @@
-"""Reading the tokenizers' files."""
+"""Reads the files of the tokenizers, and checks texts before they are tokenized."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from davae_jax.utils.errors import InputError
 
 
 def read_file(path: Path) -> bytes:
+    """Returns the content of a file. Raises InputError where it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -17,8 +18,9 @@ def read_file(path: Path) -> bytes:
 
 
 def require_unicode(text: str) -> None:
+    """Raises InputError where a text holds half of a surrogate pair, which the tokenizers cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         at, code = error.start, ord(text[error.start])
-        raise InputError(f"text: the lone surrogate U+{code:04X} at position {at} is no character") from None
+        raise InputError(f"text: the lone surrogate U+{code:04X} at position {at} is not a character") from None

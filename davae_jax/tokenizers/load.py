@@ -1,4 +1,4 @@
-"""Both tokenizers of a folder."""
+"""Loads both tokenizers of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ TOKENIZER_FILES = ("vocab.txt", "spiece.model")
 
 
 def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer, DecoderTokenizer]:
-    """Both tokenizers of a folder. Raises InputError where one is missing, damaged or larger than the model's."""
+    """Returns the encoder's and the decoder's tokenizer in a folder.
+
+    Raises:
+      InputError: a file is missing or damaged, or holds more tokens than the model's vocabulary.
+    """
     vocab, spiece = (folder / name for name in TOKENIZER_FILES)
     encoder = EncoderTokenizer(
         folder,

@@ -1,4 +1,4 @@
-"""Tokenizers for a corpus that has none: WordPiece for the encoder, SentencePiece BPE for the decoder."""
+"""Trains tokenizers on a corpus: WordPiece for the encoder, SentencePiece BPE for the decoder."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from collections.abc import Sequence
 
 from davae_jax.utils.errors import InputError, OptionError, first_line
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def train_wordpiece(texts: Sequence[str], entries: int) -> bytes:
-    """A vocab.txt of so many entries at most, special tokens counted. Every Chinese character is a word, as in BERT."""
+def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
+    """Returns the content of a vocab.txt with at most `vocab_size` tokens, the special ones included.
+
+    As in BERT, every Chinese character is a word of its own.
+    """
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     tokenizer.train_from_iterator(
         texts,
-        vocab_size=entries,
-        limit_alphabet=entries,  # else the most frequent 1,000 characters alone
+        vocab_size=vocab_size,
+        limit_alphabet=vocab_size,  # the default keeps only the 1,000 most frequent characters
         min_frequency=1,
-        special_tokens=SPECIAL,
+        special_tokens=SPECIAL_TOKENS,
         show_progress=False,
     )
     vocabulary = tokenizer.get_vocab()
-    return "".join(f"{entry}\n" for entry in sorted(vocabulary, key=vocabulary.get)).encode("utf-8")
+    return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode("utf-8")
 
 
-def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
-    """A spiece.model of so many pieces at most: every character and the most useful merges. It gives texts back as is.
+def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -> bytes:
+    """Returns the content of a spiece.model with at most `vocab_size` pieces: all characters and frequent merges.
+
+    The model does not normalize, so that decoding gives back the same text.
+
+    Args:
+      option: the option that sets `vocab_size`, for the error message.
 
     Raises:
-      InputError: the texts have more characters than that (exit code 2).
+      OptionError: the texts have more characters than `vocab_size`.
+      InputError: training fails for another reason.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -42,10 +51,10 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
             sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
-            vocab_size=pieces,
+            vocab_size=vocab_size,
             character_coverage=0.9999,
-            max_sentence_length=1 << 30,  # in bytes; longer texts would be left out in silence
-            normalization_rule_name="identity",  # else full-width punctuation would come back half-width
+            max_sentence_length=1 << 30,  # in bytes; the default would silently leave out long texts
+            normalization_rule_name="identity",  # the default makes full-width punctuation half-width
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -54,11 +63,15 @@ def train_sentencepiece(texts: Sequence[str], pieces: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as e:
-        if fewest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
-            reason = f"{pieces}: the texts have {fewest[1]} different characters; give a larger vocabulary"
-            raise OptionError("--data.decoder-vocab-size", reason) from e
-        # Short or uniform texts have fewer merges to offer; the message says how many pieces they are good for.
-        if most := re.search(r"set it to a value <= (\d+)", str(e)):
-            return train_sentencepiece(texts, int(most[1]))
-        raise InputError(f"a SentencePiece model of {pieces} pieces cannot be trained on this: {first_line(e)}") from e
+        # SentencePiece has no types for its errors; its messages give the numbers.
+        if required := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
+            reason = f"{vocab_size}: the texts have {required[1]} different characters; give a larger vocabulary"
+            raise OptionError(option, reason) from e
+        # Few or uniform texts do not have enough merges to fill the vocabulary.
+        if possible := re.search(r"set it to a value <= (\d+)", str(e)):
+            return train_sentencepiece(texts, int(possible[1]), option=option)
+        reason = first_line(e)
+        raise InputError(
+            f"a SentencePiece model of {vocab_size} pieces cannot be trained on the texts: {reason}"
+        ) from e
     return model.getvalue()

@@ -1,7 +1,7 @@
-"""A run's checkpoints: one folder a step, written while training goes on, each whole or not there at all.
+"""Saves and restores a run's checkpoints: a folder for each saved step, written while training continues.
 
-A checkpoint holds `params` (the weights, which every `davae` command reads), `state` (the rest of the train state) and,
-in its metadata, a sum over the bits of every array, by which damage is noticed that the file format does not see.
+A checkpoint holds `params` (the weights, which every `davae` command reads) and `state` (the rest of the train state).
+Its metadata hold a checksum of every array, which detects damage that the file format does not.
 """
 
 from __future__ import annotations
@@ -12,73 +12,101 @@ import itertools
 import logging
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, complete_checkpoints
 from davae_jax.checkpoints.weights import flatten, nest
-from davae_jax.parallel.multihost import all_processes, barrier, is_process_zero
+from davae_jax.parallel.multihost import all_processes, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
 
 REST = "state"  # the part of a checkpoint that is not weights
+# The metadata's keys.
+CHECKSUMS, EXTRA_STATE = "sums", "remembered"
 
 
 class Checkpoints:
-    """Reads and writes them; in several processes, to be called by all."""
+    """Saves and restores the checkpoints of a run. With several processes, every process calls every method.
 
-    def __init__(self, run: Path, keep: int):
-        """keep: how many of the newest; the one of the lowest held-out loss is kept as well."""
-        self.run, self._keep = run, keep
-        self.step = max(map(_step, complete_checkpoints(run)), default=0)  # of the newest complete one, 0 where none is
-        self._checkpointer, self._saving = None, None
+    As a context manager it completes the save in progress on exit.
+
+    Attributes:
+      run: the run folder.
+      step: of the newest complete checkpoint, 0 if there is none.
+    """
+
+    def __init__(self, run: Path, keep: int, *, on_complete: Callable[[Path], None] | None = None):
+        """
+        Args:
+          run: the run folder.
+          keep: how many of the newest checkpoints are kept, beside the one with the lowest held-out loss.
+          on_complete: called with the path of each saved checkpoint as soon as it is complete, on a thread of Orbax's.
+        """
+        self.run = run
+        self.step = max(map(_step, complete_checkpoints(run)), default=0)
+        self._keep, self._on_complete = keep, on_complete
+        self._checkpointer = None  # Orbax's, made for the first save
+        self._saving: int | None = None  # the step whose save is in progress
 
     def path(self, step: int) -> Path:
+        """Returns the folder of a step's checkpoint."""
         return self.run / CHECKPOINTS_FOLDER / str(step)
 
     @property
     def last(self) -> str:
-        """The newest complete one's place, for messages."""
+        """The path of the newest complete checkpoint, or "none yet", for messages."""
         return str(self.path(self.step)) if self.step else "none yet"
 
     def save(self, state: TrainState, *, held_out_loss: float | None = None, extra_state: Any = None) -> None:
-        """Begins to write the state; the arrays may be reused at once. Waits for the save before, if that still goes.
+        """Begins to save the state, after the previous save is complete. The arrays may be reused when this returns.
 
-        remembered: JSON values that `restore` returns with the state.
+        Args:
+          held_out_loss: by which the best checkpoint is chosen; None, NaN and infinity are never the best.
+          extra_state: JSON values that `restore` returns with the state.
 
         Raises:
-          InputError: this save or the one before cannot be written.
+          InputError: this save or the previous one failed.
         """
         self.wait()
         step = int(state.step)
-        said = {"sums": jax.device_get(_sums(_leaves(state))), "remembered": copy.deepcopy(extra_state)}
-        said["sums"] = {name: int(value) for name, value in said["sums"].items()}
+        checksums = {name: int(value) for name, value in jax.device_get(_checksums(_leaves(state))).items()}
+        metadata = {CHECKSUMS: checksums, EXTRA_STATE: copy.deepcopy(extra_state)}
         comparable = held_out_loss is not None and math.isfinite(held_out_loss)
         metrics = {"held_out_loss": held_out_loss} if comparable else None
         self._saving = step
-        with self._reporting(), quiet_orbax():
-            self._response = self._opened().save_checkpointables_async(
-                step, _parts(state), force=True, overwrite=True, metrics=metrics, custom_metadata=said
+        with self._save_errors(), quiet_orbax():
+            self._response = self._open().save_checkpointables_async(
+                step, _parts(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
             )
+            if self._on_complete is not None:
+                path, on_complete = self.path(step), self._on_complete
+                self._response.on_complete(lambda _: on_complete(path))
 
     def wait(self) -> None:
-        """Returns when what `save` began is complete. Raises InputError if it cannot be."""
+        """Waits until the save in progress, if any, is complete. Raises InputError if it failed."""
         if self._saving is None:
             return
-        with self._reporting(), quiet_orbax():
+        with self._save_errors(), quiet_orbax():
             self._response.result()
         self.step, self._saving = self._saving, None
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any]:
-        """The newest checkpoint that is not damaged, laid out as `like` (abstract arrays with shardings), and what it
-        was to remember. Damaged ones are named on stderr and set aside, as STEP.damaged.
+        """Returns the newest intact checkpoint's state, with the shardings of `like`, and its extra state.
+
+        Damaged checkpoints are reported on stderr and renamed to STEP.damaged.
+
+        Args:
+          like: a state of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          InputError: none can be read.
+          InputError: every checkpoint is damaged.
         """
         damaged: dict[int, str] = {}
         for step in sorted(map(_step, complete_checkpoints(self.run)), reverse=True):
@@ -90,56 +118,60 @@ class Checkpoints:
             if not all_processes(reason is None):
                 damaged[step] = reason or "cannot be read by another process"
                 continue
-            for bad, reason in damaged.items():
+            for bad_step, reason in damaged.items():
+                bad = self.path(bad_step)
                 if is_process_zero():
-                    print(f"{self.path(bad)}: {reason}; set aside, going on from {self.path(step)}", file=sys.stderr)
-                    self.path(bad).rename(_free(self.path(bad).with_suffix(".damaged")))
+                    print(f"{bad}: {reason}; set aside, going on from {self.path(step)}", file=sys.stderr)
+                    bad.rename(_unused_path(bad.with_suffix(".damaged")))
             self.step = step
             if damaged:
-                barrier("damaged checkpoints are set aside")
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             return state, extra_state
-        said = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
-        raise InputError(f"{said}; no other checkpoint is left")
+        reasons = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
+        raise InputError(f"{reasons}; no other checkpoint is left")
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Completes what is being saved, unless it is to end at once, and ends what Orbax keeps running."""
+        """Completes the save in progress and stops Orbax's threads; does neither where the run is killed."""
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception):
-            with contextlib.suppress(InputError):  # the first error is the one to tell
+        elif issubclass(kind, InputError) or (issubclass(kind, Exception) and jax.process_count() == 1):
+            # After other errors a process may be lost, and the save would wait for it.
+            with contextlib.suppress(InputError):  # the first error is the one to report
                 self.wait()
         if self._checkpointer is not None and self._saving is None:
             with quiet_orbax():
                 self._checkpointer.close()
 
     def _load(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
+        """Returns a checkpoint's state and extra state. Raises _Damaged if it cannot be read or a checksum differs."""
         from orbax.checkpoint import v1 as ocp
 
         path = self.path(step).absolute()
         try:
             with quiet_orbax():
                 parts = ocp.load_checkpointables(path, _parts(like))
-                said = ocp.checkpointables_metadata(path).custom_metadata or {}
-        except Exception as e:  # Orbax and TensorStore have many types for a damaged file
+                metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
+        except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise _Damaged(f"cannot be read ({first_line(e)})") from e
         loaded = {f"params.{name}": leaf for name, leaf in flatten(parts[PARAMS_FOLDER]).items()} | parts[REST]
         loaded = {name: loaded[name] for name in _leaves(like)}
-        stored, found = said.get("sums", {}), jax.device_get(_sums(loaded))
-        if bad := [name for name in found if int(found[name]) != stored.get(name)]:
-            raise _Damaged(f"{len(bad)} arrays are not what was saved, {bad[0]} first")
-        return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), said["remembered"]
+        saved, checksums = metadata.get(CHECKSUMS, {}), jax.device_get(_checksums(loaded))
+        if differing := [name for name in checksums if int(checksums[name]) != saved.get(name)]:
+            raise _Damaged(f"{len(differing)} arrays are not what was saved, {differing[0]} first")
+        return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), metadata[EXTRA_STATE]
 
-    def _opened(self):
+    def _open(self):
+        """Returns Orbax's checkpointer, which is made on the first call."""
         from orbax.checkpoint import v1 as ocp
 
         if self._checkpointer is None:
             policies = ocp.training.preservation_policies
             best = policies.BestN(
                 get_metric_fn=lambda metrics: metrics["held_out_loss"],
-                reverse=True,  # the last of the order is the best
+                reverse=True,  # Orbax keeps the last in order, and the lowest loss is the best
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
@@ -150,45 +182,35 @@ class Checkpoints:
             )
         return self._checkpointer
 
-    def _reporting(self):
-        return _Reporting(self)
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """Turns Orbax's errors into an InputError that names the last complete checkpoint."""
+        try:
+            yield
+        except Exception as e:
+            # The run ends here: errors of Orbax's other threads and tasks would only follow this one.
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).disabled = True
+            reason = system_reason(e) or first_line(e)
+            raise InputError(
+                f"{self.run / CHECKPOINTS_FOLDER}: step {self._saving} cannot be saved ({reason}); "
+                f"the last complete checkpoint is {self.last}"
+            ) from e
 
 
-class _Reporting:
-    """Turns what Orbax raises into one line that says what is left."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._of = checkpoints
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, _):
-        if error is None or not isinstance(error, Exception):
-            return
-        # The run ends here; what Orbax's other threads and tasks meet is not to be reported after it.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).disabled = True
-        reason = system_reason(error) or first_line(error)
-        raise InputError(
-            f"{self._of.run / CHECKPOINTS_FOLDER}: step {self._of._saving} cannot be saved ({reason}); "
-            f"the last complete checkpoint is {self._of.last}"
-        ) from error
+class _Damaged(Exception):
+    """A checkpoint that is complete, but cannot be restored."""
 
 
-def _free(path: Path) -> Path:
-    """The path, or with the first number behind it that is not taken."""
+def _unused_path(path: Path) -> Path:
+    """Returns the path, with the first number appended that makes a name which does not exist."""
     names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
-class _Damaged(Exception):
-    pass
-
-
 @jax.jit
-def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Of each array the sum of its values' bits, modulo 2³²: the same however the array lies over devices."""
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns each array's sum of its values' bits, modulo 2³², which does not depend on the sharding."""
 
     def bits(x):
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -202,12 +224,12 @@ def _step(path: Path) -> int:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The weights under the names every checkpoint has, and the rest by path."""
+    """Returns the two parts of a checkpoint: the weights as nested dicts, the rest of the state by path."""
     rest = {name: leaf for name, leaf in _leaves(state).items() if not name.startswith("params.")}
     return {PARAMS_FOLDER: nest(flatten(state.params)), REST: rest}
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:
-    """Every leaf by its path; those of the params as `flatten` names them."""
+    """Returns every leaf of the state by its path. The paths under `params.` are those of `weights.flatten`."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

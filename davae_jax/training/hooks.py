@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from tqdm import tqdm
 
-from davae_jax.evaluation.figures import examples
+from davae_jax.evaluation.examples import examples
 from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.setup import Run

@@ -43,14 +43,14 @@ def token_noise(
         is_behind = jnp.arange(S) >= jnp.argmax(is_word, axis=1)[:, None]
     else:
         last_word = lax.cummax(jnp.where(is_word, jnp.arange(S), -1), axis=1)
-        is_behind = last_word >= jnp.arange(S) - segments.places()
+        is_behind = last_word >= jnp.arange(S) - segments.positions()
     is_behind &= ~is_word
     position = jnp.where(is_behind, position + S + config.shuffle + 1, position)
     position = jnp.where(dropped | (ids == 0), jnp.inf, position)
     if segments is None:
         order = jnp.argsort(position, axis=1, stable=True)
     else:
-        text = jnp.where(segments.of_token > 0, segments.of_token, S + 1)
+        text = jnp.where(segments.segment_ids > 0, segments.segment_ids, S + 1)
         order = jnp.lexsort((position, text), axis=1)
     return jnp.take_along_axis(jnp.where(dropped, 0, ids), order, axis=1)
 

@@ -200,7 +200,7 @@ def reconstruction(
         output = model.decoder(ids, latent, key=key, remat=config.remat)
     else:
         mask = segments[..., None] == jnp.arange(1, P + 1)
-        output = model.decoder(ids, latent.reshape(B, P, -1), key=key, remat=config.remat, segments=segments)
+        output = model.decoder(ids, latent.reshape(B, P, -1), key=key, remat=config.remat, segment_ids=segments)
     rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
     return rec.reshape(-1), jnp.maximum(mask.sum(1), 1).reshape(-1)
 

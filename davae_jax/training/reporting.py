@@ -9,7 +9,9 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from davae_jax.evaluation import figures
+from davae_jax.evaluation.evaluate import evaluate_run
+from davae_jax.evaluation.examples import examples, format_examples
+from davae_jax.evaluation.table import format_table
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.multihost import is_process_zero, run_on_process_zero
 from davae_jax.regularizers import active
@@ -70,18 +72,18 @@ def announce(run: Run, state: TrainState) -> None:
 
 
 def evaluate(run: Run, state: TrainState, started: float) -> None:
-    """Measures the trained model on held-out texts, prints figures and examples, and writes figures.json.
+    """Measures the trained model on held-out texts, prints examples and the measures, and writes figures.json.
 
     Args:
       started: `time.perf_counter()` when the run began, for the seconds that it took.
     """
     vae = run.text_vae(state)
-    run_on_process_zero("the figures", lambda: _evaluate(run, vae, started))
+    run_on_process_zero(lambda: _evaluate(run, vae, started))
 
 
 def _evaluate(run: Run, vae: TextVAE, started: float) -> None:
     corpus = run.corpus
-    print(f"\n{figures.format_examples(figures.examples(vae, corpus.held_out, corpus.analogy))}\n")
-    measures = figures.figures(vae, corpus.held_out[: run.config.log.figures], corpus.grammar)
-    print(f"{figures.format_figures(measures)}\n")
+    print(f"\n{format_examples(examples(vae, corpus.held_out, corpus.analogy))}\n")
+    measures = evaluate_run(vae, corpus.held_out[: run.config.log.figures], corpus.grammar)
+    print(f"{format_table(measures)}\n")
     write_json(run.folder / "figures.json", measures | {"seconds": round(time.perf_counter() - started, 1)})

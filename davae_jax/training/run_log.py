@@ -1,6 +1,7 @@
-"""What a run writes about itself: metrics.jsonl, held_out.jsonl, samples.jsonl, TensorBoard's event files.
+"""Logs a run: metrics.jsonl, held_out.jsonl, samples.jsonl, and the same values as TensorBoard events.
 
-In several processes the first alone writes; the others keep the same books, so that all checkpoints agree.
+With several processes only process 0 writes files; the others keep the same pending values, so that every process
+saves the same checkpoint.
 """
 
 from __future__ import annotations
@@ -10,26 +11,21 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
-import jax
 import numpy as np
 
 from davae_jax.parallel.multihost import is_process_zero
+from davae_jax.training.rates import Rates, Work
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.files import write_text
 
 
-class Work(NamedTuple):
-    """What a step cost."""
-
-    tokens: int  # trained
-    flops: float  # by `plan.model_flops`
-    waited: float  # seconds for its data
-
-
 class RunLog:
-    """A context: opened to go on behind `step`. Lines past that step are dropped: they will be written anew."""
+    """Collects the values of each step and writes their means every few steps. Use it as a context manager.
+
+    When a run resumes, lines after the step that it resumes from are removed: they will be written again.
+    """
 
     def __init__(
         self,
@@ -43,148 +39,143 @@ class RunLog:
     ):
         """
         Args:
+          path: the run folder.
           every: steps between two lines of metrics.jsonl.
-          pending: what `pending` was when the step's checkpoint was saved.
-          peak_flops: of all devices together, a second; None where it is not known, and then no MFU is written.
-          last_checkpoint: gives its place, for messages.
+          step: the step that the run resumes from.
+          pending: the attribute `pending` at the time that step was saved.
+          peak_flops: FLOP/s of all devices together; None if unknown, and then MFU is None.
+          last_checkpoint: returns the path of the last complete checkpoint, for messages.
         """
-        self.path, self._every, self._step = path, every, step
-        self._peak_flops, self._last_checkpoint = peak_flops, last_checkpoint
         self.pending: list[dict[str, float]] = list(pending)  # values of the steps since the last line
+        self._path, self._every, self._step = path, every, step
+        self._last_checkpoint = last_checkpoint
+        self._rates = Rates(peak_flops)
+        self._files: dict[str, JsonLinesFile] = {}
+        self._events: EventsFile | None = None
 
     def __enter__(self) -> RunLog:
-        self._writers = []
         if is_process_zero():
-            self._open()
+            with self._write_errors():
+                for name in ("metrics", "held_out", "samples"):
+                    self._files[name] = JsonLinesFile(self._path / f"{name}.jsonl", self._step)
+                self._events = EventsFile(self._path / "events", self._step + 1)
         self.restart_clock()
         return self
 
-    def _open(self) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        with self._writing():
-            self._lines = {name: self._reopened(f"{name}.jsonl") for name in ("metrics", "held_out", "samples")}
-            folder = self.path / "events"
-            folder.mkdir(exist_ok=True)
-            # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it for ever.
-            self._events = EventsWriter(str(folder / "events"))
-            self._writers = [*self._lines.values(), self._events]
-            # TensorBoard forgets what stands behind the step that the run goes on from.
-            self._write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
-
     def __exit__(self, kind, *_) -> None:
-        for writer in self._writers:
-            with contextlib.suppress(OSError) if kind else self._writing():  # the first error is the one to tell
-                writer.close()
+        for file in [*self._files.values(), *([self._events] if self._events else [])]:
+            # The first error is the one to report.
+            with contextlib.suppress(OSError) if kind else self._write_errors():
+                file.close()
 
     def step(self, step: int, values: dict[str, float], work: Work, *, last: bool) -> dict[str, float | None] | None:
-        """Takes a step's values; every few steps, and at the last one, writes and returns their means."""
+        """Adds a step's values. Every few steps, and at the last one, writes and returns their means and the rates."""
         self.pending.append(values)
-        self._work.append(work)
+        self._rates.add(work)
         if not last and step % self._every:
             return None
         n = len(self.pending)
         means = {name: sum(v[name] for v in self.pending) / n for name in self.pending[0]}
-        means |= self._rates()
+        means |= self._rates.compute()
         self.pending = []
         self.restart_clock()
-        self._write("metrics", {"step": step, **means})
-        self._scalars(step, means)
+        self._write_line("metrics", step, means)
+        self._write_scalars(step, means)
         return means
 
     def held_out(self, step: int, values: dict[str, float]) -> None:
-        """Writes the losses of held-out texts."""
-        self._write("held_out", {"step": step, **values})
-        self._scalars(step, {f"held_out/{name}": value for name, value in values.items()})
+        """Writes the losses of the held-out texts."""
+        self._write_line("held_out", step, values)
+        self._write_scalars(step, {f"held_out/{name}": value for name, value in values.items()})
 
     def samples(self, step: int, samples: dict[str, Any]) -> None:
-        """Writes what the model made of some texts."""
-        from tensorboardX.summary import text
+        """Writes texts that the model generated, as JSON values."""
+        self._write_line("samples", step, samples)
+        if self._events:
+            from tensorboardX.summary import text
 
-        self._write("samples", {"step": step, **samples})
-        self._summary(step, lambda: text("samples", json.dumps(samples, ensure_ascii=False, indent=2)))
+            with self._write_errors():
+                self._events.write(step, text("samples", json.dumps(samples, ensure_ascii=False, indent=2)))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        from tensorboardX.summary import histogram
+        """Writes a histogram, for TensorBoard alone."""
+        if self._events:
+            from tensorboardX.summary import histogram
 
-        self._summary(step, lambda: histogram(name, values, "auto"))
+            with self._write_errors():
+                self._events.write(step, histogram(name, values, "auto"))
 
     def restart_clock(self) -> None:
-        """What went before does not count as time of training."""
-        self._work: list[Work] = []
-        self._began, self._compiled = time.perf_counter(), compile_seconds()
+        """Starts a new interval for the rates, so that evaluating and saving do not count as training time."""
+        self._rates.restart()
 
-    def _rates(self) -> dict[str, float | None]:
-        """Of the steps since the clock was started, which may be fewer than those of the means."""
-        seconds = time.perf_counter() - self._began
-        flops = sum(work.flops for work in self._work) / seconds
-        return {
-            "tokens_per_s": sum(work.tokens for work in self._work) / seconds,
-            "mfu": flops / self._peak_flops if self._peak_flops else None,
-            "data_wait": sum(work.waited for work in self._work) / seconds,
-            "compile_s": compile_seconds() - self._compiled,
-            "device_memory": device_memory(),
-        }
+    def _write_line(self, name: str, step: int, values: dict[str, Any]) -> None:
+        if self._files:
+            with self._write_errors():
+                self._files[name].write({"step": step, **values})
 
-    def _scalars(self, step: int, values: dict[str, float | None]) -> None:
-        from tensorboardX.summary import scalar
+    def _write_scalars(self, step: int, values: dict[str, float | None]) -> None:
+        if self._events:
+            from tensorboardX.summary import scalar
 
-        for name, value in values.items():
-            if value is not None:
-                self._summary(step, lambda name=name, value=value: scalar(name, value))
-
-    def _write(self, file: str, values: dict[str, Any]) -> None:
-        if self._writers:
-            with self._writing():
-                print(json.dumps(values, ensure_ascii=False), file=self._lines[file], flush=True)
-
-    def _summary(self, step: int, make: Callable[[], Any]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        if self._writers:
-            with self._writing():
-                self._write_event(Event(step=step, summary=make()))
-
-    def _write_event(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._events.write_event(event)
-        self._events.flush()
+            for name, value in values.items():
+                if value is not None:
+                    with self._write_errors():
+                        self._events.write(step, scalar(name, value))
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
+        """Turns an OSError into an InputError that names the file and the last complete checkpoint."""
         try:
             yield
         except OSError as e:
-            said = f"{e.filename or self.path}: cannot be written ({system_reason(e)})"
-            raise InputError(f"{said}; the last complete checkpoint is {self._last_checkpoint()}") from e
+            raise InputError(
+                f"{e.filename or self._path}: cannot be written ({system_reason(e)}); "
+                f"the last complete checkpoint is {self._last_checkpoint()}"
+            ) from e
 
-    def _reopened(self, name: str) -> TextIO:
-        path = self.path / name
+
+class JsonLinesFile:
+    """A file of JSON objects, one a line, each with its step. Opening it removes the lines after `last_step`."""
+
+    def __init__(self, path: Path, last_step: int):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        write_text(
-            path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._step)
-        )
-        return path.open("a", encoding="utf-8")
+        # A line without an end was cut short when the run was killed.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        write_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        print(json.dumps(values, ensure_ascii=False), file=self._file, flush=True)
+
+    def close(self) -> None:
+        self._file.close()
 
 
-_compile_seconds = [0.0]
+class EventsFile:
+    """A new file of TensorBoard events in `folder`; TensorBoard discards older events from `first_step` on.
 
+    tensorboardX's SummaryWriter is not used: on a full disk its thread ends, and the run would wait for it forever.
+    """
 
-def _heed(event: str, seconds: float, **_) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        _compile_seconds[0] += seconds
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-jax.monitoring.register_event_duration_secs_listener(_heed)
+    def write(self, step: int, summary: Any) -> None:
+        """Writes a summary protocol buffer."""
+        from tensorboardX.proto.event_pb2 import Event
 
+        self._write_event(Event(step=step, summary=summary))
 
-def compile_seconds() -> float:
-    """Spent in XLA's compiler by this process so far."""
-    return _compile_seconds[0]
+    def close(self) -> None:
+        self._writer.close()
 
-
-def device_memory() -> int | None:
-    """The most bytes that the fullest of this process's devices ever held; None where the backend does not say."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
+    def _write_event(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()

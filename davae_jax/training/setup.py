@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.data.batches import Batch, BatchSource, TextBatches
@@ -26,6 +28,7 @@ from davae_jax.parallel.multihost import (
     check_same_on_all_processes,
     gather_params,
     is_process_zero,
+    run_on_all_processes,
     run_on_process_zero,
 )
 from davae_jax.parallel.sharding import RULES, make_mesh
@@ -90,26 +93,27 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
       InputError: an option, a file or a folder cannot be used.
     """
     folder = config.run_dir
-    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
-    corpus = load_corpus(config)
+    mesh, corpus = run_on_all_processes(
+        lambda: (make_mesh(config.mesh, config.batch_size, config.accumulate), load_corpus(config))
+    )
     check_same_on_all_processes("the options", digest_of(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
-    run_on_process_zero("the run's folder", lambda: _prepare_folder(config, folder, corpus))
+    run_on_process_zero(lambda: _prepare_folder(config, folder, corpus))
     model = model_config(config, folder)
     if is_warm_start(config):
-        run_on_process_zero("the warm start", lambda: make_warm_start(config, model, folder))
+        run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = warm_start_config(model, folder)
     tokenizers = load_tokenizers(folder, model)
     batches = make_batches(config, corpus, tokenizers, model)
-    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, cut=config.data.truncate)
+    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.truncate)
     corpus = corpus._replace(held_out=held_out)
-    run_on_process_zero("the model's config", lambda: model.to_json(folder / CONFIG_FILE))
+    run_on_process_zero(lambda: model.to_json(folder / CONFIG_FILE))
 
     module = abstract_model(model, dtype=config.dtype)
     graphdef = split(module)[0]
     abstract = abstract_state(module, config, mesh)
-    checkpoints = Checkpoints(folder, config.log.keep)
+    checkpoints = Checkpoints(folder, config.log.keep, on_complete=_print_saved if is_process_zero() else None)
     if checkpoints.step:
         state, pending_log = checkpoints.restore(abstract)
     else:
@@ -146,6 +150,12 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     return run, state
 
 
+def _print_saved(checkpoint: Path) -> None:
+    """Prints the path of a complete checkpoint at once: if the run is lost later, the output names the newest."""
+    tqdm.write(f"saved {checkpoint}")
+    sys.stdout.flush()
+
+
 def load_corpus(config: TrainConfig) -> Corpus:
     """Returns the texts that a config names. Raises InputError where a file cannot be used."""
     return read_corpus(config.data.train, config.data.valid, config.data.field)
@@ -162,7 +172,9 @@ def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, mo
     common = dict(batch_size=config.batch_size, pad_id=model.pad_token_id, seed=config.seed)
     texts = None
     if corpus.prepared is None:
-        texts = tokenize(corpus.train, *tokenizers, max_length=longest, source=corpus.source, cut=config.data.truncate)
+        texts = tokenize(
+            corpus.train, *tokenizers, max_length=longest, source=corpus.source, truncate=config.data.truncate
+        )
         texts = texts._replace(lines=corpus.lines[texts.lines - 1])
     if config.data.pack:
         texts = texts or PreparedTexts(corpus.prepared, longest, positions)
@@ -183,7 +195,7 @@ def held_out_batches(
     texts = texts[: config.log.held_out]
     if not texts:
         return []
-    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", cut=config.data.truncate)
+    rows = tokenize(texts, *tokenizers, max_length=config.data.max_length, source="", truncate=config.data.truncate)
     source = TextBatches(
         rows,
         config.batch_size // config.accumulate,
@@ -197,7 +209,7 @@ def held_out_batches(
 
 def truncation_mismatch(config: TrainConfig, corpus: Corpus) -> str | None:
     """Returns a warning where long texts were prepared in another way than they are trained on, or None."""
-    if corpus.prepared is None or corpus.prepared.manifest["settings"].get("cut", False) == config.data.truncate:
+    if corpus.prepared is None or corpus.prepared.truncated == config.data.truncate:
         return None
     if config.data.truncate:
         return f"{corpus.source}: was prepared without --truncate, so it lacks the texts too long for the encoder"

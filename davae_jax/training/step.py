@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from davae_jax.data.batches import Batch
-from davae_jax.model.davae import Params, merge
+from davae_jax.model.davae import Params, merge, trainable_mask, zero_buffers
 from davae_jax.model.latent import Posterior, kl_per_dimension
 from davae_jax.parallel.sharding import RULES
 from davae_jax.regularizers import normalized_head
@@ -67,8 +67,7 @@ def train_step(
     trained = state.params | ({"regularizers": state.regularizers} if state.regularizers else {})
     grads, logs = gradient(trained, graphdef, batch, context, config)
     regularizers, regularizer_states = update_regularizers(state, grads.pop("regularizers", {}), config)
-    # The position frequencies are stored with the weights, but not trained.
-    grads["decoder"]["inv_freq"] = jnp.zeros_like(grads["decoder"]["inv_freq"])
+    grads = zero_buffers(trainable_mask(merge(graphdef, state.params)), grads)
 
     lagging = config.lagging.encoder_steps > 0
     if lagging:

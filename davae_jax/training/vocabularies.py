@@ -32,8 +32,8 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
       InputError: a folder that is named has none, or others than the texts were prepared with.
     """
     trainers = (
-        partial(train_wordpiece, entries=config.data.encoder_vocab_size),
-        partial(train_sentencepiece, pieces=decoder_vocab_size(config)),
+        partial(train_wordpiece, vocab_size=config.data.encoder_vocab_size),
+        partial(train_sentencepiece, vocab_size=decoder_vocab_size(config), option="--data.decoder-vocab-size"),
     )
     pretrained = (config.init.encoder, config.init.decoder)
     for name, pretrained_part, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):

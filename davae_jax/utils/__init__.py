@@ -1,1 +1,1 @@
-"""Errors and files."""
+"""Errors, files, settings, sizes and worker processes: what does not depend on the model."""

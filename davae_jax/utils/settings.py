@@ -1,4 +1,4 @@
-"""Comparing two sets of settings, as the files of two runs hold them."""
+"""Compares two sets of settings, such as those in the files of two training runs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def changed_settings(
     Args:
       defaults: the value of a setting that one of the two lacks because another version wrote it.
       ignored: dotted names, of settings or of whole sections, that are not compared.
+      prefix: the dotted name of the section that the mappings are, with a dot at its end.
     """
     defaults = defaults or {}
     changed = []
@@ -26,10 +27,12 @@ def changed_settings(
         if prefix + name in ignored:
             continue
         default = defaults.get(name)
-        a, b = old.get(name, default), new.get(name, default)
-        if isinstance(a, dict) and isinstance(b, dict):
+        old_value, new_value = old.get(name, default), new.get(name, default)
+        if isinstance(old_value, dict) and isinstance(new_value, dict):
             section = default if isinstance(default, dict) else {}
-            changed += changed_settings(a, b, defaults=section, ignored=ignored, prefix=f"{prefix}{name}.")
-        elif a != b:
-            changed.append(f"{prefix}{name} ({a}, now {b})")
+            changed += changed_settings(
+                old_value, new_value, defaults=section, ignored=ignored, prefix=f"{prefix}{name}."
+            )
+        elif old_value != new_value:
+            changed.append(f"{prefix}{name} ({old_value}, now {new_value})")
     return sorted(changed)

@@ -1,12 +1,13 @@
-"""Rounding of sizes, so that a few compiled programs serve all."""
+"""Rounds sizes up, so that arrays of many lengths share a few shapes and so a few compiled programs."""
 
 from __future__ import annotations
 
 
 def round_up(n: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is at least n."""
     return -(-n // multiple) * multiple
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two ≥ n and ≥ least: the bucket a length falls into."""
+    """Returns the smallest power of two that is at least n, and not below `least`, itself a power of two."""
     return max(least, 1 << (n - 1).bit_length())

@@ -1,6 +1,6 @@
-"""What PyTorch and JAX compute from the same inputs, module by module and under the same names, for `parity.py`.
+"""Computes the values of every module in PyTorch and in JAX, from the same inputs and under the same names.
 
-The inputs are seeded random ids, rows of unequal length and padded, noise for the embeddings and for the latent.
+The inputs are random: padded ids of rows of unequal length, noise for the embeddings and for the latent.
 """
 
 from __future__ import annotations
@@ -16,50 +16,51 @@ import numpy as np
 from flax import nnx
 
 from davae_jax.checkpoints import torch_file
-from davae_jax.checkpoints.from_torch import checked_rows, read_state
+from davae_jax.checkpoints.published_state import checked_name_table, read_published_state
 from davae_jax.checkpoints.run_folder import weights_path
 from davae_jax.checkpoints.to_torch import published_state
-from davae_jax.model.attention import visible_keys
+from davae_jax.model.attention import causal_mask
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.latent import Posterior, kl_per_dimension
 from davae_jax.model.losses import adversarial_losses, published_loss
 from davae_jax.utils.errors import InputError
 
-Values = dict[str, np.ndarray]  # module → what it computes, float32; the twin's are in the order of computation
-Step = Callable[[str], None]  # told what begins
+Values = dict[str, np.ndarray]  # module → its output in float32; the twin's in the order of computation
+Progress = Callable[[str], None]  # called with the name of each stage as it starts
 
 BETA = 0.5  # the KL's weight in the losses compared
-NOISE = 0.1  # standard deviation of the embedding noise
-SEGMENTS = 3  # the pieces in which a text is read with memory
-MASKS = {"published mask": "published", "full mask": None}
+NOISE_STD = 0.1  # standard deviation of the embedding noise
+NUM_SEGMENTS = 3  # in which a text is decoded with memory
+WINDOWS = {"published mask": "published", "full mask": None}
 LOSSES = {
     f"loss, fb_mode {fb_mode}{', length weighted' * weighted}": (fb_mode, weighted)
     for fb_mode in (0, 1, 2)
     for weighted in (True, False)
 }
-KL = "KL per dimension"
-ADVERSARIAL = "adversarial losses"
+KL_PER_DIM = "KL per dimension"
+ADVERSARIAL_LOSSES = "adversarial losses"
 
 
-class Batch(NamedTuple):
-    """What both sides read. Rows have unequal lengths, those of segment_ids excepted."""
+class Inputs(NamedTuple):
+    """The inputs of both models. Rows have unequal lengths, except those of segment_ids."""
 
     encoder_ids: np.ndarray  # [B, S], padded with 0
-    decoder_ids: np.ndarray  # [B, T], padded with the end token's id, as the published loss has it
-    segment_ids: np.ndarray  # [B, T], read in pieces
+    decoder_ids: np.ndarray  # [B, T], padded with the end token's id, as in the published loss
+    segment_ids: np.ndarray  # [B, T], decoded in segments
     noise: np.ndarray  # [B, S, D], added to the encoder's embeddings
     eps: np.ndarray  # [B, L]
-    prior: np.ndarray  # [B, L], what the discriminator should take for the prior
+    prior: np.ndarray  # [B, L], draws of the prior for the discriminator
 
 
-def make_batch(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> Batch:
+def make_inputs(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> Inputs:
+    """Draws the inputs; `length` is that of the first row, the longest."""
     rng = np.random.default_rng(seed)
     end = config.end_token_id
 
-    def decoder_ids():
+    def decoder_ids():  # any ids but the end token's
         ids = rng.integers(0, config.decoder.vocab_size - 1, (batch_size, length), dtype=np.int32)
-        return ids + (ids >= end)  # any id but the end token's
+        return ids + (ids >= end)
 
     def padded(ids, pad):
         lengths = rng.integers(length // 2, length, batch_size)
@@ -69,11 +70,11 @@ def make_batch(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> 
     def normal(*shape):
         return rng.standard_normal((batch_size, *shape), dtype=np.float32)
 
-    return Batch(
+    return Inputs(
         encoder_ids=padded(rng.integers(1, config.encoder.vocab_size, (batch_size, length)), 0),
         decoder_ids=padded(decoder_ids(), end),
         segment_ids=decoder_ids(),
-        noise=NOISE * normal(length, config.encoder.hidden_size),
+        noise=NOISE_STD * normal(length, config.encoder.hidden_size),
         eps=normal(config.latent_size),
         prior=normal(config.latent_size),
     )
@@ -82,41 +83,49 @@ def make_batch(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> 
 # PyTorch
 
 
-def run_twin(
-    folder: Path, config: DAVAEConfig, batch: Batch, gradients: Path | None = None, step: Step = lambda name: None
+def twin_values(
+    folder: Path,
+    config: DAVAEConfig,
+    inputs: Inputs,
+    gradients: Path | None = None,
+    report_progress: Progress = lambda name: None,
 ) -> Values:
-    """Everything the twin computes. Each tensor's gradient goes to a file in `gradients`, under its published name."""
+    """Returns the values of the PyTorch twin, and writes each tensor's gradient to `gradients`/PUBLISHED_NAME.npy.
+
+    Raises:
+      InputError: PyTorch is not installed, or the folder's weights do not fit the config.
+    """
     try:
         import torch
     except ImportError:
         raise InputError("comparing needs PyTorch: pip install 'davae-jax[torch]'") from None
     from davae_jax.parity.twin import build_twin, kl_per_dim
 
-    step("PyTorch: weights")
+    report_progress("PyTorch: weights")
     twin = build_twin(config.to_dict(), _published_arrays(folder, config))
-    b = Batch(*(torch.from_numpy(x.astype(np.int64) if x.dtype == np.int32 else x) for x in batch))
+    b = Inputs(*(torch.from_numpy(x.astype(np.int64) if x.dtype == np.int32 else x) for x in inputs))
 
-    def read(ids, memory, window):
+    def decode(ids, memory, window):
         decoded = twin.decode(ids, latent, memory, window)
         return decoded.logits, decoded.memory
 
     with torch.no_grad():
-        step("PyTorch: states")
+        report_progress("PyTorch: states")
         encoded = twin.encode(b.encoder_ids, b.noise)
         latent = encoded.mean + b.eps * (encoded.logvar / 2).exp()
         decoded = twin.decode(b.decoder_ids, latent)
-        values = _states(encoded, latent, decoded, decoded.logits)
-        step("PyTorch: memory")
-        values |= _segments(read, b.segment_ids.tensor_split(SEGMENTS, dim=1), torch.stack)
-        step("PyTorch: losses")
+        values = _state_values(encoded, latent, decoded, decoded.logits)
+        report_progress("PyTorch: memory")
+        values |= _segment_values(decode, b.segment_ids.tensor_split(NUM_SEGMENTS, dim=1), torch.stack)
+        report_progress("PyTorch: losses")
         values["discriminator"] = twin.discriminate(latent)
-        values[KL] = kl_per_dim(*twin.encode(b.encoder_ids)[:2])
-        values[ADVERSARIAL] = torch.stack(twin.adversarial_losses(latent, b.prior))
+        values[KL_PER_DIM] = kl_per_dim(*twin.encode(b.encoder_ids)[:2])
+        values[ADVERSARIAL_LOSSES] = torch.stack(twin.adversarial_losses(latent, b.prior))
         for name, (fb_mode, weighted) in LOSSES.items():
             losses = twin.published_loss(b.encoder_ids, b.decoder_ids, b.eps, BETA, fb_mode, weighted)
             values[name] = torch.stack(losses)
     if gradients:
-        step("PyTorch: gradients")
+        report_progress("PyTorch: gradients")
         mean, logvar, *_ = twin.encode(b.encoder_ids)
         total = twin.published_loss(b.encoder_ids, b.decoder_ids, b.eps, BETA, 0, True)[2]
         loss_d, loss_g = twin.adversarial_losses(mean + b.eps * (logvar / 2).exp(), b.prior)
@@ -128,18 +137,19 @@ def run_twin(
 
 
 def _published_arrays(folder: Path, config: DAVAEConfig) -> dict[str, np.ndarray]:
-    """The weights under the published names, of a converted checkpoint or a published folder."""
+    """Returns the weights of a converted checkpoint or a published folder by their published names."""
     if weights_path(folder):
         return published_state(folder, config, np.dtype(np.float32))
-    state = read_state(folder)
-    checked_rows(state, config, torch_file.find(folder))
+    state = read_published_state(folder)
+    checked_name_table(state, config, torch_file.find_weights_file(folder))
     return state
 
 
 # Both sides
 
 
-def _states(encoded, latent, decoded, logits) -> dict:
+def _state_values(encoded, latent, decoded, logits) -> dict:
+    """Names the values of one pass through encoder and decoder."""
     return {
         "encoder embeddings": encoded.hidden[0],
         **{f"encoder layer {i}": h for i, h in enumerate(encoded.hidden[1:])},
@@ -154,14 +164,19 @@ def _states(encoded, latent, decoded, logits) -> dict:
     }
 
 
-def _segments(read: Callable, pieces: Sequence, stack: Callable) -> dict:
-    """Logits of each piece and the memory at the end. `read(ids, memory, window)` gives logits and the memory."""
-    logits, first = read(pieces[0], None, None)
+def _segment_values(decode: Callable, segments: Sequence, stack: Callable) -> dict:
+    """Returns the logits of each segment and the memory after the last one.
+
+    Args:
+      decode: called with (ids, memory, window), returns (logits, memory).
+      stack: makes one array of a memory.
+    """
+    logits, first_memory = decode(segments[0], None, None)
     values = {"segment 0": logits}
-    for mask, window in MASKS.items():
-        memory = first
-        for i, ids in enumerate(pieces[1:], 1):
-            values[f"segment {i}, {mask}"], memory = read(ids, memory, window)
+    for mask, window in WINDOWS.items():
+        memory = first_memory
+        for i, ids in enumerate(segments[1:], 1):
+            values[f"segment {i}, {mask}"], memory = decode(ids, memory, window)
         values[f"memory, {mask}"] = stack(memory)
     return values
 
@@ -169,102 +184,104 @@ def _segments(read: Callable, pieces: Sequence, stack: Callable) -> dict:
 # JAX
 
 
-def run_jax(model: DAVAE, b: Batch, step: Step) -> Values:
-    step("JAX: states")
-    values = dict(_forward(*split(model), b))
+def jax_values(model: DAVAE, b: Inputs, report_progress: Progress) -> Values:
+    """Returns the values of the JAX model, end to end."""
+    report_progress("JAX: states")
+    values = dict(_jax_states(*split(model), b))
     latent = values["latent"]
 
-    def read(ids, memory, window):
+    def decode(ids, memory, window):
         return model.decode(ids, latent, memory=memory, window=window)
 
     def stack(memory):
         return jnp.stack(memory.hidden)[:, :, memory.capacity - int(memory.length) :]
 
-    step("JAX: memory")
-    values |= _segments(read, np.array_split(b.segment_ids, SEGMENTS, axis=1), stack)
-    step("JAX: losses")
+    report_progress("JAX: memory")
+    values |= _segment_values(decode, np.array_split(b.segment_ids, NUM_SEGMENTS, axis=1), stack)
+    report_progress("JAX: losses")
     values["discriminator"] = model.discriminate(latent)
-    values[KL] = kl_per_dimension(model.encode(b.encoder_ids))
-    values[ADVERSARIAL] = jnp.stack(adversarial_losses(model, latent, b.prior))
-    values |= _losses(*split(model), b)
+    values[KL_PER_DIM] = kl_per_dimension(model.encode(b.encoder_ids))
+    values[ADVERSARIAL_LOSSES] = jnp.stack(adversarial_losses(model, latent, b.prior))
+    values |= _jax_losses(*split(model), b)
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(graphdef, params, b: Batch):
+def _jax_states(graphdef, params, b: Inputs):
     model = merge(graphdef, params)
     encoded = model.encoder(b.encoder_ids, b.noise)
     latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
     decoded = model.decoder(b.decoder_ids, latent)
-    return _states(encoded, latent, decoded, model.decoder.logits(decoded.final))
+    return _state_values(encoded, latent, decoded, model.decoder.logits(decoded.final))
 
 
 @partial(jax.jit, static_argnums=0)
-def _losses(graphdef, params, b: Batch):
-    # All in one program: the compiler merges what they share.
-    return {name: jnp.stack(_loss(merge(graphdef, params), b, *how)) for name, how in LOSSES.items()}
+def _jax_losses(graphdef, params, b: Inputs):
+    # One program for all losses: the compiler merges their common parts.
+    return {name: jnp.stack(_jax_loss(merge(graphdef, params), b, *settings)) for name, settings in LOSSES.items()}
 
 
 @partial(jax.jit, static_argnums=0)
-def jax_gradients(graphdef, params, b: Batch):
-    """Of the published loss and both adversarial ones together, which reach every weight.
+def jax_gradients(graphdef, params, b: Inputs):
+    """Returns the gradients of the published loss plus both adversarial losses, which depends on every weight.
 
-    fb_mode 0: no dimension's KL is masked, so none can fall on the other side of the mask.
+    With fb_mode 0 no dimension's KL is masked, so that rounding cannot change a mask.
     """
 
     def total(params):
         model = merge(graphdef, params)
         encoded = model.encoder(b.encoder_ids)
         latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
-        return _loss(model, b, 0, True)[2] + sum(adversarial_losses(model, latent, b.prior))
+        return _jax_loss(model, b, 0, True)[2] + sum(adversarial_losses(model, latent, b.prior))
 
     return jax.grad(total)(params)
 
 
-def _loss(model, b: Batch, fb_mode: int, weighted: bool):
-    how = dict(eps=b.eps, beta=BETA, fb_mode=fb_mode, length_weighted=weighted)
-    return published_loss(model, b.encoder_ids, b.decoder_ids, **how)
+def _jax_loss(model, b: Inputs, fb_mode: int, weighted: bool):
+    return published_loss(
+        model, b.encoder_ids, b.decoder_ids, eps=b.eps, beta=BETA, fb_mode=fb_mode, length_weighted=weighted
+    )
 
 
-def run_isolated(model: DAVAE, b: Batch, twin: Values, dtype: str, step: Step) -> Values:
-    """Each module on the twin's input of that module. The losses and the memory have no such form."""
+def isolated_jax_values(model: DAVAE, b: Inputs, twin: Values, dtype: str, report_progress: Progress) -> Values:
+    """Returns the values of JAX's modules, each computed from the twin's values. Losses and memory are not included."""
     encoder, decoder = model.encoder, model.decoder
     values = {}
 
-    def given(name):
+    def twin_value(name):
         return jnp.asarray(twin[name], dtype)
 
-    step("JAX: encoder in isolation")
+    report_progress("JAX: encoder in isolation")
     score_bias = jnp.where(b.encoder_ids > 0, 0.0, -10000.0)[:, None, None, :]
-    x = given("encoder embeddings")
+    x = twin_value("encoder embeddings")
     for i, layer in enumerate(encoder.layers):
         name = f"encoder layer {i}"
         values[name] = _encoder_layer(*split(layer), x, score_bias)
-        x = given(name)
+        x = twin_value(name)
     values["pooled"] = jnp.tanh(encoder.pooler(x[:, 0]))
-    posterior = encoder.posterior(given("pooled")).astype(jnp.float32)
+    posterior = encoder.posterior(twin_value("pooled")).astype(jnp.float32)
     values["posterior mean"], values["posterior logvar"] = jnp.split(posterior, 2, axis=-1)
     values["latent"] = Posterior(twin["posterior mean"], twin["posterior logvar"]).at(b.eps)
 
-    step("JAX: decoder in isolation")
+    report_progress("JAX: decoder in isolation")
     T = b.decoder_ids.shape[1]
     latent_term = decoder.latent_term(twin["latent"])
-    features, visible = decoder.position_features(jnp.arange(T - 1, -1, -1)), visible_keys(T, T, offset=0)
-    shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, decoder.after_layer(latent_term)
+    features, visible = decoder.position_features(jnp.arange(T - 1, -1, -1)), causal_mask(T, T, offset=0)
+    shared = features, decoder.r_w_bias[...], decoder.r_r_bias[...], visible, decoder.post_layer_term(latent_term)
     values["decoder input"] = decoder.embedding(b.decoder_ids) + latent_term
-    x = given("decoder input")
+    x = twin_value("decoder input")
     for i, layer in enumerate(decoder.layers):
         name = f"decoder layer {i}"
         values[name] = _decoder_layer(*split(layer), x, *shared)
-        x = given(name)
+        x = twin_value(name)
     values["final norm"] = decoder.norm(x)
-    values["logits"] = decoder.logits(given("final norm"))
+    values["logits"] = decoder.logits(twin_value("final norm"))
     values["discriminator"] = model.discriminate(twin["latent"])
-    values[ADVERSARIAL] = jnp.stack(adversarial_losses(model, jnp.asarray(twin["latent"]), b.prior))
+    values[ADVERSARIAL_LOSSES] = jnp.stack(adversarial_losses(model, jnp.asarray(twin["latent"]), b.prior))
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 
-# Every layer has the same shapes and gives its weights as arguments, so each of the two compiles once.
+# The weights are arguments and all layers have the same shapes, so that each of the two functions compiles once.
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,188 @@
+"""Reads files of one text a line, plain text or JSON Lines, also compressed.
+
+Memory holds a chunk of lines, whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from davae_jax.data.texts import parse_json_text
+from davae_jax.utils.errors import InputError
+
+MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, because it would have to be held in memory
+CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
+
+
+class FileSlice(NamedTuple):
+    """A part of an input file that one worker reads.
+
+    The unit of `start` and `end` depends on the format: bytes for lines (a slice has the lines that begin in it), row
+    groups for Parquet. `end` is None for a format that can only be read from its beginning; the slice is then the
+    whole file.
+    """
+
+    file: str
+    start: int
+    end: int | None
+    size: int  # bytes of the file that the slice covers, for the progress bar
+
+
+class Line(NamedTuple):
+    """A line's text, or None and the problem with the line."""
+
+    text: str | None
+    problem: str | None = None
+
+
+class Chunk(NamedTuple):
+    """Consecutive lines of a slice."""
+
+    lines: list[Line]
+    text_bytes: int
+    fraction_read: float  # of the slice, from 0 to 1
+
+
+def read_plain_lines(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
+    """Yields the lines of a slice of plain text; `field` is not used."""
+    return _read_lines(file_slice, None)
+
+
+def read_json_lines(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
+    """Yields the texts in `field` of each line of a slice of JSON Lines."""
+    return _read_lines(file_slice, field)
+
+
+def _read_lines(file_slice: FileSlice, field: str | None) -> Iterator[Chunk]:
+    path = Path(file_slice.file)
+    with path.open("rb") as raw, _decompress(raw, path) as file:
+        lines, text_bytes, at_start_of_file = [], 0, file_slice.start == 0
+        for data in _lines_in(file_slice, file):
+            if at_start_of_file and data is not None:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            at_start_of_file = False
+            lines.append(parse_line(data, field))
+            text_bytes += len(data or b"")
+            if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
+                yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
+                lines, text_bytes = [], 0
+        if lines:
+            yield Chunk(lines, text_bytes, 1.0)
+
+
+def parse_line(data: bytes | None, field: str | None) -> Line:
+    """Returns the text of one line.
+
+    Args:
+      data: the line without its line feed; None for one longer than MAX_LINE_BYTES.
+      field: the field with the text, where the line is JSON; None for plain text.
+    """
+    if data is None:
+        return Line(None, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Line(None, "is not UTF-8")
+    if field is None:
+        return Line(text)
+    try:
+        return Line(parse_json_text(text, field))
+    except ValueError as e:
+        return Line(None, str(e).lstrip(": "))
+
+
+def _lines_in(file_slice: FileSlice, file: BinaryIO) -> Iterator[bytes | None]:
+    """Yields the lines that begin in the slice, without their line ends; None for a line that is too long."""
+    position = file_slice.start
+    if position:  # a line that begins before the slice belongs to the previous one
+        file.seek(position - 1)
+        position += _skip_line(file) - 1
+    while file_slice.end is None or position < file_slice.end:
+        data = file.readline(MAX_LINE_BYTES)
+        if not data:
+            return
+        position += len(data)
+        if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
+            position += _skip_line(file)
+            yield None
+        else:
+            yield data.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Reads to the end of the line. Returns the number of bytes read."""
+    skipped = 0
+    while data := file.readline(MAX_LINE_BYTES):
+        skipped += len(data)
+        if data.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _fraction_read(raw: BinaryIO, file_slice: FileSlice) -> float:
+    end = file_slice.size if file_slice.end is None else file_slice.end
+    return min(1.0, (raw.tell() - file_slice.start) / max(1, end - file_slice.start))
+
+
+# ---- compressed files
+
+
+def _decompress(raw: BinaryIO, path: Path) -> BinaryIO:
+    """Returns the file itself, or a stream of its decompressed bytes where the suffix says that it is compressed."""
+    open_stream = DECOMPRESSORS.get(path.suffix.lower())
+    return open_stream(raw) if open_stream else raw
+
+
+def _open_gzip(raw: BinaryIO) -> BinaryIO:
+    return gzip.GzipFile(fileobj=raw)
+
+
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise missing_package(raw.name, "zstandard") from None
+    return io.BufferedReader(_ZstdStream(raw, zstandard.ZstdDecompressor), CHUNK_BYTES)
+
+
+DECOMPRESSORS = {".gz": _open_gzip, ".zst": _open_zstd}
+
+
+def missing_package(file: Any, package: str) -> InputError:
+    """Returns the error for a format that needs a package which is not installed."""
+    return InputError(f"{file}: reading it needs the package {package}: pip install 'davae-jax[data]'")
+
+
+class _ZstdStream(io.RawIOBase):
+    """The decompressed bytes of all frames of a file.
+
+    zstandard's own reader does not tell a truncated file from a complete one; this one raises EOFError.
+    """
+
+    def __init__(self, raw: BinaryIO, new_decompressor: Any):
+        self._raw, self._new_decompressor = raw, new_decompressor
+        self._frame = new_decompressor().decompressobj()
+        self._compressed, self._decompressed, self._inside_frame = b"", b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._decompressed:
+            compressed = self._compressed or self._raw.read(1 << 17)
+            self._compressed = b""
+            if not compressed:
+                if self._inside_frame:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            self._decompressed, self._inside_frame = self._frame.decompress(compressed), True
+            if self._frame.eof:
+                self._compressed, self._inside_frame = self._frame.unused_data, False
+                self._frame = self._new_decompressor().decompressobj()
+        n = min(len(buffer), len(self._decompressed))
+        buffer[:n], self._decompressed = self._decompressed[:n], self._decompressed[n:]
+        return n

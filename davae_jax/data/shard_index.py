@@ -1,0 +1,141 @@
+"""Completes a prepared folder whose shards are all written: counts, bad lines, held-out texts, order, manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from davae_jax.data.shard_writer import (
+    MAX_BAD_LINES,
+    PARTS,
+    held_out_line,
+    load_new_tokenizers,
+    stored_id_dtype,
+    text_hash,
+)
+from davae_jax.data.shards import FORMAT, MANIFEST
+from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
+
+COUNTED = ("lines", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens")
+
+
+class _Statistics(NamedTuple):
+    """The statistics of all shards together: totals, the manifest's list of shards, the first bad lines."""
+
+    counts: dict[str, int]
+    shards: list[dict[str, Any]]
+    bad_lines: list[dict[str, Any]]
+
+
+def merge_shards(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and last the manifest.
+
+    Args:
+      settings: the content of prepare.json, which the manifest repeats.
+
+    Raises:
+      InputError: the shards hold no text.
+    """
+    names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
+    counts, shards, bad_lines = _read_statistics(folder, names)
+    lines = [json.dumps(bad_line, ensure_ascii=False) + "\n" for bad_line in bad_lines]
+    write_text(folder / "bad_lines.jsonl", "".join(lines))
+    for name in set(names) - {shard["name"] for shard in shards}:  # without texts
+        for suffix in ("arrayrecord", "npy"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    if not shards:
+        reason = describe_excluded(counts) or "holds no text"
+        raise InputError(f"{', '.join(settings['inputs'])}: {reason}; nothing is left")
+    counts["held_out_distinct"] = _write_held_out(folder, names)
+    _write_order(folder, shards)
+    manifest = {
+        "format": FORMAT,
+        "settings": settings,
+        "tokenizers": {name: file_sha256(folder / name) for name in TOKENIZER_FILES},
+        "dtype": stored_id_dtype(*load_new_tokenizers(str(folder), settings["encoder_positions"])).str,
+        "counts": counts,
+        "shards": shards,
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def _read_statistics(folder: Path, names: list[str]) -> _Statistics:
+    counts, shards, bad_lines = dict.fromkeys(COUNTED, 0), [], []
+    file, slice_number = None, 0
+    lines_before, lines_in_slice = 0, 0  # lines of the file before the slice, and of the slice in the shards so far
+    for name in names:
+        stats = json.loads((folder / PARTS / f"{name}.json").read_text(encoding="utf-8"))
+        if stats["number"] != slice_number:
+            slice_number, lines_before, lines_in_slice = stats["number"], lines_before + lines_in_slice, 0
+        if stats["file"] != file:
+            file, lines_before = stats["file"], 0
+        lines_in_slice += stats["lines"]
+        for key in counts:
+            counts[key] += stats[key]
+        for number, problem in stats["bad_lines"][: MAX_BAD_LINES - len(bad_lines)]:
+            bad_lines.append({"file": file, "line": lines_before + number, "problem": problem})
+        if stats["texts"]:
+            shard = {key: stats[key] for key in ("texts", "bytes", "sha256", "file")}
+            shards.append(shard | {"name": name, "line": lines_before})
+    return _Statistics(counts, shards, bad_lines)
+
+
+def _write_held_out(folder: Path, names: list[str]) -> int:
+    """Writes the held-out texts, each once, in the order of their hashes. Returns how many there are."""
+    texts = {}
+    for name in names:
+        with (folder / PARTS / f"{name}.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                text = json.loads(line)["text"]
+                # Reversed, because the first bytes decide what is held out and so are small.
+                texts[text_hash(text)[::-1]] = text
+    with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
+        out.writelines(held_out_line(texts[key]) for key in sorted(texts))
+    return len(texts)
+
+
+def _write_order(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """Writes order.npy and lengths.npy. Memory holds the lengths of one shard at a time."""
+    counts, longest = _count_lengths(folder, shards)
+    total = int(counts.sum())
+    dtype = np.dtype("<u4" if total < 1 << 32 else "<u8")
+    next_position = counts.cumsum() - counts  # in order.npy, by number of decoder ids: a counting sort on disk
+    with atomic_write(folder / "order.npy") as file, file.open("wb") as out:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        data_start, first_record = out.tell(), 0
+        for shard in shards:
+            decoder_lengths = np.load(folder / f"{shard['name']}.npy")[:, 2]
+            order = np.argsort(decoder_lengths, kind="stable")
+            lengths, starts = np.unique(decoder_lengths[order], return_index=True)
+            for length, records in zip(lengths, np.split(order, starts[1:]), strict=True):
+                out.seek(data_start + int(next_position[length]) * dtype.itemsize)
+                out.write((records + first_record).astype(dtype).tobytes())
+                next_position[length] += len(records)
+            first_record += len(decoder_lengths)
+    lengths = np.flatnonzero(counts)
+    with atomic_write(folder / "lengths.npy") as file, file.open("wb") as out:
+        np.save(out, np.stack([lengths, counts[lengths], longest[lengths]], axis=1))
+
+
+def _count_lengths(folder: Path, shards: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, by number of decoder ids, how many texts have it and the most encoder ids of these texts."""
+    counts, longest = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    for shard in shards:
+        _, encoder_lengths, decoder_lengths = np.load(folder / f"{shard['name']}.npy").T
+        missing = max(0, int(decoder_lengths.max()) + 1 - len(counts))
+        counts, longest = np.pad(counts, (0, missing)), np.pad(longest, (0, missing))
+        counts += np.bincount(decoder_lengths, minlength=len(counts))
+        np.maximum.at(longest, decoder_lengths, encoder_lengths)
+    return counts, longest
+
+
+def describe_excluded(counts: dict[str, int]) -> str:
+    """Returns how many texts are not in the shards and why; an empty text where all are."""
+    words = {"blank": "blank", "too_long": "too long", "bad": "bad lines (bad_lines.jsonl)", "held_out": "held out"}
+    return ", ".join(f"{counts[key]:,} {word}" for key, word in words.items() if counts[key])

@@ -1,0 +1,226 @@
+"""Writes the shards of one slice of the input.
+
+A slice becomes one shard, or several where its file cannot be split before it is read. Every shard is accompanied in
+`parts/` by NAME.json, its statistics, and NAME.jsonl, its held-out texts. The statistics are written last: a shard
+that has them is complete and is not written again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from davae_jax.data.line_readers import Chunk, FileSlice
+from davae_jax.data.readers import read_slice
+from davae_jax.data.shards import WRITER_OPTIONS, encode_record, id_dtype
+from davae_jax.data.tokenize import encode_texts
+from davae_jax.tokenizers.decoder import DecoderTokenizer, count_pieces
+from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
+from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
+
+PARTS = "parts"  # the folder of the shards' statistics, removed when all shards are written
+MAX_BAD_LINES = 1000  # bad lines that are listed, of a shard and of the whole input
+
+
+class ShardSettings(NamedTuple):
+    """The settings that decide what the shards contain.
+
+    Attributes:
+      field: the field of JSON Lines, or the column of a table, that holds the text.
+      max_length: the most decoder ids of a text, bos and the end token included; longer texts are left out.
+      encoder_positions: the number of positions of the model's encoder; texts of more encoder ids are left out.
+      truncate: keep texts that are too long for the encoder alone, with the first of their encoder ids.
+      held_out: the fraction of the distinct texts that is kept for measurements, 0 ≤ held_out < 1.
+      shard_size: bytes of text after which a shard ends.
+    """
+
+    field: str
+    max_length: int
+    encoder_positions: int
+    truncate: bool
+    held_out: float | None
+    shard_size: int | None
+
+
+class ShardTask(NamedTuple):
+    """A slice of the input, with all that a worker process needs to write its shards."""
+
+    folder: str
+    number: int
+    file_slice: FileSlice
+    settings: ShardSettings
+
+
+@functools.cache
+def load_new_tokenizers(folder: str, encoder_positions: int) -> tuple[EncoderTokenizer, DecoderTokenizer]:
+    """Returns the tokenizers of a prepared folder, with the ids of special tokens that a training run gives them."""
+    vocab, spiece = (Path(folder) / name for name in TOKENIZER_FILES)
+    vocabulary, n = read_vocabulary(vocab), count_pieces(spiece)
+    cls_id, sep_id = (vocabulary.index(token) if token in vocabulary else 0 for token in ("[CLS]", "[SEP]"))
+    encoder = EncoderTokenizer(folder, cls_id=cls_id, sep_id=sep_id, max_ids=encoder_positions - 2)
+    return encoder, DecoderTokenizer(folder, end_id=n, pad_id=n + 1, bos_id=n + 2)
+
+
+def stored_id_dtype(encoder: EncoderTokenizer, decoder: DecoderTokenizer) -> np.dtype:
+    """Returns the data type of the ids in the shards."""
+    return id_dtype(max(encoder.size, decoder.size + 2))
+
+
+def text_hash(text: str) -> bytes:
+    """Returns 8 bytes that depend on the text alone."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Returns whether a text belongs to the held-out fraction.
+
+    The text itself decides, so all its copies are held out together, in whatever order they are read.
+    """
+    return int.from_bytes(text_hash(text)) < fraction * 2**64
+
+
+def held_out_line(text: str) -> str:
+    """Returns the line of JSON that holds a text in held_out.jsonl."""
+    return json.dumps({"text": text}, ensure_ascii=False) + "\n"
+
+
+def write_shards(task: ShardTask, report_progress: Callable[[float], Any] = lambda n: None) -> None:
+    """Writes the shards of a slice that are not complete yet.
+
+    `report_progress(n)` is called for every n bytes of the input file that are done.
+    """
+    size, fraction_read = task.file_slice.size, 0.0
+
+    def with_progress(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        nonlocal fraction_read
+        for chunk in chunks:
+            yield chunk
+            report_progress(size * (chunk.fraction_read - fraction_read))
+            fraction_read = chunk.fraction_read
+
+    chunks = with_progress(read_slice(task.file_slice, task.settings.field))
+    first_line_number = 1  # in the slice, of the next shard
+    for part in itertools.count():
+        name = f"{task.number:05}-{part:04}"
+        stats_file = Path(task.folder) / PARTS / f"{name}.json"
+        if stats_file.exists():
+            stats = json.loads(stats_file.read_text(encoding="utf-8"))
+            if not stats["last"]:
+                for _ in itertools.islice(chunks, stats["chunks"]):
+                    pass
+        else:
+            stats, chunks = _write_shard(name, chunks, first_line_number, task)
+            write_json(stats_file, stats)
+        if stats["last"]:
+            break
+        first_line_number += stats["lines"]
+    report_progress(size * (1.0 - fraction_read))
+
+
+def _write_shard(
+    name: str, chunks: Iterator[Chunk], first_line_number: int, task: ShardTask
+) -> tuple[dict[str, Any], Iterator[Chunk]]:
+    """Writes one shard of the next chunks. Returns its statistics and the remaining chunks."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder = Path(task.folder)
+    path = folder / f"{name}.arrayrecord"
+    texts = _ShardTexts(task, first_line_number)
+    with atomic_write(path) as file:
+        try:
+            writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+            try:
+                for chunk in chunks:
+                    for record in texts.records(chunk):
+                        writer.write(record)
+                    if texts.text_bytes >= task.settings.shard_size or not writer.ok():
+                        break
+            finally:
+                writer.close()  # raises the error of a failed write
+        except (RuntimeError, OSError) as e:
+            raise InputError(f"{path}: cannot be written ({_write_error(e)})") from e
+        next_chunk = next(chunks, None)
+        stats, table = texts.stats, texts.table()
+        stats["last"] = next_chunk is None
+        stats["texts"] = len(table)
+        stats["encoder_tokens"] = int(table[:, 1].sum())
+        stats["decoder_tokens"] = int(table[:, 2].sum()) - len(table)  # the predicted ones: all but bos
+        stats["bytes"], stats["sha256"] = file.stat().st_size, file_sha256(file)
+        with atomic_write(folder / f"{name}.npy") as table_file, table_file.open("wb") as out:
+            np.save(out, table)
+        write_text(folder / PARTS / f"{name}.jsonl", "".join(map(held_out_line, texts.held_out)))
+    return stats, chunks if next_chunk is None else itertools.chain([next_chunk], chunks)
+
+
+class _ShardTexts:
+    """Turns the chunks of one shard into records, and collects the shard's statistics.
+
+    Attributes:
+      stats: the statistics, whose keys are those of the file in `parts/`.
+      held_out: the held-out texts, each once, in the order in which they were read.
+      text_bytes: bytes of the texts read so far.
+    """
+
+    def __init__(self, task: ShardTask, first_line_number: int):
+        self._settings, self._first_line_number = task.settings, first_line_number
+        self._encoder, self._decoder = load_new_tokenizers(task.folder, task.settings.encoder_positions)
+        self._dtype = stored_id_dtype(self._encoder, self._decoder)
+        self._table = array("I")
+        self.stats: dict[str, Any] = dict.fromkeys(
+            ("lines", "chunks", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens"), 0
+        )
+        self.stats |= dict(file=task.file_slice.file, number=task.number, bad_lines=[])
+        self.held_out: dict[str, None] = {}
+        self.text_bytes = 0
+
+    def records(self, chunk: Chunk) -> Iterator[bytes]:
+        """Yields the records of the texts that are kept, and counts the chunk's lines."""
+        settings = self._settings
+        numbers, texts = self._usable_texts(chunk)
+        rows = encode_texts(texts, self._encoder, self._decoder, settings.max_length, settings.truncate)
+        for number, text, row in zip(numbers, texts, rows, strict=True):
+            if row is None:
+                self.stats["too_long"] += 1
+            elif is_held_out(text, settings.held_out):
+                self.stats["held_out"] += 1
+                self.held_out[text] = None
+            else:
+                yield encode_record(*row, self._dtype)
+                self._table.extend((number, len(row[0]), len(row[1])))
+        self.stats["lines"] += len(chunk.lines)
+        self.stats["chunks"] += 1
+        self.text_bytes += chunk.text_bytes
+
+    def _usable_texts(self, chunk: Chunk) -> tuple[list[int], list[str]]:
+        """Returns the texts that are neither bad nor blank, preceded by their line numbers in the slice."""
+        numbers, texts, stats = [], [], self.stats
+        for number, (text, problem) in enumerate(chunk.lines, self._first_line_number + stats["lines"]):
+            if problem:
+                stats["bad"] += 1
+                if len(stats["bad_lines"]) < MAX_BAD_LINES:
+                    stats["bad_lines"].append([number, problem])
+            elif not text.strip():
+                stats["blank"] += 1
+            else:
+                numbers.append(number)
+                texts.append(text)
+        return numbers, texts
+
+    def table(self) -> np.ndarray:
+        """Returns uint32 [texts, 3]: line in the slice, number of encoder ids, number of decoder ids."""
+        return np.array(self._table, np.uint32).reshape(-1, 3)
+
+
+def _write_error(error: Exception) -> str:
+    """Returns the reason in ArrayRecord's message, "write() failed: No space left on device; writing …"."""
+    return first_line(error).split(";")[0].removeprefix("write() failed: ").removeprefix("open() failed: ")

@@ -1,0 +1,50 @@
+"""Texts that a training run shows of its model: reconstructions, prior samples, an interpolation and an analogy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from davae_jax.evaluation.table import display_width
+from davae_jax.inference.text_vae import TextVAE
+from davae_jax.model.latent import analogy, interpolate
+
+SEED = 0
+
+
+def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int = 4) -> dict[str, list]:
+    """Generates a few texts, all greedily.
+
+    Args:
+      texts: the first n of these are reconstructed from their posterior means.
+      triple: the texts a, b and c of the analogy.
+
+    Returns:
+      reconstructions: pairs of a text and its reconstruction. samples: texts from the prior. interpolation: texts on
+      the line from the first to the last of the texts. analogy: a, b, c and what is to c as b is to a.
+    """
+    texts = list(texts)[:n]
+    means, (a, b, c) = np.split(vae.encode([*texts, *triple], std_scale=0.0), [len(texts)])
+    line = interpolate(means[0], means[-1], 5)
+    prior = np.asarray(jax.random.normal(jax.random.key(SEED), (n, vae.config.latent_size)))
+    # All in one batch, so that one program is compiled.
+    generated = iter(vae.generate(np.concatenate([means, prior, line, analogy(a, b, c)[None]]), top_k=1))
+    return {
+        "reconstructions": [[text, next(generated)] for text in texts],
+        "samples": [next(generated) for _ in prior],
+        "interpolation": [next(generated) for _ in line],
+        "analogy": [*triple, next(generated)],
+    }
+
+
+def format_examples(found: dict[str, list]) -> str:
+    """Formats what `examples` returns for the terminal."""
+    width = max(display_width(text) for text, _ in found["reconstructions"])
+    lines = ["held-out text" + " " * (width - 13) + " → reconstruction from the posterior mean"]
+    lines += [f"{text}{' ' * (width - display_width(text))} → {back}" for text, back in found["reconstructions"]]
+    lines += ["", "samples from the prior", *found["samples"]]
+    lines += ["", "interpolation from the first to the last of these texts", *found["interpolation"]]
+    lines += ["", "analogy: as the first is to the second, so is the third to the fourth", *found["analogy"]]
+    return "\n".join(lines)

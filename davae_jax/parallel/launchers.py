@@ -1,0 +1,61 @@
+"""What launchers of several processes (MPI, Slurm, Kubernetes) tell each of them through environment variables.
+
+JAX reads most of them itself (`jax.distributed.initialize`); here is what it does not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from davae_jax.utils.errors import InputError
+
+# The number of processes and the rank of this one: of all processes, and of those of its node.
+MPI_VARIABLES = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+LOCAL_MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+)
+SLURM_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+OPTIONS = "--distributed.coordinator HOST:PORT --distributed.num-processes N --distributed.process-id I"
+
+
+def mpi_size_and_rank(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """Returns the number of processes and the rank of this one, or None if no MPI launcher has set them."""
+    for size, rank in MPI_VARIABLES:
+        if size in environ and rank in environ:
+            return int(environ[size]), int(environ[rank])
+    return None
+
+
+def check_alone(environ: Mapping[str, str]) -> None:
+    """Raises InputError (exit code 2) if the environment tells of other processes. JAX has found none."""
+    for size, rank in (*MPI_VARIABLES, SLURM_VARIABLES):
+        if int(environ.get(size) or 1) > 1:
+            mpi = (size, rank) in MPI_VARIABLES and rank in environ
+            options = "--distributed.coordinator HOST:PORT" if mpi else OPTIONS
+            raise InputError(f"{size} is {environ[size]}, but JAX finds no other process; give {options}", exit_code=2)
+    if int(rank := environ.get("PMIX_RANK") or 0) > 0:
+        raise InputError(f"PMIX_RANK is {rank}, but JAX finds no other process; give {OPTIONS}", exit_code=2)
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        raise InputError(
+            f"JOB_COMPLETION_INDEX is {environ['JOB_COMPLETION_INDEX']}, but JAX cannot ask Kubernetes for the other "
+            f"pods: pip install '.[k8s]', or give {OPTIONS}",
+            exit_code=2,
+        )
+
+
+def local_devices(environ: Mapping[str, str]) -> list[int] | None:
+    """Returns the indices of the GPUs of its node that this process uses.
+
+    Returns:
+      [] for all of them, if it is the only process of its node; under MPI the index of its local rank; None to let
+      JAX decide, which under Slurm chooses in the same way.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    for size, rank in LOCAL_MPI_VARIABLES:
+        if size in environ and rank in environ:
+            return [] if environ[size] == "1" else [int(environ[rank])]
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
+    return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None

@@ -1,0 +1,161 @@
+"""Memory that a training run needs on each device: the state exactly, activations as JAX keeps them.
+
+Dimension letters are those of `model/layers.py`; `rows` is the number of texts that one device processes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.parallel.chips import Chip
+from davae_jax.parallel.config import MeshConfig
+from davae_jax.parallel.sharding import make_abstract_mesh
+from davae_jax.planning.shapes import (
+    FLOAT32_BYTES,
+    batch_shapes,
+    bytes_per_device,
+    cached_abstract_state,
+    rows_per_device,
+)
+from davae_jax.training.config import TrainConfig
+from davae_jax.training.flops import longest_rows, num_shards
+from davae_jax.training.objective import StepContext, objective
+
+USABLE_MEMORY = 0.9  # of a chip's memory: the rest is for the runtime and fragmentation
+MAX_CHIPS = 1024  # the most that `fewest_chips` tries
+TRACED_ROWS = 1009  # of the batch that is traced: a prime, so that no other dimension has the same size
+
+
+def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
+    """Returns bytes per device by kind. The state's are exact; activations are those JAX keeps, before XLA's fusions.
+
+    gradients: float32, like the weights; twice where gradients are accumulated over parts of a batch.
+    activations kept: what the backward pass reads, given the remat policy.
+    layer at work: all activations of the largest layer, which remat recomputes in the backward pass.
+    logits: of one chunk, and their gradient.
+    gathered weights: the whole embedding table in the compute dtype and its unsharded gradient, the largest arrays
+      that are gathered at once.
+    """
+    return state_memory(config, mesh) | step_memory(config, mesh.shape)
+
+
+def state_memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
+    """Returns the part of `memory` that does not depend on the batch."""
+    state = cached_abstract_state(config, mesh)
+    main = {name: part for name, part in state.params.items() if name != "discriminator"}
+    discriminator = state.params["discriminator"]
+    gradients = 2 if config.accumulate > 1 else 1
+    return {
+        "parameters": bytes_per_device(main),
+        "gradients": gradients * bytes_per_device(main),
+        "optimizer state": bytes_per_device(state.optimizer),
+        "discriminator, with its own": bytes_per_device((state.discriminator_optimizer, state.step))
+        + (1 + gradients) * bytes_per_device(discriminator),
+    }
+
+
+def step_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """Returns the part of `memory` that a step allocates."""
+    rows, tensor = rows_per_device(config, mesh), mesh["tensor"]
+    decoder = config.model.decoder
+    vocab_size = decoder.vocab_size // num_shards(decoder.vocab_size, tensor)
+    itemsize = jnp.dtype(config.dtype).itemsize
+    outside_layers, *kept_per_layer = activations(config, rows, tensor)
+    _, *all_per_layer = activations(dataclasses.replace(config, remat="none"), rows, tensor)
+    layers = config.model.encoder.num_hidden_layers, decoder.num_layers
+    gathered = vocab_size * decoder.hidden_size * (itemsize + FLOAT32_BYTES) if mesh["fsdp"] > 1 else 0
+    chunk = min(config.logits_chunk, longest_rows(config)[1])
+    return {
+        "activations kept": outside_layers + sum(n * kept for n, kept in zip(layers, kept_per_layer, strict=True)),
+        "layer at work": max(all_per_layer),
+        "logits": 2 * rows * chunk * vocab_size * FLOAT32_BYTES,
+        "gathered weights": gathered,
+    }
+
+
+def fits_memory(memory: dict[str, int], chip: Chip) -> bool:
+    """Returns whether this memory is available on a chip."""
+    return sum(memory.values()) <= USABLE_MEMORY * chip.memory
+
+
+def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] | None:
+    """Returns the smallest number of chips whose memory suffices, and their mesh; None if more than MAX_CHIPS.
+
+    The batch size and the tensor axis are the config's. The fsdp axis is as large as the decoder's width allows, and
+    the data axis takes the rest.
+    """
+    tensor = max(config.mesh.tensor, 1)
+    one_device = make_abstract_mesh(MeshConfig(1, 1, 1), config.batch_size, 1, config.accumulate)
+    state_bytes = sum(state_memory(config, one_device).values())
+    for shards in range(1, MAX_CHIPS // tensor + 1):
+        if config.batch_size % (shards * config.accumulate):
+            continue
+        fsdp = math.gcd(shards, config.model.decoder.hidden_size)
+        shape = {"data": shards // fsdp, "fsdp": fsdp, "tensor": tensor}
+        # A lower bound first, because the exact state takes a second: no axis does more than divide the state.
+        if not fits_memory({"state": state_bytes // (fsdp * tensor)} | step_memory(config, shape), chip):
+            continue
+        mesh = make_abstract_mesh(MeshConfig(**shape), config.batch_size, shards * tensor, config.accumulate)
+        if fits_memory(memory(config, mesh), chip):
+            return shards * tensor, dict(mesh.shape)
+    return None
+
+
+def activations(config: TrainConfig, rows: int, tensor: int) -> tuple[int, int, int]:
+    """Returns the bytes that the backward pass keeps of `rows` texts: (outside the layers, per encoder layer, per
+    decoder layer).
+
+    They are the differences between JAX's traces of the objective with one layer and with two. Dimensions that the
+    tensor axis shards (heads, feed-forward, vocabulary) count as sharded in all of them.
+    """
+    one, two_encoder, two_decoder = (
+        sum(_bytes_per_row(leaf, config, tensor) for leaf in _residuals(_shape_settings(config), layers))
+        for layers in ((1, 1), (2, 1), (1, 2))
+    )
+    encoder, decoder = two_encoder - one, two_decoder - one
+    return tuple(round(rows * per_row) for per_row in (one - encoder - decoder, encoder, decoder))
+
+
+@functools.lru_cache(maxsize=8)
+def _residuals(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
+    """Returns the arrays that `jax.vjp` of the objective keeps, for TRACED_ROWS texts and these numbers of layers."""
+    model = config.model
+    encoder = dataclasses.replace(model.encoder, num_hidden_layers=layers[0])
+    decoder = dataclasses.replace(model.decoder, num_layers=layers[1])
+    config = dataclasses.replace(config, model=dataclasses.replace(model, encoder=encoder, decoder=decoder))
+    graphdef, params = split(abstract_model(config.model, dtype=config.dtype))
+
+    def vjp(params, batch, key):
+        context = StepContext(key, jnp.float32(1))
+        return jax.vjp(lambda p: objective(p, graphdef, batch, context, config).total, params)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    leaves = jax.tree.leaves(jax.eval_shape(vjp, params, batch_shapes(config, TRACED_ROWS), key))
+    return [x for x in leaves if TRACED_ROWS in x.shape]
+
+
+def _shape_settings(config: TrainConfig) -> TrainConfig:
+    """Returns a config with the fields that the objective's shapes depend on, so that equal ones share a trace."""
+    defaults = TrainConfig(model=config.model, data=config.data)
+    return dataclasses.replace(
+        defaults, dtype=config.dtype, remat=config.remat, logits_chunk=config.logits_chunk, noise=config.noise
+    )
+
+
+def _bytes_per_row(x: jax.ShapeDtypeStruct, config: TrainConfig, tensor: int) -> float:
+    """Returns the bytes of one text in a traced array, on one device of the tensor axis."""
+    encoder, decoder = config.model.encoder, config.model.decoder
+    sharded_widths = (encoder.intermediate_size, 4 * decoder.hidden_size, decoder.vocab_size)
+    heads = (encoder.num_attention_heads, decoder.num_attention_heads)
+    head_dims = [n for n in x.shape[1:3] if n in heads] if len(x.shape) == 4 else []
+    width_dims = [n for n in x.shape[-1:] if n in sharded_widths]
+    shards = max([num_shards(n, tensor) for n in head_dims + width_dims], default=1)
+    return x.size * x.dtype.itemsize / TRACED_ROWS / shards

@@ -1,0 +1,87 @@
+"""Runs a function on many tasks in worker processes, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_exit
+from typing import Any
+
+from tqdm import tqdm
+
+from davae_jax.utils.errors import InputError
+
+ReportProgress = Callable[[float], Any]
+
+
+def available_cores() -> int:
+    """Returns the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any], workers: int, bar: tqdm) -> None:
+    """Calls `work(task, report_progress)` for every task, in this process or in several others.
+
+    Args:
+      work: a function of a module, so that another process can import it. It calls `report_progress(n)` for every n
+        units of `bar` that it has done.
+      workers: the number of processes; with 1 there is none besides this one.
+
+    Raises:
+      InputError: a worker process was killed. An exception in a worker is raised here.
+    """
+    if min(workers, len(tasks)) == 1:
+        for task in tasks:
+            work(task, bar.update)
+        return
+    # "spawn", because a forked process would not have the threads of the libraries that are imported here.
+    context = multiprocessing.get_context("spawn")
+    progress, stop = context.Value("d", 0.0), context.Event()
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), context, initializer=_initialize_worker, initargs=(progress, stop)
+    )
+    try:
+        pending = {pool.submit(_work_in_process, work, task) for task in tasks}
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(progress.value - bar.n)
+            for future in finished:
+                future.result()
+    except BrokenProcessPool:
+        raise InputError("a worker process was killed (out of memory?); the same command continues the work") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """Ends the work of a process whose pool is shut down."""
+
+
+def _initialize_worker(progress, stop) -> None:
+    """Sets up a worker process: one core, Ctrl-C left to the parent, and an exit when the parent is gone."""
+    global _progress, _stop
+    _progress, _stop = progress, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def exit_with_parent():
+        wait_for_exit([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _work_in_process(work: Callable[[Any, ReportProgress], None], task: Any) -> None:
+    def report_progress(n: float) -> None:
+        if _stop.is_set():
+            raise _Stopped
+        with _progress.get_lock():
+            _progress.value += n
+
+    work(task, report_progress)

@@ -1,0 +1,58 @@
+"""Saving and restoring a run's checkpoints, without a run around them: `test_train.py` has those."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from davae_jax.checkpoints.run_folder import complete_checkpoints
+from davae_jax.training.checkpointer import Checkpoints
+from davae_jax.training.state import TrainState
+from davae_jax.utils.errors import InputError
+
+
+def state_at(step):
+    params = {"encoder": {"layers": {0: {"weight": jnp.full((2, 3), step, jnp.float32)}}}}
+    return TrainState(jnp.int32(step), params, (jnp.ones(3) * step,), (jnp.zeros(()),), {}, {})
+
+
+def like(state):
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+
+
+def test_saved_restored_and_reported(tmp_path):
+    reported = []
+    with Checkpoints(tmp_path, keep=1, on_complete=reported.append) as checkpoints:
+        assert (checkpoints.step, checkpoints.last) == (0, "none yet")
+        for step, loss in ((1, 1.0), (2, 2.0), (3, float("nan"))):
+            checkpoints.save(state_at(step), held_out_loss=loss, extra_state=[{"loss": loss}])
+        checkpoints.wait()
+        assert reported == [checkpoints.path(step) for step in (1, 2, 3)]
+        assert checkpoints.step == 3 and checkpoints.last == str(tmp_path / "checkpoints" / "3")
+    # The newest, and the one with the lowest loss.
+    assert sorted(int(path.name) for path in complete_checkpoints(tmp_path)) == [1, 3]
+    state, extra_state = Checkpoints(tmp_path, keep=1).restore(like(state_at(0)))
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(3))
+    assert len(extra_state) == 1 and np.isnan(extra_state[0]["loss"])
+
+
+def test_an_array_that_is_not_what_was_saved(tmp_path, capsys, monkeypatch):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state_at(1))
+        wrong = {name: jnp.uint32(1) for name in ("step", "params.encoder.layers.0.weight")}
+        monkeypatch.setattr("davae_jax.training.checkpointer._checksums", lambda arrays: wrong)
+        checkpoints.save(state_at(2))
+    monkeypatch.undo()
+    state, extra_state = Checkpoints(tmp_path, keep=2).restore(like(state_at(0)))
+    assert int(state.step) == 1 and extra_state is None
+    assert "arrays are not what was saved" in capsys.readouterr().err
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["1"]
+    assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(InputError, match=r"step 1 cannot be saved .*the last complete checkpoint is none yet"):
+        Checkpoints(tmp_path, keep=1).save(state_at(1))

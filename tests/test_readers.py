@@ -1,0 +1,61 @@
+"""Finding input files, splitting them into slices, and reading the slices."""
+
+import sys
+
+import pytest
+from input_files import TEXTS, write_input
+
+from davae_jax.data.line_readers import MAX_LINE_BYTES
+from davae_jax.data.readers import find_files, read_slice, split_into_slices
+from davae_jax.utils.errors import InputError
+
+
+def read_lines(slices, field="text"):
+    return [line for part in slices for chunk in read_slice(part, field) for line in chunk.lines]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 7, 100, 5000, 1 << 30])
+def test_slices_of_a_file_contain_every_line_once(max_bytes, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff一\n\n二\u2028二\r\n".encode() + b"\xff\n" + "三\n".encode() * 20 + b"last")
+    expected = ["一", "", "二\u2028二", None, *["三"] * 20, "last"]
+    slices = split_into_slices(path, max_bytes)
+    assert [line.text for line in read_lines(slices)] == expected
+    assert sum(part.size for part in slices) == pytest.approx(path.stat().st_size, abs=len(slices))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 4000, 1 << 30])
+def test_slices_of_a_parquet_file(max_bytes, tmp_path):
+    path = write_input(tmp_path / "in", "parquet") / "train-00000.parquet"
+    slices = split_into_slices(path, max_bytes)
+    assert [line.text for line in read_lines(slices)] == TEXTS
+    assert len(slices) == {1: 5, 1 << 30: 1}.get(max_bytes, len(slices))
+
+
+def test_a_line_that_is_too_long_is_skipped(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n" + b"x" * (MAX_LINE_BYTES + 5) + b"\ntwo\n")
+    assert [(line.text, line.problem) for line in read_lines(split_into_slices(path, 1 << 30))] == [
+        ("one", None),
+        (None, "is longer than 16 MiB"),
+        ("two", None),
+    ]
+
+
+def test_find_files(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", ".cache/c.jsonl", "dataset_info.json"):
+        (tmp_path / name).touch()
+    assert find_files([tmp_path, tmp_path / "b.jsonl"]) == [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    for name, package in (("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.jsonl.zst", "zstandard")):
+        path = tmp_path / name
+        path.write_bytes(b"data")
+        with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+            patch.setitem(sys.modules, "pyarrow", None)
+            patch.setitem(sys.modules, "pyarrow.parquet", None)
+            patch.setitem(sys.modules, "zstandard", None)
+            read_lines(split_into_slices(path, 1 << 30))
+        assert str(error.value) == f"{path}: reading it needs the package {package}: pip install 'davae-jax[data]'"
