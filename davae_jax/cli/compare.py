@@ -38,7 +38,6 @@ from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.renamed import RENAMED_OPTIONS
 from davae_jax.cli.train import parse_train
 from davae_jax.evaluation.comparison import Results, format_table, statistics
-from davae_jax.evaluation.evaluate import as_json
 from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
@@ -108,6 +107,8 @@ class Compare(Command):
 
     def write(self, results: Results, study: Study) -> None:
         """Writes the comparison's files."""
+        from davae_jax.evaluation.evaluate import as_json  # imports JAX
+
         title = self.study.stem
         values = {"settings": study.settings, "seeds": study.seeds, "found": results, "compared": statistics(results)}
         write_json(self.output / "comparison.json", as_json(values))

@@ -10,25 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import jax.numpy as jnp
-import tyro
 from tqdm import tqdm
 
-from davae_jax.cli.base import Command
+from davae_jax.cli.base import Command, option_hint
 from davae_jax.cli.text import check_output, write_whole
 from davae_jax.data import demo_corpus
 from davae_jax.data.texts import decode_lines, parse_json_text, read_texts
-from davae_jax.evaluation.evaluate import as_json, evaluate
 from davae_jax.evaluation.table import format_table
-from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.config import MeshConfig
-from davae_jax.parallel.sharding import make_mesh
-from davae_jax.reports.report import report
 from davae_jax.utils.errors import InputError, OptionError, check_options
-
-
-def _option(metavar: str, default: str):
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(kw_only=True)
@@ -42,13 +32,13 @@ class Evaluate(Command):
     model: str
     """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
-    data: Annotated[Path | None, _option("FILE", "the held-out texts of a run of the demo")] = None
+    data: Annotated[Path | None, option_hint("FILE", "the held-out texts of a run of the demo")] = None
     """Texts that were not used for training: UTF-8, one per line, or JSON Lines (.jsonl, .json)."""
 
-    field: Annotated[str | None, _option("FIELD", "text")] = None
+    field: Annotated[str | None, option_hint("FIELD", "text")] = None
     """Field of a JSON line that holds the text."""
 
-    label: Annotated[tuple[str, ...], _option("FIELD", "none; the factors of the demo")] = ()
+    label: Annotated[tuple[str, ...], option_hint("FIELD", "none; the factors of the demo")] = ()
     """Fields of the JSON line that hold classes of the text: they are probed for, and colour the report's maps."""
 
     n: int = 1000
@@ -57,13 +47,13 @@ class Evaluate(Command):
     samples: int = 50
     """K, the number of latents drawn for each text's likelihood."""
 
-    json: Annotated[Path | None, _option("FILE", "none")] = None
+    json: Annotated[Path | None, option_hint("FILE", "none")] = None
     """File for the measures."""
 
-    html: Annotated[Path | None, _option("FILE", "none")] = None
+    html: Annotated[Path | None, option_hint("FILE", "none")] = None
     """File for the report, one page that needs no other file."""
 
-    tokenizers: Annotated[Path | None, _option("DIR", "the model's folder")] = None
+    tokenizers: Annotated[Path | None, option_hint("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,6 +69,11 @@ class Evaluate(Command):
     """Mesh of all devices that the model is sharded over; with 1 everywhere, it is on the first device."""
 
     def run(self) -> None:
+        from davae_jax.evaluation.evaluate import as_json, evaluate
+        from davae_jax.inference.text_vae import TextVAE
+        from davae_jax.parallel.sharding import make_mesh
+        from davae_jax.reports.report import report
+
         check_options(self, "", "n samples batch_size", lambda n: n >= 1, "be at least 1")
         for path, option in ((self.json, "--json"), (self.html, "--html")):
             if path:
@@ -87,7 +82,7 @@ class Evaluate(Command):
             raise OptionError("--json", "and --html name the same file")
         data = read_data(self.data, self.field, self.label) if self.data else demo_texts(Path(self.model), self.label)
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
-        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=jnp.dtype(self.dtype), mesh=mesh)
+        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype, mesh=mesh)
         vae.batch_size, vae.progress = self.batch_size, sys.stderr.isatty()
         found = evaluate(
             vae,
