@@ -20,7 +20,7 @@ from davae_jax.parallel.chips import CHIPS
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh, make_mesh
 from davae_jax.planning.communication import traffic
-from davae_jax.planning.memory import activations, fewest_chips, memory
+from davae_jax.planning.memory import activations, memory, min_chips
 from davae_jax.planning.plan import make_plan
 from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.config import DataConfig, TrainConfig
@@ -268,15 +268,15 @@ def test_axes_larger_than_a_node_use_the_network():
 # ---- the plan and its command
 
 
-def test_fewest_chips():
+def test_min_chips():
     """20 GB of state in float32 for 1.25 B weights: more than one v5e holds, a sixteenth of 64 chips' memory."""
-    assert fewest_chips(with_(RANDENG, batch_size=8), H200)[0] == 1
-    chips, mesh = fewest_chips(with_(RANDENG, batch_size=256), CHIPS["tpu-v5e"])
+    assert min_chips(with_(RANDENG, batch_size=8), H200)[0] == 1
+    chips, mesh = min_chips(with_(RANDENG, batch_size=256), CHIPS["tpu-v5e"])
     assert 2 <= chips <= 64 and mesh["fsdp"] == chips
     smaller = make_abstract_mesh(MeshConfig(1, chips // 2, 1), 256, chips // 2)
     assert sum(memory(with_(RANDENG, batch_size=256), smaller).values()) > 0.9 * CHIPS["tpu-v5e"].memory
     tiny = CHIPS["h200"]._replace(memory=1e6)
-    assert fewest_chips(CONFIG, tiny) is None
+    assert min_chips(CONFIG, tiny) is None
 
 
 def test_time_follows_from_work_and_traffic():
@@ -355,7 +355,7 @@ def test_warning_for_an_axis_that_shards_nothing(capsys):
     assert plan_of(capsys, "randeng-1b", "--mesh.fsdp", 8, "--mesh.data", 1)[2] == ""
 
 
-def test_fewest_chips_of_any_number():
+def test_min_chips_of_any_number():
     """A batch of 24 divides by 3; odd batch sizes work too."""
     config = with_(RANDENG, batch_size=24)
     by_chips = {
@@ -365,13 +365,13 @@ def test_fewest_chips_of_any_number():
     for memory_of_chip in (30e9, 20e9, 13e9, 8e9):
         chip = H200._replace(memory=memory_of_chip)
         sufficient = [n for n, required in by_chips.items() if required <= 0.9 * memory_of_chip]
-        fewest = fewest_chips(config, chip)
-        assert (fewest and fewest[0]) == min(sufficient, default=None)
+        smallest = min_chips(config, chip)
+        assert (smallest and smallest[0]) == min(sufficient, default=None)
     odd = with_(RANDENG, batch_size=25)
-    chips, mesh = fewest_chips(odd, H200._replace(memory=12e9))
+    chips, mesh = min_chips(odd, H200._replace(memory=12e9))
     assert chips in (5, 25) and mesh["fsdp"] == chips
     split = with_(RANDENG, batch_size=5, mesh=MeshConfig(1, 1, 3))
-    assert fewest_chips(split, H200)[0] == 3
+    assert min_chips(split, H200)[0] == 3
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def warm_start(
     if latent_size is not None and latent_size < 1:
         raise OptionError("--latent-size", f"must be at least 1, not {latent_size}")
     sources = {"encoder": encoder, "decoder": decoder}
-    folders = {part: resolve_source(source) for part, source in sources.items() if source is not None}
+    folders = {component: resolve_source(source) for component, source in sources.items() if source is not None}
     davae_config = _combined_config(folders, config, latent_size)
     dst = Path(dst)
     with staged_folder(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
@@ -131,12 +131,12 @@ def warm_start(
         buffers = ["inv_freq"] if any(row.name == INV_FREQ for row in table) else []
         write_params(staging, table, load_group, buffers=buffers, label=f"→ {dst.name}")
         davae_config.to_json(staging / CONFIG_FILE)
-        for part, name in zip(SOURCE_LAYOUTS, TOKENIZER_FILES, strict=True):
-            if part in folders:
-                copy_files([name], folders[part], staging)
+        for component, name in zip(SOURCE_LAYOUTS, TOKENIZER_FILES, strict=True):
+            if component in folders:
+                copy_files([name], folders[component], staging)
     return WarmStartReport(
-        {part: list(source.arrays) for part, source in source_weights.items()},
-        {part: source.unused for part, source in source_weights.items()},
+        {component: list(source.arrays) for component, source in source_weights.items()},
+        {component: source.unused for component, source in source_weights.items()},
         initialized,
     )
 
@@ -166,13 +166,13 @@ def format_report(report: WarmStartReport, sources: Mapping[str, str | None]) ->
     """Formats the report as a few lines: loaded weights, unused tensors, freshly drawn weights."""
     all_paths = [path for paths in (*report.loaded.values(), report.initialized) for path in paths]
     lines = []
-    for part, paths in report.loaded.items():
+    for component, paths in report.loaded.items():
         lines.append(
-            f"{part}: {len(paths)} weights from {sources[part]}: {', '.join(covering_modules(paths, all_paths))}"
+            f"{component}: {len(paths)} weights from {sources[component]}: {', '.join(covering_modules(paths, all_paths))}"
         )
-        if unused := report.unused[part]:
+        if unused := report.unused[component]:
             heads = dict.fromkeys(name.split(".")[0] for name in unused)
-            lines.append(f"{part}: {len(unused)} tensors of the source left out: {', '.join(heads)}")
+            lines.append(f"{component}: {len(unused)} tensors of the source left out: {', '.join(heads)}")
     names = covering_modules(report.initialized, all_paths)
     return "\n".join([*lines, f"freshly drawn: {len(report.initialized)} weights: {', '.join(names)}"])
 
@@ -180,9 +180,9 @@ def format_report(report: WarmStartReport, sources: Mapping[str, str | None]) ->
 def _read_sources(folders: dict[str, Path], published: list[NameRow]) -> dict[str, SourceWeights]:
     """Reads all sources before it raises one InputError for the problems of all of them."""
     weights, problems = {}, []
-    for part, folder in folders.items():
+    for component, folder in folders.items():
         try:
-            weights[part] = _read_source(part, folder, published)
+            weights[component] = _read_source(component, folder, published)
         except InputError as e:
             problems.append(e)
     if problems:
@@ -190,8 +190,8 @@ def _read_sources(folders: dict[str, Path], published: list[NameRow]) -> dict[st
     return weights
 
 
-def _read_source(part: str, folder: Path, published: list[NameRow]) -> SourceWeights:
-    layout, path = SOURCE_LAYOUTS[part], torch_file.find_weights_file(folder)
+def _read_source(component: str, folder: Path, published: list[NameRow]) -> SourceWeights:
+    layout, path = SOURCE_LAYOUTS[component], torch_file.find_weights_file(folder)
     state = torch_file.read_tensors(path)
     table = _source_rows(layout, published)
     prefix = layout.source_prefix if any(name.startswith(layout.source_prefix) for name in state) else ""
@@ -229,14 +229,14 @@ def _combined_config(folders: dict[str, Path], config: str | Path | None, latent
     values = (PUBLISHED_SETTINGS if config is None else DAVAEConfig.from_json(config)).to_dict()
     if latent_size is not None:
         values["latent_size"] = latent_size
-    for part, folder in folders.items():
+    for component, folder in folders.items():
         path = folder / CONFIG_FILE
-        latent_settings = {name: value for name, value in values[part].items() if name in NOT_IN_SOURCE_CONFIGS}
-        values[part] = latent_settings | read_json(path)
+        latent_settings = {name: value for name, value in values[component].items() if name in NOT_IN_SOURCE_CONFIGS}
+        values[component] = latent_settings | read_json(path)
         try:
             DAVAEConfig.from_dict(values)
         except ConfigError as e:  # the source's own config.json has no section
-            section = "" if e.section == part else e.section
+            section = "" if e.section == component else e.section
             raise ConfigError(section, e.field, e.reason, file=path) from None
     if "latent_size" in values["decoder"]:  # published configs repeat it there
         values["decoder"] = values["decoder"] | {"latent_size": values["latent_size"]}

@@ -110,8 +110,8 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         _row("tokens per second", f"{plan.tokens / plan.seconds[1]:,.0f}")
         + f"  to {plan.tokens / plan.seconds[0]:,.0f}",
         "",
-        _row(f"fewest {chip.name} that it fits on", str(plan.fewest[0]) if plan.fewest else "none")
-        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MAX_CHIPS} with this batch"),
+        _row(f"fewest {chip.name} that it fits on", str(plan.min_chips[0]) if plan.min_chips else "none")
+        + (f"  mesh {_mesh(plan.min_chips[1])}" if plan.min_chips else f"  up to {MAX_CHIPS} with this batch"),
     ]
     return "\n".join(lines)
 

@@ -78,8 +78,8 @@ class Prepare(Command):
         )
         tokenizers = self.tokenizers or VocabularySizes(self.decoder_vocab_size, self.encoder_vocab_size)
         counts = build_shards(self.input, self.output, settings, tokenizers, self.workers)
-        excluded = describe_excluded(counts)
+        dropped = describe_excluded(counts)
         print(
             f"{self.output}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} decoder tokens, "
-            f"{counts['encoder_tokens']:,} encoder tokens" + (f"; left out: {excluded}" if excluded else "")
+            f"{counts['encoder_tokens']:,} encoder tokens" + (f"; left out: {dropped}" if dropped else "")
         )

@@ -106,13 +106,13 @@ def run_decoding_loop(
         position = state.position
         current = lax.dynamic_slice_in_dim(state.tokens, position, 1, axis=1)
         final, cache = cached_step(decoder, current, latent_term, state.cache, relative_keys, position)
-        drawn = choose_next_ids(decoder.logits(final[:, 0]), state.counts, keys, position, settings, mode)
-        of_prompt = lax.dynamic_slice_in_dim(state.tokens, position + 1, 1, axis=1)[:, 0]
-        following = jnp.where(position + 1 < batch.prompt_lengths, of_prompt, drawn)
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, following[:, None], position + 1, axis=1)
-        done = state.done | (following == model.config.end_token_id)
+        sampled = choose_next_ids(decoder.logits(final[:, 0]), state.counts, keys, position, settings, mode)
+        prompt_ids = lax.dynamic_slice_in_dim(state.tokens, position + 1, 1, axis=1)[:, 0]
+        next_ids = jnp.where(position + 1 < batch.prompt_lengths, prompt_ids, sampled)
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, next_ids[:, None], position + 1, axis=1)
+        done = state.done | (next_ids == model.config.end_token_id)
         lengths = jnp.where(done, state.lengths, jnp.maximum(state.lengths, position + 2))
-        counts = state.counts.at[jnp.arange(B), following].add(1)
+        counts = state.counts.at[jnp.arange(B), next_ids].add(1)
         return DecodingState(position + 1, tokens, lengths, done, counts, cache)
 
     cache = empty_cache(decoder, B, C)

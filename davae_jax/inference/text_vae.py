@@ -285,9 +285,9 @@ class TextVAE:
         check_prompts([[self.config.bos_token_id]] if ids is None else ids, max_length, self.config)
         return ids
 
-    def _batches(self, n: int, what: str) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of each batch of n texts, and shows a progress bar named `what`."""
-        with tqdm(total=n, desc=what, unit="text", disable=not self.progress) as bar:
+    def _batches(self, n: int, description: str) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of each batch of n texts, and shows a progress bar named `description`."""
+        with tqdm(total=n, desc=description, unit="text", disable=not self.progress) as bar:
             for start in range(0, n, self.batch_size):
                 stop = min(start + self.batch_size, n)
                 yield start, stop
@@ -302,8 +302,8 @@ def check_steps(steps: int, *, name: str = "steps") -> None:
 
 def greedy_by_default(sampling: dict) -> dict:
     """Returns the settings with top_k 1, or unchanged if they include one that a top_k of 1 would make ineffective."""
-    is_drawn = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
-    return sampling if is_drawn else {"top_k": 1, **sampling}
+    is_sampled = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
+    return sampling if is_sampled else {"top_k": 1, **sampling}
 
 
 def check_std_scale(std_scale: float) -> float:

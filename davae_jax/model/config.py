@@ -151,12 +151,12 @@ class DAVAEConfig:
           ConfigError: a field that determines a shape is missing, or a value is not allowed.
         """
         values = dict(values)
-        parts = {}
-        for name, part in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
+        sections = {}
+        for name, section_class in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
             if not isinstance(values.get(name), dict):
                 raise ConfigError("", name, "is missing; it is a section of its own")
-            parts[name] = _from_dict(part, values.pop(name), name, _REQUIRED[name])
-        return _from_dict(cls, values, "", _REQUIRED[""], **parts)
+            sections[name] = _from_dict(section_class, values.pop(name), name, _REQUIRED[name])
+        return _from_dict(cls, values, "", _REQUIRED[""], **sections)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as plain values: the inverse of `from_dict`."""
@@ -225,13 +225,13 @@ def check_sampling(temperature: float, top_k: int, top_p: float, repetition_pena
         raise OptionError("repetition_penalty", f"must be above 0 and finite in float32, not {repetition_penalty}")
 
 
-def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **parts):
-    """Builds a section from its parsed values, or with `parts`, its sections, the whole configuration."""
+def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **sections):
+    """Builds a section from its parsed values, or with `sections`, its sections, the whole configuration."""
     if missing := [name for name in required if values.get(name) is None]:
         first, *others = missing
         raise ConfigError(section, first, "is missing" + (f", and so are {', '.join(others)}" if others else ""))
     types = {name: kind for name, kind in get_type_hints(cls).items() if name != "extra"}
-    known, extra = dict(parts), {}
+    known, extra = dict(sections), {}
     for name, value in values.items():
         if name in types and value is not None:
             known[name] = _convert(value, types[name], section, name)
@@ -265,21 +265,21 @@ def _to_dict(config) -> dict[str, Any]:
     return values
 
 
-def _require_positive(part: str, config, names: str) -> None:
+def _require_positive(section: str, config, names: str) -> None:
     for name in names.split():
         if getattr(config, name) < 1:
-            raise ConfigError(part, name, f"is {getattr(config, name)}; it must be at least 1")
+            raise ConfigError(section, name, f"is {getattr(config, name)}; it must be at least 1")
 
 
-def _require_positive_eps(part: str, config) -> None:
+def _require_positive_eps(section: str, config) -> None:
     if not config.layer_norm_eps > 0:
-        raise ConfigError(part, "layer_norm_eps", f"is {config.layer_norm_eps}; it must be above 0")
+        raise ConfigError(section, "layer_norm_eps", f"is {config.layer_norm_eps}; it must be above 0")
 
 
-def _require_probability(part: str, config, names: str) -> None:
+def _require_probability(section: str, config, names: str) -> None:
     for name in names.split():
         if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(part, name, f"is {getattr(config, name)}; it must lie in [0, 1)")
+            raise ConfigError(section, name, f"is {getattr(config, name)}; it must lie in [0, 1)")
 
 
 def _require_ids(config, names: str) -> None:
@@ -290,10 +290,10 @@ def _require_ids(config, names: str) -> None:
             raise ConfigError("", name, f"is {getattr(config, name)}; an id cannot be negative")
 
 
-def _require_heads_divide(part: str, config) -> None:
+def _require_heads_divide(section: str, config) -> None:
     if config.hidden_size % config.num_attention_heads:
         reason = f"{config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
-        raise ConfigError(part, "num_attention_heads", reason)
+        raise ConfigError(section, "num_attention_heads", reason)
 
 
 # What a layer keeps for the backward pass (gradient checkpointing); everything else is recomputed.

@@ -57,9 +57,9 @@ def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int, accumu
 def _mesh_axes(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
     """Returns the sizes, names and types of the axes. Raises as `make_mesh`."""
     shape = config.shape(devices)
-    parts = math.prod(shape[axis] for axis in RULES["batch"])
-    if batch_size % (parts * accumulate):
-        reason = f"{batch_size}: does not divide into the mesh's {parts} parts"
+    shards = math.prod(shape[axis] for axis in RULES["batch"])
+    if batch_size % (shards * accumulate):
+        reason = f"{batch_size}: does not divide into the mesh's {shards} parts"
         raise OptionError("--batch-size", reason + (f" times --accumulate {accumulate}" if accumulate > 1 else ""))
     return tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
 

@@ -193,7 +193,7 @@ def check_model(
         end_to_end = jax_values(model, inputs, report_progress)
         isolated = isolated_jax_values(model, inputs, twin, dtype, report_progress)
         isolated["encoder embeddings"] = end_to_end["encoder embeddings"]  # the ids are their input in either case
-        twin = _with_free_bits_of(twin, end_to_end[KL_PER_DIM], model.config.dim_target_kl)
+        twin = _apply_free_bits_mask(twin, end_to_end[KL_PER_DIM], model.config.dim_target_kl)
         checks = [_check_value(name, end_to_end, isolated, twin, tolerances) for name in twin]
         if gradients:
             report_progress("JAX: gradients")
@@ -206,7 +206,7 @@ def check_model(
 # Differences
 
 
-def _with_free_bits_of(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
+def _apply_free_bits_mask(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
     """Replaces the twin's fb_mode 1 losses by those with the mask of JAX's KL, `kl_BL`: dimensions above the target.
 
     Where rounding moves a dimension's KL across the target, the loss jumps by the whole dimension. That is not a fault;

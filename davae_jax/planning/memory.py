@@ -30,7 +30,7 @@ from davae_jax.training.flops import longest_rows, num_shards
 from davae_jax.training.objective import StepContext, objective
 
 USABLE_MEMORY = 0.9  # of a chip's memory: the rest is for the runtime and fragmentation
-MAX_CHIPS = 1024  # the most that `fewest_chips` tries
+MAX_CHIPS = 1024  # the most that `min_chips` tries
 TRACED_ROWS = 1009  # of the batch that is traced: a prime, so that no other dimension has the same size
 
 
@@ -68,13 +68,13 @@ def step_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     decoder = config.model.decoder
     vocab_size = decoder.vocab_size // num_shards(decoder.vocab_size, tensor)
     itemsize = jnp.dtype(config.dtype).itemsize
-    outside_layers, *kept_per_layer = activations(config, rows, tensor)
+    outside_layers, *saved_per_layer = activations(config, rows, tensor)
     _, *all_per_layer = activations(dataclasses.replace(config, remat="none"), rows, tensor)
     layers = config.model.encoder.num_hidden_layers, decoder.num_layers
     gathered = vocab_size * decoder.hidden_size * (itemsize + FLOAT32_BYTES) if mesh["fsdp"] > 1 else 0
     chunk = min(config.logits_chunk, longest_rows(config)[1])
     return {
-        "activations kept": outside_layers + sum(n * kept for n, kept in zip(layers, kept_per_layer, strict=True)),
+        "activations kept": outside_layers + sum(n * saved for n, saved in zip(layers, saved_per_layer, strict=True)),
         "layer at work": max(all_per_layer),
         "logits": 2 * rows * chunk * vocab_size * FLOAT32_BYTES,
         "gathered weights": gathered,
@@ -86,7 +86,7 @@ def fits_memory(memory: dict[str, int], chip: Chip) -> bool:
     return sum(memory.values()) <= USABLE_MEMORY * chip.memory
 
 
-def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] | None:
+def min_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] | None:
     """Returns the smallest number of chips whose memory suffices, and their mesh; None if more than MAX_CHIPS.
 
     The batch size and the tensor axis are the config's. The fsdp axis is as large as the decoder's width allows, and
@@ -116,12 +116,12 @@ def activations(config: TrainConfig, rows: int, tensor: int) -> tuple[int, int, 
     They are the differences between JAX's traces of the objective with one layer and with two. Dimensions that the
     tensor axis shards (heads, feed-forward, vocabulary) count as sharded in all of them.
     """
-    one, two_encoder, two_decoder = (
+    base, extra_encoder, extra_decoder = (
         sum(_bytes_per_row(leaf, config, tensor) for leaf in _residuals(_shape_settings(config), layers))
         for layers in ((1, 1), (2, 1), (1, 2))
     )
-    encoder, decoder = two_encoder - one, two_decoder - one
-    return tuple(round(rows * per_row) for per_row in (one - encoder - decoder, encoder, decoder))
+    encoder, decoder = extra_encoder - base, extra_decoder - base
+    return tuple(round(rows * per_row) for per_row in (base - encoder - decoder, encoder, decoder))
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ import jax
 from davae_jax.parallel.chips import Chip
 from davae_jax.parallel.sharding import make_abstract_mesh
 from davae_jax.planning.communication import Traffic, traffic
-from davae_jax.planning.memory import fewest_chips, fits_memory, memory
+from davae_jax.planning.memory import fits_memory, memory, min_chips
 from davae_jax.planning.shapes import cached_abstract_state
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import forward_products, longest_rows
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     compute_seconds: float
     communication_seconds: float
     efficiency: float
-    fewest: tuple[int, dict[str, int]] | None  # the smallest number of chips with enough memory, and their mesh
+    min_chips: tuple[int, dict[str, int]] | None  # the smallest number of chips with enough memory, and their mesh
 
     @property
     def fits(self) -> bool:
@@ -67,7 +67,7 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
         chip=chip,
         chips=chips,
         mesh=dict(mesh.shape),
-        weights={name: sum(w.size for w in jax.tree.leaves(part)) for name, part in params.items()},
+        weights={name: sum(w.size for w in jax.tree.leaves(weights)) for name, weights in params.items()},
         memory=memory(config, mesh),
         flops=flops,
         recomputed=sum(p.recomputed * p.flops for p in products),
@@ -77,7 +77,7 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
         compute_seconds=per_device / (chip.flops * efficiency),
         communication_seconds=sum(axis.bytes / (axis.rate * efficiency) for axis in traffic_by_axis.values()),
         efficiency=efficiency,
-        fewest=fewest_chips(config, chip),
+        min_chips=min_chips(config, chip),
     )
 
 
