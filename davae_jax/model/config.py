@@ -1,4 +1,4 @@
-"""The configuration of a DAVAE: reads the published config.json as it is and writes it back without losing anything."""
+"""The configuration of a DAVAE: reads the published config.json unchanged and writes it back without loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class EncoderConfig:
         _require_heads_divide("encoder", self)
         _require_probability("encoder", self, "hidden_dropout_prob attention_probs_dropout_prob")
         if self.hidden_act != "gelu":
-            raise ConfigError("encoder", "hidden_act", f"is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
+            raise ConfigError(
+                "encoder", "hidden_act", f"is {self.hidden_act!r}; only 'gelu' (the erf form) is supported"
+            )
         if self.pad_token_id != 0:
             raise ConfigError("encoder", "pad_token_id", "must be 0: the attention mask is `ids > 0`")
         _require_positive_eps("encoder", self)
@@ -52,8 +54,10 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Transformer-XL decoder with relative positions and a recurrent memory. The defaults are the published ones,
-    with 1.1 billion weights."""
+    """A Transformer-XL decoder with relative positions and a recurrent memory.
+
+    The defaults are the published ones, with 1.1 billion weights.
+    """
 
     vocab_size: Hidden[int] = 50048
     num_layers: int = 32
@@ -69,8 +73,9 @@ class DecoderConfig:
     initializer_range: float = 0.02
     latent_initializer_scale: float = 1.0
     """Factor of initializer_range for the projection of the latent. At 1, the noise of the latent is initially √L times
-    as large as a token embedding. Use a value near 0 for a decoder that has to learn a language as well, or that is
-    pretrained."""
+    as large as a token embedding. Use a value near 0 if the decoder is pretrained, or still has to learn the
+    language."""
+
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -86,7 +91,7 @@ class DecoderConfig:
             raise ConfigError("decoder", "max_memory_length", f"is {self.max_memory_length}; it cannot be negative")
         _require_positive_eps("decoder", self)
         if self.extra.get("relative_encoding", True) is not True:
-            raise ConfigError("decoder", "relative_encoding", "must be true; no other decoder is known")
+            raise ConfigError("decoder", "relative_encoding", "must be true; other decoders are not supported")
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class DAVAEConfig:
         sections = {}
         for name, section_class in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
             if not isinstance(values.get(name), dict):
-                raise ConfigError("", name, "is missing; it is a section of its own")
+                raise ConfigError("", name, "is missing; it must be a section")
             sections[name] = _from_dict(section_class, values.pop(name), name, _REQUIRED[name])
         return _from_dict(cls, values, "", _REQUIRED[""], **sections)
 
@@ -167,8 +172,8 @@ class DAVAEConfig:
         """Reads a config.json.
 
         Raises:
-          InputError: the file is missing, is not JSON, lacks a field that determines a shape, or holds a value that is
-            not allowed; the message names the file.
+          InputError: the file is missing, is not JSON, lacks a field that determines a shape, or contains a value that
+            is not allowed; the message names the file.
         """
         values = read_json(path)
         try:
@@ -176,7 +181,7 @@ class DAVAEConfig:
         except ConfigError as e:
             raise ConfigError(e.section, e.field, e.reason, file=path) from None
         except OverflowError:
-            raise InputError(f"{path}: holds a number that is too large") from None
+            raise InputError(f"{path}: contains a number that is too large") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
@@ -184,7 +189,7 @@ class DAVAEConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a config.json. Raises InputError naming the file if it is missing or holds no JSON object."""
+    """Reads a config.json. Raises InputError naming the file if it is missing or does not contain a JSON object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -192,7 +197,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
+        raise InputError(f"{path}: does not contain a JSON object")
     return values
 
 
@@ -214,19 +219,19 @@ _REQUIRED = {
 
 def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises OptionError, with the argument's name, for the first sampling setting that is out of its range."""
-    smallest, largest = 1e-30, 1e30  # within these, a float32 logit stays finite in float32
+    smallest, largest = 1e-30, 1e30  # within this range, float32 logits stay finite
     if not smallest <= temperature <= largest:
         raise OptionError("temperature", f"must be above 0 and finite in float32, not {temperature}")
     if top_k < 0 or top_k != int(top_k):
-        raise OptionError("top_k", f"must be a whole number of 0 (off) or more, not {top_k}")
+        raise OptionError("top_k", f"must be an integer of 0 (off) or more, not {top_k}")
     if not 0 <= top_p <= 1:
-        raise OptionError("top_p", f"must lie in [0, 1], not {top_p}")
+        raise OptionError("top_p", f"must be in [0, 1], not {top_p}")
     if not smallest <= repetition_penalty <= largest:
         raise OptionError("repetition_penalty", f"must be above 0 and finite in float32, not {repetition_penalty}")
 
 
 def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **sections):
-    """Builds a section from its parsed values, or with `sections`, its sections, the whole configuration."""
+    """Builds a section from its parsed values, or, given its `sections`, the whole configuration."""
     if missing := [name for name in required if values.get(name) is None]:
         first, *others = missing
         raise ConfigError(section, first, "is missing" + (f", and so are {', '.join(others)}" if others else ""))
@@ -279,7 +284,7 @@ def _require_positive_eps(section: str, config) -> None:
 def _require_probability(section: str, config, names: str) -> None:
     for name in names.split():
         if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(section, name, f"is {getattr(config, name)}; it must lie in [0, 1)")
+            raise ConfigError(section, name, f"is {getattr(config, name)}; it must be in [0, 1)")
 
 
 def _require_ids(config, names: str) -> None:
@@ -296,5 +301,5 @@ def _require_heads_divide(section: str, config) -> None:
         raise ConfigError(section, "num_attention_heads", reason)
 
 
-# What a layer keeps for the backward pass (gradient checkpointing); everything else is recomputed.
+# Which activations of a layer are saved for the backward pass (gradient checkpointing); the rest is recomputed.
 Remat = Literal["none", "dots", "full"]
