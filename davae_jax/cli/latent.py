@@ -85,8 +85,9 @@ class Neighbours(GreedyCommand):
 class Combine(GreedyCommand):
     """Adds and subtracts texts: decodes Σ weight · posterior mean; greedy unless a sampling option is given.
 
-    Takes as many texts as weights, or a file whose lines contain that many texts, separated by tabs. Writes lines
-    {"texts", "weights", "text"}.
+    Takes as many texts as weights, or a file whose lines contain that many texts, separated by tabs.
+
+    Writes lines {"texts", "weights", "text"}.
     """
 
     weights: tuple[float, ...]

@@ -280,8 +280,9 @@ class Reconstruct(GreedyCommand):
 class Interpolate(GreedyCommand):
     """Interpolates between the posterior means of two texts; greedy unless a sampling option is given.
 
-    Takes two texts, or a file whose lines contain two texts, separated by a tab. Writes lines
-    {"from", "to", "weight", "text"}.
+    Takes two texts, or a file whose lines contain two texts, separated by a tab.
+
+    Writes lines {"from", "to", "weight", "text"}.
     """
 
     steps: int = 7
@@ -317,8 +318,9 @@ class Analogy(GreedyCommand):
     """Completes the analogy A is to B as C is to …: decodes mean(B) − mean(A) + mean(C); greedy unless a sampling
     option is given.
 
-    Takes three texts, or a file whose lines contain three texts, separated by tabs. Writes lines
-    {"a", "b", "c", "text"}.
+    Takes three texts, or a file whose lines contain three texts, separated by tabs.
+
+    Writes lines {"a", "b", "c", "text"}.
     """
 
     def results(self) -> list[dict]:
