@@ -34,8 +34,9 @@ class StepContext(NamedTuple):
     beta: Float[Array, ""]  # weight of the KL
     step: Int[Array, ""] | int = 0  # steps taken so far
     corpus_size: int | None = None  # number of training texts, which some regularizers need
-    # What sums over texts are divided by; None: the batch's number of texts. With gradient accumulation it is the
-    # number of texts that a part has on average, so that the mean of the parts' gradients is the whole batch's.
+    # Of packed rows, what sums over texts are divided by; None: the batch's number of texts. With gradient accumulation
+    # it is the number of texts that a part has on average, so that the mean of the parts' gradients is the whole
+    # batch's.
     texts: Float[Array, ""] | None = None
 
 
@@ -80,7 +81,8 @@ def gradient(
     if n == 1:
         return grad(params, graphdef, batch, context, config)
 
-    context = context._replace(texts=(batch.lengths > 0).sum() / n)
+    if batch.decoder_segments is not None:  # parts differ in their number of texts
+        context = context._replace(texts=(batch.lengths > 0).sum() / n)
 
     def add_part(total, part):
         i, rows = part
@@ -115,7 +117,7 @@ def objective(
     regularizer_params = params.pop("regularizers", {})
     keys = dict(zip(("token", "embedding", "encoder", "latent", "decoder", "prior"), jax.random.split(context.key, 6)))
     model = merge(graphdef, params)
-    is_text = (batch.lengths > 0).reshape(-1)
+    is_text = None if batch.decoder_segments is None else (batch.lengths > 0).reshape(-1)
     mean = partial(mean_over_texts, is_text=is_text, count=context.texts)
     # Statistics that are no summand of the loss are means over this part's own texts.
     mean_of_part = partial(mean_over_texts, is_text=is_text)
@@ -162,9 +164,16 @@ def objective(
 
 
 def mean_over_texts(
-    x: Float[Array, "N *L"], is_text: Bool[Array, "N"], count: Float[Array, ""] | None = None
+    x: Float[Array, "N *L"], is_text: Bool[Array, "N"] | None = None, count: Float[Array, ""] | None = None
 ) -> Float[Array, "*L"]:
-    """Returns the sum over the places that hold a text, divided by `count` (by default the number of these places)."""
+    """Returns the mean over the texts.
+
+    Args:
+      is_text: which entries of x belong to a text; None: all, and nothing is masked.
+      count: what the masked sum is divided by; by default the number of texts.
+    """
+    if is_text is None:
+        return x.mean(0)
     mask = is_text.reshape(-1, *[1] * (x.ndim - 1))
     return jnp.where(mask, x, 0).sum(0) / (is_text.sum() if count is None else count)
 
