@@ -32,7 +32,7 @@ class TrainResult(NamedTuple):
     run: Run
     state: TrainState
     step: int  # steps taken in all
-    interrupted: bool  # whether a signal ended the run before it was through
+    interrupted: bool  # whether a signal ended the run before its last step or during the evaluation
 
 
 def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
@@ -50,7 +50,10 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
     with StopRequest() as stop, run.checkpoints, run.log:
         result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
     if not result.interrupted and config.log.figures and run.corpus.held_out:
-        evaluate(run, result.state, started)
+        try:
+            evaluate(run, result.state, started)
+        except KeyboardInterrupt:  # the trained model is saved; started again, the run evaluates it
+            return result._replace(interrupted=True)
     return result
 
 
