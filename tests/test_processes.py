@@ -395,6 +395,9 @@ def test_each_device_gets_its_own_rows():
                 else [10 + ord(c) % 50 for c in texts]
             )
 
+        def is_truncated(self, ids):
+            return False
+
     ids = Ids()
     texts = tokenize(TEXTS, ids, ids, max_length=20, source="")
     batches = TextBatches(texts, 16, pad_id=0, buckets=2)
