@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import compiler
+
+compiler.share_programs()
+
 import jax
 import numpy as np
 import pytest
@@ -25,8 +29,8 @@ LONGEST = [
 
 
 def pytest_configure(config):
-    """Not at the published size, where a program runs longer than it compiles."""
-    if config.option.markexpr != "slow":
+    """Compiles quickly, except for tests of the published size: there a program runs longer than it compiles."""
+    if re.search("not (slow|full_size)", config.option.markexpr):
         os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 
 
