@@ -21,6 +21,6 @@ def share_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def without_cache() -> dict[str, str]:
-    """Returns the environment of a process that shares no programs."""
-    return {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+def own_environment() -> dict[str, str]:
+    """Returns the environment of a process that shares no programs and sets the compiler's options itself."""
+    return {name: value for name, value in os.environ.items() if name not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}

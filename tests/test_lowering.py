@@ -79,7 +79,7 @@ def compiled(mesh: tuple[int, int, int], batch_size: int, *topology: str, layers
     here = Path(__file__).parent
     told = json.dumps({"mesh": mesh, "layers": layers, "batch_size": batch_size, "length": 64})
     # No TPU is asked for, here or over the network; a topology needs none. Programs of this size are not worth storing.
-    env = compiler.without_cache() | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    env = compiler.own_environment() | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     words = [sys.executable, here / "compile_step.py", told, *topology]
     done = subprocess.run(words, capture_output=True, text=True, cwd=here.parent, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
