@@ -6,7 +6,9 @@ import shutil
 import tempfile
 
 # The programs of the tests are small and run a few times each, so that optimizing them takes longer than it saves.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 
 def share_programs() -> None:
