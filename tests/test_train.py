@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **quiet)
     while process.poll() is None and not (folder / "checkpoints" / "3").exists():
-        pass
+        time.sleep(0.02)
     process.kill()  # no time to save anything
     process.wait()
     assert not (folder / "checkpoints" / "8").exists()
@@ -320,9 +320,9 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
     # The tests may run as a shell's background job, which ignores interrupts and hands that on; SIGTERM it does not.
     process = started(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
-        pass
+        time.sleep(0.02)
     while process.poll() is None and not metrics_of(folder):
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
