@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_train
 from orbax.checkpoint import v1 as ocp
 from scipy.integrate import quad
 from scipy.optimize import linear_sum_assignment
@@ -26,8 +26,6 @@ from small_model import new_model
 from test_packing import MODEL, texts_of
 from test_train import ROOT, TEXTS, TINY, metrics_of
 
-import davae_jax
-import davae_jax.parallel.multihost
 from davae_jax.cli.plan import PlanCommand
 from davae_jax.cli.train import parse_train
 from davae_jax.data.batches import Batch
@@ -971,23 +969,14 @@ def registry():
 
 
 @pytest.fixture
-def train(registry, monkeypatch, capsys, tmp_path):
-    """Runs train.py in this process, as on a machine of one device: (folder, options) → exit code, output, errors."""
-    spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    monkeypatch.setattr(davae_jax.parallel.multihost, "connect", lambda *_: None)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    one = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)
+def train(registry, tmp_path):
+    """Runs train.py in this process: (folder, options) → exit code, output, errors."""
     (tmp_path / "bad.py").write_text(BAD)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
 
     def run(folder, *options):
-        argv = ["--data.train", texts, "--run-dir", folder, *TINY, "--log.held-out", 0, *options]
-        capsys.readouterr()
-        return program.main(list(map(str, argv))), *capsys.readouterr()
+        return test_train.train("--data.train", texts, "--run-dir", folder, *TINY, "--log.held-out", 0, *options)
 
     return run
 
