@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 from test_train import TEXTS, TINY, environment
 
-from davae_jax.cli.compare import Study, folder_of, read_study, run_one
+from davae_jax.cli.compare import Study, complete_run, read_study, setting_folder
 from davae_jax.cli.main import main
-from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, statistics, welch
+from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, summary_statistics, welch
 from davae_jax.reports import charts
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.utils.errors import InputError
@@ -70,13 +70,13 @@ def test_the_projects_own_studies_can_be_read():
     """Every option of theirs is one of train.py's; demo.toml has all that the others have, with the same options."""
     studies = {path.stem: read_study(path) for path in STUDIES.glob("*.toml")}
     assert studies.keys() == {"demo", "dialogue", "ptb"}
-    of_demo = _own_options(studies["demo"])
+    demo_options = _specific_options(studies["demo"])
     for name in ("dialogue", "ptb"):
         assert len(studies[name].seeds) >= 3
-        assert _own_options(studies[name]).items() <= of_demo.items()
+        assert _specific_options(studies[name]).items() <= demo_options.items()
 
 
-def _own_options(study):
+def _specific_options(study):
     """What each setting has beyond the first one, which has no options of its own."""
     common = next(iter(study.settings.values()))
     return {name: options[len(common) :] for name, options in study.settings.items()}
@@ -84,9 +84,9 @@ def _own_options(study):
 
 def test_too_little_is_said():
     few = {"a": {0: {"kl": 1.0, "warnings": ["K is small"]}}, "b": {0: {"kl": 2.0}, 1: {"kl": 3.0}}}
-    said = caveats(few)
-    assert said[0].startswith("1 seed of some settings") and said[1] == "1 of 3 runs: K is small"
-    assert f"warning: {said[0]}" in format_table(few)
+    warnings = caveats(few)
+    assert warnings[0].startswith("1 seed of some settings") and warnings[1] == "1 of 3 runs: K is small"
+    assert f"warning: {warnings[0]}" in format_table(few)
     assert "| a | 1 | 1.00 |" in format_table(few)
 
 
@@ -119,12 +119,12 @@ def test_a_page_that_needs_no_other_file():
 
 
 def test_dots_lie_where_their_values_are():
-    """The largest is rightmost, equal ones at one place; what is not finite is left out."""
-    drawn = charts.strips({"a": [1.0, 3.0], "b": [3.0, math.nan]}, {"a": "#111111", "b": "#222222"}, title="t")
-    a, b = (part.split('"')[0].split("h0")[:-1] for part in drawn.split(' d="')[1:])
-    xs = [float(place[1:].split()[0]) for place in a + b]
+    """The largest is rightmost, equal ones at one point; what is not finite is left out."""
+    svg = charts.strips({"a": [1.0, 3.0], "b": [3.0, math.nan]}, {"a": "#111111", "b": "#222222"}, title="t")
+    a, b = (path.split('"')[0].split("h0")[:-1] for path in svg.split(' d="')[1:])
+    xs = [float(point[1:].split()[0]) for point in a + b]
     assert len(xs) == 3 and xs[0] < xs[1] == xs[2]
-    ticks = {node.text: float(node.get("x")) for node in ElementTree.fromstring(drawn).iter("text")}
+    ticks = {node.text: float(node.get("x")) for node in ElementTree.fromstring(svg).iter("text")}
     assert ticks["1"] == pytest.approx(xs[0], abs=0.6) and ticks["3"] == pytest.approx(xs[1], abs=0.6)
 
 
@@ -134,24 +134,24 @@ def test_a_figure_for_a_paper():
     root = ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and "href" not in text
     texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
-    said, small = [node.text for node in texts], [node.text for node in texts if node.get("class") == "small"]
-    assert all(small.count(number) == 2 for number in "123") and all(said.count(name) == 1 for name in RESULTS)
+    labels, small = [node.text for node in texts], [node.text for node in texts if node.get("class") == "small"]
+    assert all(small.count(number) == 2 for number in "123") and all(labels.count(name) == 1 for name in RESULTS)
     dots = [d for node in root.iter("{http://www.w3.org/2000/svg}path") for d in node.get("d").split("M")[1:]]
     assert len(dots) == 9 + 3  # the plane; the legend; the columns' measures are not among these runs'
-    one = {"a": {0: {"kl": 1.0, "rec_nll": 2.0, "iw_nll": 3.0, "mutual_information": math.nan}}}
-    assert "−log p(x)" in figure("t", one)
+    single_run = {"a": {0: {"kl": 1.0, "rec_nll": 2.0, "iw_nll": 3.0, "mutual_information": math.nan}}}
+    assert "−log p(x)" in figure("t", single_run)
 
 
 def test_runs_without_a_value():
-    """Named, counted, and not tested by those that are left; a study of nothing else can be drawn."""
-    gone = RESULTS["better"] | {1: {"kl": 5.0, "rec_nll": None, "bleu": math.inf}}
-    text = format_table({"plain": RESULTS["plain"], "better": gone})
+    """Named, counted, and not tested by those that are left; a study of empty else can be drawn."""
+    incomplete = RESULTS["better"] | {1: {"kl": 5.0, "rec_nll": None, "bleu": math.inf}}
+    text = format_table({"plain": RESULTS["plain"], "better": incomplete})
     assert "| better | 3 | 4.97 ± 0.06* | 15.05 ± 0.07 (2 of 3) | 50.0 ± 0.0 (2 of 3) |" in text
     assert "warning: distortion, nats: 1 of 3 runs of “better” have no finite value" in text
-    assert statistics({"plain": RESULTS["plain"], "better": gone})["rec_nll"]["better"]["p"] is None
-    nothing = {"a": {0: {"kl": None, "rec_nll": None, "bleu": 3.0}}}
-    Checked(page("t", nothing, {"a": []}))
-    ElementTree.fromstring(figure("t", nothing))
+    assert summary_statistics({"plain": RESULTS["plain"], "better": incomplete})["rec_nll"]["better"]["p"] is None
+    empty = {"a": {0: {"kl": None, "rec_nll": None, "bleu": 3.0}}}
+    Checked(page("t", empty, {"a": []}))
+    ElementTree.fromstring(figure("t", empty))
 
 
 def test_plugins_of_settings_are_their_own(tmp_path):
@@ -171,16 +171,16 @@ def test_plugins_of_settings_are_their_own(tmp_path):
 
 
 def test_warnings_of_one_kind_are_one():
-    found = {"a": {i: {"kl": 1.0, "warnings": [f"of 50 samples only {i}.5 count"]} for i in range(3)}}
-    assert caveats(found) == ["3 of 3 runs: of 50 samples only 0.5 count (figures of the first)"]
+    results = {"a": {i: {"kl": 1.0, "warnings": [f"of 50 samples only {i}.5 count"]} for i in range(3)}}
+    assert caveats(results) == ["3 of 3 runs: of 50 samples only 0.5 count (figures of the first)"]
 
 
 def test_numbers_do_not_hide_each_other():
     """Twelve settings at one place: every label has a place of its own."""
-    same = {str(i): ([1.0], [1.0]) for i in range(12)} | {"far": ([2.0], [2.0])}
-    drawn = charts.plane(same, dict.fromkeys(same, "#111111"), title="t")
-    places = {part.split(' text-anchor="middle"')[0] for part in drawn.split('<text class="small"')[1:]}
-    assert len(places) == 13
+    points = {str(i): ([1.0], [1.0]) for i in range(12)} | {"far": ([2.0], [2.0])}
+    svg = charts.plane(points, dict.fromkeys(points, "#111111"), title="t")
+    positions = {label.split(' text-anchor="middle"')[0] for label in svg.split('<text class="small"')[1:]}
+    assert len(positions) == 13
 
 
 def write(path, **values):
@@ -193,7 +193,7 @@ def write(path, **values):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (dict(), "[settings] has none"),
         (dict(trian="--steps 3"), "'trian' is not known; known: train, evaluate, seeds, settings"),
@@ -213,11 +213,11 @@ def write(path, **values):
         (dict(train="'", settings={"a": ""}), "No closing quotation"),
     ],
 )
-def test_studies_that_cannot_be(values, said, tmp_path, capsys):
+def test_studies_that_cannot_be(values, message, tmp_path, capsys):
     path = write(tmp_path / "study.toml", **values)
     assert main(["compare", str(path), "--output", str(tmp_path / "out")]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"davae compare: error: {path}: ") and said in line
+    assert line.startswith(f"davae compare: error: {path}: ") and message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +230,10 @@ def test_files_that_are_no_study(tmp_path):
 
 
 def test_names_become_folders():
-    assert folder_of("β 0.1, no KL/free") == "β-0.1-no-KL-free" and folder_of("///") == folder_of("..") == "setting"
+    assert (
+        setting_folder("β 0.1, no KL/free") == "β-0.1-no-KL-free"
+        and setting_folder("///") == setting_folder("..") == "setting"
+    )
 
 
 def test_a_run_of_an_earlier_version_is_complete(tmp_path):
@@ -242,10 +245,10 @@ def test_a_run_of_an_earlier_version_is_complete(tmp_path):
     (folder.parent / "seed-0.json").write_text(json.dumps(stored), encoding="utf-8")
     renamed = ["--data.decoder-vocab-size", "60", "--data.encoder-vocab-size=80"]
     for options in (stored["train"], renamed):
-        assert run_one(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder) == measures
+        assert complete_run(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder) == measures
     for options in (["--data.decoder-vocab-size", "61", *renamed[2:]], renamed[:2]):
         with pytest.raises(InputError, match="was made with other options"):
-            run_one(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder)
+            complete_run(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder)
 
 
 @pytest.mark.slow
@@ -255,9 +258,9 @@ def test_two_settings(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     common = f"--data.train {tmp_path / 'texts.txt'} --steps 4 {' '.join(map(str, TINY))}"
-    told = dict(train=common, evaluate=f"--data {tmp_path / 'texts.txt'} --n 20 --samples 2", seeds=[0, 1])
+    study = dict(train=common, evaluate=f"--data {tmp_path / 'texts.txt'} --n 20 --samples 2", seeds=[0, 1])
     settings = {"plain": "--beta.max 0.1", "capacity": "--regularizers.capacity.weight 1"}
-    path, out = write(tmp_path / "study.toml", **told, settings=settings), tmp_path / "out"
+    path, out = write(tmp_path / "study.toml", **study, settings=settings), tmp_path / "out"
     assert main(["compare", str(path), "--output", str(out)]) == 0
     first = capsys.readouterr().out
     assert "| plain | 2 | " in first and "| capacity | 2 | " in first
@@ -275,13 +278,15 @@ def test_two_settings(tmp_path, monkeypatch, capsys):
     # Damaged, or of other options of the measuring: measured again, and not trained again.
     (out / "plain" / "seed-1" / "evaluation.json").write_text("[]")
     trained = {p: p.read_bytes() for p in out.rglob("metrics.jsonl")}
-    write(path, **told | dict(evaluate=told["evaluate"] + " --seed 3", seeds=[1]), settings=settings)
+    write(path, **study | dict(evaluate=study["evaluate"] + " --seed 3", seeds=[1]), settings=settings)
     assert main(["compare", str(path), "--output", str(out)]) == 0
     assert "| plain | 1 | " in capsys.readouterr().out
     assert len(trained) == 4 and trained == {p: p.read_bytes() for p in out.rglob("metrics.jsonl")}
     assert json.loads((out / "plain" / "seed-1.json").read_text(encoding="utf-8"))["evaluate"][-2:] == ["--seed", "3"]
 
-    write(path, **told, settings={"plain": "--beta.max 0.2", "capacity": settings["capacity"]})
+    write(path, **study, settings={"plain": "--beta.max 0.2", "capacity": settings["capacity"]})
     assert main(["compare", str(path), "--output", str(out)]) == 1
-    said = capsys.readouterr()
-    assert f"{out / 'plain' / 'seed-0'}: was made with other options" in said.err and "| capacity | 2 | " in said.out
+    output = capsys.readouterr()
+    assert (
+        f"{out / 'plain' / 'seed-0'}: was made with other options" in output.err and "| capacity | 2 | " in output.out
+    )

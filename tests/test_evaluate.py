@@ -46,51 +46,51 @@ def vae(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def kept(vae):
+def tokenized(vae):
     return tokenize(TEXTS, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
 
 
 @pytest.fixture(scope="module")
-def each(vae, kept):
-    return per_text(vae.model, kept, samples=K, seed=0, batch_size=64)
+def results(vae, tokenized):
+    return per_text(vae.model, tokenized, samples=K, seed=0, batch_size=64)
 
 
 @pytest.fixture(scope="module")
-def found(vae):
+def evaluation(vae):
     return evaluate(vae, TEXTS, samples=K, labels=LABELS)
 
 
 # The numbers.
 
 
-def test_the_numbers_of_each_text(vae, kept, each):
+def test_the_numbers_of_each_text(vae, tokenized, results):
     """Text by text, without padding or batches, and from the logits."""
-    assert each.mean.shape == (40, 4)
+    assert results.mean.shape == (40, 4)
     for i in (5, 7):
-        ids = kept.decoder_ids[i]
-        posterior = vae.model.encode(kept.encoder_ids[i][None])
-        np.testing.assert_allclose(each.mean[i], posterior.mean[0], atol=1e-5)
-        np.testing.assert_allclose(each.logvar[i], posterior.logvar[0], atol=1e-5)
+        ids = tokenized.decoder_ids[i]
+        posterior = vae.model.encode(tokenized.encoder_ids[i][None])
+        np.testing.assert_allclose(results.mean[i], posterior.mean[0], atol=1e-5)
+        np.testing.assert_allclose(results.logvar[i], posterior.logvar[0], atol=1e-5)
         logits, _ = vae.model.decode(ids[None, :-1], posterior.mean)
         log_p = np.asarray(jax.nn.log_softmax(logits[0]))
-        assert each.tokens[i] == len(ids) - 1
-        assert each.hits[i] == (log_p.argmax(-1) == ids[1:]).sum()
-        assert each.mean_nll[i] == pytest.approx(-log_p[np.arange(len(ids) - 1), ids[1:]].sum(), rel=1e-4)
+        assert results.tokens[i] == len(ids) - 1
+        assert results.hits[i] == (log_p.argmax(-1) == ids[1:]).sum()
+        assert results.mean_nll[i] == pytest.approx(-log_p[np.arange(len(ids) - 1), ids[1:]].sum(), rel=1e-4)
 
 
-def test_a_text_that_is_the_decoders_own_is_all_hits(vae, kept, each):
+def test_a_text_that_is_the_decoders_own_is_all_hits(vae, tokenized, results):
     """Greedy texts from the means, cut where the decoder would have gone on: all but that end are hits."""
-    own = generate(vae.model, each.mean, top_k=1, max_length=11)
-    rows = [np.array([*ids, vae.config.end_token_id], np.int32) for ids in own]
-    found = per_text(vae.model, kept._replace(decoder_ids=rows), samples=K, seed=0, batch_size=64)
-    assert (found.hits >= found.tokens - 1).all()
-    assert found.tokens.tolist() == [len(ids) for ids in own]
+    generated = generate(vae.model, results.mean, top_k=1, max_length=11)
+    rows = [np.array([*ids, vae.config.end_token_id], np.int32) for ids in generated]
+    actual = per_text(vae.model, tokenized._replace(decoder_ids=rows), samples=K, seed=0, batch_size=64)
+    assert (actual.hits >= actual.tokens - 1).all()
+    assert actual.tokens.tolist() == [len(ids) for ids in generated]
 
 
-def test_the_likelihood_of_each_text(vae, kept, each):
+def test_the_likelihood_of_each_text(vae, tokenized, results):
     """The draws of a text are those of its own key; its weights are p(x|z) p(z) / q(z|x)."""
     i = 5
-    ids, posterior = kept.decoder_ids[i], vae.model.encode(kept.encoder_ids[i][None])
+    ids, posterior = tokenized.decoder_ids[i], vae.model.encode(tokenized.encoder_ids[i][None])
     key = jax.random.fold_in(jax.random.key(0), i)
     noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, k), (4,)) for k in range(K)])
     z = np.asarray(posterior.mean + noise * jnp.exp(posterior.logvar / 2))
@@ -99,30 +99,30 @@ def test_the_likelihood_of_each_text(vae, kept, each):
     log_prior = -0.5 * (z**2 + np.log(2 * np.pi)).sum(1)
     log_q = -0.5 * (np.asarray(noise) ** 2 + np.log(2 * np.pi) + np.asarray(posterior.logvar)).sum(1)
     weights = np.exp(np.float64(log_p + log_prior - log_q))
-    assert each.rec_nll[i] == pytest.approx(-log_p.mean(), rel=1e-4)
-    assert each.iw_nll[i] == pytest.approx(-np.log(weights.mean()), rel=1e-4)
-    assert each.half_nll[i] == pytest.approx(-np.log(weights[: K // 2].mean()), rel=1e-4)
-    assert each.effective[i] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-2)
-    assert 1 <= each.effective.min() <= each.effective.max() <= K
+    assert results.rec_nll[i] == pytest.approx(-log_p.mean(), rel=1e-4)
+    assert results.iw_nll[i] == pytest.approx(-np.log(weights.mean()), rel=1e-4)
+    assert results.half_nll[i] == pytest.approx(-np.log(weights[: K // 2].mean()), rel=1e-4)
+    assert results.effective[i] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-2)
+    assert 1 <= results.effective.min() <= results.effective.max() <= K
 
 
-def test_batches_and_meshes_change_nothing(tiny_checkpoint, kept, each):
+def test_batches_and_meshes_change_nothing(tiny_checkpoint, tokenized, results):
     """In three batches, on eight devices that share batch and weights, against one batch on one device."""
     vae = TextVAE.from_pretrained(tiny_checkpoint, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 16))
-    found = per_text(vae.model, kept, samples=K, seed=0, batch_size=16)
-    for name, one, other in zip(each._fields, found, each, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=name)
+    sharded = per_text(vae.model, tokenized, samples=K, seed=0, batch_size=16)
+    for name, actual, expected in zip(results._fields, sharded, results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_a_texts_draws_follow_from_its_line(vae, kept, each):
+def test_a_texts_draws_follow_from_its_line(vae, tokenized, results):
     """Whatever is left out before it."""
     gaps = tokenize(["", *TEXTS[1:]], vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
     assert gaps.lines[0] == 2
-    found = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
-    for name, some, all_of_them in zip(each._fields, found, each, strict=True):
-        np.testing.assert_allclose(some, all_of_them[1:], rtol=1e-4, atol=1e-4, err_msg=name)
-    others = per_text(vae.model, kept._replace(lines=kept.lines + 1), samples=K, seed=0, batch_size=64)
-    assert np.abs(others.iw_nll - each.iw_nll).min() > 1e-4
+    actual = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
+    for name, values, expected in zip(results._fields, actual, results, strict=True):
+        np.testing.assert_allclose(values, expected[1:], rtol=1e-4, atol=1e-4, err_msg=name)
+    shifted = per_text(vae.model, tokenized._replace(lines=tokenized.lines + 1), samples=K, seed=0, batch_size=64)
+    assert np.abs(shifted.iw_nll - results.iw_nll).min() > 1e-4
 
 
 def test_texts_that_hold_the_end_token_are_left_out():
@@ -133,7 +133,7 @@ def test_texts_that_hold_the_end_token_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"samples": 0}, "samples must be at least 1, not 0"),
         ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels of 'b' are 1, for 2 texts"),
@@ -145,38 +145,42 @@ def test_texts_that_hold_the_end_token_are_left_out():
     ],
     ids=str,
 )
-def test_what_is_refused_in_python(vae, options, said):
+def test_what_is_refused_in_python(vae, options, message):
     with pytest.raises(InputError) as error:
         evaluate(vae, TEXTS[:2], **options)
-    assert (str(error.value), error.value.exit_code) == (said, 2)
+    assert (str(error.value), error.value.exit_code) == (message, 2)
 
 
-def test_the_measures_follow_from_the_texts(vae, each, found):
-    m = found.measures
+def test_the_measures_follow_from_the_texts(vae, results, evaluation):
+    m = evaluation.measures
     assert m["n"] == 40 and m["iw_samples"] == K and m["latent_size"] == 4
-    assert m["token_accuracy"] == pytest.approx(each.hits.sum() / each.tokens.sum())
-    mean, logvar = found.posterior
+    assert m["token_accuracy"] == pytest.approx(results.hits.sum() / results.tokens.sum())
+    mean, logvar = evaluation.posterior
     np.testing.assert_allclose(m["kl_per_dim"], 0.5 * (mean**2 + np.exp(logvar) - logvar - 1).mean(0), rtol=1e-4)
     assert m["kl"] == pytest.approx(sum(m["kl_per_dim"]), rel=1e-5)
     assert m["elbo"] == pytest.approx(-m["rec_nll"] - m["kl"], rel=1e-5)
     assert m["elbo"] < -m["iw_nll"]
-    parts = m["denominators"]
-    assert parts["tokens"] == each.tokens.sum()
-    assert parts["words"] == sum(len(words(text)) + 1 for text in TEXTS)
-    assert m["ppl_per_token"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["tokens"]), rel=1e-4)
-    assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["words"]), rel=1e-4)
-    assert m["active_units"] == metrics.active_units(each.mean)
+    denominators = m["denominators"]
+    assert denominators["tokens"] == results.tokens.sum()
+    assert denominators["words"] == sum(len(words(text)) + 1 for text in TEXTS)
+    assert m["ppl_per_token"] == pytest.approx(math.exp(40 * m["iw_nll"] / denominators["tokens"]), rel=1e-4)
+    assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / denominators["words"]), rel=1e-4)
+    assert m["active_units"] == metrics.active_units(results.mean)
     assert -0.5 < m["mutual_information"] <= m["mutual_information_ceiling"] == math.log(40)
-    rise = m["mutual_information"] - m["mutual_information_of_half"]
-    assert abs(rise) < 0.05 and rise == pytest.approx(m["aggregate_kl_of_half"] - m["aggregate_kl"], abs=1e-6)
-    assert found.reconstructions == vae.reconstruct(TEXTS)
-    assert m["bleu"] == pytest.approx(sacrebleu.corpus_bleu(found.reconstructions, [found.texts], tokenize="zh").score)
-    assert m["exact_match"] == np.mean([a == b for a, b in zip(found.reconstructions, found.texts, strict=True)])
-    assert found.samples == vae.sample(40)
-    assert len(found.interpolations) == 20
-    for i, line in enumerate(found.interpolations):
-        assert len(line) == outputs.INTERPOLATION_STEPS
-        assert [line[0], line[-1]] == found.reconstructions[2 * i : 2 * i + 2]
+    gap = m["mutual_information"] - m["mutual_information_of_half"]
+    assert abs(gap) < 0.05 and gap == pytest.approx(m["aggregate_kl_of_half"] - m["aggregate_kl"], abs=1e-6)
+    assert evaluation.reconstructions == vae.reconstruct(TEXTS)
+    assert m["bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(evaluation.reconstructions, [evaluation.texts], tokenize="zh").score
+    )
+    assert m["exact_match"] == np.mean(
+        [a == b for a, b in zip(evaluation.reconstructions, evaluation.texts, strict=True)]
+    )
+    assert evaluation.samples == vae.sample(40)
+    assert len(evaluation.interpolations) == 20
+    for i, path in enumerate(evaluation.interpolations):
+        assert len(path) == outputs.INTERPOLATION_STEPS
+        assert [path[0], path[-1]] == evaluation.reconstructions[2 * i : 2 * i + 2]
     for name, (low, high) in m["intervals"].items():
         value = m["factors"]["long"]["probe_accuracy"] if name == "probe_long" else m[name]
         assert low <= value <= high or name == "active_units", name
@@ -188,7 +192,7 @@ def test_the_measures_follow_from_the_texts(vae, each, found):
     assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
 
 
-def test_what_a_run_measures_at_its_end(vae, found, monkeypatch):
+def test_what_a_run_measures_at_its_end(vae, evaluation, monkeypatch):
     """The same as `davae evaluate`, and the BLEU of draws and of other texts by hand; without likelihoods."""
     monkeypatch.setattr(outputs, "per_text", lambda *_, **__: pytest.fail("measures likelihoods"))
     monkeypatch.setattr(TextVAE, "interpolate", lambda *_, **__: pytest.fail("interpolates"))
@@ -196,16 +200,19 @@ def test_what_a_run_measures_at_its_end(vae, found, monkeypatch):
     names = ["n", "bleu", "exact_match", "bleu_sampled", "bleu_other_latent", "mutual_information", "active_units"]
     names += ["mutual_information_ceiling", "latent_size", "kl"]
     for name in names:
-        assert run[name] == pytest.approx(found.measures[name], rel=1e-4), name
+        assert run[name] == pytest.approx(evaluation.measures[name], rel=1e-4), name
     samples = vae.sample(40, top_k=1)
     assert (run["prior_distinct"], run["prior_valid"]) == (len(set(samples)) / 40, 0)
     assert evaluate_run(vae, TEXTS[:2], None)["prior_valid"] is None
     posterior = vae.posterior(TEXTS)
     noise = np.asarray(jax.random.normal(jax.random.key(0), (40, 4)))
-    drawn = vae.generate(posterior.mean + noise * np.exp(posterior.logvar / 2), top_k=1)
-    by_hand = {"bleu_sampled": drawn, "bleu_other_latent": [*found.reconstructions[1:], found.reconstructions[0]]}
-    for name, texts in by_hand.items():
-        score = sacrebleu.corpus_bleu(texts, [found.texts], tokenize="zh").score
+    sampled = vae.generate(posterior.mean + noise * np.exp(posterior.logvar / 2), top_k=1)
+    expected = {
+        "bleu_sampled": sampled,
+        "bleu_other_latent": [*evaluation.reconstructions[1:], evaluation.reconstructions[0]],
+    }
+    for name, texts in expected.items():
+        score = sacrebleu.corpus_bleu(texts, [evaluation.texts], tokenize="zh").score
         assert run[name] == pytest.approx(score, rel=1e-4)
     table = " ".join(format_table(run).split())
     assert f"mutual information {run['mutual_information']:.2f}" in table and "Likelihood" not in table
@@ -214,23 +221,23 @@ def test_what_a_run_measures_at_its_end(vae, found, monkeypatch):
 
 
 def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
-    """Of draws made by hand, sacrebleu's own score of the texts drawn."""
-    found, texts = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
+    """On fixed resamples: sacrebleu's score of the resampled texts."""
+    hypotheses, references = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
     counts = np.array([[2, 0, 1, 1, 1, 1], [0, 0, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1]])
     scores = []
     for row in counts:
-        drawn = [i for i, c in enumerate(row) for _ in range(c)]
-        pair = [found[i] for i in drawn], [[texts[i] for i in drawn]]
+        indices = [i for i, c in enumerate(row) for _ in range(c)]
+        pair = [hypotheses[i] for i in indices], [[references[i] for i in indices]]
         scores.append(sacrebleu.corpus_bleu(*pair, tokenize="zh").score)
-    monkeypatch.setattr(bootstrap, "sums", lambda values, _: counts @ values)
-    low, high = bleu_interval(found, texts, 0)
+    monkeypatch.setattr(bootstrap, "resampled_sums", lambda values, _: counts @ values)
+    low, high = bleu_interval(hypotheses, references, 0)
     assert (low, high) == pytest.approx(tuple(np.percentile(scores, [2.5, 97.5])))
     assert low < high
 
 
 # The warnings.
 
-ENOUGH = {
+RELIABLE = {
     "n": 2000,
     "left_out": 0,
     "left_out_for_end_token": 0,
@@ -251,7 +258,7 @@ ENOUGH = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "about"),
+    ("changed", "names"),
     [
         ({}, []),
         ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
@@ -272,8 +279,8 @@ ENOUGH = {
     ],
     ids=str,
 )
-def test_what_is_warned_of(changed, about):
-    assert [line.split(":")[0] for line in caveats.warnings_of(ENOUGH | changed)] == about
+def test_what_is_warned_of(changed, names):
+    assert [line.split(":")[0] for line in caveats.collect_warnings(RELIABLE | changed)] == names
 
 
 # The command.
@@ -322,7 +329,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
+def test_evaluate(davae, data, evaluation, tiny_checkpoint, tmp_path):
     run = tmp_path / "run <b>"  # a run's folder with its logs, and a name that is not to be taken for HTML
     shutil.copytree(tiny_checkpoint, run)
     lines = [
@@ -339,7 +346,7 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     assert (measures["n"], measures["of"], measures["data"]) == (40, 41, str(data))
     assert list(measures["factors"]) == ["long", "kind"]
     for name in KEYS:
-        assert measures[name] == pytest.approx(found.measures[name], rel=1e-4), name
+        assert measures[name] == pytest.approx(evaluation.measures[name], rel=1e-4), name
     # The table has the figures, what they are of, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
     assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
@@ -362,11 +369,11 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([*files, run])
 
 
-def test_one_text(davae, each, tmp_path, monkeypatch):
+def test_one_text(davae, results, tmp_path, monkeypatch):
     """Of a plain file, with a blank line, which is left out and said to be. What cannot be estimated is null in the
     JSON, not a made-up number, and a report comes out all the same. (The model's numbers are those of a larger batch.)
     """
-    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
+    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: PerText(*(values[:1] for values in results)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
     file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
     file.write_text("\n春眠 <unk> 今天Ѫ\n今<|endoftext|>天\n", encoding="utf-8")
@@ -379,9 +386,9 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert "n: 1 texts were left out that hold <|endoftext|>" in out
     assert "all: over 1 texts" in out
     assert "factors" not in measures and measures["intervals"] == {}
-    said = " ".join(out.split())
-    assert "nan" not in out and "length – no interpolation whose ends differ" in said
-    assert "self-BLEU – needs two samples" in said and "distinct-3 – no sample has 3 words" in said
+    table = " ".join(out.split())
+    assert "nan" not in out and "length – no interpolation whose ends differ" in table
+    assert "self-BLEU – needs two samples" in table and "distinct-3 – no sample has 3 words" in table
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
@@ -392,7 +399,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         (["--n", "0"], 2, "--n must be at least 1, not 0"),
         (["--samples", "0"], 2, "--samples must be at least 1, not 0"),
@@ -424,15 +431,15 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_is_refused(davae, tmp_path, options, code, said):
+def test_what_is_refused(davae, tmp_path, options, code, message):
     """Before the model is looked for."""
     (tmp_path / "t.txt").write_text("今天\n", encoding="utf-8")
     (tmp_path / "t.jsonl").write_text('{"t": "a", "y": 1, "z": 0.5}\n{"t": "b"}\n', encoding="utf-8")
     (tmp_path / "half.jsonl").write_text('{"text": "a", "y": "\\ud800"}\n', encoding="utf-8")
     before = sorted(tmp_path.iterdir())
-    said = said.format(tmp=tmp_path)
-    found = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
-    assert found == (code, "", f"davae evaluate: error: {said}\n")
+    message = message.format(tmp=tmp_path)
+    outcome = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
+    assert outcome == (code, "", f"davae evaluate: error: {message}\n")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -440,7 +447,7 @@ def test_a_run_of_the_demo_brings_its_texts(davae, tmp_path):
     (tmp_path / "train.json").write_text('{"data": {"train": null}}', encoding="utf-8")
     problem = f"davae evaluate: error: {tmp_path / 'config.json'}: no such file; a model folder needs its config.json\n"
     assert davae(model=tmp_path) == (1, "", problem)  # no texts were asked for
-    said = "--label mood: the demo's factors are topic, aspect, good, degree, time, person, style"
-    assert davae("--label", "mood", model=tmp_path) == (2, "", f"davae evaluate: error: {said}\n")
+    message = "--label mood: the demo's factors are topic, aspect, good, degree, time, person, style"
+    assert davae("--label", "mood", model=tmp_path) == (2, "", f"davae evaluate: error: {message}\n")
     (tmp_path / "train.json").write_text('{"data": {"train": "x.txt"}}', encoding="utf-8")
     assert davae(model=tmp_path)[0] == 2

@@ -41,7 +41,7 @@ def test_the_gradient_is_zero_at_the_fit(rng, classes):
     """The gradient of the mean cross-entropy + ½ · 0.001 · |weights|², by hand from the softmax."""
     x, y = rng.standard_normal((50, 3)), rng.integers(0, classes, 50)
     fitted = probes.fit_logistic(x, y)
-    p, weights = fitted.predict_proba(x), probes.weights_of(fitted)
+    p, weights = fitted.predict_proba(x), probes.softmax_weights(fitted)
     error = (p - np.eye(classes)[y]) / 50
     np.testing.assert_allclose(x.T @ error + probes.PENALTY * weights, 0, atol=1e-5)
     np.testing.assert_allclose(error.sum(0), 0, atol=1e-5)
@@ -71,10 +71,10 @@ def test_mutual_information_gap():
     assert probes.mutual_information_gap(np.stack([value, steady], 1), classes) == pytest.approx(1)
     assert probes.mutual_information_gap(np.stack([value, -value], 1), classes) == pytest.approx(0, abs=1e-9)
     # The second dimension tells one class of three from the others.
-    some = np.stack([value, np.where(value > 0, 1.0, 0.0)], 1)
-    told = math.log(3) - 2 / 3 * math.log(2)
-    assert probes.mutual_information_gap(some, classes) == pytest.approx(1 - told / math.log(3))
-    assert math.isnan(probes.mutual_information_gap(some, np.repeat("a", 600)))
+    both = np.stack([value, np.where(value > 0, 1.0, 0.0)], 1)
+    second = math.log(3) - 2 / 3 * math.log(2)
+    assert probes.mutual_information_gap(both, classes) == pytest.approx(1 - second / math.log(3))
+    assert math.isnan(probes.mutual_information_gap(both, np.repeat("a", 600)))
 
 
 def test_dci_at_its_ends():
@@ -94,17 +94,17 @@ def test_dci_by_hand():
 
 
 def test_dimensions_that_are_factors_have_dci_near_one(rng):
-    kinds = rng.integers(0, 2, (N, 3))
-    means = 6.0 * kinds + rng.standard_normal((N, 3))
-    found = [probes.linear_probe(means, kinds[:, j].astype(str)) for j in range(3)]
-    importance = probes.importances(found)
-    turned = [
-        probes.linear_probe(means @ np.linalg.qr(rng.standard_normal((3, 3)))[0], kinds[:, j].astype(str))
+    factors = rng.integers(0, 2, (N, 3))
+    means = 6.0 * factors + rng.standard_normal((N, 3))
+    aligned = [probes.linear_probe(means, factors[:, j].astype(str)) for j in range(3)]
+    importance = probes.importances(aligned)
+    rotated = [
+        probes.linear_probe(means @ np.linalg.qr(rng.standard_normal((3, 3)))[0], factors[:, j].astype(str))
         for j in range(3)
     ]
-    assert probes.disentanglement(importance) > 0.6 > probes.disentanglement(probes.importances(turned)) + 0.2
-    # What can be read off does not change when the latent is turned.
-    assert all(probe.hits.mean() > 0.99 for probe in [*found, *turned])
+    assert probes.disentanglement(importance) > 0.6 > probes.disentanglement(probes.importances(rotated)) + 0.2
+    # What can be read off does not change if the latent is rotated.
+    assert all(probe.hits.mean() > 0.99 for probe in [*aligned, *rotated])
 
 
 # Bootstrap intervals.
@@ -112,7 +112,7 @@ def test_dimensions_that_are_factors_have_dci_near_one(rng):
 
 def test_the_interval_of_a_mean(rng):
     values = 3 + 2 * rng.standard_normal(400)
-    low, high = bootstrap.of_ratio(values)
+    low, high = bootstrap.ratio_interval(values)
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.12 * half)
 
@@ -121,24 +121,28 @@ def test_the_interval_of_a_ratio_covers_as_often_as_it_says(rng):
     covered = 0
     for _ in range(200):
         below = rng.integers(5, 20, 80)
-        low, high = bootstrap.of_ratio(1.5 * below + rng.standard_normal(80) * 4, below)
+        low, high = bootstrap.ratio_interval(1.5 * below + rng.standard_normal(80) * 4, below)
         covered += low <= 1.5 <= high
     assert 0.88 <= covered / 200 <= 0.99  # of 95 %, with four standard errors
 
 
 def test_draws_are_of_as_many_texts():
-    found = bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3)
-    assert found.shape == (1000, 2)
-    np.testing.assert_allclose(found[:, 0], 50)
-    assert len(set(found[:, 1])) > 100
-    np.testing.assert_array_equal(found, bootstrap.sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3))
+    actual = bootstrap.resampled_sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3)
+    assert actual.shape == (1000, 2)
+    np.testing.assert_allclose(actual[:, 0], 50)
+    assert len(set(actual[:, 1])) > 100
+    np.testing.assert_array_equal(
+        actual, bootstrap.resampled_sums(np.stack([np.ones(50), np.arange(50)], axis=1), seed=3)
+    )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**70])
 def test_seeds_are_taken_modulo_two_to_the_32(rng, seed):
     """As the keys of the model's draws are."""
     values = rng.standard_normal((30, 2))
-    np.testing.assert_array_equal(bootstrap.sums(values, seed), bootstrap.sums(values, seed % 2**32))
+    np.testing.assert_array_equal(
+        bootstrap.resampled_sums(values, seed), bootstrap.resampled_sums(values, seed % 2**32)
+    )
     kinds = rng.integers(0, 2, 30).astype(str)
     hits = [probes.linear_probe(values, kinds, s).hits for s in (seed, seed % 2**32)]
     np.testing.assert_array_equal(*hits)
@@ -151,28 +155,28 @@ def test_the_interval_of_a_proportion():
         p = hits / n
         middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         expected = [(middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
-        assert bootstrap.of_proportion(np.arange(n) < hits) == pytest.approx(expected, abs=1e-6)
-    assert bootstrap.of_proportion(np.zeros(50, bool)) == pytest.approx((0, 0.0713), abs=1e-4)
+        assert bootstrap.proportion_interval(np.arange(n) < hits) == pytest.approx(expected, abs=1e-6)
+    assert bootstrap.proportion_interval(np.zeros(50, bool)) == pytest.approx((0, 0.0713), abs=1e-4)
 
 
 @pytest.mark.parametrize("n", [7, 8])
 def test_the_interval_of_a_median(rng, n):
     """Against the medians of the same draws, text by text."""
     values = rng.standard_normal(n)
-    counts = np.concatenate(list(bootstrap.draws(n, seed=4)))
+    counts = np.concatenate(list(bootstrap.resample_counts(n, seed=4)))
     medians = [np.median(np.repeat(values, row)) for row in counts]
-    assert bootstrap.of_median(values, seed=4) == pytest.approx(bootstrap.interval(np.array(medians)))
+    assert bootstrap.median_interval(values, seed=4) == pytest.approx(bootstrap.interval(np.array(medians)))
 
 
 def test_the_intervals_of_columns(rng):
     values = rng.standard_normal((60, 3))
-    expected = [bootstrap.of_ratio(column, seed=2) for column in values.T]
-    np.testing.assert_allclose(bootstrap.of_columns(values, seed=2), expected)
+    expected = [bootstrap.ratio_interval(column, seed=2) for column in values.T]
+    np.testing.assert_allclose(bootstrap.column_intervals(values, seed=2), expected)
 
 
 def test_the_interval_of_active_units(rng):
     means = rng.standard_normal((500, 3)) * [1.0, 0.1, 0.0]  # the second has just the threshold's variance
-    low, high = bootstrap.of_active_units(means, 0.01)
+    low, high = bootstrap.active_units_interval(means, 0.01)
     assert (low, high) == (1, 2)
 
 
@@ -180,13 +184,13 @@ def test_the_interval_of_active_units(rng):
 
 
 def test_pca(rng):
-    turn = np.linalg.qr(rng.standard_normal((5, 5)))[0]
-    means = (rng.standard_normal((4000, 5)) * [3, 2, 1, 1, 1]) @ turn + 7
-    flat, part = projection.pca(means)
+    rotation = np.linalg.qr(rng.standard_normal((5, 5)))[0]
+    means = (rng.standard_normal((4000, 5)) * [3, 2, 1, 1, 1]) @ rotation + 7
+    flat, explained = projection.pca(means)
     np.testing.assert_allclose(flat.std(0), [3, 2], rtol=0.05)
-    assert part == pytest.approx(13 / 16, abs=0.02)
+    assert explained == pytest.approx(13 / 16, abs=0.02)
     np.testing.assert_allclose(
-        np.abs(flat.T @ (means - means.mean(0)) @ turn.T / 4000)[[0, 1], [0, 1]], [9, 4], rtol=0.1
+        np.abs(flat.T @ (means - means.mean(0)) @ rotation.T / 4000)[[0, 1], [0, 1]], [9, 4], rtol=0.1
     )
     # A latent of one dimension, and one text alone.
     assert projection.pca(np.ones((3, 1)))[0].tolist() == [[0, 0]] * 3
@@ -221,7 +225,7 @@ def test_halves_have_all_classes(rng):
 def test_some_of_many():
     rows = np.arange(10, 5010)
     np.testing.assert_array_equal(projection.subsample(rows[:2000], 2000), rows[:2000])
-    found = projection.subsample(rows, 2000)
-    assert len(set(found)) == 2000 and (np.diff(found) > 0).all() and set(found) <= set(rows)
+    actual = projection.subsample(rows, 2000)
+    assert len(set(actual)) == 2000 and (np.diff(actual) > 0).all() and set(actual) <= set(rows)
     # Drawn evenly: 2000/5000 of the first half, within five standard errors.
-    assert abs((found < 2510).mean() - 0.5) < 5 * math.sqrt(0.25 / 2000)
+    assert abs((actual < 2510).mean() - 0.5) < 5 * math.sqrt(0.25 / 2000)

@@ -37,7 +37,7 @@ from davae_jax.cli.base import Command
 from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.renamed import RENAMED_OPTIONS
 from davae_jax.cli.train import parse_train
-from davae_jax.evaluation.comparison import Results, format_table, statistics
+from davae_jax.evaluation.comparison import Results, format_table, summary_statistics
 from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
@@ -47,7 +47,7 @@ from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-MEASURES_FILE = "evaluation.json"  # in a run folder, once the run is complete
+EVALUATION_FILE = "evaluation.json"  # in a run folder, once the run is complete
 COMPILED_FOLDER = "compiled"  # in the output: JAX's compilation cache
 PAGE_INTERVAL = 10  # seconds between two updates of the output's files, at least
 
@@ -89,7 +89,9 @@ class Compare(Command):
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 try:
-                    results[name][seed] = run_one(study, name, seed, self.output / folder_of(name) / f"seed-{seed}")
+                    results[name][seed] = complete_run(
+                        study, name, seed, self.output / setting_folder(name) / f"seed-{seed}"
+                    )
                 except InputError as e:
                     failed = True
                     tqdm.write(f"davae compare: error: {e}", file=sys.stderr)
@@ -110,7 +112,12 @@ class Compare(Command):
         from davae_jax.evaluation.evaluate import as_json  # imports JAX
 
         title = self.study.stem
-        values = {"settings": study.settings, "seeds": study.seeds, "found": results, "compared": statistics(results)}
+        values = {
+            "settings": study.settings,
+            "seeds": study.seeds,
+            "found": results,
+            "compared": summary_statistics(results),
+        }
         write_json(self.output / "comparison.json", as_json(values))
         write_text(self.output / "comparison.md", format_table(results, study.notes) + "\n")
         write_text(self.output / "comparison.html", page(title, results, study.settings, study.notes))
@@ -154,9 +161,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     known = {"train": (str, "text"), "evaluate": (str, "text"), "seeds": (list, "list"), "settings": (dict, "table")}
     if unknown := values.keys() - known:
         raise _StudyError(f"{min(unknown)!r} is not known; known: {', '.join(known)}")
-    for name, (kind, called) in known.items():
+    for name, (kind, type_name) in known.items():
         if not isinstance(values.get(name, kind()), kind):
-            raise _StudyError(f"{name} must be a {called}")
+            raise _StudyError(f"{name} must be a {type_name}")
     return values
 
 
@@ -175,7 +182,7 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, str]:
     for name, options in settings.items():
         if not isinstance(options, str):
             raise _StudyError(f"settings.{name} must be a text of options")
-        folder = folder_of(name)
+        folder = setting_folder(name)
         if folder == COMPILED_FOLDER or folder.startswith("comparison."):
             raise _StudyError(f"setting {name!r} would have the folder {folder}, which is taken")
         if (other := names.setdefault(folder, name)) != name:
@@ -232,7 +239,7 @@ def _split_words(options: str, entry: str) -> list[str]:
         raise _StudyError(f"{entry}: {options!r}: {e}") from None
 
 
-def folder_of(name: str) -> str:
+def setting_folder(name: str) -> str:
     """Returns the name of a setting's folder."""
     return re.sub(r"[^\w.=-]+", "-", name).strip("-.") or "setting"
 
@@ -240,7 +247,7 @@ def folder_of(name: str) -> str:
 # The runs.
 
 
-def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
+def complete_run(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Trains and measures one run, as far as that is not done yet, and returns its measures.
 
     Raises:
@@ -248,31 +255,31 @@ def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
         options.
     """
     options = {"train": study.settings[name], "evaluate": study.evaluate}
-    options_file, measures_file = folder.parent / f"{folder.name}.json", folder / MEASURES_FILE
+    options_file, evaluation_file = folder.parent / f"{folder.name}.json", folder / EVALUATION_FILE
     stored = _read_json(options_file) if folder.exists() else None
     if stored and _current_names(stored.get("train", [])) != _current_names(options["train"]):
         raise InputError(f"{folder}: was made with other options; give another --output, or remove this folder")
-    if stored and stored.get("evaluate") == options["evaluate"] and (measures := _read_json(measures_file)):
+    if stored and stored.get("evaluate") == options["evaluate"] and (measures := _read_json(evaluation_file)):
         return measures
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(options_file, options)
-    measures_file.unlink(missing_ok=True)  # measured with other options, or damaged
+    evaluation_file.unlink(missing_ok=True)  # measured with other options, or damaged
     log = folder.parent / f"{folder.name}.log"
     train = [*TRAIN_COMMAND, *options["train"], "--seed", seed, "--run-dir", folder]
     if "--log.figures" not in _option_names(options["train"]):
         train += ["--log.figures", 0]  # `davae evaluate` measures more
     _run_python(train, log)
-    _run_python([*EVALUATE_COMMAND, "--model", folder, *options["evaluate"], "--json", measures_file], log)
-    if (measures := _read_json(measures_file)) is None:
-        raise InputError(f"{measures_file}: cannot be read")
+    _run_python([*EVALUATE_COMMAND, "--model", folder, *options["evaluate"], "--json", evaluation_file], log)
+    if (measures := _read_json(evaluation_file)) is None:
+        raise InputError(f"{evaluation_file}: cannot be read")
     return measures
 
 
 def _current_names(words: Sequence[str]) -> list[str]:
     """Returns training options under their current names, so that studies of earlier versions are recognised."""
     renamed = RENAMED_OPTIONS["train.py"]
-    split = [word.partition("=") for word in words]
-    return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]
+    parts = [word.partition("=") for word in words]
+    return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in parts]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

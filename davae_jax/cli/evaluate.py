@@ -84,7 +84,7 @@ class Evaluate(Command):
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype, mesh=mesh)
         vae.batch_size, vae.progress = self.batch_size, sys.stderr.isatty()
-        found = evaluate(
+        evaluation = evaluate(
             vae,
             data.texts[: self.n],
             samples=self.samples,
@@ -93,13 +93,13 @@ class Evaluate(Command):
             language=data.language,
             source=data.source,
         )
-        measures = {"model": self.model, "data": data.source, "of": len(data.texts), **found.measures}
+        measures = {"model": self.model, "data": data.source, "of": len(data.texts), **evaluation.measures}
         print(format_table(measures))
         if self.json:
             write_whole(self.json, json.dumps(as_json(measures), indent=2, ensure_ascii=False) + "\n")
         if self.html:
             with tqdm(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
-                write_whole(self.html, report(found._replace(measures=measures), Path(self.model)))
+                write_whole(self.html, report(evaluation._replace(measures=measures), Path(self.model)))
                 bar.update()
 
 
@@ -114,16 +114,18 @@ class Data(NamedTuple):
 
 def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
     """Reads the texts of a file, and the labels from JSON Lines. Raises InputError naming the file and the line."""
-    for option, given in (("--field", field is not None), ("--label", labels)):
-        if given and path.suffix not in (".jsonl", ".json"):
+    for option, is_given in (("--field", field is not None), ("--label", labels)):
+        if is_given and path.suffix not in (".jsonl", ".json"):
             raise OptionError(option, f"needs JSON Lines (.jsonl); {path} has no fields")
     texts = read_texts(path, field or "text")
     lines = decode_lines(path.read_bytes(), str(path)) if labels else []
-    read = {name: [label_of(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels}
-    return Data(texts, read, None, str(path))
+    classes = {
+        name: [read_label(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels
+    }
+    return Data(texts, classes, None, str(path))
 
 
-def label_of(line: str, field: str, where: str) -> str:
+def read_label(line: str, field: str, location: str) -> str:
     """Reads the class of a text from a field of a JSON line: a text, a whole number, true or false; "" of a blank line.
 
     Raises:
@@ -133,31 +135,31 @@ def label_of(line: str, field: str, where: str) -> str:
         return ""
     values = json.loads(line)
     if field not in values:
-        raise InputError(f"{where} has no field {field!r}")
+        raise InputError(f"{location} has no field {field!r}")
     if not isinstance(values[field], str | int):
-        raise InputError(f"{where}: the field {field!r} must be a text, a whole number, true or false to be a class")
+        raise InputError(f"{location}: the field {field!r} must be a text, a whole number, true or false to be a class")
     if not isinstance(values[field], str):
         return str(values[field])
     try:
         return parse_json_text(line, field)
     except ValueError as e:
-        raise InputError(f"{where}: {e}") from None
+        raise InputError(f"{location}: {e}") from None
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:
     """Returns the held-out texts of the demo and their factors. Raises InputError if `run` is no run of the demo."""
     try:
-        of_demo = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
+        is_demo_run = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
     except (OSError, ValueError, KeyError, TypeError):
-        of_demo = False
-    if not of_demo:
+        is_demo_run = False
+    if not is_demo_run:
         raise OptionError("--data", f"must be given: {run} is no run of the demo preset, which has texts of its own")
-    known = demo_corpus.Factors._fields
-    if unknown := [name for name in labels if name not in known]:
-        raise OptionError("--label", f"{unknown[0]}: the demo's factors are {', '.join(known)}")
+    factor_names = demo_corpus.Factors._fields
+    if unknown := [name for name in labels if name not in factor_names]:
+        raise OptionError("--label", f"{unknown[0]}: the demo's factors are {', '.join(factor_names)}")
     corpus = demo_corpus.make_corpus()
     factors = [corpus.factors[text]._asdict() for text in corpus.held_out]
     for factor in factors:
         factor["good"] = "good" if factor["good"] else "bad"
-    found = {name: [factor[name] for factor in factors] for name in labels or known}
-    return Data(corpus.held_out, found, corpus.factors, "the demo's held-out texts")
+    classes = {name: [factor[name] for factor in factors] for name in labels or factor_names}
+    return Data(corpus.held_out, classes, corpus.factors, "the demo's held-out texts")

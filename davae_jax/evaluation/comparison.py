@@ -10,29 +10,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Results = dict[str, dict[int, dict[str, Any]]]  # setting → seed → what `davae evaluate --json` writes
-LEVEL = 0.05  # of significance
+SIGNIFICANCE = 0.05  # of significance
 RATE_AND_DISTORTION = "kl", "rec_nll"
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     key: str  # in an evaluation
     name: str
-    form: str
+    template: str
     better: int  # 1: more is better, −1: less, 0: neither
 
 
-MEASURES = [
-    Measure("kl", "rate: KL, nats", "{:z.2f}", 0),
-    Measure("rec_nll", "distortion, nats", "{:.2f}", -1),
-    Measure("iw_nll", "−log p(x), nats", "{:.2f}", -1),
-    Measure("ppl_per_word", "perplexity per word", "{:.2f}", -1),
-    Measure("active_units", "active units", "{:.1f}", 1),
-    Measure("mutual_information", "mutual information, nats", "{:z.2f}", 1),
-    Measure("bleu", "BLEU", "{:.1f}", 1),
-    Measure("exact_match", "exact", "{:.1%}", 1),
-    Measure("prior_distinct", "prior: different", "{:.1%}", 1),
-    Measure("prior_valid", "prior: valid", "{:.1%}", 1),
-    Measure("reverse_ppl", "reverse perplexity", "{:.2f}", -1),
+METRICS = [
+    Metric("kl", "rate: KL, nats", "{:z.2f}", 0),
+    Metric("rec_nll", "distortion, nats", "{:.2f}", -1),
+    Metric("iw_nll", "−log p(x), nats", "{:.2f}", -1),
+    Metric("ppl_per_word", "perplexity per word", "{:.2f}", -1),
+    Metric("active_units", "active units", "{:.1f}", 1),
+    Metric("mutual_information", "mutual information, nats", "{:z.2f}", 1),
+    Metric("bleu", "BLEU", "{:.1f}", 1),
+    Metric("exact_match", "exact", "{:.1%}", 1),
+    Metric("prior_distinct", "prior: different", "{:.1%}", 1),
+    Metric("prior_valid", "prior: valid", "{:.1%}", 1),
+    Metric("reverse_ppl", "reverse perplexity", "{:.2f}", -1),
 ]
 
 
@@ -53,41 +53,43 @@ class Cell(NamedTuple):
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
 
-def compare_settings(results: Results) -> dict[Measure, dict[str, Cell]]:
+def compare_settings(results: Results) -> dict[Metric, dict[str, Cell]]:
     """Returns a table of the measures that any run has: measure → setting → cell.
 
     p-values are of Welch's t-test against the first setting, corrected for the number of settings (Holm 1979).
     """
     table = {}
-    for measure in MEASURES:
+    for metric in METRICS:
         values = {
-            name: [float(m[measure.key]) for _, m in sorted(runs.items()) if is_number(m.get(measure.key))]
+            name: [float(m[metric.key]) for _, m in sorted(runs.items()) if is_finite_number(m.get(metric.key))]
             for name, runs in results.items()
         }
         if not any(values.values()):
             continue
-        first, *others = values
+        first, *other_settings = values
         # A setting is not tested if some of its runs lack the value: the remaining ones are no fair sample.
         incomplete = {name for name, runs in results.items() if len(values[name]) < len(runs)}
-        p = holm([None if {first, name} & incomplete else welch(values[first], values[name]) for name in others])
+        p = holm(
+            [None if {first, name} & incomplete else welch(values[first], values[name]) for name in other_settings]
+        )
         cells = zip(values, [None, *p], strict=True)
-        table[measure] = {name: Cell(values[name], q, len(results[name])) for name, q in cells}
+        table[metric] = {name: Cell(values[name], p_value, len(results[name])) for name, p_value in cells}
     return table
 
 
-def is_number(x: Any) -> bool:
+def is_finite_number(x: Any) -> bool:
     """Whether x is a finite number."""
     return isinstance(x, (int, float)) and math.isfinite(x)
 
 
-def statistics(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+def summary_statistics(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the table of `compare_settings` as plain numbers, for JSON."""
     return {
-        measure.key: {
+        metric.key: {
             name: {"mean": cell.mean, "deviation": cell.deviation, "p": cell.p, "values": len(cell.values)}
             for name, cell in cells.items()
         }
-        for measure, cells in compare_settings(results).items()
+        for metric, cells in compare_settings(results).items()
     }
 
 
@@ -130,19 +132,19 @@ def caveats(results: Results, notes: Sequence[str] = ()) -> list[str]:
         lines.append(
             f"{seeds} seed{'s' * (seeds != 1)} of some settings: differences by chance are hard to tell; give 3 or more"
         )
-    for measure, cells in compare_settings(results).items():
+    for metric, cells in compare_settings(results).items():
         lines += [
-            f"{measure.name}: {cell.runs - len(cell.values)} of {cell.runs} runs of “{name}” have no finite value"
+            f"{metric.name}: {cell.runs - len(cell.values)} of {cell.runs} runs of “{name}” have no finite value"
             for name, cell in cells.items()
             if len(cell.values) < cell.runs
         ]
     evaluations = [m for runs in results.values() for m in runs.values()]
-    kinds: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for warning in (line for m in evaluations for line in m.get("warnings", [])):
-        kinds.setdefault(re.sub(r"\d[\d.,]*", "0", warning), []).append(warning)
+        groups.setdefault(re.sub(r"\d[\d.,]*", "0", warning), []).append(warning)
     return lines + [
-        f"{len(alike)} of {len(evaluations)} runs: {alike[0]}" + " (figures of the first)" * (len(set(alike)) > 1)
-        for alike in kinds.values()
+        f"{len(similar)} of {len(evaluations)} runs: {similar[0]}" + " (figures of the first)" * (len(set(similar)) > 1)
+        for similar in groups.values()
     ]
 
 
@@ -150,11 +152,11 @@ def format_table(results: Results, notes: Sequence[str] = ()) -> str:
     """Returns the table in Markdown, a row a setting, with what it means and the warnings below."""
     table = compare_settings(results)
     lines = [
-        "| setting | seeds | " + " | ".join(measure.name for measure in table) + " |",
+        "| setting | seeds | " + " | ".join(metric.name for metric in table) + " |",
         "|---" * (len(table) + 2) + "|",
     ]
     for name, runs in results.items():
-        cells = [format_cell(measure, cells[name]) for measure, cells in table.items()]
+        cells = [format_cell(metric, cells[name]) for metric, cells in table.items()]
         lines.append(" | ".join(["| " + name.replace("|", "\\|"), str(len(runs)), *cells]) + " |")
     return "\n".join([*lines, "", table_note(results), *(f"warning: {line}" for line in caveats(results, notes))])
 
@@ -162,19 +164,19 @@ def format_table(results: Results, notes: Sequence[str] = ()) -> str:
 def table_note(results: Results) -> str:
     """Returns the line that explains the cells of a table."""
     return (
-        f"mean ± deviation over the seeds; * differs from “{next(iter(results))}”: p < {LEVEL} by Welch's t-test, "
+        f"mean ± deviation over the seeds; * differs from “{next(iter(results))}”: p < {SIGNIFICANCE} by Welch's t-test, "
         "corrected for the number of settings by Holm's method, each measure by itself"
     )
 
 
-def format_cell(measure: Measure, cell: Cell) -> str:
+def format_cell(metric: Metric, cell: Cell) -> str:
     """Returns mean ± deviation, with a mark if it differs from the first setting's."""
     if not cell.values:
         return "–"
-    spread = "" if math.isnan(cell.deviation) else f" ± {measure.form.format(cell.deviation)}"
-    some = f" ({len(cell.values)} of {cell.runs})" if len(cell.values) < cell.runs else ""
-    return f"{measure.form.format(cell.mean)}{spread}{significance_mark(cell)}{some}"
+    spread = "" if math.isnan(cell.deviation) else f" ± {metric.template.format(cell.deviation)}"
+    coverage = f" ({len(cell.values)} of {cell.runs})" if len(cell.values) < cell.runs else ""
+    return f"{metric.template.format(cell.mean)}{spread}{significance_mark(cell)}{coverage}"
 
 
 def significance_mark(cell: Cell) -> str:
-    return "*" * (cell.p is not None and cell.p < LEVEL)
+    return "*" * (cell.p is not None and cell.p < SIGNIFICANCE)

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from davae_jax.data.tokenize import tokenize
-from davae_jax.evaluation.caveats import warnings_of
+from davae_jax.evaluation.caveats import collect_warnings
 from davae_jax.evaluation.measures import MEASURES
 from davae_jax.evaluation.outputs import ModelOutputs
 from davae_jax.inference.generation import LENGTH_LIMIT
@@ -74,8 +74,8 @@ def evaluate(
     for name, values in (labels or {}).items():
         if len(values) != len(texts):
             raise OptionError("labels", f"of {name!r} are {len(values)}, for {len(texts)} texts")
-    whole, with_end_token = blank_texts_with_end_token(texts, source)
-    tokenized = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LENGTH_LIMIT, source=source)
+    usable, with_end_token = blank_texts_with_end_token(texts, source)
+    tokenized = tokenize(usable, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LENGTH_LIMIT, source=source)
     rows = tokenized.lines - 1
     outputs = ModelOutputs(
         vae,
@@ -88,7 +88,7 @@ def evaluate(
         sampling=sampling or {},
         with_likelihood="likelihood" in measures,
     )
-    found = {
+    values = {
         "n": outputs.n,
         "left_out": len(texts) - outputs.n,
         "left_out_for_end_token": with_end_token,
@@ -98,9 +98,9 @@ def evaluate(
         "latent_size": vae.config.latent_size,
         **_compute(outputs, measures),
     }
-    found["warnings"] = warnings_of(found)
+    values["warnings"] = collect_warnings(values)
     return Evaluation(
-        found,
+        values,
         outputs.texts,
         outputs.labels,
         outputs.computed("posterior", None),
@@ -118,10 +118,10 @@ def _compute(outputs: ModelOutputs, measures: Collection[str]) -> dict[str, Any]
     with tqdm(selected, unit="group", disable=not outputs.vae.progress) as bar:
         for name in bar:
             bar.set_description(name)
-            group, ends = MEASURES[name](outputs)
+            group, group_intervals = MEASURES[name](outputs)
             values |= group
-            intervals |= ends if outputs.n > 1 else {}  # one text drawn with replacement is always itself
-    return values | {"intervals": {name: list(ends) for name, ends in intervals.items()}}
+            intervals |= group_intervals if outputs.n > 1 else {}  # one text drawn with replacement is always itself
+    return values | {"intervals": {name: list(bounds) for name, bounds in intervals.items()}}
 
 
 def evaluate_run(vae: TextVAE, texts: Sequence[str], language: Container[str] | None) -> dict[str, Any]:
@@ -130,16 +130,16 @@ def evaluate_run(vae: TextVAE, texts: Sequence[str], language: Container[str] | 
     They are those of `evaluate` that need no likelihood. Prior samples are greedy, so that they show what the latent
     holds and not how tokens are drawn. `prior_valid` is None where the language is not known.
     """
-    found = evaluate(vae, texts, language=language, measures=END_OF_RUN, sampling={"top_k": 1})
-    return as_json({"prior_valid": None} | found.measures)
+    evaluation = evaluate(vae, texts, language=language, measures=END_OF_RUN, sampling={"top_k": 1})
+    return as_json({"prior_valid": None} | evaluation.measures)
 
 
 def as_json(value: Any) -> Any:
     """Returns the value with None for what JSON does not have: NaN and the infinities."""
     if isinstance(value, Mapping):
-        return {name: as_json(part) for name, part in value.items()}
+        return {name: as_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
+        return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -151,11 +151,11 @@ def blank_texts_with_end_token(texts: Sequence[str], source: str) -> tuple[list[
     Raises:
       InputError: no text is left, of texts named by `source`.
     """
-    whole = ["" if END in text else text for text in texts]
+    usable = ["" if END in text else text for text in texts]
     count = sum(END in text for text in texts)
-    if count and not any(text.strip() for text in whole):
+    if count and not any(text.strip() for text in usable):
         raise InputError(f"{source}: all texts hold {END}, which ends a text")
-    return whole, count
+    return usable, count
 
 
 def unknown_tokens(texts: Sequence[str], decoder_ids: Sequence[np.ndarray], unk_id: int) -> int:

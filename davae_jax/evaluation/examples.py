@@ -39,12 +39,15 @@ def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int =
     }
 
 
-def format_examples(found: dict[str, list]) -> str:
+def format_examples(generated: dict[str, list]) -> str:
     """Formats what `examples` returns for the terminal."""
-    width = max(display_width(text) for text, _ in found["reconstructions"])
+    width = max(display_width(text) for text, _ in generated["reconstructions"])
     lines = ["held-out text" + " " * (width - 13) + " → reconstruction from the posterior mean"]
-    lines += [f"{text}{' ' * (width - display_width(text))} → {back}" for text, back in found["reconstructions"]]
-    lines += ["", "samples from the prior", *found["samples"]]
-    lines += ["", "interpolation from the first to the last of these texts", *found["interpolation"]]
-    lines += ["", "analogy: as the first is to the second, so is the third to the fourth", *found["analogy"]]
+    lines += [
+        f"{text}{' ' * (width - display_width(text))} → {reconstruction}"
+        for text, reconstruction in generated["reconstructions"]
+    ]
+    lines += ["", "samples from the prior", *generated["samples"]]
+    lines += ["", "interpolation from the first to the last of these texts", *generated["interpolation"]]
+    lines += ["", "analogy: as the first is to the second, so is the third to the fourth", *generated["analogy"]]
     return "\n".join(lines)

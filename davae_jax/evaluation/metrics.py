@@ -101,18 +101,18 @@ def aggregate_density_by_halves(
     log_q = np.full(n, np.nan)
     for half in np.array_split(np.random.default_rng(seed % 2**32).permutation(n), 2) if n > 1 else ():
         z, *posteriors = (np.asarray(x)[half] for x in (densities.z, means, logvars))
-        log_q[half] = _densities_of(z, *shard(tuple(posteriors)))[1]
+        log_q[half] = _compute_densities(z, *shard(tuple(posteriors)))[1]
     return log_q
 
 
 @jax.jit
 def _log_densities(means, logvars, key):
     z_nL = Posterior(means, logvars).sample(key)
-    return *_densities_of(z_nL, means, logvars), z_nL
+    return *_compute_densities(z_nL, means, logvars), z_nL
 
 
 @jax.jit
-def _densities_of(z_nL, means, logvars):
+def _compute_densities(z_nL, means, logvars):
     n, L = means.shape
 
     def densities(z_and_text):

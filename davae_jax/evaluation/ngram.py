@@ -66,8 +66,8 @@ class NGram:
     def log_likelihood(self, text: Sequence[str]) -> float:
         """Returns the log-likelihood of a text and its end, in nats."""
         row = self._row(text)
-        places = range(self.order - 1, len(row))
-        return sum(math.log(self.probability(row[i], tuple(row[i - self.order + 1 : i]))) for i in places)
+        positions = range(self.order - 1, len(row))
+        return sum(math.log(self.probability(row[i], tuple(row[i - self.order + 1 : i]))) for i in positions)
 
     def perplexity(self, texts: Sequence[Sequence[str]]) -> float:
         """Returns the perplexity per word; the end of each text counts as one."""
@@ -98,9 +98,9 @@ def forward_and_reverse(real: Sequence[Sequence[str]], samples: Sequence[Sequenc
     if not half:
         return dict.fromkeys(names, math.nan)
     order = np.random.default_rng(SEED).permutation(len(real))
-    first, second = ([real[i] for i in part] for part in (order[:half], order[half : 2 * half]))
+    first, second = ([real[i] for i in rows] for rows in (order[:half], order[half : 2 * half]))
     samples = samples[:half]
     vocabulary = {word for text in real for word in text}
-    of_real, of_samples = (NGram(texts, vocabulary) for texts in (first, samples))
-    values = of_real.perplexity(samples), of_samples.perplexity(second), of_real.perplexity(second)
+    text_model, sample_model = (NGram(texts, vocabulary) for texts in (first, samples))
+    values = text_model.perplexity(samples), sample_model.perplexity(second), text_model.perplexity(second)
     return dict(zip(names, values, strict=True))

@@ -110,6 +110,6 @@ class ModelOutputs:
         """Lays arrays over the model's devices, by rows."""
         return shard_batch(arrays, params=split(self.vae.model)[1])
 
-    def computed(self, name: str, otherwise: Any) -> Any:
+    def computed(self, name: str, default: Any) -> Any:
         """Returns an output if a measure asked for it, and `otherwise` if none did."""
-        return self.__dict__.get(name, otherwise)
+        return self.__dict__.get(name, default)

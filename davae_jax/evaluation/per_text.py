@@ -52,28 +52,28 @@ def per_text(
     n = len(texts.lines)
     order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
     positions, key = model.config.encoder.max_position_embeddings, jax.random.key(seed % 2**32)
-    parts = []
+    batches = []
     with tqdm(total=n, desc="measure", unit="text", disable=not progress) as bar:
         for start in range(0, n, batch_size):
-            part = order[start : start + batch_size]
-            rows = [texts.ids(i) for i in part]
-            # Sizes are rounded up, so that a few compiled programs serve all lengths. The rows that fill up a batch
-            # are dropped afterwards.
+            batch = order[start : start + batch_size]
+            rows = [texts.ids(i) for i in batch]
+            # Sizes are rounded up, so that a few compiled programs serve all lengths. The rows that fill up a
+            # batch are dropped afterwards.
             S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
             shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1
-            fill = power_of_two(len(part), least=1) - len(part) if n < batch_size else batch_size - len(part)
-            encoder_ids, decoder_ids, _ = pad_rows(rows + rows[:1] * fill, shape, model.config.pad_token_id)
-            index = np.concatenate([texts.lines[part] - 1, np.zeros(fill, int)]).astype(np.int32)
+            padding_rows = power_of_two(len(batch), least=1) - len(batch) if n < batch_size else batch_size - len(batch)
+            encoder_ids, decoder_ids, _ = pad_rows(rows + rows[:1] * padding_rows, shape, model.config.pad_token_id)
+            index = np.concatenate([texts.lines[batch] - 1, np.zeros(padding_rows, int)]).astype(np.int32)
             inputs = shard_batch((encoder_ids, decoder_ids, index), params)
-            values = jax.device_get(_of_batch(graphdef, params, *inputs, key, samples))
-            parts.append([value[: len(part)] for value in values])
-            bar.update(len(part))
+            values = jax.device_get(_compute_batch(graphdef, params, *inputs, key, samples))
+            batches.append([value[: len(batch)] for value in values])
+            bar.update(len(batch))
     original = np.argsort(order)
-    return PerText(*(np.concatenate(column)[original] for column in zip(*parts, strict=True)))
+    return PerText(*(np.concatenate(column)[original] for column in zip(*batches, strict=True)))
 
 
 @partial(jax.jit, static_argnums=(0, 6))
-def _of_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -> PerText:
+def _compute_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -> PerText:
     model = merge(graphdef, params)
     encoded = model.encoder(encoder_ids)
     posterior = Posterior(encoded.mean, encoded.logvar)

@@ -32,16 +32,16 @@ def linear_probe(means: Float[np.ndarray, "n L"], classes: Sequence[str], seed: 
     """
     from sklearn.model_selection import PredefinedSplit
 
-    x, y = standardised(means), np.unique(np.asarray(classes), return_inverse=True)[1]
+    x, y = standardize(means), np.unique(np.asarray(classes), return_inverse=True)[1]
     folds = PredefinedSplit(np.random.default_rng(seed % 2**32).permutation(len(x)) % FOLDS)
     predicted = np.zeros(len(y), int)
     for train, test in folds.split():
-        several = len(np.unique(y[train])) > 1
-        predicted[test] = fit_logistic(x[train], y[train]).predict(x[test]) if several else y[train[0]]
-    return Probe(predicted == y, np.bincount(y).max() / len(y), weights_of(fit_logistic(x, y)))
+        has_classes = len(np.unique(y[train])) > 1
+        predicted[test] = fit_logistic(x[train], y[train]).predict(x[test]) if has_classes else y[train[0]]
+    return Probe(predicted == y, np.bincount(y).max() / len(y), softmax_weights(fit_logistic(x, y)))
 
 
-def standardised(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n L"]:
+def standardize(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n L"]:
     """Scales each dimension to mean 0 and variance 1. A dimension that hardly varies stays near 0, so that a probe
     cannot use its noise."""
     means = np.asarray(means, np.float64)
@@ -58,7 +58,7 @@ def fit_logistic(x: Float[np.ndarray, "n L"], y: Int[np.ndarray, " n"]) -> Logis
     return LogisticRegression(C=(2 if two_classes else 1) / (PENALTY * len(x)), tol=1e-6, max_iter=1000).fit(x, y)
 
 
-def weights_of(fitted: LogisticRegression) -> Float[np.ndarray, "L C"]:
+def softmax_weights(fitted: LogisticRegression) -> Float[np.ndarray, "L C"]:
     """Returns the softmax weights of a fitted logistic regression, a column for each class."""
     w = fitted.coef_
     return np.concatenate([-w / 2, w / 2]).T if len(w) == 1 else w.T

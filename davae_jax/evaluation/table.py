@@ -23,7 +23,7 @@ class _Line(NamedTuple):
 
     name: str
     key: str
-    form: str
+    template: str
     note: str = ""
     missing: str = ""  # the note where the value is NaN: what it would need
 
@@ -109,19 +109,19 @@ _SECTIONS: dict[str, list[_Line]] = {
 
 def sections(measures: Mapping[str, Any]) -> dict[str, list[Row]]:
     """Returns the rows of these measures under their headings. A value that is NaN or None is a dash."""
-    found = {
+    rows_by_title = {
         title: [_row(line, measures) for line in lines if line.key in measures] for title, lines in _SECTIONS.items()
     }
-    found["Factors"] = [*_factor_rows(measures), *found["Factors"]]
-    return {title: rows for title, rows in found.items() if rows}
+    rows_by_title["Factors"] = [*_factor_rows(measures), *rows_by_title["Factors"]]
+    return {title: rows for title, rows in rows_by_title.items() if rows}
 
 
 def _row(line: _Line, measures: Mapping[str, Any]) -> Row:
     value = measures[line.key]
     if value is None or math.isnan(value):
         return Row(line.name, DASH, "", line.missing)
-    interval = _format_interval(measures["intervals"].get(line.key), line.form)
-    return Row(line.name, line.form.format(value), interval, _NOTES.vformat(line.note, (), measures))
+    interval = _format_interval(measures["intervals"].get(line.key), line.template)
+    return Row(line.name, line.template.format(value), interval, _NOTES.vformat(line.note, (), measures))
 
 
 def _factor_rows(measures: Mapping[str, Any]) -> Iterator[Row]:
@@ -140,9 +140,9 @@ class _NoteFormatter(string.Formatter):
 _NOTES = _NoteFormatter()
 
 
-def _format_interval(ends: Sequence[float] | None, form: str) -> str:
-    form = form.replace("d}", ".0f}")  # the ends of a whole number's interval may lie between whole numbers
-    return "" if ends is None else " to ".join(form.format(end) for end in ends)
+def _format_interval(bounds: Sequence[float] | None, template: str) -> str:
+    template = template.replace("d}", ".0f}")  # the ends of a whole number's interval may lie between whole numbers
+    return "" if bounds is None else " to ".join(template.format(end) for end in bounds)
 
 
 def format_table(measures: Mapping[str, Any]) -> str:

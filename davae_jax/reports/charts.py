@@ -27,18 +27,18 @@ Scale = Callable[[float], float]  # from a value to its place
 
 def bars(values: Sequence[float], strong: Sequence[bool], *, title: str, unit: str) -> str:
     """Draws one bar for each value; those that are not strong are pale."""
-    most = max([*values, 1e-9])
-    y = _scale(0, most, HEIGHT - BOTTOM, TOP)
-    axis, left = _y_axis(y, ticks(0, most))
+    max_value = max([*values, 1e-9])
+    y = _scale(0, max_value, HEIGHT - BOTTOM, TOP)
+    axis, left = _y_axis(y, ticks(0, max_value))
     step = (WIDTH - left - RIGHT) / max(len(values), 1)
     gap = step * 0.15 if step > 4 else 0
-    drawn = "".join(
+    elements = "".join(
         f'<rect class="{"bar" if is_strong else "bar pale"}" x="{left + i * step:.1f}" y="{y(value):.1f}"'
         f' width="{step - gap:.2f}" height="{max(HEIGHT - BOTTOM - y(value), 0.5):.1f}"/>'
         for i, (value, is_strong) in enumerate(zip(values, strong, strict=True))
     )
     ends = f"{_text(left, HEIGHT - 6, '1', 'start')}{_text(WIDTH - RIGHT, HEIGHT - 6, str(len(values)), 'end')}"
-    return _svg(f"{title}, {unit}", axis + drawn + ends)
+    return _svg(f"{title}, {unit}", axis + elements + ends)
 
 
 def scatter(
@@ -53,12 +53,12 @@ def scatter(
     by_colour: dict[str, list[tuple[float, float]]] = {}
     for (a, b), name in zip(points.tolist(), classes or [""] * len(points), strict=True):
         by_colour.setdefault(colours.get(name, COLOURS[0]), []).append((x(a), y(b)))
-    dots = "".join(_dots(colour, places, size="dots") for colour, places in by_colour.items())
+    dots = "".join(_dots(colour, positions, size="dots") for colour, positions in by_colour.items())
     frame = f'<rect class="frame" x="1" y="1" width="{WIDTH - 2}" height="{WIDTH - 2}"/>'
     return _svg(title, frame + dots, height=WIDTH)
 
 
-def colours_of(classes: Sequence[str]) -> dict[str, str]:
+def assign_colours(classes: Sequence[str]) -> dict[str, str]:
     """Returns a colour for each class. With more than ten, the most frequent have their own."""
     names, counts = np.unique(np.asarray(classes), return_counts=True)
     if len(names) <= len(COLOURS):
@@ -80,17 +80,17 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
     axis, left = _y_axis(y, ticks(low, high))
     x = _scale(*_range(all_x), left, WIDTH - RIGHT)
-    drawn = ""
+    elements = ""
     for colour, (xs, ys) in zip(COLOURS, series.values(), strict=False):
-        places = [(x(a), y(b)) for a, b in zip(xs.tolist(), ys.tolist(), strict=True)]
-        if len(places) > 1:
-            points = ", ".join(f"{a:.1f} {b:.1f}" for a, b in places)
-            drawn += f'<polyline class="line" stroke="{colour}" points="{points}"/>'
-        if len(places) < 30:
-            drawn += _dots(colour, places)
+        positions = [(x(a), y(b)) for a, b in zip(xs.tolist(), ys.tolist(), strict=True)]
+        if len(positions) > 1:
+            points = ", ".join(f"{a:.1f} {b:.1f}" for a, b in positions)
+            elements += f'<polyline class="line" stroke="{colour}" points="{points}"/>'
+        if len(positions) < 30:
+            elements += _dots(colour, positions)
     ends = _text(left, HEIGHT - 6, _number(all_x.min()), "start")
     ends += _text(WIDTH - RIGHT, HEIGHT - 6, _number(all_x.max()), "end")
-    return _svg(title, axis + drawn + ends)
+    return _svg(title, axis + elements + ends)
 
 
 def plane(points: Points, colours: Mapping[str, str], *, title: str) -> str:
@@ -115,39 +115,41 @@ def _plane(points: Points, colours: Mapping[str, str]) -> str:
     def x(value: float) -> float:
         return root_scale(math.sqrt(max(value, 0.0)))
 
-    drawn, means = "", []
+    elements, means = "", []
     for i, (name, (xs, ys)) in enumerate(points.items()):
         if len(xs):
-            drawn += _dots(colours[name], [(x(a), y(b)) for a, b in zip(xs.tolist(), ys.tolist(), strict=True)])
+            elements += _dots(colours[name], [(x(a), y(b)) for a, b in zip(xs.tolist(), ys.tolist(), strict=True)])
             means.append((x(xs.mean()), y(ys.mean()), str(i + 1)))
-    return axis + _root_axis(x, largest) + drawn + _labels(means, left)
+    return axis + _root_axis(x, largest) + elements + _labels(means, left)
 
 
 def _root_axis(x: Scale, largest: float) -> str:
     """Draws the numbers below an axis that is scaled by the square root: those of 1, 2 and 5 that have room, and 0."""
-    drawn, last = "", x(0)
+    elements, last = "", x(0)
     for value in (m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)) if largest > 0 else ():
         if value <= largest and x(value) > last + 34:
-            drawn, last = drawn + _text(x(value), WIDTH - 6, _number(value), "middle"), x(value)
-    return drawn + _text(x(0), WIDTH - 6, "0", "middle")
+            elements, last = elements + _text(x(value), WIDTH - 6, _number(value), "middle"), x(value)
+    return elements + _text(x(0), WIDTH - 6, "0", "middle")
 
 
 def _labels(anchors: Sequence[tuple[float, float, str]], left: float) -> str:
     """Draws small texts to the right of their anchors; to the left or farther away where another text is already."""
     width, height = 14.0, 11.0
-    taken: list[tuple[float, float]] = []
-    drawn = ""
+    occupied: list[tuple[float, float]] = []
+    elements = ""
     for x, y, text in sorted(anchors, key=lambda anchor: anchor[1]):
-        places = [(x + side * far, y + 4 + up) for far in (11, 25, 39) for up in (0, -11, 11) for side in (1, -1)]
+        positions = [
+            (x + side * distance, y + 4 + up) for distance in (11, 25, 39) for up in (0, -11, 11) for side in (1, -1)
+        ]
         free = [
             (a, b)
-            for a, b in places
-            if left + 6 < a < WIDTH - 4 and all(abs(a - c) >= width or abs(b - d) >= height for c, d in taken)
+            for a, b in positions
+            if left + 6 < a < WIDTH - 4 and all(abs(a - c) >= width or abs(b - d) >= height for c, d in occupied)
         ]
-        a, b = (free or places)[0]
-        taken.append((a, b))
-        drawn += _small(a, b, text, "middle")
-    return drawn
+        a, b = (free or positions)[0]
+        occupied.append((a, b))
+        elements += _small(a, b, text, "middle")
+    return elements
 
 
 def board(
@@ -166,24 +168,24 @@ def board(
     row = max(17.0, (WIDTH - TOP - BOTTOM) / len(points))
     bottom = TOP + 10 + row * len(points)
     width, height = WIDTH + 20 + names + (column + step) * len(columns), max(WIDTH, bottom + BOTTOM) + 20
-    drawn = f'<rect x="0" y="0" width="{width}" height="{height:.0f}" fill="#fff"/>'
-    drawn += f'<g transform="translate(0 20)">{_plane(points, colours)}</g>' + _small(LEFT, 14, title, "start")
+    elements = f'<rect x="0" y="0" width="{width}" height="{height:.0f}" fill="#fff"/>'
+    elements += f'<g transform="translate(0 20)">{_plane(points, colours)}</g>' + _small(LEFT, 14, title, "start")
     start = WIDTH + 20
     rows = {name: 20 + TOP + row * (i + 0.5) for i, name in enumerate(points)}
     for i, (name, y) in enumerate(rows.items()):
-        drawn += _dots(colours[name], [(start + 6, y - 4)])
-        drawn += _small(start + 32, y, str(i + 1), "end") + _small(start + 40, y, name, "start")
+        elements += _dots(colours[name], [(start + 6, y - 4)])
+        elements += _small(start + 32, y, str(i + 1), "end") + _small(start + 40, y, name, "start")
     for i, (name, values) in enumerate(columns.items()):
         left = start + names + (column + step) * i
-        drawn += _small(left + column / 2, 14, name, "middle")
-        drawn += _column(values, colours, rows, left=left, right=left + column, bottom=20 + bottom)
+        elements += _small(left + column / 2, 14, name, "middle")
+        elements += _column(values, colours, rows, left=left, right=left + column, bottom=20 + bottom)
     style = (
         "text { font: 17px system-ui, sans-serif; fill: #5b6670; } .small { font-size: 12px; fill: #1d2329; }"
         " .grid { stroke: #d9dee3; } .dots { fill: none; stroke-linecap: round; stroke-opacity: .75; stroke-width: 6; }"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}"'
-        f' height="{height:.0f}" role="img"><title>{escape(title)}</title><style>{style}</style>{drawn}</svg>\n'
+        f' height="{height:.0f}" role="img"><title>{escape(title)}</title><style>{style}</style>{elements}</svg>\n'
     )
 
 
@@ -202,15 +204,15 @@ def _column(
         return ""
     low, high = _wider(*_range(_within_fences(finite)))
     x = _scale(low, high, left, right)
-    drawn = ""
+    elements = ""
     for name, y in rows.items():
         if any(v < low for v in values[name]):
-            drawn += _small(left, y, "←", "start")
+            elements += _small(left, y, "←", "start")
         if any(v > high and math.isfinite(v) for v in values[name]):
-            drawn += _small(right, y, "→", "end")
-        drawn += f'<line class="grid" x1="{left}" x2="{right}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'
-        drawn += _dots(colours[name], [(x(v), y - 4) for v in values[name] if low <= v <= high])
-    return drawn + _x_axis(x, ticks(low, high, 4), bottom, _small)
+            elements += _small(right, y, "→", "end")
+        elements += f'<line class="grid" x1="{left}" x2="{right}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'
+        elements += _dots(colours[name], [(x(v), y - 4) for v in values[name] if low <= v <= high])
+    return elements + _x_axis(x, ticks(low, high, 4), bottom, _small)
 
 
 def _within_fences(values: np.ndarray) -> np.ndarray:
@@ -239,19 +241,19 @@ def strips(
     low, high = _wider(*_range(finite))
     x, row = _scale(low, high, 8, WIDTH - 8), 40
     height = row * len(groups) + BOTTOM
-    drawn = ""
+    elements = ""
     for i, (name, values) in enumerate(groups.items()):
         y = row * i + 28
-        drawn += _text(8, y - 11, (name if len(name) <= 36 else name[:35] + "…") + marks.get(name, ""), "start")
-        drawn += f'<line class="grid" x1="8" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>'
-        drawn += _dots(colours[name], [(x(v), y) for v in values])
-    return _svg(title, drawn + _x_axis(x, ticks(low, high), height - 6, _text), height=height)
+        elements += _text(8, y - 11, (name if len(name) <= 36 else name[:35] + "…") + marks.get(name, ""), "start")
+        elements += f'<line class="grid" x1="8" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>'
+        elements += _dots(colours[name], [(x(v), y) for v in values])
+    return _svg(title, elements + _x_axis(x, ticks(low, high), height - 6, _text), height=height)
 
 
-def _dots(colour: str, places: Sequence[tuple[float, float]], size: str = "dots big") -> str:
+def _dots(colour: str, positions: Sequence[tuple[float, float]], size: str = "dots big") -> str:
     """Draws a dot at each place: all as one path, of lines without length that have round ends."""
-    path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
-    return f'<path class="{size}" stroke="{colour}" d="{path}"/>' if places else ""
+    path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in positions)
+    return f'<path class="{size}" stroke="{colour}" d="{path}"/>' if positions else ""
 
 
 def _wider(low: float, high: float) -> tuple[float, float]:
@@ -270,33 +272,35 @@ def ticks(low: float, high: float, limit: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _x_axis(x: Scale, at: Sequence[float], y: float, text: Callable[..., str]) -> str:
+def _x_axis(x: Scale, tick_values: Sequence[float], y: float, text: Callable[..., str]) -> str:
     """Draws the numbers of the ticks at their places with the function `text`, at the height y."""
-    return "".join(text(x(v), y, number, "middle") for v, number in zip(at, numbers_of(at), strict=True))
+    return "".join(
+        text(x(v), y, number, "middle") for v, number in zip(tick_values, format_ticks(tick_values), strict=True)
+    )
 
 
-def _y_axis(y: Scale, at: Sequence[float]) -> tuple[str, float]:
+def _y_axis(y: Scale, tick_values: Sequence[float]) -> tuple[str, float]:
     """Draws a line at each tick with its number. Returns them, and the left edge of the chart next to the numbers."""
-    numbers = numbers_of(at)
+    numbers = format_ticks(tick_values)
     left = max([LEFT, *(_width(number) + 7 for number in numbers)])
-    drawn = (
+    elements = (
         f'<line class="grid" x1="{left:.0f}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         + _text(left - 5, y(v) + 5, number, "end")
-        for v, number in zip(at, numbers, strict=True)
+        for v, number in zip(tick_values, numbers, strict=True)
     )
-    return "".join(drawn), left
+    return "".join(elements), left
 
 
-def numbers_of(at: Sequence[float]) -> list[str]:
+def format_ticks(tick_values: Sequence[float]) -> list[str]:
     """Returns the ticks as text, with enough digits to tell them apart."""
-    largest = max(map(abs, at))
-    step = min((b - a for a, b in itertools.pairwise(at)), default=0.0)
+    largest = max(map(abs, tick_values))
+    step = min((b - a for a, b in itertools.pairwise(tick_values)), default=0.0)
 
     def first_digit(value: float) -> int:
         return math.floor(math.log10(value) + 1e-6)
 
     digits = 1 + first_digit(largest) - first_digit(step) if largest and step else 1
-    return [_number(v, max(4, digits)) for v in at]
+    return [_number(v, max(4, digits)) for v in tick_values]
 
 
 def _width(text: str) -> float:

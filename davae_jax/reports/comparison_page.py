@@ -12,7 +12,7 @@ from davae_jax.evaluation.comparison import (
     caveats,
     compare_settings,
     format_cell,
-    is_number,
+    is_finite_number,
     significance_mark,
     table_note,
 )
@@ -25,7 +25,7 @@ PAPER_COLUMNS = {"mutual_information": "MI, nats", "active_units": "active units
 
 def figure(title: str, results: Results) -> str:
     """Returns one SVG file for a paper: rate against distortion, and three measures by setting."""
-    by_key = {measure.key: cells for measure, cells in compare_settings(results).items()}
+    by_key = {metric.key: cells for metric, cells in compare_settings(results).items()}
     columns = {
         name: {setting: cell.values for setting, cell in by_key[key].items()}
         for key, name in PAPER_COLUMNS.items()
@@ -49,14 +49,14 @@ def page(title: str, results: Results, options: Mapping[str, Sequence[str]], not
                 {name: cell.values for name, cell in cells.items()},
                 colours,
                 {name: significance_mark(cell) for name, cell in cells.items()},
-                title=measure.name,
+                title=metric.name,
             ),
-            measure.name + BETTER[measure.better],
+            metric.name + BETTER[metric.better],
         )
-        for measure, cells in table.items()
+        for metric, cells in table.items()
     ]
     rows = [
-        (name, len(runs), [format_cell(measure, cells[name]) for measure, cells in table.items()])
+        (name, len(runs), [format_cell(metric, cells[name]) for metric, cells in table.items()])
         for name, runs in results.items()
     ]
     return render(
@@ -72,7 +72,7 @@ def page(title: str, results: Results, options: Mapping[str, Sequence[str]], not
         ),
         strips=strips,
         about=table_note(results),
-        columns=[measure.name for measure in table],
+        columns=[metric.name for metric in table],
         rows=rows,
         options=options,
     )
@@ -86,6 +86,6 @@ def _points(results: Results) -> dict[str, tuple[list[float], list[float]]]:
     """Returns rate and distortion of each setting's runs."""
 
     def values(key: str, runs: Mapping[int, Mapping[str, Any]]) -> list[float]:
-        return [m[key] if is_number(m.get(key)) else math.nan for m in runs.values()]
+        return [m[key] if is_finite_number(m.get(key)) else math.nan for m in runs.values()]
 
     return {name: tuple(values(key, runs) for key in RATE_AND_DISTORTION) for name, runs in results.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from davae_jax.evaluation.evaluate import Evaluation
-from davae_jax.evaluation.measures import ACTIVE
+from davae_jax.evaluation.measures import ACTIVE_VARIANCE
 from davae_jax.evaluation.table import sections
 from davae_jax.evaluation.text_metrics import edit_distance, words, words_and_spaces
 from davae_jax.reports import charts, projection
@@ -27,14 +27,14 @@ CURVES = {  # keys of metrics.jsonl and held_out.jsonl, and their titles
     "loss": "loss",
     "beta": "β, the KL's weight",
 }
-Parts = list[tuple[str, str]]  # of a text: (kind, part), kind being "kept", "lost" or "new"
+Segments = list[tuple[str, str]]  # of a text: (kind, part), kind being "same", "lost" or "new"
 
 
-def report(found: Evaluation, model: Path) -> str:
+def report(evaluation: Evaluation, model: Path) -> str:
     """Returns the page. It has training curves if `model` is a run folder."""
-    m = found.measures
-    exact, reconstructions = reconstruction_cards(found.texts, found.reconstructions)
-    maps, factor_maps = latent_maps(found)
+    m = evaluation.measures
+    exact, reconstructions = reconstruction_cards(evaluation.texts, evaluation.reconstructions)
+    projections, factor_projections = latent_projections(evaluation)
     return render(
         "report.html",
         title=model.resolve().name or str(model),
@@ -45,16 +45,16 @@ def report(found: Evaluation, model: Path) -> str:
         headline=headline(m),
         sections=sections(m),
         kl_charts=kl_charts(m),
-        maps=maps,
-        factor_maps=factor_maps,
+        projections=projections,
+        factor_projections=factor_projections,
         curves=training_curves(model),
-        exact=f"{exact:,} of {len(found.texts):,}",
+        exact=f"{exact:,} of {len(evaluation.texts):,}",
         reconstructions=reconstructions,
-        interpolations=[interpolation_steps(line) for line in found.interpolations[:MAX_INTERPOLATIONS]],
-        neighbours=neighbours(found.texts, found.posterior.mean),
+        interpolations=[interpolation_steps(line) for line in evaluation.interpolations[:MAX_INTERPOLATIONS]],
+        neighbours=neighbours(evaluation.texts, evaluation.posterior.mean),
         sampling=", ".join(f"{name} {value:g}" for name, value in m["sampling"].items()),
-        grammar_is_known=found.accepted is not None,
-        samples=marked_samples(found.samples, found.accepted),
+        grammar_is_known=evaluation.accepted is not None,
+        samples=marked_samples(evaluation.samples, evaluation.accepted),
     )
 
 
@@ -77,11 +77,11 @@ def kl_charts(m: Mapping[str, Any]) -> list[Figure]:
     """Draws KL and variance of each dimension, the dimension of the largest KL first."""
     order = np.argsort(m["kl_per_dim"])[::-1]
     kl, variance = np.array(m["kl_per_dim"])[order].tolist(), np.array(m["variance_per_dim"])[order]
-    active = (variance > ACTIVE).tolist()
+    active = (variance > ACTIVE_VARIANCE).tolist()
     return [
         Figure(
             charts.bars(kl, active, title="KL of each dimension", unit="nats"),
-            f"Nats, the largest first, nothing masked. Dark: active, with means that vary by more than {ACTIVE}.",
+            f"Nats, the largest first, nothing masked. Dark: active, with means that vary by more than {ACTIVE_VARIANCE}.",
         ),
         Figure(
             charts.bars(variance.tolist(), active, title="variance of each dimension's posterior means", unit=""),
@@ -90,7 +90,7 @@ def kl_charts(m: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-class FactorMaps(NamedTuple):
+class FactorProjections(NamedTuple):
     """Maps of the latent in which a factor's classes have colours."""
 
     factor: str
@@ -98,30 +98,30 @@ class FactorMaps(NamedTuple):
     figures: list[Figure]
 
 
-def latent_maps(found: Evaluation) -> tuple[list[Figure], list[FactorMaps]]:
+def latent_projections(evaluation: Evaluation) -> tuple[list[Figure], list[FactorProjections]]:
     """Draws the posterior means by PCA and, where it is installed, UMAP: once, or in the colours of each factor.
 
     For a factor there is one more map: the plane that separates its classes best, fitted to half of the texts and
     showing the other half.
     """
-    means = found.posterior.mean
-    drawn = projection.subsample(np.arange(len(means)), MAX_POINTS)
-    of_all = f", {len(drawn):,} of {len(means):,} texts, drawn" if len(drawn) < len(means) else ""
+    means = evaluation.posterior.mean
+    shown = projection.subsample(np.arange(len(means)), MAX_POINTS)
+    subset_note = f", {len(shown):,} of {len(means):,} texts, drawn" if len(shown) < len(means) else ""
     flat, variance = projection.pca(means)
-    maps = [(f"PCA, {variance:.0%} of the variance{of_all}", drawn, flat[drawn])]
+    projections = [(f"PCA, {variance:.0%} of the variance{subset_note}", shown, flat[shown])]
     if (flat := projection.umap(means)) is not None:
-        maps.append((f"UMAP{of_all}", drawn, flat[drawn]))
-    factors = {name: np.array(classes) for name, classes in found.labels.items() if len(set(classes)) > 1}
+        projections.append((f"UMAP{subset_note}", shown, flat[shown]))
+    factors = {name: np.array(classes) for name, classes in evaluation.labels.items() if len(set(classes)) > 1}
     if not factors:
-        return [Figure(charts.scatter(points, None, title=title), title) for title, _, points in maps], []
+        return [Figure(charts.scatter(points, None, title=title), title) for title, _, points in projections], []
     by_factor = []
     for name, classes in factors.items():
-        colours = charts.colours_of(classes)
+        colours = charts.assign_colours(classes)
         figures = [
             Figure(charts.scatter(points, classes[rows].tolist(), colours, title=f"{name}, {title}"), title)
-            for title, rows, points in [*maps, *separating_plane(means, classes)]
+            for title, rows, points in [*projections, *separating_plane(means, classes)]
         ]
-        by_factor.append(FactorMaps(name, class_legend(colours), figures))
+        by_factor.append(FactorProjections(name, class_legend(colours), figures))
     return [], by_factor
 
 
@@ -188,7 +188,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 # Texts.
 
 
-def reconstruction_cards(texts: Sequence[str], reconstructions: Sequence[str]) -> tuple[int, dict[str, list[Parts]]]:
+def reconstruction_cards(texts: Sequence[str], reconstructions: Sequence[str]) -> tuple[int, dict[str, list[Segments]]]:
     """Returns how many reconstructions equal their text, and the worst and the best ones, with their changes."""
     pairs = list(zip(texts, reconstructions, strict=True))
     distances = np.array([edit_distance(words(a), words(b)) for a, b in pairs])
@@ -200,16 +200,16 @@ def reconstruction_cards(texts: Sequence[str], reconstructions: Sequence[str]) -
     return int((distances == 0).sum()), {title: [changes(*pairs[i]) for i in rows] for title, rows in shown.items()}
 
 
-def changes(old: str, new: str) -> Parts:
+def changes(old: str, new: str) -> Segments:
     """Returns the two texts merged into one, word by word: what they share, what is lost, and what is new."""
     a, b = words_and_spaces(old), words_and_spaces(new)
-    parts = []
+    segments = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind == "equal":
-            parts.append(("kept", "".join(a[i:j])))
+            segments.append(("same", "".join(a[i:j])))
         else:
-            parts += [("lost", "".join(a[i:j])), ("new", "".join(b[k:m]))]
-    return [(kind, part) for kind, part in parts if part]
+            segments += [("lost", "".join(a[i:j])), ("new", "".join(b[k:m]))]
+    return [(kind, segment) for kind, segment in segments if segment]
 
 
 class Step(NamedTuple):
@@ -217,7 +217,7 @@ class Step(NamedTuple):
 
     weights: str  # of the end, in percent: of the first latent, and of the last where there are several
     colour: str
-    parts: Parts  # of the text; "new" is what the step before does not have
+    segments: Segments  # of the text; "new" is what the step before does not have
 
 
 def interpolation_steps(texts: Sequence[str]) -> list[Step]:
@@ -230,12 +230,12 @@ def interpolation_steps(texts: Sequence[str]) -> list[Step]:
             runs.append((i, i, text))
     end = len(texts) - 1
     steps = []
-    for place, (first, last, text) in enumerate(runs):
-        parts = changes(runs[place - 1][2], text) if place else [("kept", text)]
+    for index, (first, last, text) in enumerate(runs):
+        segments = changes(runs[index - 1][2], text) if index else [("same", text)]
         weights = f"{first / end:.0%}" + (f"–{last / end:.0%}" if last > first else "")
         percent = round(100 * (first + last) / 2 / end)
         colour = f"color-mix(in srgb, {charts.COLOURS[1]} {percent}%, {charts.COLOURS[0]})"
-        steps.append(Step(weights, colour, [part for part in parts if part[0] != "lost"]))
+        steps.append(Step(weights, colour, [segment for segment in segments if segment[0] != "lost"]))
     return steps
 
 
@@ -244,10 +244,10 @@ def neighbours(texts: Sequence[str], means: Float[np.ndarray, "n L"]) -> list[tu
     n = len(means)
     if n < 2:
         return []
-    found = []
+    neighbourhoods = []
     for i in np.linspace(0, n - 1, min(MAX_TEXTS, n)).astype(int):
-        found.append((texts[i], [(texts[j], distance) for j, distance in zip(*nearest(means, i))]))
-    return found
+        neighbourhoods.append((texts[i], [(texts[j], distance) for j, distance in zip(*nearest(means, i))]))
+    return neighbourhoods
 
 
 def nearest(means: Float[np.ndarray, "n L"], i: int) -> tuple[np.ndarray, np.ndarray]:
