@@ -1,4 +1,4 @@
-"""`davae evaluate` and what it stands on: numbers against independent computations, the files, and what is refused."""
+"""`davae evaluate`: metrics against independent computations, output files, and invalid input."""
 
 import html.parser
 import json
@@ -26,8 +26,9 @@ from davae_jax.inference.generation import generate
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 from davae_jax.tokenizers.decoder import END
+from davae_jax.utils.errors import OptionError
 
-# Of lengths that share one compiled program.
+# Texts of similar lengths share one compiled program.
 TEXTS = [text for text in sentences(200) if 15 <= len(text) <= 20][:40]
 LABELS = {"long": [str(len(text) > 17) for text in TEXTS], "same": ["x"] * 40}
 K = 6
@@ -60,11 +61,11 @@ def evaluation(vae):
     return evaluate(vae, TEXTS, samples=K, labels=LABELS)
 
 
-# The numbers.
+# Metrics.
 
 
-def test_the_numbers_of_each_text(vae, tokenized, results):
-    """Text by text, without padding or batches, and from the logits."""
+def test_per_text_results(vae, tokenized, results):
+    """Compares with the logits of single texts, without padding or batches."""
     assert results.mean.shape == (40, 4)
     for i in (5, 7):
         ids = tokenized.decoder_ids[i]
@@ -78,8 +79,8 @@ def test_the_numbers_of_each_text(vae, tokenized, results):
         assert results.mean_nll[i] == pytest.approx(-log_p[np.arange(len(ids) - 1), ids[1:]].sum(), rel=1e-4)
 
 
-def test_a_text_that_is_the_decoders_own_is_all_hits(vae, tokenized, results):
-    """Greedy texts from the means, cut where the decoder would have gone on: all but that end are hits."""
+def test_greedy_texts_have_full_token_accuracy(vae, tokenized, results):
+    """Greedy texts from the means are truncated, so every token but the end token is a hit."""
     generated = generate(vae.model, results.mean, top_k=1, max_length=11)
     rows = [np.array([*ids, vae.config.end_token_id], np.int32) for ids in generated]
     actual = per_text(vae.model, tokenized._replace(decoder_ids=rows), samples=K, seed=0, batch_size=64)
@@ -87,8 +88,8 @@ def test_a_text_that_is_the_decoders_own_is_all_hits(vae, tokenized, results):
     assert actual.tokens.tolist() == [len(ids) for ids in generated]
 
 
-def test_the_likelihood_of_each_text(vae, tokenized, results):
-    """The draws of a text are those of its own key; its weights are p(x|z) p(z) / q(z|x)."""
+def test_likelihood_per_text(vae, tokenized, results):
+    """The samples of a text come from its own key; the weights are p(x|z) p(z) / q(z|x)."""
     i = 5
     ids, posterior = tokenized.decoder_ids[i], vae.model.encode(tokenized.encoder_ids[i][None])
     key = jax.random.fold_in(jax.random.key(0), i)
@@ -106,16 +107,16 @@ def test_the_likelihood_of_each_text(vae, tokenized, results):
     assert 1 <= results.effective.min() <= results.effective.max() <= K
 
 
-def test_batches_and_meshes_change_nothing(tiny_checkpoint, tokenized, results):
-    """In three batches, on eight devices that share batch and weights, against one batch on one device."""
+def test_results_do_not_depend_on_batches_or_mesh(tiny_checkpoint, tokenized, results):
+    """Three batches on eight devices, with sharded batch and weights, against one batch on one device."""
     vae = TextVAE.from_pretrained(tiny_checkpoint, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 16))
     sharded = per_text(vae.model, tokenized, samples=K, seed=0, batch_size=16)
     for name, actual, expected in zip(results._fields, sharded, results, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_a_texts_draws_follow_from_its_line(vae, tokenized, results):
-    """Whatever is left out before it."""
+def test_samples_depend_on_the_line(vae, tokenized, results):
+    """Dropped texts do not change the samples of later texts."""
     gaps = tokenize(["", *TEXTS[1:]], vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
     assert gaps.lines[0] == 2
     actual = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
@@ -125,33 +126,34 @@ def test_a_texts_draws_follow_from_its_line(vae, tokenized, results):
     assert np.abs(shifted.iw_nll - results.iw_nll).min() > 1e-4
 
 
-def test_texts_that_hold_the_end_token_are_left_out():
+def test_texts_with_the_end_token_are_dropped():
     texts = [TEXTS[0], f"今{END}天", "", f"今{END}", TEXTS[1]]
     assert blank_texts_with_end_token(texts, "here") == ([TEXTS[0], "", "", "", TEXTS[1]], 2)
-    with pytest.raises(InputError, match=re.escape("here: all texts hold <|endoftext|>, which ends a text")):
+    with pytest.raises(InputError, match=re.escape("here: all texts contain <|endoftext|>")):
         blank_texts_with_end_token(texts[1:4], "here")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels of 'b' are 1, for 2 texts"),
+        ({"samples": 0}, "must be at least 1, not 0"),
+        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "factor 'b' has 1 labels, but there are 2 texts"),
         (
             {"measures": ["latent", "bleu"]},
-            "measures 'bleu' is not known; known: latent, likelihood, reconstruction, posterior samples, factors, "
+            "'bleu' is unknown; available: latent, likelihood, reconstruction, posterior samples, factors, "
             "prior samples, diversity, trigrams, interpolation",
         ),
     ],
     ids=str,
 )
-def test_what_is_refused_in_python(vae, options, message):
-    with pytest.raises(InputError) as error:
+def test_invalid_arguments_raise(vae, options, message):
+    with pytest.raises(OptionError) as error:
         evaluate(vae, TEXTS[:2], **options)
-    assert (str(error.value), error.value.exit_code) == (message, 2)
+    assert (error.value.option, error.value.exit_code) == (next(iter(options)), 2)
+    assert message in error.value.reason
 
 
-def test_the_measures_follow_from_the_texts(vae, results, evaluation):
+def test_metrics_against_their_definitions(vae, results, evaluation):
     m = evaluation.measures
     assert m["n"] == 40 and m["iw_samples"] == K and m["latent_size"] == 4
     assert m["token_accuracy"] == pytest.approx(results.hits.sum() / results.tokens.sum())
@@ -187,14 +189,14 @@ def test_the_measures_follow_from_the_texts(vae, results, evaluation):
     for value, (low, high) in zip(m["kl_per_dim"], m["kl_per_dim_intervals"], strict=True):
         assert low < value < high
     assert {"elbo_ppl_per_word", "effective_sample_size", "iw_nll_of_half", "exact_match"} <= m["intervals"].keys()
-    assert m["intervals"]["exact_match"][1] - m["intervals"]["exact_match"][0] > 0.05  # whatever the proportion
+    assert m["intervals"]["exact_match"][1] - m["intervals"]["exact_match"][0] > 0.05
     assert m["factors"]["long"]["rare_classes"] == 0
-    assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
+    assert list(m["factors"]) == ["long"]  # a factor with one class has no probe
 
 
-def test_what_a_run_measures_at_its_end(vae, evaluation, monkeypatch):
-    """The same as `davae evaluate`, and the BLEU of draws and of other texts by hand; without likelihoods."""
-    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: pytest.fail("measures likelihoods"))
+def test_evaluate_run(vae, evaluation, monkeypatch):
+    """Equals `evaluate` without computing likelihoods; checks BLEU of posterior samples and of other texts' latents."""
+    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: pytest.fail("computes likelihoods"))
     monkeypatch.setattr(TextVAE, "interpolate", lambda *_, **__: pytest.fail("interpolates"))
     run = evaluate_run(vae, TEXTS, {"今天"})
     names = ["n", "bleu", "exact_match", "bleu_sampled", "bleu_other_latent", "mutual_information", "active_units"]
@@ -220,7 +222,7 @@ def test_what_a_run_measures_at_its_end(vae, evaluation, monkeypatch):
     json.dumps(run, allow_nan=False)
 
 
-def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
+def test_bleu_interval(monkeypatch):
     """On fixed resamples: sacrebleu's score of the resampled texts."""
     hypotheses, references = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
     counts = np.array([[2, 0, 1, 1, 1, 1], [0, 0, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1]])
@@ -235,7 +237,7 @@ def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
     assert low < high
 
 
-# The warnings.
+# Warnings.
 
 RELIABLE = {
     "n": 2000,
@@ -258,7 +260,7 @@ RELIABLE = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "names"),
+    ("changed", "metric_names"),
     [
         ({}, []),
         ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
@@ -279,11 +281,11 @@ RELIABLE = {
     ],
     ids=str,
 )
-def test_what_is_warned_of(changed, names):
-    assert [line.split(":")[0] for line in caveats.collect_warnings(RELIABLE | changed)] == names
+def test_warnings(changed, metric_names):
+    assert [line.split(":")[0] for line in caveats.collect_warnings(RELIABLE | changed)] == metric_names
 
 
-# The command.
+# The command line.
 
 
 @pytest.fixture
@@ -305,7 +307,7 @@ def data(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, those that load something, and its text. Fails where tags do not close."""
+    """Collects the tags, the loaded resources and the text of a page. Fails if tags do not close."""
 
     VOID = ("meta", "br", "rect", "line", "path", "polyline")
 
@@ -330,7 +332,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_evaluate(davae, data, evaluation, tiny_checkpoint, tmp_path):
-    run = tmp_path / "run <b>"  # a run's folder with its logs, and a name that is not to be taken for HTML
+    run = tmp_path / "run <b>"  # a run folder with logs, whose name must be escaped in HTML
     shutil.copytree(tiny_checkpoint, run)
     lines = [
         {"step": s, "rec": 3 / s, "kl_unmasked": 1.0 * s, "loss": 3 / s, "beta": 0.1, "mfu": None} for s in (1, 2, 3)
@@ -347,13 +349,13 @@ def test_evaluate(davae, data, evaluation, tiny_checkpoint, tmp_path):
     assert list(measures["factors"]) == ["long", "kind"]
     for name in KEYS:
         assert measures[name] == pytest.approx(evaluation.measures[name], rel=1e-4), name
-    # The table has the figures, what they are of, and the warnings.
+    # The table has the metrics, their notes, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
-    assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
-    assert "nats, of log n = 3.69 at most; too low close to it" in out
+    assert f"{measures['denominators']['words']} words, including the end" in out
+    assert "log n = 3.69" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
-    # The report is one page by itself.
+    # The report is self-contained.
     text = files[1].read_text(encoding="utf-8")
     page = Page(text)
     assert page.loads == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
@@ -361,17 +363,17 @@ def test_evaluate(davae, data, evaluation, tiny_checkpoint, tmp_path):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert "@media print" in text
     assert all(warning in page.text for warning in measures["warnings"])
-    for title in ("KL of each dimension", "The latent in two dimensions", "Training", "Reconstructions"):
+    for title in ("KL per dimension", "The latent in two dimensions", "Training", "Reconstructions"):
         assert f"<h2>{title}</h2>" in text
-    # A chart for the KL and its variance, four curves, PCA and a plane for each of two labels.
+    # KL and variance, four training curves, and two projections for each of two labels.
     assert page.tags.count("svg") == 2 + 4 + 4
-    assert page.tags.count("rect") == 2 * 4 + 4  # of four dimensions, and the maps' frames
+    assert page.tags.count("rect") == 2 * 4 + 4  # four dimensions in each bar chart, and the frames of the projections
     assert sorted(tmp_path.iterdir()) == sorted([*files, run])
 
 
 def test_one_text(davae, results, tmp_path, monkeypatch):
-    """Of a plain file, with a blank line, which is left out and said to be. What cannot be estimated is null in the
-    JSON, not a made-up number, and a report comes out all the same. (The model's numbers are those of a larger batch.)
+    """A plain file with one usable text: dropped texts give warnings, metrics that cannot be computed are null in the
+    JSON, and the report is written. (The model is replaced by stored results.)
     """
     monkeypatch.setattr(outputs, "per_text", lambda *_, **__: PerText(*(values[:1] for values in results)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
@@ -381,14 +383,14 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
     assert (code, err) == (0, "")
     measures = json.loads(files[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 2, 1)
-    assert measures["denominators"]["words"] == 7  # of the text as it was given, and its end
-    assert "n: 1 texts were left out, blank or too long for the encoder" in out
-    assert "n: 1 texts were left out that hold <|endoftext|>" in out
-    assert "all: over 1 texts" in out
+    assert measures["denominators"]["words"] == 7  # words of the original text, and its end
+    assert "n: 1 texts were dropped because they are blank or too long" in out
+    assert "n: 1 texts were dropped because they contain <|endoftext|>" in out
+    assert "all: there are only 1 texts" in out
     assert "factors" not in measures and measures["intervals"] == {}
     table = " ".join(out.split())
-    assert "nan" not in out and "length – no interpolation whose ends differ" in table
-    assert "self-BLEU – needs two samples" in table and "distinct-3 – no sample has 3 words" in table
+    assert "nan" not in out and "length – all interpolations have equal ends" in table
+    assert "self-BLEU – needs two samples" in table and "distinct-3 – needs a sample of 3 words" in table
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
@@ -411,7 +413,7 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
         ),
         (["--json", "{tmp}"], 1, "{tmp}: is a folder; --json needs a file"),
         (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written (no folder {tmp}/no)"),
-        (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
+        (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html must be different files"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
         (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
         (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
@@ -420,19 +422,19 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,
-            "{tmp}/t.jsonl: line 1: the field 'z' must be a text, a whole number, true or false to be a class",
+            "{tmp}/t.jsonl: line 1: the field 'z' must be a string, an integer, true or false to be a class",
         ),
         (
             ["--data", "{tmp}/half.jsonl", "--label", "y"],
             1,
             "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
         ),
-        ([], 2, "--data must be given: /nowhere is no run of the demo preset, which has texts of its own"),
+        ([], 2, "--data is required: /nowhere is not a run of the demo preset"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_is_refused(davae, tmp_path, options, code, message):
-    """Before the model is looked for."""
+def test_invalid_options_exit_with_a_message(davae, tmp_path, options, code, message):
+    """Options are checked before the model is loaded."""
     (tmp_path / "t.txt").write_text("今天\n", encoding="utf-8")
     (tmp_path / "t.jsonl").write_text('{"t": "a", "y": 1, "z": 0.5}\n{"t": "b"}\n', encoding="utf-8")
     (tmp_path / "half.jsonl").write_text('{"text": "a", "y": "\\ud800"}\n', encoding="utf-8")
@@ -443,11 +445,11 @@ def test_what_is_refused(davae, tmp_path, options, code, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_run_of_the_demo_brings_its_texts(davae, tmp_path):
+def test_demo_runs_use_the_demo_texts(davae, tmp_path):
     (tmp_path / "train.json").write_text('{"data": {"train": null}}', encoding="utf-8")
     problem = f"davae evaluate: error: {tmp_path / 'config.json'}: no such file; a model folder needs its config.json\n"
-    assert davae(model=tmp_path) == (1, "", problem)  # no texts were asked for
-    message = "--label mood: the demo's factors are topic, aspect, good, degree, time, person, style"
-    assert davae("--label", "mood", model=tmp_path) == (2, "", f"davae evaluate: error: {message}\n")
+    assert davae(model=tmp_path) == (1, "", problem)  # --data is not required
+    code, _, err = davae("--label", "mood", model=tmp_path)
+    assert code == 2 and "--label mood" in err and "topic, aspect, good, degree, time, person, style" in err
     (tmp_path / "train.json").write_text('{"data": {"train": "x.txt"}}', encoding="utf-8")
     assert davae(model=tmp_path)[0] == 2

@@ -1,4 +1,4 @@
-"""The measures, against cases whose answer is known in closed form or by enumeration."""
+"""Metrics against results in closed form or by enumeration."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ def test_active_units():
     assert metrics.active_units(means, threshold=0.001) == 3
 
 
-def test_mutual_information_of_texts_far_apart_is_the_ceiling():
+def test_mutual_information_of_separate_posteriors_is_the_ceiling():
     n = 200
     means = 100.0 * np.arange(n)[:, None] * np.ones((1, 3))
     actual = metrics.mutual_information(means, np.zeros((n, 3)), KEY)
@@ -40,7 +40,7 @@ def test_mutual_information_of_a_collapsed_posterior_is_zero():
 
 
 def test_mutual_information_of_a_mixture():
-    """Texts of two kinds at ±m with unit noise: log 2 less the entropy of guessing the kind, by quadrature."""
+    """Two groups of texts at ±m with unit noise, against quadrature."""
     n, m = 4000, 1.3
     means = np.where(np.arange(n) % 2, m, -m)[:, None]
     z = np.linspace(-12, 12, 200_001)
@@ -55,10 +55,11 @@ def test_mutual_information_of_a_mixture():
     ("n", "true", "min_bias"),
     [(1000, 6.9, 0.95), (1000, 5.0, 0.3), (500, 4.0, 0.15), (1000, 2.0, -0.1), (1000, 1.0, -0.1)],
 )
-def test_few_texts_make_the_information_too_low(n, true, min_bias):
-    """q(z) is exactly the prior, in 32 dimensions: means of variance 1 − s², posteriors of variance s², so that the
-    information is −32 log s and the aggregate KL 0. If the estimates deviate by
-    more than chance, there is a warning.
+def test_few_texts_bias_the_mutual_information(n, true, min_bias):
+    """If q(z) is exactly the prior, estimates that deviate by more than chance give a warning.
+
+    In 32 dimensions, the means have variance 1 − s² and the posteriors variance s², so that the mutual information is
+    −32 log s and the aggregate KL is 0.
     """
     rng, variance = np.random.default_rng(0), math.exp(-2 * true / 32)
     means = rng.standard_normal((n, 32)) * math.sqrt(1 - variance)
@@ -76,11 +77,11 @@ def test_few_texts_make_the_information_too_low(n, true, min_bias):
     difference = np.asarray(densities.posterior - densities.prior)
     tolerance = float(5 * difference.std() / math.sqrt(n))
     assert np.asarray(densities.from_prior).mean() == pytest.approx(true - estimate, abs=tolerance)
-    assert half_data_gap < max(true - estimate, MAX_MI_GAP)  # what half of the texts say is no bound on what is missing
+    assert half_data_gap < max(true - estimate, MAX_MI_GAP)  # the half-data gap does not bound the bias
 
 
-def test_the_density_of_half_of_the_texts():
-    """Both halves against sums over their own posteriors, by hand."""
+def test_aggregate_density_by_halves():
+    """Compares both halves with explicit sums over their posteriors."""
     rng = np.random.default_rng(0)
     means, logvars = rng.standard_normal((7, 2)), rng.standard_normal((7, 2))
     densities = metrics.log_densities(means, logvars, KEY)
@@ -93,8 +94,8 @@ def test_the_density_of_half_of_the_texts():
     assert np.isnan(metrics.aggregate_density_by_halves(densities, means[:1], logvars[:1])).all()
 
 
-def test_devices_share_the_densities():
-    """Eight of them, each with an eighth of the posteriors: the same values, and an eighth of the work."""
+def test_log_densities_are_sharded():
+    """On eight devices, the values are the same, and each device does an eighth of the work."""
     rng = np.random.default_rng(0)
     posteriors = tuple(rng.standard_normal((2, 64, 5)).astype(np.float32))
     rows = jax.sharding.NamedSharding(make_mesh(MeshConfig(), 8), jax.sharding.PartitionSpec("data"))
@@ -118,8 +119,8 @@ def normal_density(z, mean, variance=1.0):
     return np.exp(-0.5 * (z - mean) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
 
 
-def test_distance_of_a_mixture_from_the_prior():
-    """The same two kinds: KL(½N(m, s²) + ½N(−m, s²) ‖ N(0, 1)) by quadrature."""
+def test_aggregate_kl_of_a_mixture():
+    """The same two groups: KL(½N(m, s²) + ½N(−m, s²) ‖ N(0, 1)) by quadrature."""
     n, m, variance = 4000, 1.3, 0.3
     means = np.where(np.arange(n) % 2, m, -m)[:, None]
     z = np.linspace(-12, 12, 200_001)
@@ -130,7 +131,7 @@ def test_distance_of_a_mixture_from_the_prior():
     logvars = np.full((n, 1), np.log(variance))
     assert expected > 0.4
     assert metrics.aggregate_kl(means, logvars, KEY) == pytest.approx(expected, abs=5 * spread / math.sqrt(n))
-    # The mean KL of the posteriors is this and the information together.
+    # The mean KL of the posteriors is the sum of the aggregate KL and the mutual information.
     densities = metrics.log_densities(means, logvars, KEY)
     mean_kl = np.asarray(densities.posterior - densities.prior).mean()
     kl = 0.5 * (m**2 + variance - np.log(variance) - 1)
@@ -139,13 +140,13 @@ def test_distance_of_a_mixture_from_the_prior():
     assert actual == pytest.approx(mean_kl, abs=1e-4)
 
 
-def test_a_posterior_that_is_the_prior_is_at_no_distance_from_it():
+def test_aggregate_kl_of_the_prior_is_zero():
     assert metrics.aggregate_kl(np.zeros((300, 5)), np.zeros((300, 5)), KEY) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.6), (0.0, 0.1), (0.0, 2.0)])
 def test_mmd_of_a_gaussian_to_the_prior(mean, std):
-    """Of z ~ N(m, s² I) the kernel's expectations are Gaussian integrals: (h²/(h² + v))^(L/2) exp(−d²/2(h² + v))."""
+    """For z ~ N(m, s² I), the kernel's expectations are Gaussian integrals: (h²/(h² + v))^(L/2) exp(−d²/2(h² + v))."""
     L, n, draws = 6, 300, 60
     rng = np.random.default_rng(0)
     between = lambda variance, square: (L / (L + variance)) ** (L / 2) * np.exp(-square / (2 * (L + variance)))  # noqa: E731
@@ -155,11 +156,11 @@ def test_mmd_of_a_gaussian_to_the_prior(mean, std):
     assert (expected < 1e-12) == ((mean, std) == (0.0, 1.0))
 
 
-# The likelihood of a model where it is known: x = Wz + b + σ·noise.
+# A model with a known likelihood: x = Wz + b + σ·noise.
 
 
 def linear_gaussian(L, seed=0, noise=0.7):
-    """(log p(x|z) for rows of x, log p(x) of each, the posterior's mean and covariance)."""
+    """Returns log p(x|z) as a function of z, log p(x), and the mean and covariance of the posterior."""
     rng = np.random.default_rng(seed)
     W, b, x = rng.standard_normal((5, L)), rng.standard_normal(5), rng.standard_normal((3, 5))
     log_p_x = multivariate_normal.logpdf(x, b, W @ W.T + noise**2 * np.eye(5))
@@ -172,7 +173,7 @@ def linear_gaussian(L, seed=0, noise=0.7):
     return log_likelihood, log_p_x, mean, covariance
 
 
-def test_the_exact_posterior_gives_the_exact_likelihood_with_one_sample():
+def test_one_sample_of_the_exact_posterior_gives_the_exact_likelihood():
     log_likelihood, log_p_x, mean, covariance = linear_gaussian(L=1)
     posterior = Posterior(jnp.asarray(mean), jnp.full((3, 1), math.log(covariance[0, 0])))
     log_p, log_ratio = metrics.importance_samples(posterior, log_likelihood, jax.random.split(KEY, 3), 4)
@@ -182,7 +183,7 @@ def test_the_exact_posterior_gives_the_exact_likelihood_with_one_sample():
 
 
 def test_the_likelihood_of_a_linear_gaussian_model():
-    """With a posterior that is shifted, too wide and has no correlations."""
+    """The approximate posterior is shifted, too wide and diagonal."""
     log_likelihood, log_p_x, mean, covariance = linear_gaussian(L=3)
     variance = 2 * np.diag(covariance)
     posterior = Posterior(jnp.asarray(mean + 0.3 * np.sqrt(variance)), jnp.tile(jnp.log(variance), (3, 1)))
@@ -192,7 +193,7 @@ def test_the_likelihood_of_a_linear_gaussian_model():
     assert (effective < 15_000).all() and (effective > 500).all()
     actual = metrics.log_mean_weight(log_weights)
     assert (np.abs(actual - log_p_x) < 5 / np.sqrt(effective)).all()
-    # One sample's mean is the ELBO: the likelihood less KL(q ‖ true posterior).
+    # The mean log weight is the ELBO: the log-likelihood minus KL(q ‖ true posterior).
     q_mean, precision = np.asarray(posterior.mean) - mean, np.linalg.inv(covariance)
     quadratic = np.einsum("bi,ij,bj->b", q_mean, precision, q_mean)
     log_volumes = np.linalg.slogdet(covariance)[1] - np.log(variance).sum()
@@ -207,7 +208,7 @@ def test_effective_sample_size():
     np.testing.assert_allclose(actual, [3, 1, 36 / 14], rtol=1e-5)
 
 
-# The likelihood of a small real model, whose latent of two dimensions can be integrated over.
+# The likelihood of a small model, whose two-dimensional latent is integrated by quadrature.
 
 SMALL = dataclasses.replace(
     CONFIG,
@@ -225,7 +226,7 @@ def model():
 
 
 def test_iw_log_likelihood_of_all_short_texts(model):
-    """Every text of up to two tokens: against quadrature over the latent, and all together no more than 1."""
+    """All texts of up to two tokens, against quadrature over the latent; the probabilities sum to at most 1."""
     end, bos = SMALL.end_token_id, SMALL.bos_token_id
     letters = [i for i in range(6) if i != end]
     texts = [text for length in range(3) for text in itertools.product(letters, repeat=length)]
@@ -235,7 +236,7 @@ def test_iw_log_likelihood_of_all_short_texts(model):
     nodes, weights = np.polynomial.hermite_e.hermegauss(24)
     z = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2).astype(np.float32)
     weights = np.outer(weights, weights).ravel() / (2 * math.pi)
-    longest = rows[-25:, :3]  # whatever is shorter begins one of these
+    longest = rows[-25:, :3]  # every shorter text is a prefix of one of these
     logits, _ = model.decode(np.tile(longest, (len(z), 1)), np.repeat(z, 25, axis=0))
     log_p = np.asarray(jax.nn.log_softmax(logits)).reshape(len(z), 25, 3, 6)
     index_of = {tuple(row[1:]): i for i, row in enumerate(longest.tolist())}
@@ -246,7 +247,7 @@ def test_iw_log_likelihood_of_all_short_texts(model):
         expected.append(weights @ np.exp(log_p_text))
     expected = np.array(expected)
     total = expected.sum()
-    assert 0.3 < total < 1  # a good part of all mass, and longer texts have the rest
+    assert 0.3 < total < 1  # the remaining mass belongs to longer texts
     assert expected.max() > 20 * np.median(expected)
 
     encoder_ids = np.tile(np.array([[2, 7, 3]]), (len(rows), 1))
@@ -256,7 +257,7 @@ def test_iw_log_likelihood_of_all_short_texts(model):
     ]
     actual, error = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1) / math.sqrt(10)
     assert np.median(error / actual) < 0.1
-    # Five standard errors, which ten runs give within a third; the rarest texts hardly count.
+    # Seven standard errors, because ten runs estimate them only roughly; the rarest texts hardly matter.
     assert (np.abs(actual - expected) < 7 * error + 1e-6).all()
     assert actual.sum() == pytest.approx(total, abs=5 * float(np.sqrt((error**2).sum())))
     assert actual.sum() < 1

@@ -1,4 +1,4 @@
-"""`davae evaluate`: measures a model on texts, and writes a table, JSON and a report."""
+"""`davae evaluate`: evaluates a model on texts, and writes a table, JSON and an HTML report."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from davae_jax.utils.errors import InputError, OptionError, check_options
 class Evaluate(Command):
     """Evaluates a model: reconstruction, likelihood, use of the latent, samples, interpolations.
 
-    Prints a table. The table and the files have warnings on measures that too few texts or samples make unreliable.
-    docs/evaluate.md defines the measures and names their limits.
+    Prints a table. The table and the files include warnings about metrics that are unreliable because there are too few
+    texts or samples. docs/evaluate.md defines the metrics and their limits.
     """
 
     model: str
     """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
-    data: Annotated[Path | None, option_hint("FILE", "the held-out texts of a run of the demo")] = None
+    data: Annotated[Path | None, option_hint("FILE", "for a demo run, its held-out texts")] = None
     """Texts that were not used for training: UTF-8, one per line, or JSON Lines (.jsonl, .json)."""
 
     field: Annotated[str | None, option_hint("FIELD", "text")] = None
-    """Field of a JSON line that holds the text."""
+    """JSON field that contains the text."""
 
-    label: Annotated[tuple[str, ...], option_hint("FIELD", "none; the factors of the demo")] = ()
-    """Fields of the JSON line that hold classes of the text: they are probed for, and colour the report's maps."""
+    label: Annotated[tuple[str, ...], option_hint("FIELD", "none; for a demo run, all factors")] = ()
+    """JSON fields with class labels, used for linear probes and to colour the report's projections."""
 
     n: int = 1000
-    """Limit on the number of texts; the first ones of the file are used."""
+    """Maximum number of texts; the first texts of the file are used."""
 
     samples: int = 50
-    """K, the number of latents drawn for each text's likelihood."""
+    """Number of importance samples per text (K)."""
 
     json: Annotated[Path | None, option_hint("FILE", "none")] = None
-    """File for the measures."""
+    """Output file for the metrics."""
 
     html: Annotated[Path | None, option_hint("FILE", "none")] = None
-    """File for the report, one page that needs no other file."""
+    """Output file for the report, a self-contained page."""
 
     tokenizers: Annotated[Path | None, option_hint("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations."""
+    """Compute dtype."""
 
     batch_size: int = 64
-    """Texts processed at once; changes speed and memory, not results."""
+    """Number of texts per batch; affects speed and memory, not results."""
 
     seed: int = 0
-    """Seed of every draw."""
+    """Random seed."""
 
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
-    """Mesh of all devices that the model is sharded over; with 1 everywhere, it is on the first device."""
+    """Device mesh that the model is sharded over. If all axes are 1, only the first device is used."""
 
     def run(self) -> None:
         from davae_jax.evaluation.evaluate import as_json, evaluate
@@ -79,7 +79,7 @@ class Evaluate(Command):
             if path:
                 check_output(path, option)
         if self.json and self.html and self.json.resolve() == self.html.resolve():
-            raise OptionError("--json", "and --html name the same file")
+            raise OptionError("--json", "and --html must be different files")
         data = read_data(self.data, self.field, self.label) if self.data else demo_texts(Path(self.model), self.label)
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype, mesh=mesh)
@@ -104,16 +104,20 @@ class Evaluate(Command):
 
 
 class Data(NamedTuple):
-    """Texts to evaluate on."""
+    """Holds the texts to evaluate on."""
 
     texts: list[str]
-    labels: dict[str, Sequence[str]]  # by factor, the class of each text
-    language: Container[str] | None  # the valid texts, where they are known
-    source: str  # for messages
+    labels: dict[str, Sequence[str]]  # factor → the class of each text
+    language: Container[str] | None  # the set of valid texts; None if unknown
+    source: str  # name of the texts in messages
 
 
 def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
-    """Reads the texts of a file, and the labels from JSON Lines. Raises InputError naming the file and the line."""
+    """Reads the texts of a file, and the labels from JSON Lines.
+
+    Raises:
+      InputError: a line is invalid; the message names the file and the line.
+    """
     for option, is_given in (("--field", field is not None), ("--label", labels)):
         if is_given and path.suffix not in (".jsonl", ".json"):
             raise OptionError(option, f"needs JSON Lines (.jsonl); {path} has no fields")
@@ -126,10 +130,10 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
 
 
 def read_label(line: str, field: str, location: str) -> str:
-    """Reads the class of a text from a field of a JSON line: a text, a whole number, true or false; "" of a blank line.
+    """Reads the class of a text from a field of a JSON line: a string, integer or boolean. "" for a blank line.
 
     Raises:
-      InputError: the field is missing or holds something else; `where` names the line.
+      InputError: the field is missing or has another type; `location` names the line in the message.
     """
     if not line.strip():
         return ""
@@ -137,7 +141,7 @@ def read_label(line: str, field: str, location: str) -> str:
     if field not in values:
         raise InputError(f"{location} has no field {field!r}")
     if not isinstance(values[field], str | int):
-        raise InputError(f"{location}: the field {field!r} must be a text, a whole number, true or false to be a class")
+        raise InputError(f"{location}: the field {field!r} must be a string, an integer, true or false to be a class")
     if not isinstance(values[field], str):
         return str(values[field])
     try:
@@ -147,16 +151,20 @@ def read_label(line: str, field: str, location: str) -> str:
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:
-    """Returns the held-out texts of the demo and their factors. Raises InputError if `run` is no run of the demo."""
+    """Returns the held-out texts of the demo and their factors.
+
+    Raises:
+      OptionError: `run` is not a run of the demo, or a label is not one of its factors.
+    """
     try:
         is_demo_run = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
     except (OSError, ValueError, KeyError, TypeError):
         is_demo_run = False
     if not is_demo_run:
-        raise OptionError("--data", f"must be given: {run} is no run of the demo preset, which has texts of its own")
+        raise OptionError("--data", f"is required: {run} is not a run of the demo preset")
     factor_names = demo_corpus.Factors._fields
     if unknown := [name for name in labels if name not in factor_names]:
-        raise OptionError("--label", f"{unknown[0]}: the demo's factors are {', '.join(factor_names)}")
+        raise OptionError("--label", f"{unknown[0]}: unknown factor of the demo; available: {', '.join(factor_names)}")
     corpus = demo_corpus.make_corpus()
     factors = [corpus.factors[text]._asdict() for text in corpus.held_out]
     for factor in factors:

@@ -1,6 +1,6 @@
-"""Bootstrap intervals of 95 %: the texts are drawn again with replacement (Efron 1979).
+"""Computes 95 % confidence intervals by the bootstrap, which resamples the texts with replacement (Efron 1979).
 
-All measures here follow from sums over texts, so that a draw is given by how often each text is in it.
+All metrics here are functions of sums over texts, so a resample is represented by the count of each text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 
 def resample_counts(n: int, seed: int = 0) -> Iterator[Float[np.ndarray, "r n"]]:
-    """Yields 1000 draws of n from n texts, several at a time, as counts of each text. They depend on the seed alone."""
+    """Yields 1000 resamples of n texts, several at a time, as counts of each text. They depend only on the seed."""
     rng = np.random.default_rng(seed % 2**32)
     chunk = max(1, 2**24 // n)  # 128 MiB of counts
     for start in range(0, RESAMPLES, chunk):
@@ -24,13 +24,13 @@ def resample_counts(n: int, seed: int = 0) -> Iterator[Float[np.ndarray, "r n"]]
 
 
 def resampled_sums(values: Float[np.ndarray, "n m"], seed: int = 0) -> Float[np.ndarray, "R m"]:
-    """Returns the sum of each column over the texts of each draw."""
+    """Returns the sum of each column over the texts of each resample."""
     values = np.asarray(values, float)
     return np.concatenate([counts @ values for counts in resample_counts(len(values), seed)])
 
 
 def interval(values: Float[np.ndarray, " R"]) -> Interval:
-    """Returns the 2.5th and the 97.5th percentile of a measure's values over the draws."""
+    """Returns the 2.5th and 97.5th percentiles of a metric's values over the resamples."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -38,7 +38,7 @@ def interval(values: Float[np.ndarray, " R"]) -> Interval:
 def ratio_interval(
     numerators: Float[np.ndarray, " n"], denominators: Float[np.ndarray, " n"] | None = None, *, seed: int = 0
 ) -> Interval:
-    """Returns the interval of Σ numerators / Σ denominators; without denominators, of the mean."""
+    """Returns the interval of Σ numerators / Σ denominators, or of the mean if there are no denominators."""
     denominators = np.ones(len(numerators)) if denominators is None else denominators
     numerator, denominator = resampled_sums(np.stack([numerators, denominators], axis=1), seed).T
     return interval(numerator / denominator)
@@ -50,7 +50,7 @@ def column_intervals(values: Float[np.ndarray, "n m"], *, seed: int = 0) -> list
 
 
 def median_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Interval:
-    """Returns the interval of the median; for an even number of texts that is the mean of the two in the middle."""
+    """Returns the interval of the median. For an even number of texts, the median is the mean of the middle two."""
     n, order = len(values), np.argsort(values)
     medians = []
     for counts in resample_counts(n, seed):
@@ -63,7 +63,7 @@ def median_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Interv
 def proportion_interval(hits: Bool[np.ndarray, " n"]) -> Interval:
     """Returns the interval of the fraction of hits, in closed form (Wilson 1927).
 
-    The bootstrap interval of texts that are all hits, or all misses, would have no width.
+    If all texts are hits, or all are misses, the bootstrap interval would have zero width.
     """
     from scipy.stats import binomtest
 

@@ -1,6 +1,6 @@
-"""The measures of docs/evaluate.md in groups, each computed from a model's outputs by one function of `MEASURES`.
+"""Computes the metrics of docs/evaluate.md. Each function in `MEASURES` computes one group from a model's outputs.
 
-A function returns its values by name, and the 95 % intervals of those that have one.
+A function returns the metrics by key, and the 95 % confidence intervals of those that have one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from davae_jax.evaluation import bootstrap, metrics, ngram, probes, text_metrics
 from davae_jax.evaluation.outputs import ModelOutputs
 
-ACTIVE_VARIANCE = 0.01  # variance of a dimension's means above which it is active (Burda et al. 2016)
+ACTIVE_VARIANCE = 0.01  # a dimension is active if its means have a larger variance (Burda et al. 2016)
 GroupResult = tuple[dict[str, Any], dict[str, bootstrap.Interval]]
 
 
 def latent(outputs: ModelOutputs) -> GroupResult:
-    """KL, active units, mutual information, and the distance of the aggregate posterior from the prior."""
+    """Computes KL, active units, mutual information, and the distance of the aggregate posterior from the prior."""
     (means, logvars), kl, n, seed = outputs.posterior, outputs.kl, outputs.n, outputs.seed
     log_densities = metrics.log_densities(*outputs.shard((means, logvars)), outputs.key)
     densities = metrics.LogDensities(*map(np.asarray, log_densities))
@@ -49,9 +49,10 @@ def latent(outputs: ModelOutputs) -> GroupResult:
 
 
 def likelihood(outputs: ModelOutputs) -> GroupResult:
-    """Bounds on the likelihood, and perplexities with their denominators."""
+    """Computes bounds on the likelihood, and perplexities with their denominators."""
     per_text, seed = outputs.per_text, outputs.seed
-    words = np.array([len(text_metrics.words(text)) + 1 for text in outputs.originals])  # a text's end counts as one
+    # The end of each text counts as a word.
+    words = np.array([len(text_metrics.words(text)) + 1 for text in outputs.originals])
     elbo = -per_text.rec_nll - per_text.kl.sum(1)
     perplexities = {
         "ppl_per_token": (per_text.iw_nll, per_text.tokens),
@@ -71,9 +72,9 @@ def likelihood(outputs: ModelOutputs) -> GroupResult:
         "denominators": {
             "tokens": int(per_text.tokens.sum()),
             "words": int(words.sum()),
-            "tokens_are": "the decoder's tokens, each text's end token counted, <bos> not",
-            "words_are": "what white space separates, each Chinese character or full-width sign a word of its own, "
-            "and each text's end",
+            "tokens_are": "decoder tokens, including the end token of each text, excluding <bos>",
+            "words_are": "words separated by white space, each Chinese character or full-width sign as a word, "
+            "including the end of each text",
         },
     }
     return values, {
@@ -92,7 +93,7 @@ def likelihood(outputs: ModelOutputs) -> GroupResult:
 
 
 def reconstruction(outputs: ModelOutputs) -> GroupResult:
-    """BLEU of the greedy reconstructions from the posterior means, and the fraction that equals its text."""
+    """Computes BLEU and exact match of the greedy reconstructions from the posterior means."""
     reconstructions, texts, seed = outputs.reconstructions, outputs.texts, outputs.seed
     exact = np.array([a == b for a, b in zip(reconstructions, texts, strict=True)])
     values = {"bleu": bleu(reconstructions, texts), "exact_match": float(exact.mean())}
@@ -103,7 +104,7 @@ def reconstruction(outputs: ModelOutputs) -> GroupResult:
 
 
 def posterior_samples(outputs: ModelOutputs) -> GroupResult:
-    """BLEU of greedy texts from draws of the posteriors; and, as a floor, of the next text's reconstruction."""
+    """Computes BLEU of greedy texts from posterior samples and, as a lower limit, of the next text's reconstruction."""
     texts, seed = outputs.texts, outputs.seed
     generated = {
         "bleu_sampled": outputs.reconstructions_of_samples,
@@ -114,7 +115,7 @@ def posterior_samples(outputs: ModelOutputs) -> GroupResult:
 
 
 def factors(outputs: ModelOutputs) -> GroupResult:
-    """Linear probes, MIG and DCI of each factor that has two classes or more."""
+    """Computes linear probes, MIG and DCI for each factor with at least two classes."""
     means = outputs.posterior.mean
     labels = {name: classes for name, classes in outputs.labels.items() if len(set(classes)) > 1}
     if not labels:
@@ -145,7 +146,7 @@ def factors(outputs: ModelOutputs) -> GroupResult:
 
 
 def prior_samples(outputs: ModelOutputs) -> GroupResult:
-    """The fractions of distinct and of valid prior samples; the latter where the language is known."""
+    """Computes the fraction of distinct prior samples and, if the language is known, of valid ones."""
     samples, valid = outputs.prior_samples, outputs.valid_prior_samples
     values = {"prior_samples": len(samples), "prior_distinct": len(set(samples)) / len(samples)}
     if valid is None:
@@ -155,7 +156,7 @@ def prior_samples(outputs: ModelOutputs) -> GroupResult:
 
 
 def diversity(outputs: ModelOutputs) -> GroupResult:
-    """Self-BLEU and distinct n-grams of the prior samples, and of as many of the texts."""
+    """Computes self-BLEU and distinct n-grams of the prior samples and of equally many texts."""
     samples, real = _split_texts(outputs.prior_samples), _split_texts(outputs.texts[: len(outputs.prior_samples)])
     values = {"self_bleu": text_metrics.self_bleu(samples), "self_bleu_texts": text_metrics.self_bleu(real)}
     for n in (1, 2, 3):
@@ -165,12 +166,12 @@ def diversity(outputs: ModelOutputs) -> GroupResult:
 
 
 def trigrams(outputs: ModelOutputs) -> GroupResult:
-    """Forward and reverse perplexity between the texts and the prior samples under trigram models."""
+    """Computes forward and reverse perplexity between the texts and the prior samples under trigram models."""
     return ngram.forward_and_reverse(_split_texts(outputs.texts), _split_texts(outputs.prior_samples)), {}
 
 
 def interpolation(outputs: ModelOutputs) -> GroupResult:
-    """Means over the interpolations of path length and largest step, as multiples of the distance of the ends."""
+    """Computes the mean path length and largest step of the interpolations, divided by the distance of the ends."""
     paths = np.array([text_metrics.path_length(_split_texts(line)) for line in outputs.interpolations]).reshape(-1, 2)
     paths = paths[~np.isnan(paths).any(1)]
     length, largest = paths.mean(0).tolist() if len(paths) else (math.nan, math.nan)
@@ -193,14 +194,14 @@ MEASURES: dict[str, Callable[[ModelOutputs], GroupResult]] = {
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """Returns corpus BLEU (Papineni et al. 2002) as sacrebleu computes it, each Chinese character a word; 0 to 100."""
+    """Returns corpus BLEU (Papineni et al. 2002) from 0 to 100, by sacrebleu with each Chinese character as a word."""
     import sacrebleu
 
     return sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize="zh").score
 
 
 def bleu_interval(hypotheses: Sequence[str], references: Sequence[str], seed: int) -> bootstrap.Interval:
-    """Returns the interval of corpus BLEU.
+    """Returns the confidence interval of corpus BLEU.
 
     The n-gram counts of BLEU are sums over texts, so the BLEU of a resample follows from each text's counts.
     """

@@ -1,6 +1,6 @@
-"""Computes the model's numbers for each text: its posterior and bounds on its likelihood.
+"""Computes the posterior of each text and bounds on its likelihood.
 
-The model reads a batch at a time; only a few numbers for each text are kept of it.
+Texts are processed in batches, of which only a few numbers per text are stored.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from davae_jax.utils.shapes import power_of_two
 
 
 class PerText(NamedTuple):
-    """The model's numbers for each text, in the order of the texts."""
+    """Holds the results of each text, in the order of the texts."""
 
     mean: Float[np.ndarray, "n L"]
     logvar: Float[np.ndarray, "n L"]
-    kl: Float[np.ndarray, "n L"]  # of each dimension, nats; nothing is masked, whatever free bits training had
-    tokens: Int[np.ndarray, " n"]  # number of target tokens: the end token is one, bos is not
-    hits: Int[np.ndarray, " n"]  # number of them that are the decoder's most likely token after the true preceding ones
+    kl: Float[np.ndarray, "n L"]  # per dimension, in nats, without the free-bits mask of training
+    tokens: Int[np.ndarray, " n"]  # number of target tokens, including the end token, excluding bos
+    hits: Int[np.ndarray, " n"]  # number of targets that are the decoder's most likely token given the preceding ones
     mean_nll: Float[np.ndarray, " n"]  # −log p(x|mean), nats
-    rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, over the K samples
+    rec_nll: Float[np.ndarray, " n"]  # E_q[−log p(x|z)], nats, mean over the K samples
     iw_nll: Float[np.ndarray, " n"]  # upper bound on −log p(x), nats, importance weighted
     half_nll: Float[np.ndarray, " n"]  # the same from the first half of the samples
     effective: Float[np.ndarray, " n"]  # effective sample size, 1 to K
@@ -41,23 +41,23 @@ class PerText(NamedTuple):
 def per_text(
     model: DAVAE, texts: TokenizedTexts, *, samples: int, seed: int, batch_size: int, progress: bool = False
 ) -> PerText:
-    """Computes the model's numbers for each text.
+    """Computes the posterior of each text and bounds on its likelihood.
 
-    A text's draws depend on the seed and on its line only, so the batch size changes results by rounding only.
+    The samples of a text depend only on the seed and on its line, so the batch size changes results by rounding only.
 
     Args:
-      samples: K, latents drawn for each text.
+      samples: number of importance samples per text (K).
     """
     graphdef, params = split(model)
     n = len(texts.lines)
     order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
     positions, key = model.config.encoder.max_position_embeddings, jax.random.key(seed % 2**32)
     batches = []
-    with tqdm(total=n, desc="measure", unit="text", disable=not progress) as bar:
+    with tqdm(total=n, desc="evaluate", unit="text", disable=not progress) as bar:
         for start in range(0, n, batch_size):
             batch = order[start : start + batch_size]
             rows = [texts.ids(i) for i in batch]
-            # Sizes are rounded up, so that a few compiled programs serve all lengths. The rows that fill up a
+            # Sizes are rounded up, so that a few compiled programs suffice for all lengths. The rows that fill up a
             # batch are dropped afterwards.
             S, T = (max(len(row[side]) for row in rows) for side in (0, 1))
             shape = min(power_of_two(S), positions), power_of_two(T - 1) + 1

@@ -1,7 +1,7 @@
 """Draws charts as inline SVG: bars, points, lines. Every function returns a string.
 
-A chart is 320 units wide with text of size 17, so that on a phone, where the chart fills the screen, its text is no
-smaller than the page's. Colours of axes and bars come from the page's style sheet, by class names.
+A chart is 320 units wide with text of size 17. On a phone, where the chart fills the screen, its text is therefore at
+least as large as the text of the page. Class names refer to the page's style sheet for colours of axes and bars.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from jaxtyping import Float
 
 WIDTH, HEIGHT = 320, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 8, 12, 28  # margins for the axes' numbers; the left one grows with their width
-# Ten colours that differ in hue and in lightness (Tableau 10), and one for all classes after them.
+LEFT, RIGHT, TOP, BOTTOM = 52, 8, 12, 28  # margins for tick labels; the left one grows with their width
+# Ten colours that differ in hue and lightness (Tableau 10), and one for all further classes.
 COLOURS = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#17807e"]
 OTHER = "#a0a0a0"
 
-Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by group: x and y of its points
-Scale = Callable[[float], float]  # from a value to its place
+Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # group → (x values, y values)
+Scale = Callable[[float], float]  # maps a value to a coordinate
 
 
 def bars(values: Sequence[float], strong: Sequence[bool], *, title: str, unit: str) -> str:
-    """Draws one bar for each value; those that are not strong are pale."""
+    """Draws one bar per value; bars that are not strong are pale."""
     max_value = max([*values, 1e-9])
     y = _scale(0, max_value, HEIGHT - BOTTOM, TOP)
     axis, left = _y_axis(y, ticks(0, max_value))
@@ -48,7 +48,7 @@ def scatter(
     *,
     title: str,
 ) -> str:
-    """Draws a dot for each point, in the colour of its class."""
+    """Draws one dot per point, in the colour of its class."""
     x, y = (_scale(*_range(points[:, axis]), *ends) for axis, ends in ((0, (8, WIDTH - 8)), (1, (WIDTH - 8, 8))))
     by_colour: dict[str, list[tuple[float, float]]] = {}
     for (a, b), name in zip(points.tolist(), classes or [""] * len(points), strict=True):
@@ -59,7 +59,7 @@ def scatter(
 
 
 def assign_colours(classes: Sequence[str]) -> dict[str, str]:
-    """Returns a colour for each class. With more than ten, the most frequent have their own."""
+    """Returns a colour for each class. If there are more than ten, all but the ten most frequent share one colour."""
     names, counts = np.unique(np.asarray(classes), return_counts=True)
     if len(names) <= len(COLOURS):
         return dict(zip(names.tolist(), COLOURS, strict=False))
@@ -68,9 +68,9 @@ def assign_colours(classes: Sequence[str]) -> dict[str, str]:
 
 
 def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str) -> str:
-    """Draws the (x, y) of each named series as a line, in the order of `COLOURS`; a series of few points has dots, too.
+    """Draws each named series of (x, y) as a line, with colours in the order of `COLOURS`; short series also have dots.
 
-    Points that are not finite are left out.
+    Points that are not finite are dropped. Returns "" if there are none.
     """
     series = {name: _finite(*xy) for name, xy in series.items()}
     all_x, all_y = (np.concatenate([xy[axis] for xy in series.values()]) for axis in (0, 1))
@@ -94,10 +94,10 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
 
 
 def plane(points: Points, colours: Mapping[str, str], *, title: str) -> str:
-    """Draws dots at the (x, y) of each group, in its colour, with both axes and the group's number, counted from 1.
+    """Draws the (x, y) of each group as dots in its colour, with both axes and the group's number, counted from 1.
 
-    x must not be negative. It is scaled by its square root, so that a few large values do not crowd the others. Points
-    that are not finite are left out.
+    x must not be negative. The x axis has a square-root scale, so that a few large values do not compress the rest.
+    Points that are not finite are dropped.
     """
     return _svg(title, _plane(points, colours), height=WIDTH)
 
@@ -124,7 +124,7 @@ def _plane(points: Points, colours: Mapping[str, str]) -> str:
 
 
 def _root_axis(x: Scale, largest: float) -> str:
-    """Draws the numbers below an axis that is scaled by the square root: those of 1, 2 and 5 that have room, and 0."""
+    """Draws the tick labels of a square-root axis: 0, and those multiples of 1, 2 and 5 that fit."""
     elements, last = "", x(0)
     for value in (m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)) if largest > 0 else ():
         if value <= largest and x(value) > last + 34:
@@ -133,7 +133,7 @@ def _root_axis(x: Scale, largest: float) -> str:
 
 
 def _labels(anchors: Sequence[tuple[float, float, str]], left: float) -> str:
-    """Draws small texts to the right of their anchors; to the left or farther away where another text is already."""
+    """Draws small labels to the right of their anchors, or to the left or farther away if they would overlap."""
     width, height = 14.0, 11.0
     occupied: list[tuple[float, float]] = []
     elements = ""
@@ -159,10 +159,10 @@ def board(
     *,
     title: str,
 ) -> str:
-    """Draws an SVG file that stands by itself: the plane of `points`, and a row for each group.
+    """Draws a self-contained SVG file: the plane of `points`, and one row per group.
 
-    A row has the group's number, its name, and its values as dots in each column. A column has its own scale, whose
-    numbers are below it; arrows at its ends stand for outliers.
+    A row shows the group's number, its name, and its values as dots in each column. Each column has its own scale, with
+    tick labels below it; arrows at its ends indicate outliers.
     """
     names, column, step = 205, 150, 9
     row = max(17.0, (WIDTH - TOP - BOTTOM) / len(points))
@@ -198,7 +198,7 @@ def _column(
     right: float,
     bottom: float,
 ) -> str:
-    """Draws each group's values as dots in its row, on one scale without the outliers, for which arrows are drawn."""
+    """Draws each group's values as dots in its row, on a common scale; outliers are drawn as arrows."""
     finite = np.array([v for group in values.values() for v in group if math.isfinite(v)])
     if not len(finite):
         return ""
@@ -216,7 +216,7 @@ def _column(
 
 
 def _within_fences(values: np.ndarray) -> np.ndarray:
-    """Returns the values no further from the middle half than 1.5 times its width (Tukey 1977)."""
+    """Returns the values within 1.5 interquartile ranges of the quartiles (Tukey 1977)."""
     low, high = np.quantile(values, (0.25, 0.75))
     room = 1.5 * (high - low)
     return values[(values >= low - room) & (values <= high + room)]
@@ -233,7 +233,7 @@ def strips(
     *,
     title: str,
 ) -> str:
-    """Draws a row for each group: its name with its mark, and a dot for each finite value."""
+    """Draws one row per group: its name with its mark, and a dot for each finite value."""
     groups = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
     finite = np.array([v for values in groups.values() for v in values])
     if not len(finite):
@@ -251,13 +251,13 @@ def strips(
 
 
 def _dots(colour: str, positions: Sequence[tuple[float, float]], size: str = "dots big") -> str:
-    """Draws a dot at each place: all as one path, of lines without length that have round ends."""
+    """Draws a dot at each position. All dots are one path of zero-length lines with round caps."""
     path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in positions)
     return f'<path class="{size}" stroke="{colour}" d="{path}"/>' if positions else ""
 
 
 def _wider(low: float, high: float) -> tuple[float, float]:
-    """Returns the range with a little room at both ends."""
+    """Returns the range with a small margin at both ends."""
     room = 0.05 * (high - low) or 0.5
     return low - room, high + room
 
@@ -273,14 +273,14 @@ def ticks(low: float, high: float, limit: int = 5) -> list[float]:
 
 
 def _x_axis(x: Scale, tick_values: Sequence[float], y: float, text: Callable[..., str]) -> str:
-    """Draws the numbers of the ticks at their places with the function `text`, at the height y."""
+    """Draws the tick labels at height y with the function `text`."""
     return "".join(
         text(x(v), y, number, "middle") for v, number in zip(tick_values, format_ticks(tick_values), strict=True)
     )
 
 
 def _y_axis(y: Scale, tick_values: Sequence[float]) -> tuple[str, float]:
-    """Draws a line at each tick with its number. Returns them, and the left edge of the chart next to the numbers."""
+    """Draws a line and a label at each tick. Returns them, and the left edge of the plotting area."""
     numbers = format_ticks(tick_values)
     left = max([LEFT, *(_width(number) + 7 for number in numbers)])
     elements = (
@@ -292,7 +292,7 @@ def _y_axis(y: Scale, tick_values: Sequence[float]) -> tuple[str, float]:
 
 
 def format_ticks(tick_values: Sequence[float]) -> list[str]:
-    """Returns the ticks as text, with enough digits to tell them apart."""
+    """Formats tick values with enough digits to distinguish them."""
     largest = max(map(abs, tick_values))
     step = min((b - a for a, b in itertools.pairwise(tick_values)), default=0.0)
 
@@ -304,8 +304,10 @@ def format_ticks(tick_values: Sequence[float]) -> list[str]:
 
 
 def _width(text: str) -> float:
-    """Returns a bound on the width of a number at font size 17: in the widest common fonts a digit has 11, a point or
-    sign 7."""
+    """Returns an upper bound on the width of a number at font size 17.
+
+    In the widest common fonts, a digit is 11 units wide, a point or sign 7.
+    """
     return sum(7.0 if c in ".-+" else 11.0 for c in text)
 
 
