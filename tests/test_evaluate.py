@@ -389,7 +389,7 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
     assert "all: there are only 1 texts" in out
     assert "factors" not in measures and measures["intervals"] == {}
     table = " ".join(out.split())
-    assert "nan" not in out and "length – all interpolations have equal ends" in table
+    assert "nan" not in out and "length – needs an interpolation whose ends differ" in table
     assert "self-BLEU – needs two samples" in table and "distinct-3 – needs a sample of 3 words" in table
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {

@@ -66,7 +66,7 @@ class Evaluate(Command):
     """Random seed."""
 
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
-    """Device mesh that the model is sharded over. If all axes are 1, only the first device is used."""
+    """Mesh of all devices that the model is sharded over. If all axes are 1, only the first device is used."""
 
     def run(self) -> None:
         from davae_jax.evaluation.evaluate import as_json, evaluate
@@ -117,6 +117,7 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
 
     Raises:
       InputError: a line is invalid; the message names the file and the line.
+      OptionError: a field or label is given, but the file is not JSON Lines.
     """
     for option, is_given in (("--field", field is not None), ("--label", labels)):
         if is_given and path.suffix not in (".jsonl", ".json"):

@@ -20,12 +20,8 @@ from davae_jax.tokenizers.decoder import END, UNK
 from davae_jax.utils.errors import InputError, OptionError
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-END_OF_RUN = (
-    "latent",
-    "reconstruction",
-    "posterior samples",
-    "prior samples",
-)  # groups of metrics that a training run computes at its end
+# Groups of metrics that a training run computes at its end.
+END_OF_RUN = ("latent", "reconstruction", "posterior samples", "prior samples")
 
 
 class Evaluation(NamedTuple):

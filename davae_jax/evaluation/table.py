@@ -33,14 +33,14 @@ class _Line(NamedTuple):
 _TWO_TEXTS = "needs two texts"
 _TWO_SAMPLES = "needs two samples"
 _IN_DISTANCES = "in units of the distance between the ends"
-_ENDS_DIFFER = "all interpolations have equal ends"
-_TWO_FACTORS = "needs two factors and a used dimension"
+_ENDS_DIFFER = "needs an interpolation whose ends differ"
+_TWO_FACTORS = "needs two factors and nonzero importances"
 _TWO_DIMENSIONS = "needs two dimensions"
 _N_IS_ENOUGH = "close to the line above if n is large enough"
 
 _SECTIONS: dict[str, list[_Line]] = {
     "Reconstruction": [
-        _Line("BLEU", "bleu", "{:.1f}", "greedy from the posterior mean; characters are words"),
+        _Line("BLEU", "bleu", "{:.1f}", "greedy from the posterior mean; Chinese characters are words"),
         _Line("exact match", "exact_match", "{:.1%}", "greedy from the posterior mean"),
         _Line("BLEU, posterior sample", "bleu_sampled", "{:.1f}", "greedy from one sample of the posterior"),
         _Line("BLEU, another text's latent", "bleu_other_latent", "{:.1f}", "reference: an unused latent"),
