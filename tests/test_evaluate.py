@@ -418,7 +418,7 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
         (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
         (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
         (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1: has no field 'text'"),
-        (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2 has no field 'y'"),
+        (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2: has no field 'y'"),
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,

@@ -140,7 +140,7 @@ def read_label(line: str, field: str, location: str) -> str:
         return ""
     values = json.loads(line)
     if field not in values:
-        raise InputError(f"{location} has no field {field!r}")
+        raise InputError(f"{location}: has no field {field!r}")
     if not isinstance(values[field], str | int):
         raise InputError(f"{location}: the field {field!r} must be a string, an integer, true or false to be a class")
     if not isinstance(values[field], str):
