@@ -124,7 +124,7 @@ def _plane(points: Points, colours: Mapping[str, str]) -> str:
 
 
 def _root_axis(x: Scale, largest: float) -> str:
-    """Draws the tick labels of a square-root axis: 0, and those multiples of 1, 2 and 5 that fit."""
+    """Draws the tick labels of a square-root axis: 0, and those of 1, 2 and 5 times powers of ten that fit."""
     elements, last = "", x(0)
     for value in (m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)) if largest > 0 else ():
         if value <= largest and x(value) > last + 34:
