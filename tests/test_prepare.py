@@ -22,7 +22,7 @@ from davae_jax.cli.main import main
 from davae_jax.data import line_readers
 from davae_jax.data.prefetch import read_ahead
 from davae_jax.data.readers import split_into_slices
-from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permuted
+from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permute
 from davae_jax.data.shard_index import merge_shards
 from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
 from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
@@ -148,7 +148,7 @@ def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
     prepared = Prepared(result.folder)
     assert len(prepared) == 3
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    assert prepared.where([2, 0, 1]) == f"lines 1, 8 of {a}; lines 1 of {b}"
+    assert prepared.describe_lines([2, 0, 1]) == f"lines 1, 8 of {a}; lines 1 of {b}"
 
 
 def test_held_out_texts_are_not_in_the_shards(prepare, tmp_path):
@@ -305,11 +305,11 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000, 4097])
 def test_a_permutation_that_is_not_stored(n):
     places = np.arange(n)
-    found = permuted(places, n, (3, 1))
+    found = permute(places, n, (3, 1))
     assert sorted(found) == places.tolist()
-    assert (permuted(places[::-1], n, (3, 1))[::-1] == found).all()  # each place by itself
+    assert (permute(places[::-1], n, (3, 1))[::-1] == found).all()  # each place by itself
     if n >= 16:
-        assert (found != permuted(places, n, (3, 2))).any() and (found != places).any()
+        assert (found != permute(places, n, (3, 2))).any() and (found != places).any()
 
 
 def test_the_permutations_are_shuffles():
@@ -317,7 +317,7 @@ def test_the_permutations_are_shuffles():
     n, seeds = 20, 400
     counts = np.zeros((n, n))
     for seed in range(seeds):
-        counts[np.arange(n), permuted(np.arange(n), n, (seed,))] += 1
+        counts[np.arange(n), permute(np.arange(n), n, (seed,))] += 1
     chi2 = ((counts - seeds / n) ** 2 / (seeds / n)).sum()
     freedom = (n - 1) ** 2
     assert abs(chi2 - freedom) < 6 * (2 * freedom) ** 0.5
@@ -327,16 +327,16 @@ def test_an_epoch_shows_every_text_once(prepared):
     batches = batches_with(prepared)
     assert (batches.count, batches.steps_per_epoch) == (247, 30)
     for epoch in range(2):
-        rows = np.concatenate([batches.texts_of(epoch * 30 + i)[0] for i in range(30)])
+        rows = np.concatenate([batches.select_texts(epoch * 30 + i)[0] for i in range(30)])
         assert len(set(rows)) == 240  # of 247, seven wait
-    shown = {int(row) for step in range(300) for row in batches.texts_of(step)[0]}
+    shown = {int(row) for step in range(300) for row in batches.select_texts(step)[0]}
     assert shown == set(range(247))
 
 
 def test_batches_hold_the_records_padded(prepared):
     batches, shapes = batches_with(prepared), set()
     for step in range(30):
-        rows, (S, T) = batches.texts_of(step)
+        rows, (S, T) = batches.select_texts(step)
         batch = batches.batch(step)
         assert batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T - 1)
         shapes.add((S, T))
@@ -354,9 +354,9 @@ def test_a_batch_depends_on_seed_and_step_alone(prepared):
     for step in [37, 3, 4, 5, 0, 3]:  # as after a resume, forwards and back
         assert_equal(again.batch(step), uninterrupted[step])
     other = batches_with(prepared, seed=6)
-    assert any((other.texts_of(step)[0] != batches.texts_of(step)[0]).any() for step in range(4))
+    assert any((other.select_texts(step)[0] != batches.select_texts(step)[0]).any() for step in range(4))
     assert any(
-        (batches.texts_of(step)[0] != batches.texts_of(step + 30)[0]).any() for step in range(4)
+        (batches.select_texts(step)[0] != batches.select_texts(step + 30)[0]).any() for step in range(4)
     )  # epochs differ
 
 
@@ -377,7 +377,7 @@ def test_shorter_texts_only(prepared):
     limit = sorted(lengths)[100]
     batches = batches_with(prepared, max_length=limit)
     assert batches.count == sum(n <= limit for n in lengths) and batches.too_long == 247 - batches.count
-    shown = {int(row) for step in range(300) for row in batches.texts_of(step)[0]}
+    shown = {int(row) for step in range(300) for row in batches.select_texts(step)[0]}
     assert shown == {i for i, n in enumerate(lengths) if n <= limit}
     with pytest.raises(InputError, match="holds no text of at most 3 tokens"):
         batches_with(prepared, max_length=3)
@@ -389,7 +389,7 @@ def test_shorter_texts_only(prepared):
 
 def test_fewer_texts_than_a_batch(prepared):
     batches = batches_with(prepared, batch_size=256)
-    assert set(batches.texts_of(0)[0]) == set(range(247)) and len(batches.batch(7).lengths) == 256
+    assert set(batches.select_texts(0)[0]) == set(range(247)) and len(batches.batch(7).lengths) == 256
 
 
 def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
@@ -426,8 +426,8 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
     model = model_config(config, tmp_path)
     tokenizers = load_tokenizers(tmp_path, model)
     batches = make_batches(config, corpus, tokenizers, model)
-    text = sentences(100)[int(batches.texts_of(0)[0][0])] if batches.texts_of(0)[0][0] < 100 else None
-    lengths = [len(prepared[int(i)][1]) for i in batches.texts_of(0)[0]]
+    text = sentences(100)[int(batches.select_texts(0)[0][0])] if batches.select_texts(0)[0][0] < 100 else None
+    lengths = [len(prepared[int(i)][1]) for i in batches.select_texts(0)[0]]
     assert batches.batch(0).lengths[:, 0].tolist() == lengths
     if text is not None:
         assert batches.batch(0).decoder_ids[0, 1 : lengths[0]].tolist() == tokenizers[1].encode(text)

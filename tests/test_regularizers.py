@@ -63,7 +63,7 @@ from davae_jax.regularizers import (
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import epps_pulley, random_directions
 from davae_jax.regularizers.registry import ENTRY_POINTS
-from davae_jax.regularizers.terms import _key_of, init_regularizer_params
+from davae_jax.regularizers.terms import _fold_in_name, init_regularizer_params
 from davae_jax.training.checkpointer import Checkpoints, _leaves
 from davae_jax.training.config import (
     FreeBitsConfig,
@@ -571,7 +571,7 @@ def test_an_adversary_and_the_latents_learn_from_their_own_losses():
         total, adversaries, _ = regularizer_terms({"wgan": wgan}, batch._replace(z=z), {"wgan": params})
         return total + adversaries
 
-    drawn = batch._replace(key=_key_of(KEY, "wgan"))
+    drawn = batch._replace(key=_fold_in_name(KEY, "wgan"))
     found = jax.jit(jax.grad(both, (0, 1)))(batch.z, params)
     of_z = jax.grad(lambda z: 0.5 * wgan(drawn._replace(z=z), params)[0])
     of_params = jax.grad(lambda p: wgan.adversary(drawn, p))

@@ -9,7 +9,7 @@ from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run_folder import open_run
-from davae_jax.training.saved_config import digest_of
+from davae_jax.training.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
 
@@ -142,9 +142,9 @@ def prepared(config, output):
 
 
 def test_processes_may_find_the_same_things_at_other_places(config, tmp_path):
-    assert digest_of(config) == digest_of(of(tmp_path / "elsewhere.txt"))
-    assert digest_of(config) != digest_of(dataclasses.replace(config, tokenizers=tmp_path))
-    assert digest_of(config) != digest_of(dataclasses.replace(config, seed=1))
+    assert digest_settings(config) == digest_settings(of(tmp_path / "elsewhere.txt"))
+    assert digest_settings(config) != digest_settings(dataclasses.replace(config, tokenizers=tmp_path))
+    assert digest_settings(config) != digest_settings(dataclasses.replace(config, seed=1))
 
 
 def test_a_config_appears_whole_or_not_at_all(tmp_path, monkeypatch):

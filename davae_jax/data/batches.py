@@ -109,19 +109,19 @@ class TextBatches:
         self._order: list[tuple[np.ndarray, tuple[int, int]]] = []
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        texts, shape = self.texts_of(step)
+        texts, shape = self.select_texts(step)
         rows = [(self.texts.encoder_ids[i], self.texts.decoder_ids[i]) for i in texts[start:stop]]
         return pad_batch(rows, shape, self.pad_id)
 
-    def texts_of(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def select_texts(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the indices of the texts in a step's batch, and the lengths (S, T + 1) that they are padded to."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffle(epoch)
-        return self._order[place]
+        return self._order[index]
 
     def describe(self, step: int) -> str:
-        return self.texts.where(self.texts_of(step)[0])
+        return self.texts.describe_lines(self.select_texts(step)[0])
 
     def summary(self) -> str:
         return f"{self.batch_size} texts"
@@ -132,7 +132,7 @@ class TextBatches:
         for bucket, shape in zip(self._buckets, self._shapes, strict=True):
             texts = np.concatenate([left_over, rng.permutation(bucket)])
             full = len(texts) // self.batch_size * self.batch_size
-            batches += [(part, shape) for part in texts[:full].reshape(-1, self.batch_size)]
+            batches += [(rows, shape) for rows in texts[:full].reshape(-1, self.batch_size)]
             left_over = texts[full:]
         return [batches[i] for i in rng.permutation(len(batches))]
 

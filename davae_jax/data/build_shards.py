@@ -89,9 +89,9 @@ def build_shards(
     _open_folder(output, stored)
     try:
         if not (output / MANIFEST).exists():
-            slices = [part for file in files for part in split_into_slices(file, settings.shard_size)]
+            slices = [file_slice for file in files for file_slice in split_into_slices(file, settings.shard_size)]
             _provide_tokenizers(output, tokenizers, slices, settings)
-            tasks = [ShardTask(str(output), n, part, settings) for n, part in enumerate(slices)]
+            tasks = [ShardTask(str(output), n, file_slice, settings) for n, file_slice in enumerate(slices)]
             _run_with_progress(tasks, workers or available_cores())
             merge_shards(output, stored)
     except OSError as e:  # of a file that is written; a reader's errors are InputErrors
@@ -164,9 +164,9 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
         raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
 
 
-def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises OptionError where settings have changed and shards exist. Removes the tokenizers where none do."""
-    changed = changed_settings(from_stored_names(before), from_stored_names(now))
+    changed = changed_settings(from_stored_names(old), from_stored_names(new))
     if not changed:
         return
     if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):

@@ -54,18 +54,18 @@ def read_corpus(train: Path | None, valid: Path | None = None, field: str = "tex
     """
     if train is None:
         return _demo_corpus()
-    held_out = None if valid is None else _without_blank(read_texts(valid, field))
+    held_out = None if valid is None else _drop_blank(read_texts(valid, field))
     if train.is_dir():
         prepared = Prepared(train)
-        held_out = _without_blank(prepared.held_out()) if held_out is None else held_out
-        return Corpus([], held_out, None, _three(held_out), str(train), np.zeros(0, int), prepared)
+        held_out = _drop_blank(prepared.held_out()) if held_out is None else held_out
+        return Corpus([], held_out, None, _first_three(held_out), str(train), np.zeros(0, int), prepared)
     texts = read_texts(train, field)
     lines = np.flatnonzero([bool(text.strip()) for text in texts]) + 1
     if held_out is None:
         held_out = _choose_held_out([texts[i - 1] for i in lines])
-        excluded = set(held_out)
-        lines = np.array([i for i in lines if texts[i - 1] not in excluded])
-    return Corpus([texts[i - 1] for i in lines], held_out, None, _three(held_out), str(train), lines)
+        held_out_texts = set(held_out)
+        lines = np.array([i for i in lines if texts[i - 1] not in held_out_texts])
+    return Corpus([texts[i - 1] for i in lines], held_out, None, _first_three(held_out), str(train), lines)
 
 
 def _demo_corpus() -> Corpus:
@@ -82,11 +82,11 @@ def _choose_held_out(texts: list[str]) -> list[str]:
     return [distinct[i] for i in np.sort(order[: round(HELD_OUT_FRACTION * len(distinct))])]
 
 
-def _three(texts: list[str]) -> list[str]:
+def _first_three(texts: list[str]) -> list[str]:
     return (texts * 3)[:3]
 
 
-def _without_blank(texts: list[str]) -> list[str]:
+def _drop_blank(texts: list[str]) -> list[str]:
     return [text for text in texts if text.strip()]
 
 

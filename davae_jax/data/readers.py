@@ -60,7 +60,7 @@ def known_suffixes() -> str:
     return f"{', '.join(compressible)}, each also with {' or '.join(DECOMPRESSORS)}; {', '.join(others)}"
 
 
-def format_of(path: Path) -> InputFormat | None:
+def find_format(path: Path) -> InputFormat | None:
     """Returns the format of a file by its suffix; None where the suffix is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compressed = bool(suffixes) and suffixes[-1] in DECOMPRESSORS
@@ -86,7 +86,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             files |= _files_in(path)
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder", exit_code=2)
-        elif format_of(path) is None:
+        elif find_format(path) is None:
             raise InputError(f"{path}: unknown suffix; known: {known_suffixes()}", exit_code=2)
         else:
             files.add(path)
@@ -95,7 +95,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 def _files_in(folder: Path) -> set[Path]:
     formats = {
-        path: format_of(path)
+        path: find_format(path)
         for path in folder.rglob("*")
         if path.is_file() and path.name not in METADATA_FILES
         if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
@@ -119,7 +119,7 @@ def split_into_slices(path: Path, max_bytes: int) -> list[FileSlice]:
     """
     with _naming_file(path):
         size = path.stat().st_size
-        slice_bounds = format_of(path).slice_bounds
+        slice_bounds = find_format(path).slice_bounds
         if slice_bounds is None or path.suffix.lower() in DECOMPRESSORS:
             return [FileSlice(str(path), 0, None, size)]
         bounds = slice_bounds(path, max_bytes)
@@ -138,7 +138,7 @@ def read_slice(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
     """
     path = Path(file_slice.file)
     with _naming_file(path):
-        yield from format_of(path).read(file_slice, field)
+        yield from find_format(path).read(file_slice, field)
 
 
 @contextlib.contextmanager

@@ -58,31 +58,31 @@ class ShardBatches:
         self._bounds = [n * i // buckets for i in range(buckets + 1)]
         self._shapes = []
         for end in self._bounds[1:]:
-            of_longest = np.searchsorted(counts.cumsum(), min(end, self.count))  # row of the bucket's last text
-            S, T = round_up(int(longest[of_longest]), 8), round_up(int(lengths[of_longest]), 8)
+            last_index = np.searchsorted(counts.cumsum(), min(end, self.count))  # row of the bucket's last text
+            S, T = round_up(int(longest[last_index]), 8), round_up(int(lengths[last_index]), 8)
             self._shapes.append((min(S, encoder_positions or S), T))
         self.steps_per_epoch = n // batch_size
         self._order = _Column(prepared.folder / "order.npy", len(prepared))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        records, shape = self.texts_of(step, start, stop)
+        records, shape = self.select_texts(step, start, stop)
         return pad_batch([self.prepared[i] for i in records.tolist()], shape, self.pad_id)
 
-    def texts_of(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+    def select_texts(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the records of the rows from `start` to `stop` of a step's batch, and the lengths (S, T + 1) that
         they are padded to."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        k = permuted(np.array([place]), self.steps_per_epoch, (self.seed, epoch))[0]
-        places = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
-        of_bucket = np.searchsorted(self._bounds, places, side="right") - 1
-        for bucket in np.unique(of_bucket):
+        epoch, index = divmod(step, self.steps_per_epoch)
+        k = permute(np.array([index]), self.steps_per_epoch, (self.seed, epoch))[0]
+        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
+        bucket_ids = np.searchsorted(self._bounds, positions, side="right") - 1
+        for bucket in np.unique(bucket_ids):
             low, high = self._bounds[bucket : bucket + 2]
-            here = of_bucket == bucket
-            places[here] = low + permuted(places[here] - low, high - low, (self.seed, epoch, bucket + 1))
-        return self._order[places[start:stop] % self.count], self._shapes[of_bucket[-1]]
+            in_bucket = bucket_ids == bucket
+            positions[in_bucket] = low + permute(positions[in_bucket] - low, high - low, (self.seed, epoch, bucket + 1))
+        return self._order[positions[start:stop] % self.count], self._shapes[bucket_ids[-1]]
 
     def describe(self, step: int) -> str:
-        return self.prepared.where(self.texts_of(step)[0].tolist())
+        return self.prepared.describe_lines(self.select_texts(step)[0].tolist())
 
     def summary(self) -> str:
         return f"{self.batch_size} texts"
@@ -113,8 +113,8 @@ class PreparedTexts:
     def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
         return self.prepared[int(self._records[text])]
 
-    def where(self, texts: Sequence[int]) -> str:
-        return self.prepared.where(self._records[texts].tolist())
+    def describe_lines(self, texts: Sequence[int]) -> str:
+        return self.prepared.describe_lines(self._records[texts].tolist())
 
 
 class _Column:
@@ -131,35 +131,35 @@ class _Column:
         if shape != (n,) or path.stat().st_size != self._begin + n * self._dtype.itemsize:
             raise InputError(f"{path}: does not fit the manifest; copy or prepare it anew")
 
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         size, file = self._dtype.itemsize, self._file.fileno()
-        data = b"".join(os.pread(file, size, self._begin + size * int(i)) for i in places)
+        data = b"".join(os.pread(file, size, self._begin + size * int(i)) for i in positions)
         return np.frombuffer(data, self._dtype).astype(np.int64)
 
 
-def permuted(places: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
+def permute(positions: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
     """Where a seeded permutation of 0 … n − 1 puts these places; nothing of its n entries is stored.
 
     A Feistel network (Luby and Rackoff 1988) permutes the numbers of the next even count of bits; what falls past
     n − 1 is sent through it again until it does not (Black and Rogaway 2002).
     """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    half_bits = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     keys = np.random.SeedSequence(seed).generate_state(8, np.uint64)
 
-    def once(x):
+    def permute_once(x):
         left, right = x >> shift, x & mask
         for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
+            left, right = right, left ^ (_mix(right ^ key) & mask)
         return left << shift | right
 
-    x = once(np.asarray(places, np.uint64))
-    while (past := x >= n).any():
-        x[past] = once(x[past])
+    x = permute_once(np.asarray(positions, np.uint64))
+    while (too_large := x >= n).any():
+        x[too_large] = permute_once(x[too_large])
     return x.astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def _mix(x: np.ndarray) -> np.ndarray:
     """Every bit of the result depends on every bit of x (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)

@@ -49,7 +49,7 @@ def merge_shards(folder: Path, settings: dict[str, Any]) -> None:
         for suffix in ("arrayrecord", "npy"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     if not shards:
-        reason = describe_excluded(counts) or "holds no text"
+        reason = describe_dropped(counts) or "holds no text"
         raise InputError(f"{', '.join(settings['inputs'])}: {reason}; nothing is left")
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
@@ -135,7 +135,7 @@ def _count_lengths(folder: Path, shards: list[dict[str, Any]]) -> tuple[np.ndarr
     return counts, longest
 
 
-def describe_excluded(counts: dict[str, int]) -> str:
+def describe_dropped(counts: dict[str, int]) -> str:
     """Returns how many texts are not in the shards and why; an empty text where all are."""
     words = {"blank": "blank", "too_long": "too long", "bad": "bad lines (bad_lines.jsonl)", "held_out": "held out"}
     return ", ".join(f"{counts[key]:,} {word}" for key, word in words.items() if counts[key])

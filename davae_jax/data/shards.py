@@ -148,7 +148,7 @@ class Prepared:
         except (RuntimeError, ValueError, IndexError, OSError) as e:
             raise InputError(f"{path}: record {i} cannot be read ({first_line(e)})") from e
 
-    def where(self, records: Sequence[int]) -> str:
+    def describe_lines(self, records: Sequence[int]) -> str:
         """Returns the input lines that these records come from, for messages."""
         lines: dict[str, list[int]] = {}
         for i in sorted(records):

@@ -41,7 +41,7 @@ class TokenizedTexts(NamedTuple):
         """Returns the encoder ids and the decoder ids of a text."""
         return self.encoder_ids[text], self.decoder_ids[text]
 
-    def where(self, texts: Sequence[int]) -> str:
+    def describe_lines(self, texts: Sequence[int]) -> str:
         """Returns the lines that these texts stand on, for messages."""
         return f"lines {', '.join(map(str, sorted(self.lines[texts])))} of {self.source}"
 
@@ -69,9 +69,9 @@ def tokenize(
     encoder_rows, decoder_rows, lines, too_long = [], [], [], 0
     with tqdm(total=len(texts), desc="tokenize", unit="text", disable=None, leave=False) as bar:
         for start in range(0, len(texts), TEXTS_PER_CALL):
-            part = texts[start : start + TEXTS_PER_CALL]
-            non_blank = [i for i, text in enumerate(part) if text.strip()]
-            rows = encode_texts([part[i] for i in non_blank], encoder, decoder, max_length, truncate=truncate)
+            chunk = texts[start : start + TEXTS_PER_CALL]
+            non_blank = [i for i, text in enumerate(chunk) if text.strip()]
+            rows = encode_texts([chunk[i] for i in non_blank], encoder, decoder, max_length, truncate=truncate)
             for i, row in zip(non_blank, rows, strict=True):
                 if row is None:
                     too_long += 1
@@ -79,7 +79,7 @@ def tokenize(
                 encoder_rows.append(np.array(row[0], np.int32))
                 decoder_rows.append(np.array(row[1], np.int32))
                 lines.append(start + i + 1)
-            bar.update(len(part))
+            bar.update(len(chunk))
     if not lines:
         limits = f"{max_length} decoder tokens or {encoder.max_ids} encoder tokens"
         raise InputError(f"{source}: holds only blank texts and texts of more than {limits}")
@@ -106,7 +106,7 @@ def filter_by_length(
 ) -> list[str]:
     """Returns the texts that `tokenize` would keep."""
     try:
-        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", truncate=truncate)
+        tokenized = tokenize(texts, encoder, decoder, max_length=max_length, source="", truncate=truncate)
     except InputError:
         return []
-    return [texts[i - 1] for i in kept.lines]
+    return [texts[i - 1] for i in tokenized.lines]

@@ -88,5 +88,5 @@ def normalized_head(
     """
     factor = jnp.clip((gamma / deviation) ** 0.1, 0.5, 2.0)
     means, logvars = jnp.split(weight_OD, 2)
-    along = (means @ pooled)[:, None] * pooled / (jnp.square(pooled).sum() + 1e-12)
-    return jnp.concatenate([(means - 0.1 * along) * factor[:, None], logvars]).astype(weight_OD.dtype)
+    projection = (means @ pooled)[:, None] * pooled / (jnp.square(pooled).sum() + 1e-12)
+    return jnp.concatenate([(means - 0.1 * projection) * factor[:, None], logvars]).astype(weight_OD.dtype)

@@ -68,9 +68,9 @@ def _registration_problem(name: str, cls: Any) -> str | None:
 def check_registered(name: str, option: str) -> None:
     """Raises OptionError, which lists the known names, if no regularizer of this name is registered."""
     if name not in REGISTRY:
-        known = ", ".join(sorted(REGISTRY)).replace("_", "-")
+        available = ", ".join(sorted(REGISTRY)).replace("_", "-")
         unknown = name.replace("_", "-")
-        raise OptionError(option, f"names no regularizer {unknown!r}; known: {known}; others by --plugin FILE.py")
+        raise OptionError(option, f"names no regularizer {unknown!r}; known: {available}; others by --plugin FILE.py")
 
 
 def active(config: Any) -> dict[str, Regularizer]:

@@ -36,7 +36,7 @@ def init_regularizer_params(regularizers: dict[str, Regularizer], seed: int, siz
     # The training step folds step numbers into the same key, and these never get so large.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     return {
-        name: _check_params(name, _call(name, regularizer.init, _key_of(key, name), sizes))
+        name: _check_params(name, _call(name, regularizer.init, _fold_in_name(key, name), sizes))
         for name, regularizer in regularizers.items()
         if isinstance(regularizer, Learned)
     }
@@ -61,7 +61,7 @@ def regularizer_terms(
     total, adversaries, logs = jnp.float32(0), jnp.float32(0), {}
     stop_gradient = jax.lax.stop_gradient
     for name, regularizer in regularizers.items():
-        its_batch = batch._replace(key=_key_of(batch.key, name))
+        its_batch = batch._replace(key=_fold_in_name(batch.key, name))
         its_params = params.get(name, {})
         is_adversarial = isinstance(regularizer, Adversarial)
         with jax.named_scope(name):
@@ -80,11 +80,11 @@ def regularizer_terms(
         total += weight * value
         if regularizer.ramp[1]:
             values = _add_value(name, values, "weight", weight)
-        logs |= {name: value} | {f"{name}/{what}": x for what, x in values.items()}
+        logs |= {name: value} | {f"{name}/{description}": x for description, x in values.items()}
     return total, adversaries, logs
 
 
-def _key_of(key: jax.Array, name: str) -> jax.Array:
+def _fold_in_name(key: jax.Array, name: str) -> jax.Array:
     """Returns a key that depends on the name alone, so that random numbers do not depend on which others are on."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
@@ -97,7 +97,7 @@ def _evaluate(name: str, regularizer: Regularizer, batch: LatentBatch, params: P
         raise RegularizerError(f"regularizer {name}: {reason}")
     value, values = result
     return _check_scalar(name, value, "its value"), {
-        what: _check_scalar(name, x, f"{what!r}, which it logs,") for what, x in values.items()
+        description: _check_scalar(name, x, f"{description!r}, which it logs,") for description, x in values.items()
     }
 
 
@@ -111,35 +111,37 @@ def _call(name: str, function: Callable, *args: Any) -> Any:
         raise RegularizerError(f"regularizer {name}: {type(e).__name__}: {first_line(e)}") from e
 
 
-def _add_value(name: str, values: Logs, what: str, value: Array) -> Logs:
+def _add_value(name: str, values: Logs, description: str, value: Array) -> Logs:
     """Adds a value that is logged for every regularizer of its kind."""
-    if what in values:
-        raise RegularizerError(f"regularizer {name}: {what!r} is logged for it anyway; give its own value another name")
-    return values | {what: value}
+    if description in values:
+        raise RegularizerError(
+            f"regularizer {name}: {description!r} is logged for it anyway; give its own value another name"
+        )
+    return values | {description: value}
 
 
 def _check_params(name: str, params: Any) -> Params:
     """Returns the parameters if they are a nested dict of float arrays."""
 
-    def refuse(given: str) -> None:
+    def reject(given: str) -> None:
         raise RegularizerError(f"regularizer {name}: init must return a nested dict of float arrays, not {given}")
 
     if not isinstance(params, dict):
-        refuse(_describe(params))
+        reject(_describe(params))
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            refuse(f"{_describe(leaf)} in {jax.tree_util.keystr(path)}")
+            reject(f"{_describe(leaf)} in {jax.tree_util.keystr(path)}")
     return params
 
 
-def _check_scalar(name: str, x: Any, what: str) -> Float[Array, ""]:
+def _check_scalar(name: str, x: Any, description: str) -> Float[Array, ""]:
     """Returns x as a float32 scalar if it is a real number."""
     shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", None)
     real = (jnp.floating, jnp.integer, jnp.bool_)
     numeric = isinstance(x, (bool, int, float)) if dtype is None else any(jnp.issubdtype(dtype, r) for r in real)
     if shape != () or not numeric:
-        raise RegularizerError(f"regularizer {name}: {what} must be a real scalar, not {_describe(x)}")
+        raise RegularizerError(f"regularizer {name}: {description} must be a real scalar, not {_describe(x)}")
     return jnp.asarray(x, jnp.float32)
 
 

@@ -83,7 +83,7 @@ class Checkpoints:
         self._saving = step
         with self._save_errors(), quiet_orbax():
             self._response = self._open().save_checkpointables_async(
-                step, _parts(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
+                step, _checkpointables(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
             )
             if self._on_complete is not None:
                 path, on_complete = self.path(step), self._on_complete
@@ -152,11 +152,11 @@ class Checkpoints:
         path = self.path(step).absolute()
         try:
             with quiet_orbax():
-                parts = ocp.load_checkpointables(path, _parts(like))
+                items = ocp.load_checkpointables(path, _checkpointables(like))
                 metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise _Damaged(f"cannot be read ({first_line(e)})") from e
-        loaded = {f"params.{name}": leaf for name, leaf in flatten(parts[PARAMS_FOLDER]).items()} | parts[REST]
+        loaded = {f"params.{name}": leaf for name, leaf in flatten(items[PARAMS_FOLDER]).items()} | items[REST]
         loaded = {name: loaded[name] for name in _leaves(like)}
         saved, checksums = metadata.get(CHECKSUMS, {}), jax.device_get(_checksums(loaded))
         if differing := [name for name in checksums if int(checksums[name]) != saved.get(name)]:
@@ -223,7 +223,7 @@ def _step(path: Path) -> int:
     return int(path.name)
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def _checkpointables(state: TrainState) -> dict[str, Any]:
     """Returns the two parts of a checkpoint: the weights as nested dicts, the rest of the state by path."""
     rest = {name: leaf for name, leaf in _leaves(state).items() if not name.startswith("params.")}
     return {PARAMS_FOLDER: nest(flatten(state.params)), REST: rest}

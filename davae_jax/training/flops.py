@@ -15,7 +15,7 @@ ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 class Product(NamedTuple):
     """A matrix product of the forward pass. A multiply-add counts as 2 FLOPs."""
 
-    part: str  # of the model, as `davae plan` lists them
+    component: str  # of the model, as `davae plan` lists them
     flops: int  # of the whole batch
     devices: int  # over which it is sharded; further devices repeat the same work
     backward: int = 2  # products of the same size in the backward pass

@@ -71,7 +71,7 @@ class SaveCheckpoint(Hook):
     def __call__(self, run: Run, state: TrainState, step: int) -> None:
         with jax.set_mesh(run.mesh):
             if not all_finite((state.params, state.regularizers)):
-                raise not_finite(run, step, "its update made weights that are not finite")
+                raise non_finite_error(run, step, "its update made weights that are not finite")
             losses = [run.held_out_loss(state.params, batch) for batch in run.held_out]
             means = (
                 {name: sum(float(one[name]) for one in losses) / len(losses) for name in losses[0]} if losses else {}
@@ -112,10 +112,10 @@ def default_hooks(config: TrainConfig) -> list[Hook]:
     return [WriteSamples(config.log.samples), SaveCheckpoint(config.log.checkpoint, at_end=True)]
 
 
-def not_finite(run: Run, step: int, what: str) -> InputError:
+def non_finite_error(run: Run, step: int, description: str) -> InputError:
     """Returns the error that ends a run at a step: what is not finite, which texts it saw, and the last checkpoint."""
     run.checkpoints.wait()  # what is being saved was found finite
     return InputError(
-        f"step {step}: {what}; its batch is {run.batches.describe(step - 1)}; "
+        f"step {step}: {description}; its batch is {run.batches.describe(step - 1)}; "
         f"the last good checkpoint is {run.checkpoints.last}"
     )

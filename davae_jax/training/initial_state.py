@@ -50,13 +50,13 @@ def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> No
 def warm_start_config(model: DAVAEConfig, folder: Path) -> DAVAEConfig:
     """Returns the config of a warm start: sizes from the pretrained parts, `RUNTIME_FIELDS` from the run."""
     pretrained = DAVAEConfig.from_json(folder / INIT_FOLDER / CONFIG_FILE)
-    parts = {
-        part: dataclasses.replace(
-            getattr(pretrained, part), **{name: getattr(getattr(model, part), name) for name in names}
+    sections = {
+        section: dataclasses.replace(
+            getattr(pretrained, section), **{name: getattr(getattr(model, section), name) for name in names}
         )
-        for part, names in RUNTIME_FIELDS.items()
+        for section, names in RUNTIME_FIELDS.items()
     }
-    return dataclasses.replace(pretrained, **parts)
+    return dataclasses.replace(pretrained, **sections)
 
 
 def initial_state(abstract: TrainState, model: DAVAEConfig, config: TrainConfig, folder: Path) -> TrainState:
@@ -66,8 +66,8 @@ def initial_state(abstract: TrainState, model: DAVAEConfig, config: TrainConfig,
         params = split(from_pretrained(folder / INIT_FOLDER, mesh=shardings.step.mesh))[1]
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params)
 
-    def draw(key):
+    def make_state(key):
         return init_state(split(DAVAE(model, rngs=InitKeys(key)))[1], config)
 
     # In one compiled program: drawing weight by weight, thousands of small programs take longer.
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
+    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(config.seed))

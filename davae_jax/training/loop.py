@@ -62,9 +62,9 @@ def take_steps(run: Run, state: TrainState, hooks: Sequence[Hook], stop: StopReq
     with tqdm(total=steps, initial=step, unit="step", disable=None if is_process_zero() else True) as bar:
         while not last:
             step += 1
-            asked = time.perf_counter()
+            wait_start = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - wait_start
             profiler.before_step(step)
             state, values = take_step(run, state, batch, step)
             if unlogged:  # the step before: its values are read while the devices compute this one

@@ -82,16 +82,20 @@ def gradient(
 
     context = context._replace(texts=(batch.lengths > 0).sum() / n)
 
-    def add_part(total, part):
-        i, rows = part
-        own_key = jax.random.fold_in(context.key, i)
-        return jax.tree.map(jnp.add, total, grad(params, graphdef, rows, context._replace(key=own_key), config)), None
+    def add_micro_batch(total, micro_batch):
+        i, rows = micro_batch
+        micro_batch_key = jax.random.fold_in(context.key, i)
+        return jax.tree.map(
+            jnp.add, total, grad(params, graphdef, rows, context._replace(key=micro_batch_key), config)
+        ), None
 
     # Part i has the rows i, i + n, …, so that each device contributes rows of its own to every part.
-    parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], parts), context, config))
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(
+        lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], micro_batches), context, config)
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add_part, zeros, (jnp.arange(n), parts))
+    total, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(n), micro_batches))
     return jax.tree.map(lambda x: x / n, total)
 
 
@@ -118,18 +122,18 @@ def objective(
     is_text = (batch.lengths > 0).reshape(-1)
     mean = partial(mean_over_texts, is_text=is_text, count=context.texts)
     # Statistics that are no summand of the loss are means over this part's own texts.
-    mean_of_part = partial(mean_over_texts, is_text=is_text)
+    micro_batch_mean = partial(mean_over_texts, is_text=is_text)
 
     encoded = encode(model, batch, keys, config)
     posterior, logs = encoded.posterior, {}
     if config.posterior.mean_scale:
-        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, mean_of_part)
-        logs = {"mean_std": mean_std, "pooled": mean_of_part(encoded.pooled.astype(jnp.float32))}
+        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, micro_batch_mean)
+        logs = {"mean_std": mean_std, "pooled": micro_batch_mean(encoded.pooled.astype(jnp.float32))}
     latent = posterior.sample(keys["latent"])
     rec, length = reconstruction(model, batch, latent, keys["decoder"], config)
     rec_per_token = rec / length
     kl_NL = kl_per_dimension(posterior)
-    kl = free_bits_kl(kl_NL, config.free_bits, mean_of_part)
+    kl = free_bits_kl(kl_NL, config.free_bits, micro_batch_mean)
 
     # The discriminator is trained even where λ is 0; its loss then only measures how far latents are from the prior.
     prior = jax.random.normal(keys["prior"], latent.shape)
@@ -137,15 +141,15 @@ def objective(
     loss_d, _ = adversarial_losses(model, latent, prior, mean)
     _, loss_g = adversarial_losses(frozen, latent, prior, mean)
 
-    added, adversaries, regularizer_logs = jnp.float32(0), jnp.float32(0), {}
+    regularizer_loss, adversaries, regularizer_logs = jnp.float32(0), jnp.float32(0), {}
     if regularizers := active(config.regularizers):
         latents = latent_batch(batch, posterior, latent, prior, context, config)
-        added, adversaries, regularizer_logs = regularizer_terms(regularizers, latents, regularizer_params)
+        regularizer_loss, adversaries, regularizer_logs = regularizer_terms(regularizers, latents, regularizer_params)
     return LossTerms(
         reconstruction=mean(rec_per_token if config.length_weighted else rec),
         kl=context.beta * mean(kl),
         adversarial=config.adversarial.weight * loss_g,
-        regularizers=added,
+        regularizers=regularizer_loss,
         discriminator=loss_d,
         adversaries=adversaries,
         logs=logs

@@ -15,7 +15,7 @@ from davae_jax.evaluation.table import format_table
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.multihost import is_process_zero, run_on_process_zero
 from davae_jax.regularizers import active
-from davae_jax.training.hooks import not_finite
+from davae_jax.training.hooks import non_finite_error
 from davae_jax.training.run_log import Work
 from davae_jax.training.setup import Run, truncation_mismatch, unsharded_weights
 from davae_jax.training.state import TrainState
@@ -32,14 +32,14 @@ class StepValues(NamedTuple):
     seconds_waited: float  # for the batch
 
 
-def log_metrics(run: Run, taken: StepValues, bar: tqdm) -> None:
+def log_metrics(run: Run, step_values: StepValues, bar: tqdm) -> None:
     """Waits for a step's values and logs them. Raises InputError where one is not finite."""
-    step, values = taken.step, jax.device_get(taken.values)
-    work = Work(int(values.pop("tokens")), run.flops(taken.shape), taken.seconds_waited)
+    step, values = step_values.step, jax.device_get(step_values.values)
+    work = Work(int(values.pop("tokens")), run.flops(step_values.shape), step_values.seconds_waited)
     kl_per_dim = values.pop("kl_per_dim")
     values = {name: float(value) for name, value in values.items()}
     if problem := describe_non_finite(values, active(run.config.regularizers)):
-        raise not_finite(run, step, problem)
+        raise non_finite_error(run, step, problem)
     if values.get("skipped") and is_process_zero():
         bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
     if means := run.log.step(step, values, work, last=step == run.config.steps):
@@ -55,9 +55,9 @@ def announce(run: Run, state: TrainState) -> None:
     if not is_process_zero():
         return
     weights = sum(w.size for w in jax.tree.leaves(state.params))
-    left_out = f" ({run.batches.too_long:,} longer ones left out)" if run.batches.too_long else ""
+    dropped = f" ({run.batches.too_long:,} longer ones left out)" if run.batches.too_long else ""
     print(
-        f"{weights:,} weights, {run.batches.count:,} texts{left_out}, steps {run.first_step} to {run.config.steps} "
+        f"{weights:,} weights, {run.batches.count:,} texts{dropped}, steps {run.first_step} to {run.config.steps} "
         f"of {run.batches.summary()}, in {run.folder}"
     )
     if jax.device_count() > 1:
@@ -84,6 +84,6 @@ def evaluate(run: Run, state: TrainState, started: float) -> None:
 def _evaluate(run: Run, vae: TextVAE, started: float) -> None:
     corpus = run.corpus
     print(f"\n{format_examples(examples(vae, corpus.held_out, corpus.analogy))}\n")
-    measures = evaluate_run(vae, corpus.held_out[: run.config.log.figures], corpus.grammar)
-    print(f"{format_table(measures)}\n")
-    write_json(run.folder / "figures.json", measures | {"seconds": round(time.perf_counter() - started, 1)})
+    metrics = evaluate_run(vae, corpus.held_out[: run.config.log.figures], corpus.grammar)
+    print(f"{format_table(metrics)}\n")
+    write_json(run.folder / "figures.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})

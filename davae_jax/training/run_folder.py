@@ -78,10 +78,10 @@ def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     Of paths only the contents count. A hash that the older file lacks is not compared.
     """
-    changed = differences(old, new, besides=(*LOCATIONS, *CONTENT_HASHES))
-    for part, source in old.get("init", {}).items():
-        if (source is None) != (new["init"][part] is None):
-            changed.append(f"init.{part} ({source}, now {new['init'][part]})")
+    changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES))
+    for section, source in old.get("init", {}).items():
+        if (source is None) != (new["init"][section] is None):
+            changed.append(f"init.{section} ({source}, now {new['init'][section]})")
     for name, option in CONTENT_HASHES.items():
         if name in old and old[name] != new[name]:
             changed.append(f"{option} (other contents)")

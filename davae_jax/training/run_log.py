@@ -141,8 +141,8 @@ class JsonLinesFile:
     def __init__(self, path: Path, last_step: int):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         # A line without an end was cut short when the run was killed.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        write_text(path, "".join(kept))
+        retained_lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        write_text(path, "".join(retained_lines))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:

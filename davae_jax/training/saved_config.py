@@ -41,7 +41,7 @@ def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 LOCATIONS = ("data.train", "data.valid", "tokenizers", "init.encoder", "init.decoder")
 
 
-def digest_of(config: TrainConfig) -> str:
+def digest_settings(config: TrainConfig) -> str:
     """Returns a digest of the settings that all processes of a run must share; of `LOCATIONS`, whether they are set."""
     values = to_dict(config)
     del values["distributed"]
@@ -56,12 +56,12 @@ def digest_of(config: TrainConfig) -> str:
 NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], besides: Collection[str] = ()) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
     """Returns the settings in which two runs differ, as `utils.settings.changed_settings` describes them.
 
     A setting that one of them lacks, because another version wrote it, counts as its default.
 
     Args:
-      besides: further settings that are not compared.
+      ignored: further settings that are not compared.
     """
-    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*NOT_COMPARED, *besides))
+    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*NOT_COMPARED, *ignored))

@@ -41,7 +41,7 @@ from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
 from davae_jax.training.run_folder import open_run
 from davae_jax.training.run_log import RunLog
-from davae_jax.training.saved_config import digest_of
+from davae_jax.training.saved_config import digest_settings
 from davae_jax.training.state import TrainState, abstract_state
 from davae_jax.training.step import HeldOutLoss, TrainStep, make_held_out_loss, make_train_step
 from davae_jax.training.vocabularies import model_config, prepare_tokenizers
@@ -96,7 +96,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     mesh, corpus = run_on_all_processes(
         lambda: (make_mesh(config.mesh, config.batch_size, config.accumulate), load_corpus(config))
     )
-    check_same_on_all_processes("the options", digest_of(config))
+    check_same_on_all_processes("the options", digest_settings(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
     run_on_process_zero(lambda: _prepare_folder(config, folder, corpus))

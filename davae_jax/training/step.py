@@ -107,9 +107,9 @@ def update_regularizers(
     """Returns the regularizers' own parameters after an update, and the states of their optimizers."""
     params, opt_states = {}, {}
     for name, optimizer in regularizer_optimizers(config).items():
-        before = state.regularizers[name]
-        updates, opt_states[name] = optimizer.update(grads[name], state.regularizer_optimizers[name], before)
-        params[name] = optax.apply_updates(before, updates)
+        old_params = state.regularizers[name]
+        updates, opt_states[name] = optimizer.update(grads[name], state.regularizer_optimizers[name], old_params)
+        params[name] = optax.apply_updates(old_params, updates)
     return params, opt_states
 
 
@@ -120,7 +120,7 @@ def is_encoder_only_step(step: Int[Array, ""], steps: int, config: LaggingConfig
 
 
 def freeze_decoder_update(
-    frozen: Bool[Array, ""], updates: Params, before: optax.OptState, after: optax.OptState
+    frozen: Bool[Array, ""], updates: Params, old_state: optax.OptState, new_state: optax.OptState
 ) -> tuple[Params, optax.OptState]:
     """Returns the updates and the optimizer's next state, both with the decoder's part undone where `frozen`.
 
@@ -129,11 +129,11 @@ def freeze_decoder_update(
     """
 
     def select(path, old, new):
-        of_decoder = any(getattr(part, "key", None) == "decoder" for part in path)
-        return jnp.where(frozen, old, new) if of_decoder else new
+        is_decoder = any(getattr(entry, "key", None) == "decoder" for entry in path)
+        return jnp.where(frozen, old, new) if is_decoder else new
 
     decoder = jax.tree.map(lambda u: jnp.where(frozen, 0, u).astype(u.dtype), updates["decoder"])
-    return updates | {"decoder": decoder}, jax.tree.map_with_path(select, before, after)
+    return updates | {"decoder": decoder}, jax.tree.map_with_path(select, old_state, new_state)
 
 
 def make_held_out_loss(graphdef: nnx.GraphDef, config: TrainConfig, abstract: TrainState) -> HeldOutLoss:
@@ -173,9 +173,9 @@ def describe_non_finite(values: dict[str, float], regularizers: Container[str]) 
     guard has skipped the update.
     """
     names = [name for name in values if name.partition("/")[0] in regularizers] if math.isfinite(values["rec"]) else []
-    of_regularizers = set(names)
+    regularizer_names = set(names)
     names += ["loss", "loss_d", *([] if values.get("skipped") else ["grad_norm"])]
     for name in names:
         if not math.isfinite(values[name]):
-            return f"{'regularizer ' if name in of_regularizers else ''}{name} is {values[name]}"
+            return f"{'regularizer ' if name in regularizer_names else ''}{name} is {values[name]}"
     return None

@@ -36,10 +36,10 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
         partial(train_sentencepiece, vocab_size=decoder_vocab_size(config), option="--data.decoder-vocab-size"),
     )
     pretrained = (config.init.encoder, config.init.decoder)
-    for name, pretrained_part, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
+    for name, pretrained_source, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
         if (folder / name).is_file():
             continue
-        source = config.tokenizers or (resolve_source(pretrained_part) if pretrained_part else None)
+        source = config.tokenizers or (resolve_source(pretrained_source) if pretrained_source else None)
         if corpus.prepared:
             _check_same_file(corpus.prepared.folder / name, source and source / name)
             source = corpus.prepared.folder
@@ -107,7 +107,7 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
     """
     pretrained = config.init.encoder, config.init.decoder
     vocab, spiece = (
-        _find_tokenizer_file(config, name, part) for name, part in zip(TOKENIZER_FILES, pretrained, strict=True)
+        _find_tokenizer_file(config, name, source) for name, source in zip(TOKENIZER_FILES, pretrained, strict=True)
     )
     encoder_size = len(read_vocabulary(vocab)) if vocab else config.data.encoder_vocab_size
     # A plan need not name the texts, and the demo's texts are used by the demo alone.
@@ -122,8 +122,8 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
     if preset != "demo" and not (vocab or spiece or sizes_given):
         published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
         return *published, "the published ones, for --tokenizers; without it a run trains its own"
-    one = f"one of {(vocab or spiece).parent}, the other " if vocab or spiece else ""
-    return encoder_size, decoder_size, f"{one}trained on the texts, and may become smaller"
+    prefix = f"one of {(vocab or spiece).parent}, the other " if vocab or spiece else ""
+    return encoder_size, decoder_size, f"{prefix}trained on the texts, and may become smaller"
 
 
 def _find_tokenizer_file(config: TrainConfig, name: str, pretrained: str | None) -> Path | None:
