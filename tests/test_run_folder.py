@@ -49,7 +49,7 @@ def refusal(folder, config):
         opened(folder, config)
     assert e.value.exit_code == 2 and (folder / "train.json").read_bytes() == before
     said = str(e.value)
-    start, end = f"--run-dir {folder} was made with another config: ", "; give another folder"
+    start, end = f"--run-dir {folder} was made with another config: ", "; choose another folder"
     assert said.startswith(start) and said.endswith(end)
     return said.removeprefix(start).removesuffix(end)
 
@@ -130,7 +130,7 @@ def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
         assert not (folder / name).exists() and any(folder.iterdir())
     foreign = tmp_path / "foreign"
     write(foreign / "notes.partial")
-    with pytest.raises(InputError, match="holds files but no run") as e:
+    with pytest.raises(InputError, match="contains files but no run") as e:
         opened(foreign, config)
     assert e.value.exit_code == 2 and [path.name for path in foreign.iterdir()] == ["notes.partial"]
 

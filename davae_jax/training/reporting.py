@@ -1,4 +1,4 @@
-"""What a run says about itself: its first lines, the metrics of its steps, and the evaluation at its end."""
+"""Prints and writes the output of a run: the summary at its start, metrics of the steps, the final evaluation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from davae_jax.utils.files import write_json
 
 
 class StepValues(NamedTuple):
-    """The outcome of a step. Its values may still be computed; reading them waits for that."""
+    """The results of a step. The devices may still be computing the values; reading them waits."""
 
     step: int
     values: Logs
     shape: tuple[int, int]  # (S, T) of its batch
-    seconds_waited: float  # for the batch
+    seconds_waited: float  # waiting for the batch
 
 
 def log_metrics(run: Run, step_values: StepValues, bar: tqdm) -> None:
-    """Waits for a step's values and logs them. Raises InputError where one is not finite."""
+    """Waits for a step's values and logs them. Raises InputError if one is not finite."""
     step, values = step_values.step, jax.device_get(step_values.values)
     work = Work(int(values.pop("tokens")), run.flops(step_values.shape), step_values.seconds_waited)
     kl_per_dim = values.pop("kl_per_dim")
@@ -41,7 +41,7 @@ def log_metrics(run: Run, step_values: StepValues, bar: tqdm) -> None:
     if problem := describe_non_finite(values, active(run.config.regularizers)):
         raise non_finite_error(run, step, problem)
     if values.get("skipped") and is_process_zero():
-        bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
+        bar.write(f"step {step}: skipped, the gradient norm is {values['grad_norm']:.3g}")
     if means := run.log.step(step, values, work, last=step == run.config.steps):
         run.log.histogram(step, "kl_per_dim", kl_per_dim)
         bar.set_postfix_str(
@@ -51,31 +51,32 @@ def log_metrics(run: Run, step_values: StepValues, bar: tqdm) -> None:
 
 
 def announce(run: Run, state: TrainState) -> None:
-    """Prints on process 0 what is trained on what, and warns of what may not be meant."""
+    """Prints a summary of model and data on process 0, and warnings about likely mistakes."""
     if not is_process_zero():
         return
     weights = sum(w.size for w in jax.tree.leaves(state.params))
-    dropped = f" ({run.batches.too_long:,} longer ones left out)" if run.batches.too_long else ""
+    dropped = f" ({run.batches.too_long:,} longer ones dropped)" if run.batches.too_long else ""
     print(
         f"{weights:,} weights, {run.batches.count:,} texts{dropped}, steps {run.first_step} to {run.config.steps} "
         f"of {run.batches.summary()}, in {run.folder}"
     )
     if jax.device_count() > 1:
         mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-        print(f"{jax.device_count()} devices of {jax.process_count()} processes: {mesh}")
+        print(f"{jax.device_count()} devices in {jax.process_count()} processes: {mesh}")
         if warning := unsharded_weights(run.model, run.mesh.shape):
             warnings.warn(warning, stacklevel=2)
     if warning := truncation_mismatch(run.config, run.corpus):
         warnings.warn(warning, stacklevel=2)
     if run.chip:
-        print(f"MFU is relative to {run.chip.flops / 1e12:.0f} TFLOP/s a device, the {run.chip.name}'s in bfloat16")
+        peak = f"{run.chip.flops / 1e12:.0f} TFLOP/s per device"
+        print(f"MFU is relative to {peak}, the bfloat16 peak of {run.chip.name}")
 
 
 def evaluate(run: Run, state: TrainState, started: float) -> None:
-    """Measures the trained model on held-out texts, prints examples and the measures, and writes figures.json.
+    """Evaluates the trained model on held-out texts, prints examples and metrics, and writes figures.json.
 
     Args:
-      started: `time.perf_counter()` when the run began, for the seconds that it took.
+      started: `time.perf_counter()` when the run began, for its duration.
     """
     vae = run.text_vae(state)
     run_on_process_zero(lambda: _evaluate(run, vae, started))
