@@ -99,15 +99,15 @@ def test_lines_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\n \n", "holds no text"),
+        ("a.txt", b"", "contains no text"),
+        ("a.txt", b"\n \n", "contains no text"),
         ("a.txt", b"ok\n\xff\xfe\n", "line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2: is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2: has no field 'text'"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a text"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a string"),
         ("a.jsonl", b'["text"]\n', "line 1: has no field 'text'"),
-        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "holds no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "contains no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' contains half of a surrogate"),
     ],
 )
 def test_unreadable_texts(name, data, message, tmp_path):

@@ -418,7 +418,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         (
             ["--data", "{tmp}/half.jsonl", "--label", "y"],
             1,
-            "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
+            "{tmp}/half.jsonl: line 1: the field 'y' contains half of a surrogate pair",
         ),
         ([], 2, "--data must be given: /nowhere is no run of the demo preset, which has texts of its own"),
     ],

@@ -140,8 +140,8 @@ def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
     assert [(Path(b["file"]).name, b["line"], b["problem"]) for b in listed] == [
         ("a.jsonl", 2, "is not JSON"),
         ("a.jsonl", 3, "has no field 'text'"),
-        ("a.jsonl", 4, "the field 'text' is not a text"),
-        ("a.jsonl", 5, "the field 'text' holds half of a surrogate pair"),
+        ("a.jsonl", 4, "the field 'text' is not a string"),
+        ("a.jsonl", 5, "the field 'text' contains half of a surrogate pair"),
         ("a.jsonl", 6, "has no field 'text'"),
         ("b.jsonl", 2, "is not UTF-8"),
     ]
@@ -214,7 +214,7 @@ def test_other_settings_are_refused(prepare, tmp_path):
     assert other.code == 2
     assert other.err.strip() == (
         f"davae prepare: error: --output {tmp_path / 'out'} was prepared with other settings: "
-        "max_length (512, now 64); give another folder"
+        "max_length (512, now 64); choose another folder"
     )
     os.utime(path, (1, 1))
     changed = prepare(path)
@@ -226,10 +226,10 @@ def test_other_settings_are_refused(prepare, tmp_path):
     ("make", "code", "message"),
     [
         (lambda p: p / "none.txt", 2, "none.txt: no such file or folder"),
-        (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; known: .txt, .jsonl"),
-        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: holds no file of a known format"),
-        (lambda p: (p / "a.txt").write_text("\n \n") and p / "a.txt", 1, "2 blank; nothing is left"),
-        (lambda p: (p / "a.txt").touch() or p / "a.txt", 1, "holds no text; nothing is left"),
+        (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; supported: .txt, .jsonl"),
+        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: contains no file of a supported format"),
+        (lambda p: (p / "a.txt").write_text("\n \n") and p / "a.txt", 1, "2 blank; no text remains"),
+        (lambda p: (p / "a.txt").touch() or p / "a.txt", 1, "contains no text; no text remains"),
         (lambda p: (p / "a.txt.gz").write_bytes(b"text") and p / "a.txt.gz", 1, "a.txt.gz: cannot be read (Not a gzip"),
         (lambda p: (p / "a.parquet").write_bytes(b"PAR1") and p / "a.parquet", 1, "a.parquet: cannot be read ("),
         (lambda p: (p / "a.arrow").write_bytes(b"ARROW1") and p / "a.arrow", 1, "a.arrow: cannot be read ("),
@@ -254,15 +254,16 @@ def test_a_truncated_compressed_file(format_name, prepare, tmp_path):
 def test_invalid_options_and_columns(prepare, tmp_path):
     table = write_input(tmp_path / "in", "parquet") / "train-00000.parquet"
     assert "has no column 'body'; its columns are text, id; choose one with --field" in prepare(table, field="body").err
-    assert "the column 'id' holds int64, not text" in prepare(table, field="id", output=tmp_path / "b").err
+    assert "the column 'id' contains int64, not strings" in prepare(table, field="id", output=tmp_path / "b").err
     write_texts(tmp_path / "in" / "a.txt")
     mixed = prepare(tmp_path / "in", output=tmp_path / "c")
-    assert mixed.code == 2 and "holds files of several formats (parquet, text); give the files themselves" in mixed.err
+    assert mixed.code == 2
+    assert "contains files of several formats (parquet, text); list the files themselves" in mixed.err
     assert "--workers must be at least 1, not 0" in prepare(table, workers=0).err
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
     foreign = write_texts(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
-    assert refused.code == 2 and "holds files, but no prepare.json" in refused.err
+    assert refused.code == 2 and "contains files, but no prepare.json" in refused.err
 
 
 def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):
@@ -379,7 +380,7 @@ def test_shorter_texts_only(prepared):
     assert batches.count == sum(n <= limit for n in lengths) and batches.too_long == 247 - batches.count
     shown = {int(row) for step in range(300) for row in batches.select_texts(step)[0]}
     assert shown == {i for i, n in enumerate(lengths) if n <= limit}
-    with pytest.raises(InputError, match="holds no text of at most 3 tokens"):
+    with pytest.raises(InputError, match="contains no text of at most 3 tokens"):
         batches_with(prepared, max_length=3)
     with pytest.raises(InputError, match="and the model's encoder 12 positions; prepare with --encoder-positions 12"):
         batches_with(prepared, encoder_positions=12)
@@ -408,7 +409,7 @@ def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
     with pytest.raises(InputError, match=r"00001-0000.arrayrecord: record 1 cannot be read \("):
         Prepared(folder)[101]
     (folder / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"holds no manifest.json; `davae prepare` writes it when all shards are done"):
+    with pytest.raises(InputError, match=r"contains no manifest.json; `davae prepare` writes it after the last shard"):
         Prepared(folder)
 
 
@@ -441,7 +442,7 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
 
 
 def test_documents_that_are_too_long_for_the_encoder(prepare, tokenizer_folder, tmp_path):
-    """They are left out; with --truncate the encoder gets their beginning and the decoder all of them."""
+    """They are dropped; with --truncate the encoder gets their beginning and the decoder all of them."""
     documents = [" ".join(TEXTS[i : i + 12]) for i in range(0, 240, 12)] + TEXTS[:5]
     path = write_texts(tmp_path / "a.txt", documents)
     small = dict(encoder_positions=30, max_length=2000)

@@ -1,9 +1,9 @@
-"""Sequence packing: several texts in each row of a batch, so that hardly any position is padding.
+"""Packs several texts into each row of a batch, so that there is almost no padding.
 
-A row of the encoder and the same row of the decoder hold the same texts, one behind the other, each with a latent of
-its own: the k-th text of a row is segment k on both sides. Which texts share a row is decided once for the whole corpus
-(`pack`). An epoch exchanges texts of equal lengths and shuffles the rows, so every epoch has the same number of steps,
-and a step's batch depends on the seed and the step alone.
+A row of the encoder and the same row of the decoder contain the same texts in the same order, each with a separate
+latent: the k-th text of a row is segment k in both. Texts are assigned to rows once for the whole corpus (`pack`). An
+epoch exchanges texts of equal lengths and shuffles the rows, so every epoch has the same number of steps, and a step's
+batch depends on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from davae_jax.data.shard_batches import PreparedTexts
     from davae_jax.data.tokenize import TokenizedTexts
 
-WINDOW = 512  # number of texts that the next one of a row is chosen from
+WINDOW = 512  # number of texts among which the next text of a row is chosen
 
 
 class PackedBatches:
-    """Batches of packed rows (a `BatchSource`). Every text is shown once an epoch, except those of left-over rows.
+    """Batches of packed rows (a `BatchSource`). Every text is used once per epoch, except those of leftover rows.
 
-    All batches have one shape. The decoder's rows have `row_length` positions; the encoder's are in proportion to the
-    corpus, so that both sides fill alike.
+    All batches have one shape. The decoder's rows have `row_length` positions. The length of the encoder's rows follows
+    from the corpus's ratio of encoder to decoder tokens, so that both are filled equally.
     """
 
     def __init__(
         self, texts: TokenizedTexts | PreparedTexts, batch_size: int, *, pad_id: int, row_length: int, seed: int = 0
     ):
-        """Packs the texts; keeps about 100 bytes a text in memory.
+        """Packs the texts. Uses about 100 bytes of memory per text.
 
         Args:
-          batch_size: rows of a batch.
-          row_length: decoder positions of a row; a text takes one position less than it has decoder ids.
+          batch_size: number of rows in a batch.
+          row_length: number of decoder positions in a row; a text with n decoder ids takes n − 1 of them.
 
         Raises:
           ValueError: a text is longer than a row.
@@ -53,10 +53,11 @@ class PackedBatches:
         self.steps_per_epoch = len(self._rows) // batch_size or 1
         # Fraction of the encoder's and of the decoder's positions that is padding.
         self.padding = 1 - totals / (len(self._rows) * np.array(self.shape))
-        # Texts of one kind have equal lengths on both sides. `_slots` lists all places of all rows, kind by kind.
+        # Texts of one kind have equal encoder and decoder lengths. `_slots` lists the slots of all rows by kind.
         self._kinds = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)
         self._slots = np.argsort(self._kinds[np.concatenate(self._rows)], kind="stable")
-        self._shuffle = functools.lru_cache(2)(self._shuffle)  # two epochs: prefetching may be one ahead of training
+        # Two epochs, because prefetching may be one epoch ahead of training.
+        self._shuffle = functools.lru_cache(2)(self._shuffle)
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         rows = self._select_rows(step)[start:stop]
@@ -100,24 +101,24 @@ class PackedBatches:
         exchanged[self._slots] = texts[np.argsort(self._kinds[texts], kind="stable")]
         rows = np.split(exchanged, np.cumsum([len(row) for row in self._rows])[:-1])
         order = rng.permutation(len(rows))
-        # With fewer rows than a batch has, some stand in it more than once.
+        # With fewer rows than a batch has, a batch contains some rows more than once.
         return [rows[i] for i in np.resize(order, max(len(order), self.batch_size))]
 
 
 def pack(sizes: np.ndarray, row: tuple[int, int], rng: np.random.Generator) -> list[list[int]]:
-    """Packs items of two sizes each, [n, 2], into rows that are limited in both. Returns the items of each row.
+    """Packs items with two sizes each, [n, 2], into rows with a limit for each size. Returns the items of each row.
 
-    Best fit within a window over a shuffled order: among the items that still fit, a row takes the one for which the
-    larger of the two remaining sizes becomes smallest, until none fits. Large items therefore go first, and both sides
-    fill alike.
+    Best fit within a window over a shuffled order: among the items that still fit, a row takes the one that
+    minimizes the larger of the two remaining sizes, until none fits. Large items are therefore placed first, and both
+    sizes are filled equally.
 
     Raises:
-      ValueError: an item is larger than a row.
+      ValueError: an item does not fit into a row.
     """
     if (sizes > row).any():
         raise ValueError(f"one of {sizes.max(0)} does not fit a row of {row}")
     order = rng.permutation(len(sizes))
-    # Both sizes in units of which a row has equally many, so that the remaining sizes can be compared.
+    # Both sizes are scaled so that a row has the same capacity in both, and the remaining sizes can be compared.
     capacity = row[0] * row[1]
     first, second = sizes[order, 0] * row[1], sizes[order, 1] * row[0]
     window, upcoming = np.arange(min(WINDOW, len(order))), WINDOW
