@@ -107,7 +107,11 @@ def test_lines_and_json_lines(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a string"),
         ("a.jsonl", b'["text"]\n', "line 1: has no field 'text'"),
         ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "contains no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' contains half of a surrogate"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud83d"}\n',
+            "line 2: the field 'text' contains half of a surrogate pair",
+        ),
     ],
 )
 def test_unreadable_texts(name, data, message, tmp_path):

@@ -801,7 +801,10 @@ def test_what_is_off_is_not_traced(batches):
         (lambda batch: (1j * batch.z.sum(), {}), "the value must be a real scalar, not complex64 of shape ()"),
         (lambda batch: ("0", {}), "the value must be a real scalar, not str"),
         (lambda batch: batch.z.sum(), "must return (value, dict of scalars to log), not float32 of shape ()"),
-        (lambda batch: (1.0, {"a": batch.z}), "the logged value 'a' must be a real scalar, not float32"),
+        (
+            lambda batch: (1.0, {"a": batch.z}),
+            "the logged value 'a' must be a real scalar, not float32 of shape (6, 3)",
+        ),
         (lambda batch: batch.zz, "AttributeError: 'LatentBatch' object has no attribute 'zz'"),
     ],
 )

@@ -1,6 +1,6 @@
 """Saves and restores a run's checkpoints: a folder for each saved step, written while training continues.
 
-A checkpoint contains `params` (the weights, which every `davae` command reads) and `state` (the rest of the train state).
+A checkpoint contains `params` (the weights, which every `davae` command reads) and `state` (the rest of `TrainState`).
 Its metadata contain a checksum of every array, to detect damage that the file format does not detect.
 """
 
