@@ -427,7 +427,7 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
         (
             ["--data", "{tmp}/half.jsonl", "--label", "y"],
             1,
-            "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
+            "{tmp}/half.jsonl: line 1: the field 'y' contains half of a surrogate pair",
         ),
         ([], 2, "--data is required: /nowhere is not a run of the demo preset"),
     ],

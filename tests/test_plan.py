@@ -322,7 +322,7 @@ def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
 def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, tmp_path):
     """Vocabularies are rounded up to multiples of 64, as in a run: 21,128 becomes 21,184."""
     published, out, _ = plan_of(capsys, "randeng-1b")
-    assert "21,184 and 50,048 rows of tokens: the published ones, for --tokenizers; without it a run trains" in out
+    assert "21,184 and 50,048 rows of tokens: published tokenizers; without --tokenizers, a run trains" in out
     trained, out, _ = plan_of(capsys, "randeng-1b", "--data.decoder-vocab-size", 8000)
     assert "8,000 and 8,064 rows of tokens: trained on the texts" in out
     assert published["decoder"] - trained["decoder"] == (50048 - 8064) * 1600
@@ -330,7 +330,7 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
     entries = make_vocab(tmp_path)
     make_spiece(tmp_path, 300)
     given, out, _ = plan_of(capsys, "randeng-1b", "--tokenizers", tmp_path)
-    assert f" rows of tokens: those of {tmp_path}\n" in out
+    assert f" rows of tokens: tokenizers of {tmp_path}\n" in out
     assert published["decoder"] - given["decoder"] == (50048 - 320) * 1600
     assert published["encoder"] - given["encoder"] == (21184 - round_up(len(entries), 64)) * 768
     # A pretrained encoder and decoder each bring a tokenizer, as in a run.
@@ -339,7 +339,7 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
         folder.mkdir()
         (folder / name).write_bytes((tmp_path / name).read_bytes())
     pretrained, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert, "--init.decoder", xl)
-    assert f" rows of tokens: those of {bert} and {xl}\n" in out and pretrained == given
+    assert f" rows of tokens: tokenizers of {bert} and {xl}\n" in out and pretrained == given
     _, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert)
     assert f" and 8,064 rows of tokens: one of {bert}, the other trained on the texts" in out
     assert main(["plan", "randeng-1b", "--tokenizers", str(tmp_path / "none")]) == 1

@@ -61,7 +61,7 @@ from davae_jax.regularizers import (
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import epps_pulley, random_directions
 from davae_jax.regularizers.registry import ENTRY_POINTS
-from davae_jax.regularizers.terms import _key_of, init_regularizer_params
+from davae_jax.regularizers.terms import _fold_in_name, init_regularizer_params
 from davae_jax.training.checkpointer import Checkpoints, _leaves
 from davae_jax.training.config import (
     FreeBitsConfig,
@@ -188,7 +188,7 @@ def test_mmd_is_unbiased():
 
 
 def test_mmd_of_one_text_is_refused():
-    with pytest.raises(InputError, match="regularizer mmd: compares pairs of texts, and a part of the batch has only"):
+    with pytest.raises(InputError, match="regularizer mmd: compares pairs of texts, but the micro-batch has only"):
         MMD()(batch_of(random_z(1)), {})
 
 
@@ -569,7 +569,7 @@ def test_an_adversary_and_the_latents_learn_from_their_own_losses():
         total, adversaries, _ = regularizer_terms({"wgan": wgan}, batch._replace(z=z), {"wgan": params})
         return total + adversaries
 
-    drawn = batch._replace(key=_key_of(KEY, "wgan"))
+    drawn = batch._replace(key=_fold_in_name(KEY, "wgan"))
     found = jax.jit(jax.grad(both, (0, 1)))(batch.z, params)
     of_z = jax.grad(lambda z: 0.5 * wgan(drawn._replace(z=z), params)[0])
     of_params = jax.grad(lambda p: wgan.adversary(drawn, p))
@@ -582,7 +582,7 @@ def test_ramps():
     assert weights((0.0, 0.0)) == [4] * 8
     assert weights((0.25, 0.75)) == [0, 0, 0, 1, 2, 3, 4, 4]
     assert weights((0.5, 0.5)) == [0] * 4 + [4] * 4
-    with pytest.raises(InputError, match=r"--regularizers.sigreg.ramp must be two parts in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"--regularizers.sigreg.ramp must be two increasing fractions in \[0, 1\]"):
         SIGReg(ramp=(0.5, 0.2))
 
 
@@ -795,11 +795,14 @@ def test_what_is_off_is_not_traced(batches):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (lambda batch: (batch.z.sum(-1), {}), "its value must be a real scalar, not float32 of shape (6,)"),
-        (lambda batch: (1j * batch.z.sum(), {}), "its value must be a real scalar, not complex64 of shape ()"),
-        (lambda batch: ("0", {}), "its value must be a real scalar, not str"),
-        (lambda batch: batch.z.sum(), "must return (value, dict of what to log), not float32 of shape ()"),
-        (lambda batch: (1.0, {"a": batch.z}), "'a', which it logs, must be a real scalar, not float32 of shape (6, 3)"),
+        (lambda batch: (batch.z.sum(-1), {}), "the value must be a real scalar, not float32 of shape (6,)"),
+        (lambda batch: (1j * batch.z.sum(), {}), "the value must be a real scalar, not complex64 of shape ()"),
+        (lambda batch: ("0", {}), "the value must be a real scalar, not str"),
+        (lambda batch: batch.z.sum(), "must return (value, dict of scalars to log), not float32 of shape ()"),
+        (
+            lambda batch: (1.0, {"a": batch.z}),
+            "the logged value 'a' must be a real scalar, not float32 of shape (6, 3)",
+        ),
         (lambda batch: batch.zz, "AttributeError: 'LatentBatch' object has no attribute 'zz'"),
     ],
 )
@@ -839,7 +842,7 @@ def test_what_can_be_registered():
     [
         (
             ["--regularizers.foo.weight", "1"],
-            "--regularizers.foo.weight names no regularizer 'foo'; known: ",
+            "--regularizers.foo.weight names an unknown regularizer 'foo'; available: ",
         ),
         (["--regularizers.mmd.kernel", "cubic"], "--regularizers.mmd.kernel"),
         (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight must be 0 or more and finite, not -1.0"),
@@ -869,7 +872,7 @@ def test_a_plugin_that_cannot_be_imported(tmp_path):
 
 def test_a_plugin_without_a_regularizer_is_warned_of(tmp_path, registry):
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is there a @register\?"):
+    with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is @register missing\?"):
         parse_train(["--plugin", str(tmp_path / "empty.py")])
 
 
@@ -901,7 +904,7 @@ def test_a_plan_takes_the_options_of_a_plugin(tmp_path, registry):
 
 
 def test_installed_packages_may_have_regularizers(registry, monkeypatch):
-    """Their entry points name the classes; a package that cannot be imported is left out with a warning."""
+    """Their entry points name the classes; a package that cannot be imported is skipped with a warning."""
     REGISTRY.pop("installed", None)
 
     @register("installed")
@@ -1031,7 +1034,7 @@ def test_a_value_of_the_wrong_shape_ends_the_run(train, tmp_path):
     options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 1, "--regularizers.bad.shaped"]
     code, _, err = train(tmp_path / "run", "--steps", 2, *options)
     (line,) = [line for line in err.splitlines() if "error" in line]
-    said = "regularizer bad: its value must be a real scalar, not float32 of shape (4,)"
+    said = "regularizer bad: the value must be a real scalar, not float32 of shape (4,)"
     assert code == 1 and line == f"train.py: error: step 1: {said}"
 
 

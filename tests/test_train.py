@@ -202,8 +202,8 @@ def test_a_damaged_checkpoint_is_set_aside(run, text_file, tmp_path, damage):
     options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--adversarial.weight", 0.1]
     code, out, err = tiny(text_file, folder, *options)
     assert code == 0, err
-    (line,) = [line for line in err.splitlines() if "set aside" in line]
-    assert line.startswith(f"{newest}: ") and line.endswith(f"going on from {folder / 'checkpoints' / '6'}")
+    (line,) = [line for line in err.splitlines() if "resuming from" in line]
+    assert line.startswith(f"{newest}: ") and line.endswith(f"resuming from {folder / 'checkpoints' / '6'}")
     assert "steps 6 to 8" in out and (folder / "checkpoints" / "8.damaged").is_dir()
     a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -218,7 +218,7 @@ def test_no_checkpoint_is_left(run, text_file, tmp_path):
         data_file(checkpoint).unlink()
     code, _, err = tiny(text_file, folder, "--steps", 8, "--adversarial.weight", 0.1)
     (line,) = err.splitlines()
-    assert code == 1 and line.startswith("train.py: error: ") and line.endswith("; no other checkpoint is left")
+    assert code == 1 and line.startswith("train.py: error: ") and line.endswith("; no intact checkpoint remains")
     assert (
         all(f"{path}: " in line for path in checkpoints) and sorted((folder / "checkpoints").iterdir()) == checkpoints
     )
@@ -386,15 +386,15 @@ def test_told_to_end_before_the_figures(text_file, tmp_path, monkeypatch):
     assert err.startswith("interrupted after step ") and "--run-dir" in err
 
 
-TOO_LONG = "holds only blank texts and texts of more than 12 decoder tokens or 128 encoder tokens"
+TOO_LONG = "contains only blank texts and texts of more than 12 decoder tokens or 128 encoder tokens"
 
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
         ("missing.txt", None, "cannot be read (No such file or directory)"),
-        ("empty.txt", b"", "holds no text"),
-        ("blank.txt", b"\n  \n\n", "holds no text"),
+        ("empty.txt", b"", "contains no text"),
+        ("blank.txt", b"\n  \n\n", "contains no text"),
         ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3 is not UTF-8"),
         ("long.txt", ("很" * 300 + "\n").encode() * 3, TOO_LONG),
         ("longer.txt", ("很好" * 2000 + "\n").encode() * 3, TOO_LONG),  # more than SentencePiece takes, unless told
@@ -419,7 +419,8 @@ def test_another_config_in_the_same_folder(run, text_file):
     code, _, err = tiny(text_file, folder, *options)
     assert code == 2
     changed = "beta.max (0.03, now 0.5)"
-    assert err == f"train.py: error: --run-dir {folder} was made with another config: {changed}; give another folder\n"
+    reason = f"{folder} was made with another config: {changed}; choose another folder"
+    assert err == f"train.py: error: --run-dir {reason}\n"
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
 
 
@@ -447,7 +448,7 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["--optimizer.schedule", "linear"], "--optimizer.schedule"),
         (["dmo"], "dmo"),
         (["--free-bits.target", "-1"], "--free-bits.target"),
-        (["--seed", "-1"], "--seed must be a whole number from 0 to 2³² − 1, not -1"),
+        (["--seed", "-1"], "--seed must be an integer from 0 to 2³² − 1, not -1"),
         (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
         (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
     ],
