@@ -519,8 +519,8 @@ def test_gradients_of_the_adversarial_losses_by_differences():
         z, prior, inner, outer = map(jnp.asarray, (*rng.normal(size=(2, 5, L)), *rng.normal(size=(2, 4, L))))
 
         def losses(z, weights):
-            discriminate = lambda x: jax.nn.relu(x @ weights[0].T) @ weights[1][:, 0]  # noqa: E731
-            return adversarial_losses(SimpleNamespace(discriminate=discriminate), z, prior)
+            discriminator = lambda x: jax.nn.relu(x @ weights[0].T) @ weights[1][:, 0]  # noqa: E731
+            return adversarial_losses(SimpleNamespace(discriminator=discriminator), z, prior)
 
         assert_slope(lambda z: losses(z, (inner, outer))[1], z)
         assert_slope(lambda weights: losses(z, weights)[0], (inner, outer))

@@ -17,7 +17,7 @@ from davae_jax.data.batches import pad_rows
 from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.evaluation import metrics
 from davae_jax.model.davae import DAVAE, merge, split
-from davae_jax.model.latent import Posterior, kl_per_dimension
+from davae_jax.model.latent import kl_per_dimension
 from davae_jax.model.losses import reconstruction_nll
 from davae_jax.parallel.sharding import shard_batch
 from davae_jax.utils.shapes import power_of_two
@@ -76,7 +76,7 @@ def per_text(
 def _compute_batch(graphdef, params, encoder_ids, decoder_ids, index, key, samples) -> PerText:
     model = merge(graphdef, params)
     encoded = model.encoder(encoder_ids)
-    posterior = Posterior(encoded.mean, encoded.logvar)
+    posterior = encoded.posterior
     targets = decoder_ids[:, 1:]
     mask = metrics.text_mask(targets, model.config.end_token_id)
     logits = model.decoder.logits(model.decoder(decoder_ids[:, :-1], posterior.mean).final)

@@ -19,7 +19,7 @@ from davae_jax.model.davae import DAVAE, Params, merge
 from davae_jax.model.decoder import Decoder
 from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension
 from davae_jax.model.layers import Segments
-from davae_jax.model.losses import adversarial_losses, chunked_nll
+from davae_jax.model.losses import chunked_nll, discriminator_loss, generator_loss
 from davae_jax.regularizers import LatentBatch, active, batch_normalized, regularizer_terms
 from davae_jax.training.config import FreeBitsConfig, TrainConfig
 from davae_jax.training.noise import embedding_noise, token_noise
@@ -34,8 +34,8 @@ class StepContext(NamedTuple):
     beta: Float[Array, ""]  # weight of the KL
     step: Int[Array, ""] | int = 0  # steps taken so far
     corpus_size: int | None = None  # number of training texts, which some regularizers need
-    # For packed rows, the divisor of sums over texts; None: the batch's number of texts. With gradient accumulation it is
-    # the mean number of texts per micro-batch, so that the mean of their gradients is the gradient of the whole batch.
+    # For packed rows, the divisor of sums over texts; None: the batch's number of texts. With gradient accumulation it
+    # is the mean number of texts per micro-batch, so that the mean of their gradients is that of the whole batch.
     texts: Float[Array, ""] | None = None
 
 
@@ -138,8 +138,8 @@ def objective(
     # The discriminator is trained even if λ is 0; its loss then only measures how far the latents are from the prior.
     prior = jax.random.normal(keys["prior"], latent.shape)
     frozen = merge(graphdef, params | {"discriminator": jax.lax.stop_gradient(params["discriminator"])})
-    loss_d, _ = adversarial_losses(model, latent, prior, mean)
-    _, loss_g = adversarial_losses(frozen, latent, prior, mean)
+    loss_d = discriminator_loss(model, latent, prior, mean)
+    loss_g = generator_loss(frozen, latent, mean)
 
     regularizer_loss, adversaries, regularizer_logs = jnp.float32(0), jnp.float32(0), {}
     if regularizers := active(config.regularizers):

@@ -63,7 +63,7 @@ def announce(run: Run, state: TrainState) -> None:
     if jax.device_count() > 1:
         mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         print(f"{jax.device_count()} devices in {jax.process_count()} processes: {mesh}")
-        if warning := unsharded_weights(run.model, run.mesh.shape):
+        if warning := unsharded_weights(run.config.model, run.mesh.shape):
             warnings.warn(warning, stacklevel=2)
     if warning := truncation_mismatch(run.config, run.corpus):
         warnings.warn(warning, stacklevel=2)

@@ -53,11 +53,10 @@ Tokenizers = tuple[EncoderTokenizer, DecoderTokenizer]
 class Run:
     """The components of a run that do not change after its setup; the `TrainState` contains those that do."""
 
-    config: TrainConfig
+    config: TrainConfig  # complete: `config.model` includes the vocabulary sizes
     folder: Path
     corpus: Corpus
     tokenizers: Tokenizers
-    model: DAVAEConfig  # complete, vocabulary sizes included
     graphdef: nnx.GraphDef
     mesh: Mesh
     batch_sharding: NamedSharding
@@ -104,6 +103,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     if is_warm_start(config):
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = warm_start_config(model, folder)
+    config = dataclasses.replace(config, model=model)
     tokenizers = load_tokenizers(folder, model)
     batches = make_batches(config, corpus, tokenizers, model)
     held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.truncate)
@@ -125,7 +125,6 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         folder=folder,
         corpus=corpus,
         tokenizers=tokenizers,
-        model=model,
         graphdef=graphdef,
         mesh=mesh,
         batch_sharding=batch_sharding,
@@ -145,7 +144,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         ),
         chip=chip,
         # Batches have only a few shapes, so the FLOPs are counted once per shape, not at every step.
-        flops=functools.cache(functools.partial(model_flops, dataclasses.replace(config, model=model))),
+        flops=functools.cache(functools.partial(model_flops, config)),
     )
     return run, state
 

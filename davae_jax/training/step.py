@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from davae_jax.data.batches import Batch
 from davae_jax.model.davae import Params, merge, trainable_mask, zero_buffers
-from davae_jax.model.latent import Posterior, kl_per_dimension
+from davae_jax.model.latent import kl_per_dimension
 from davae_jax.parallel.sharding import RULES
 from davae_jax.regularizers import normalized_head
 from davae_jax.training.config import LaggingConfig, TrainConfig
@@ -146,7 +146,7 @@ def make_held_out_loss(graphdef: nnx.GraphDef, config: TrainConfig, abstract: Tr
     def held_out_loss(params: Params, batch: Batch) -> Logs:
         model = merge(graphdef, params)
         encoded = model.encoder(batch.encoder_ids)
-        posterior = Posterior(encoded.mean, encoded.logvar)
+        posterior = encoded.posterior
         latent = posterior.sample(jax.random.key(config.seed))
         rec, length = reconstruction(model, batch, latent, None, config)
         rec_per_token = rec / length
