@@ -255,7 +255,7 @@ def test_davae_alone(davae):
         assert (result.code, result.err) == (0, "")
         assert all(f"\n  {name} " in result.out for name in COMMANDS)
     assert davae("--version").out == "0.1.0\n"
-    known = f"known: {', '.join(COMMANDS)} (davae --help)\n"
+    known = f"available: {', '.join(COMMANDS)} (davae --help)\n"
     assert davae().err == f"davae: error: no command given; {known}"
     result = davae("generat", "--model", "x")
     assert (result.code, result.out) == (2, "")
@@ -293,8 +293,8 @@ def test_arguments_that_cannot_be_parsed(davae, argv, named):
         ("sample --max-length 3000000000", "--max-length must be 1 to 65536, not 3000000000"),
         ("sample --temperature 0", "--temperature must be above 0 and finite in float32, not 0.0"),
         ("sample --temperature nan", "--temperature must be above 0 and finite in float32, not nan"),
-        ("reconstruct x --top-k -1", "--top-k must be a whole number of 0 (off) or more, not -1"),
-        ("interpolate x y --top-p 1.5", "--top-p must lie in [0, 1], not 1.5"),
+        ("reconstruct x --top-k -1", "--top-k must be an integer of 0 (off) or more, not -1"),
+        ("interpolate x y --top-p 1.5", "--top-p must be in [0, 1], not 1.5"),
         ("analogy x y z --repetition-penalty 0", "--repetition-penalty must be above 0 and finite in float32, not 0.0"),
         ("generate x --std-scale -1", "--std-scale must be a number of 0 or more, not -1.0"),
         ("generate x --std-scale inf", "--std-scale must be a number of 0 or more, not inf"),
@@ -395,7 +395,7 @@ def test_bad_models(davae, tiny_checkpoint, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, folder)
     shutil.rmtree(folder / "params")
-    problem = f"{folder}: holds no model.safetensors and no pytorch_model.bin"
+    problem = f"{folder}: contains no model.safetensors and no pytorch_model.bin"
     assert failure(davae("reconstruct", A, "--model", folder)) == problem
     (folder / "spiece.model").unlink()
     problem = f"{folder / 'spiece.model'}: no such file; a tokenizer folder holds spiece.model and vocab.txt"
@@ -414,10 +414,10 @@ def test_bad_weights(davae, tiny_checkpoint, tmp_path):
     state[name][3, 1] = float("nan")
     torch.save(state, file)
     for argv in (["reconstruct", A, "--model", folder], ["convert", folder, copy]):
-        assert failure(davae(*argv), argv[0]) == f"{file}: 1 NaN or infinite: {name}"
+        assert failure(davae(*argv), argv[0]) == f"{file}: 1 with NaN or infinity: {name}"
     file.write_bytes(file.read_bytes()[:-5000])
     for argv in (["reconstruct", A, "--model", folder], ["convert", folder, copy]):
-        assert failure(davae(*argv), argv[0]) == f"{file}: cannot be read: it is cut off or damaged"
+        assert failure(davae(*argv), argv[0]) == f"{file}: cannot be read: it is truncated or damaged"
     assert not copy.exists()
 
 

@@ -194,9 +194,9 @@ def test_all_problems_are_named_at_once(tmp_path, fails):
     for message in (
         f"1 missing: {NORM};",
         "1 unexpected: vae_model.encoder.encoder.layer.2.output.dense.bias;",
-        f"1 misshapen: {WORD} ([7, 12], not [250, 12]);",
+        f"1 misshapen: {WORD} ([7, 12], expected [250, 12]);",
         "1 not floating point: vae_model.Disc.0.bias (int32);",
-        f"2 NaN or infinite: {INV_FREQ}, {DISC}\n",
+        f"2 with NaN or infinity: {INV_FREQ}, {DISC}\n",
     ):
         assert message in line
     with pytest.raises(InputError, match="1 misshapen"):  # the same when loaded without converting
@@ -225,19 +225,22 @@ def write_zip(path):
 OLD_FORMAT = dict(_use_new_zipfile_serialization=False)
 # Case → (function of the file and of the folder that hostile code would create, part of the error message)
 DAMAGES = {
-    "half": (lambda f, m: truncate(f, f.stat().st_size // 2), "cut off or damaged"),
-    "end": (lambda f, m: truncate(f, -10), "cut off or damaged"),
+    "half": (lambda f, m: truncate(f, f.stat().st_size // 2), "truncated or damaged"),
+    "end": (lambda f, m: truncate(f, -10), "truncated or damaged"),
     "empty": (lambda f, m: truncate(f, 0), "it is empty"),
     "text": (lambda f, m: f.write_text("not a checkpoint\n" * 100), "not in torch.save's zip format"),
     "pointer": (lambda f, m: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS"),
     "old format": (lambda f, m: torch.save(random_state(TINY), f, **OLD_FORMAT), "format from before 1.6"),
-    "other zip": (lambda f, m: write_zip(f), "cut off or damaged"),
+    "other zip": (lambda f, m: write_zip(f), "truncated or damaged"),
     "code": (lambda f, m: torch.save({"weight": Hostile(m)}, f), "could run code"),
     "code, old format": (lambda f, m: torch.save({"weight": Hostile(m)}, f, **OLD_FORMAT), "format from before 1.6"),
     "code, protocol 4": (lambda f, m: torch.save({"w": Hostile(m)}, f, pickle_protocol=4), "more than tensors"),
     "bare code": (lambda f, m: f.write_bytes(pickle.dumps(Hostile(m))), "not in torch.save's zip format"),
-    "list": (lambda f, m: torch.save([torch.zeros(3)], f), "holds a list, not a dict of tensors"),
-    "nested": (lambda f, m: torch.save({"state": {}, "epoch": 3}, f), "holds what is not a tensor: state, epoch"),
+    "list": (lambda f, m: torch.save([torch.zeros(3)], f), "contains a list, not a dict of tensors"),
+    "nested": (
+        lambda f, m: torch.save({"state": {}, "epoch": 3}, f),
+        "contains values that are not tensors: state,",
+    ),
 }
 
 
@@ -301,7 +304,7 @@ def test_missing_files(tmp_path, fails):
     assert f"{source / 'config.json'}: no such file" in fails("convert", source, tmp_path / "out")
     (tmp_path / "config.json").rename(source / "config.json")
     (source / "pytorch_model.bin").unlink()
-    assert f"{source}: holds no " in fails("convert", source, tmp_path / "out")
+    assert f"{source}: contains no " in fails("convert", source, tmp_path / "out")
     (source / "config.json").write_text("{")
     assert f"{source / 'config.json'}: cannot be read" in fails("convert", source, tmp_path / "out")
     assert f"{tmp_path / 'nowhere'}: no such folder" in fails("convert", tmp_path / "nowhere", tmp_path / "out")
@@ -496,7 +499,7 @@ def test_a_value_too_large_for_float16_is_named(tmp_path, fails):
 
 
 def test_only_converted_checkpoints_can_be_exported(tmp_path, tiny, converted, fails):
-    assert f"{tiny}: holds no params/" in fails("export", tiny, tmp_path / "back")
+    assert f"{tiny}: contains no params/" in fails("export", tiny, tmp_path / "back")
     other = tmp_path / "other"
     shutil.copytree(converted("tiny"), other)
     DAVAEConfig.from_dict(tiny_with(decoder__num_layers=1)).to_json(other / "config.json")

@@ -123,10 +123,10 @@ def test_a_prompt_of_max_length_is_returned(model, latent):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(top_p=1.01), "top_p must lie in [0, 1], not 1.01"),
-        (dict(top_p=-0.1), "top_p must lie in [0, 1], not -0.1"),
-        (dict(top_p=float("nan")), "top_p must lie in [0, 1], not nan"),
-        (dict(top_k=-1), "top_k must be a whole number of 0 (off) or more, not -1"),
+        (dict(top_p=1.01), "top_p must be in [0, 1], not 1.01"),
+        (dict(top_p=-0.1), "top_p must be in [0, 1], not -0.1"),
+        (dict(top_p=float("nan")), "top_p must be in [0, 1], not nan"),
+        (dict(top_k=-1), "top_k must be an integer of 0 (off) or more, not -1"),
         (dict(temperature=0.0), "temperature must be above 0 and finite in float32, not 0.0"),
         (dict(temperature=-1.0), "temperature must be above 0 and finite in float32, not -1.0"),
         (dict(repetition_penalty=0.0), "repetition_penalty must be above 0 and finite in float32, not 0.0"),
@@ -136,7 +136,7 @@ def test_a_prompt_of_max_length_is_returned(model, latent):
         (dict(prompts=[[62, 60], [62]]), "prompt 1 holds the end token 60"),
         (dict(prompts=[[62], []]), "prompt 2 is empty"),
         (dict(prompts=[[62], [64]]), "prompt 2 holds the id 64, outside the vocabulary of 64"),
-        (dict(prompts=[[62]]), "the latent is [2, 4], not [1, 4]"),
+        (dict(prompts=[[62]]), "the latent must have shape [1, 4], not [2, 4]"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

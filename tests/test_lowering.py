@@ -62,7 +62,7 @@ def test_the_full_size_lowers(traced, platform):
     assert weights == pytest.approx(WEIGHTS, rel=1e-2)  # 4 bytes over 4 devices of fsdp, and little that is whole
     assert all_of_it == pytest.approx(3 * WEIGHTS, rel=1e-2)
     planned = memory(RANDENG, mesh)
-    kinds = planned["parameters"] + planned["optimizer state"] + planned["discriminator, with its own"]
+    kinds = planned["parameters"] + planned["optimizer state"] + planned["discriminator and its optimizer"]
     assert all_of_it == kinds - bytes_per_device(state.params["discriminator"])  # whose gradient is in that kind
 
 

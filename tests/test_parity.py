@@ -184,10 +184,10 @@ def test_free_bits_of_dimensions_that_rounding_moves_over_the_target(small):
     other = kl.copy()
     other[0, 0], other[1, 1] = target + 1e-6, target - 1e-6
     for name, (fb_mode, _) in module_values.LOSSES.items():
-        moved = parity._with_free_bits_of(twin | {module_values.KL_PER_DIM: kl}, other, target)[name] - twin[name]
+        moved = parity._apply_free_bits_mask(twin | {module_values.KL_PER_DIM: kl}, other, target)[name] - twin[name]
         np.testing.assert_allclose(moved, 0, atol=1e-4)  # one dimension in, one out
         other[0, 0] = target - 1e-6
-        moved = parity._with_free_bits_of(twin | {module_values.KL_PER_DIM: kl}, other, target)[name] - twin[name]
+        moved = parity._apply_free_bits_mask(twin | {module_values.KL_PER_DIM: kl}, other, target)[name] - twin[name]
         np.testing.assert_allclose(moved, [0, -target / 2, -target / 2] if fb_mode == 1 else 0, atol=1e-4)
         other[0, 0] = target + 1e-6
 

@@ -20,7 +20,7 @@ from davae_jax.parallel.chips import CHIPS
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh, make_mesh
 from davae_jax.planning.communication import traffic
-from davae_jax.planning.memory import activations, fewest_chips, memory
+from davae_jax.planning.memory import activations, memory, min_chips
 from davae_jax.planning.plan import make_plan
 from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.config import DataConfig, TrainConfig
@@ -84,7 +84,7 @@ def test_state_bytes_are_those_on_a_device(shape, optimizer):
     assert found["parameters"] == found["gradients"] == weights
     assert found["optimizer state"] == bytes_on_first_device(state.optimizer)
     other = bytes_on_first_device((state.discriminator_optimizer, state.step))
-    assert found["discriminator, with its own"] == 2 * discriminator + other
+    assert found["discriminator and its optimizer"] == 2 * discriminator + other
 
 
 def test_the_state_of_the_published_size():
@@ -98,7 +98,7 @@ def test_the_state_of_the_published_size():
     decoder = V * D + D * 256 + 2 * D + D // 2 + 32 * layer + 2 * D
     assert found["parameters"] == 4 * (encoder + decoder)
     assert found["optimizer state"] == pytest.approx(8 * (encoder + decoder), abs=16)
-    assert found["discriminator, with its own"] == pytest.approx(16 * (1024 * 257 + 1025), abs=16)
+    assert found["discriminator and its optimizer"] == pytest.approx(16 * (1024 * 257 + 1025), abs=16)
     assert memory(with_(config, accumulate=2), mesh)["gradients"] == 2 * found["gradients"]
     # Eight devices with all of it in parts, but the few vectors and tables that do not divide.
     eighth = memory(config, mesh_of(1, 8, 1, batch=8))
@@ -125,7 +125,7 @@ def test_activations_kept_for_the_backward_pass():
     none, full = (sum(activations(with_(remat=r), 16, 1)) for r in ("none", "full"))
     assert none == 2 * sum(activations(with_(), 8, 1)) and none > 3 * full
     kept = memory(with_(accumulate=4), mesh_of(2, 1, 1))
-    assert kept["activations kept"] == pytest.approx(memory(CONFIG, mesh_of(8, 1, 1))["activations kept"], abs=4)
+    assert kept["saved activations"] == pytest.approx(memory(CONFIG, mesh_of(8, 1, 1))["saved activations"], abs=4)
 
 
 def test_logits_and_gathered_weights():
@@ -268,15 +268,15 @@ def test_axes_larger_than_a_node_use_the_network():
 # ---- the plan and its command
 
 
-def test_fewest_chips():
+def test_min_chips():
     """20 GB of state in float32 for 1.25 B weights: more than one v5e holds, a sixteenth of 64 chips' memory."""
-    assert fewest_chips(with_(RANDENG, batch_size=8), H200)[0] == 1
-    chips, mesh = fewest_chips(with_(RANDENG, batch_size=256), CHIPS["tpu-v5e"])
+    assert min_chips(with_(RANDENG, batch_size=8), H200)[0] == 1
+    chips, mesh = min_chips(with_(RANDENG, batch_size=256), CHIPS["tpu-v5e"])
     assert 2 <= chips <= 64 and mesh["fsdp"] == chips
     smaller = make_abstract_mesh(MeshConfig(1, chips // 2, 1), 256, chips // 2)
     assert sum(memory(with_(RANDENG, batch_size=256), smaller).values()) > 0.9 * CHIPS["tpu-v5e"].memory
     tiny = CHIPS["h200"]._replace(memory=1e6)
-    assert fewest_chips(CONFIG, tiny) is None
+    assert min_chips(CONFIG, tiny) is None
 
 
 def test_time_follows_from_work_and_traffic():
@@ -302,17 +302,18 @@ def test_the_command(capsys, tmp_path):
 
 
 def plan_of(capsys, *argv):
-    """(weights by part, stdout, stderr)"""
+    """(weights by component, stdout, stderr)"""
     assert main(["plan", *map(str, argv)]) == 0
     out, err = capsys.readouterr()
-    weights = {part: int(n.replace(",", "")) for part, n in re.findall(r"(decoder|encoder) ([\d,]+\d)", out)}
+    weights_line = re.search(r"weights: (.*)", out)[1]
+    weights = {name: int(n.replace(",", "")) for name, n in re.findall(r"(decoder|encoder) ([\d,]+\d)", weights_line)}
     return weights, out, err
 
 
 def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
     """The demo's decoder has 600 pieces and three special tokens, other corpora 8000; the encoder has 8000."""
     demo, out, _ = plan_of(capsys, "demo", "--chips", 1)
-    assert "8,000 and 640 rows of tokens: trained on the texts" in out
+    assert "vocabulary sizes: encoder 8,000, decoder 640 (trained on the texts" in out
     assert plan_of(capsys, "demo", "--chips", 1, "--data.decoder-vocab-size", 600)[0] == demo
     other = plan_of(capsys, "demo", "--chips", 1, "--data.encoder-vocab-size", 1000, "--data.train", "texts.txt")[0]
     assert other["decoder"] - demo["decoder"] == (8064 - 640) * 128
@@ -322,15 +323,15 @@ def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
 def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, tmp_path):
     """Vocabularies are rounded up to multiples of 64, as in a run: 21,128 becomes 21,184."""
     published, out, _ = plan_of(capsys, "randeng-1b")
-    assert "21,184 and 50,048 rows of tokens: published tokenizers; without --tokenizers, a run trains" in out
+    assert "vocabulary sizes: encoder 21,184, decoder 50,048 (published tokenizers; without --tokenizers, a run" in out
     trained, out, _ = plan_of(capsys, "randeng-1b", "--data.decoder-vocab-size", 8000)
-    assert "8,000 and 8,064 rows of tokens: trained on the texts" in out
+    assert "vocabulary sizes: encoder 8,000, decoder 8,064 (trained on the texts" in out
     assert published["decoder"] - trained["decoder"] == (50048 - 8064) * 1600
     assert published["encoder"] - trained["encoder"] == (21184 - 8000) * 768
     entries = make_vocab(tmp_path)
     make_spiece(tmp_path, 300)
     given, out, _ = plan_of(capsys, "randeng-1b", "--tokenizers", tmp_path)
-    assert f" rows of tokens: tokenizers of {tmp_path}\n" in out
+    assert f" (tokenizers in {tmp_path})\n" in out
     assert published["decoder"] - given["decoder"] == (50048 - 320) * 1600
     assert published["encoder"] - given["encoder"] == (21184 - round_up(len(entries), 64)) * 768
     # A pretrained encoder and decoder each bring a tokenizer, as in a run.
@@ -339,9 +340,9 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
         folder.mkdir()
         (folder / name).write_bytes((tmp_path / name).read_bytes())
     pretrained, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert, "--init.decoder", xl)
-    assert f" rows of tokens: tokenizers of {bert} and {xl}\n" in out and pretrained == given
+    assert f" (tokenizers in {bert} and {xl})\n" in out and pretrained == given
     _, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert)
-    assert f" and 8,064 rows of tokens: one of {bert}, the other trained on the texts" in out
+    assert f", decoder 8,064 (one tokenizer from {bert}, the other trained on the texts" in out
     assert main(["plan", "randeng-1b", "--tokenizers", str(tmp_path / "none")]) == 1
     assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
 
@@ -355,7 +356,7 @@ def test_warning_for_an_axis_that_shards_nothing(capsys):
     assert plan_of(capsys, "randeng-1b", "--mesh.fsdp", 8, "--mesh.data", 1)[2] == ""
 
 
-def test_fewest_chips_of_any_number():
+def test_min_chips_of_any_number():
     """A batch of 24 divides by 3; odd batch sizes work too."""
     config = with_(RANDENG, batch_size=24)
     by_chips = {
@@ -365,13 +366,13 @@ def test_fewest_chips_of_any_number():
     for memory_of_chip in (30e9, 20e9, 13e9, 8e9):
         chip = H200._replace(memory=memory_of_chip)
         sufficient = [n for n, required in by_chips.items() if required <= 0.9 * memory_of_chip]
-        fewest = fewest_chips(config, chip)
-        assert (fewest and fewest[0]) == min(sufficient, default=None)
+        smallest = min_chips(config, chip)
+        assert (smallest and smallest[0]) == min(sufficient, default=None)
     odd = with_(RANDENG, batch_size=25)
-    chips, mesh = fewest_chips(odd, H200._replace(memory=12e9))
+    chips, mesh = min_chips(odd, H200._replace(memory=12e9))
     assert chips in (5, 25) and mesh["fsdp"] == chips
     split = with_(RANDENG, batch_size=5, mesh=MeshConfig(1, 1, 3))
-    assert fewest_chips(split, H200)[0] == 3
+    assert min_chips(split, H200)[0] == 3
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,7 @@ def test_fewest_chips_of_any_number():
         (["--chips", "0"], "--chips must be at least 1, not 0"),
         (["--efficiency", "2"], "--efficiency must be above 0 and at most 1, not 2.0"),
         (["--mesh.fsdp", "3"], "--mesh.data -1 --mesh.fsdp 3 --mesh.tensor 1: does not fit 8 devices"),
-        (["--batch-size", "12"], "--batch-size 12: does not divide into the mesh's 8 parts"),
+        (["--batch-size", "12"], "--batch-size must be a multiple of data × fsdp = 8, not 12"),
         (["--batch-szie", "12"], "--batch-szie"),
     ],
 )
@@ -393,7 +394,7 @@ def test_invalid_options(argv, message, capsys):
 
 def test_an_unknown_preset(capsys):
     assert main(["plan", "randeng"]) == 2
-    assert "no preset 'randeng'; known: demo, randeng-1b" in capsys.readouterr().err
+    assert "no preset 'randeng'; available: demo, randeng-1b" in capsys.readouterr().err
 
 
 def test_the_guide_shows_what_plan_prints(capsys):

@@ -179,7 +179,7 @@ def test_different_options_are_refused(text_file, tmp_path):  # noqa: F811
     codes, _, errors = finish(start(2, *argv, different=[["--beta.max", beta] for beta in (0.1, 0.2)]))
     assert codes == [1, 1] and errors[0] == errors[1]
     assert_one_error(errors[0])
-    assert "the options of process 1" in errors[0]
+    assert "the options differ between processes 0 and 1" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -372,8 +372,8 @@ def test_the_devices_of_its_node_that_a_process_uses(variables, devices):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (dict(coordinator="a:1"), "give all three or none"),
-        (dict(num_processes=2, process_id=1), "give all three or none"),
+        (dict(coordinator="a:1"), "must be set together with"),
+        (dict(num_processes=2, process_id=1), "must be set together with"),
         (dict(coordinator="a:1", num_processes=2, process_id=2), "--distributed.process_id"),
         (dict(coordinator="a", num_processes=2, process_id=1), "must be HOST:PORT, not a"),
         (dict(timeout=0), "--distributed.timeout must be at least 1, not 0"),

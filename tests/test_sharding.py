@@ -140,7 +140,7 @@ def test_an_axis_is_split_only_where_it_divides():
     [
         (dict(data=3), 8, "--mesh.data 3 --mesh.fsdp 1 --mesh.tensor 1: does not fit 8 devices"),
         (dict(fsdp=16), 8, "--mesh.data -1 --mesh.fsdp 16 --mesh.tensor 1: does not fit 8 devices"),
-        (dict(data=-1, fsdp=-1), 8, "only one of them can be -1"),
+        (dict(data=-1, fsdp=-1), 8, "--mesh.data and --mesh.fsdp cannot both be -1"),
         (dict(tensor=0), 8, "--mesh.tensor must be at least 1, or -1, not 0"),
     ],
 )
@@ -153,7 +153,7 @@ def test_meshes_that_cannot_be(config, devices, said):
 def test_minus_one_takes_what_is_left():
     assert MeshConfig(-1, 2, 2).shape(8) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert MeshConfig(1, -1, 1).shape(8) == {"data": 1, "fsdp": 8, "tensor": 1}
-    with pytest.raises(InputError, match="--batch-size 12: does not divide into the mesh's 8 parts"):
+    with pytest.raises(InputError, match="--batch-size must be a multiple of data × fsdp = 8, not 12"):
         make_mesh(MeshConfig(), 12)
-    with pytest.raises(InputError, match="does not divide into the mesh's 8 parts times --accumulate 4"):
+    with pytest.raises(InputError, match="must be a multiple of data × fsdp × accumulate = 32, not 16"):
         make_mesh(MeshConfig(), 16, 4)

@@ -290,7 +290,7 @@ def test_a_mesh_that_does_not_fit(text_file, tmp_path):
     said = "--mesh.data -1 --mesh.fsdp 1 --mesh.tensor 2: does not fit 3 devices"
     assert code == 2 and err == f"train.py: error: {said}\n"
     code, _, err = tiny(text_file, tmp_path / "run", "--steps", 8, devices=3)
-    assert code == 2 and err == "train.py: error: --batch-size 4: does not divide into the mesh's 3 parts\n"
+    assert code == 2 and err == "train.py: error: --batch-size must be a multiple of data × fsdp = 3, not 4\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -327,7 +327,7 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     (step,) = [int(p.name) for p in (folder / "checkpoints").iterdir()]
-    assert f"interrupted after step {step}; to go on: " in err and "train.py --data.train" in err
+    assert f"interrupted after step {step}; to resume: " in err and "train.py --data.train" in err
     assert f"--run-dir {folder}" in err
 
 

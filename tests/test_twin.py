@@ -119,7 +119,7 @@ def test_other_layouts_load_alike(layout, tmp_path):
 
 def test_a_folder_without_weights_is_named(tmp_path):
     shutil.copyfile(GOLDEN / "small" / "config.json", tmp_path / "config.json")
-    with pytest.raises(InputError, match=f"{tmp_path}: holds no model.safetensors and no pytorch_model.bin"):
+    with pytest.raises(InputError, match=f"{tmp_path}: contains no model.safetensors and no pytorch_model.bin"):
         load_twin(tmp_path)
 
 

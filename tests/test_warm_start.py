@@ -340,9 +340,9 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
     assert str(raised.value) == (
         f"{a / 'pytorch_model.bin'}: 2 missing: bert.encoder.layer.0.output.dense.bias, bert.pooler.dense.bias; "
         "1 unexpected: bert.encoder.layer.3.output.dense.bias; "
-        "1 misshapen: bert.embeddings.LayerNorm.gamma ([5], not [24]); "
+        "1 misshapen: bert.embeddings.LayerNorm.gamma ([5], expected [24]); "
         f"{b / 'pytorch_model.bin'}: 1 unexpected: transformer.linear_emb.weight; "
-        "1 NaN or infinite: transformer.r_w_bias"
+        "1 with NaN or infinity: transformer.r_w_bias"
     )
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -354,7 +354,7 @@ def test_problems_of_both_sources_are_named_at_once(bare_bert, tmp_path):
         ("encoder", BERT | {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 24"),
         ("encoder", {"hidden_size": 24}, "vocab_size is missing, and so are num_hidden_layers"),
         ("decoder", BERT, "num_layers is missing, and so are max_memory_length"),
-        ("decoder", [1], "holds no JSON object"),
+        ("decoder", [1], "does not contain a JSON object"),
     ],
 )
 def test_invalid_configs_of_sources(part, config, message, tmp_path):
@@ -369,7 +369,7 @@ def test_the_wrong_kind_of_source(bare_bert, transformer_xl, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(bare_bert[0], source)
     shutil.copyfile(transformer_xl / "pytorch_model.bin", source / "pytorch_model.bin")
-    with pytest.raises(InputError, match="holds no BERT: no tensor is called "):
+    with pytest.raises(InputError, match="contains no BERT: tensor "):
         warm_start(tmp_path / "new", encoder=source)
 
 
@@ -384,10 +384,10 @@ def test_the_command_reports_the_origin_of_weights(masked_lm, transformer_xl, tm
     assert capsys.readouterr().out.splitlines() == [
         f"encoder: 53 weights from {masked_lm[0]}: "
         "encoder.word, encoder.position, encoder.token_type, encoder.norm, encoder.layers",
-        "encoder: 5 tensors of the source left out: cls",
+        "encoder: 5 tensors of the source ignored: cls",
         f"decoder: 48 weights from {transformer_xl}: "
         "decoder.embedding, decoder.r_w_bias, decoder.r_r_bias, decoder.inv_freq, decoder.layers, decoder.norm",
-        "freshly drawn: 8 weights: encoder.pooler, encoder.posterior, decoder.latent_projection, discriminator",
+        "newly initialized: 8 weights: encoder.pooler, encoder.posterior, decoder.latent_projection, discriminator",
         f"wrote {new}",
     ]
     assert sorted(p.name for p in new.iterdir()) == ["config.json", "params", "vocab.txt"]

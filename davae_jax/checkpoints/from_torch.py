@@ -29,8 +29,8 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
     """Converts a checkpoint and returns `dst`, which appears only when it is complete. Values keep the file's dtype.
 
     Raises:
-      InputError: there is no checkpoint at `src`, `dst` exists, or the tensors do not fit config.json; one message
-        names all tensors that are missing, unexpected, misshapen or not finite.
+      InputError: `src` contains no checkpoint, `dst` exists, or the tensors do not fit config.json; one message
+        lists all tensors that are missing, unexpected, misshapen or not finite.
     """
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
@@ -62,7 +62,7 @@ def write_params(
     Args:
       load_group: called for one group of rows after the other; returns their arrays by path.
       buffers: the keys of `published_names.BUFFERS` that an export writes back.
-      label: what the progress bar shows.
+      label: the description of the progress bar.
     """
     bar = tqdm(list(_write_groups(table)), desc=label, unit="group", disable=None)
     save_weights(folder / PARAMS_FOLDER, map(load_group, bar), {"buffers": buffers})

@@ -23,7 +23,7 @@ def resolve_source(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"{source}: is a file; give the folder that holds {CONFIG_FILE}")
+        raise InputError(f"{source}: is a file; pass the folder that contains {CONFIG_FILE}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise InputError(f"{source}: no such folder")
     import huggingface_hub

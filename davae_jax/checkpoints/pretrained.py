@@ -1,4 +1,4 @@
-"""Loads a model from any folder that holds one: `from_pretrained`."""
+"""Loads a model from any folder that contains one: `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
       source: a converted checkpoint; a run folder, whose newest complete checkpoint is read; one checkpoint of a run,
         `RUN/checkpoints/STEP`; a published folder (config.json and pytorch_model.bin, which needs PyTorch, or
         model.safetensors, which does not); or a Hugging Face repo id, downloaded to the hub's cache.
-      dtype: of the weights and the computation; softmax, LayerNorm and losses are float32 in any case.
+      dtype: dtype of the weights and the computation; softmax, LayerNorm and losses are float32 in any case.
       mesh: devices over which the weights are sharded (axes `data`, `fsdp`, `tensor`); None for the first device.
 
     Raises:
-      InputError: there is no model, or its weights do not fit its config.json; the message names the file.
+      InputError: the source contains no model, or its weights do not fit its config.json; the message names the file.
     """
     folder = resolve_source(source)
     config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
@@ -48,7 +48,7 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     else:
         arrays = _put(read_published_weights(folder, config), targets)
     if (missing := targets.keys() - arrays.keys()) == {INV_FREQ_PATH}:
-        # Where the file lacks the frequencies, the published program computes them.
+        # If the file lacks the frequencies, the published program computes them.
         arrays |= _put([(INV_FREQ_PATH, inverse_frequencies(config.decoder.hidden_size))], targets)
     elif missing:
         raise InputError(f"{folder}: lacks {', '.join(sorted(missing))}")

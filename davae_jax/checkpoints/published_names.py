@@ -1,7 +1,7 @@
 """The table that maps the published file's tensors to the model's weights; conversion reads it in both directions.
 
-A pattern is (name in the file, path in the model, transform); `{i}` stands for each layer's number. The names are those
-of the published pytorch_model.bin; the shapes on both sides come from the model itself.
+A pattern is (name in the file, path in the model, transform); `{i}` is the layer's index. The names are those of the
+published pytorch_model.bin; the shapes on both sides come from the model itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import abstract_model, split
 
 INV_FREQ = "vae_model.decoder.transformer.position_embeddings.inv_freq"
-POSITION_IDS = "vae_model.encoder.embeddings.position_ids"  # 0, 1, 2, …: no information, but exported if it was there
+POSITION_IDS = "vae_model.encoder.embeddings.position_ids"  # 0, 1, 2, …: redundant, but exported if the source had it
 BUFFERS = {"inv_freq": INV_FREQ, "position_ids": POSITION_IDS}
 
 
 class Transform(Enum):
-    """How an array of the file becomes an array of the model. Every transform is a reshape, and so a view."""
+    """The conversion of an array of the file to an array of the model. Every transform is a reshape, hence a view."""
 
     NONE = auto()
     SPLIT_QKV = auto()  # the file stacks queries, keys and values as [3D, …], the model keeps [3, D, …]
@@ -39,7 +39,7 @@ class NamePattern(NamedTuple):
 
 
 def _under(name_prefix: str, path_prefix: str, *groups: list[NamePattern]) -> list[NamePattern]:
-    """Puts the prefixes before the names and paths of all patterns."""
+    """Prepends the prefixes to the names and paths of all patterns."""
     return [
         NamePattern(name_prefix + name, path_prefix + path, transform)
         for group in groups
@@ -48,7 +48,7 @@ def _under(name_prefix: str, path_prefix: str, *groups: list[NamePattern]) -> li
 
 
 def _weight_and_bias(name: str, path: str, transform: Transform = Transform.NONE) -> list[NamePattern]:
-    """The two tensors of a Linear or a LayerNorm."""
+    """Returns the patterns of the two tensors of a Linear or a LayerNorm."""
     return [NamePattern(f"{name}.{tensor}", f"{path}.{tensor}", transform) for tensor in ("weight", "bias")]
 
 

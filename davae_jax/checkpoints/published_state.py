@@ -13,7 +13,7 @@ from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, NameRo
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.utils.errors import InputError
 
-# The sibling models PPVAE and GAVAE hold the text VAE under one more prefix, beside tensors of their own.
+# The sibling models PPVAE and GAVAE contain the text VAE under one more prefix, and further tensors.
 SIBLING_PREFIX = "vae_model.vae_model."
 
 
@@ -29,23 +29,23 @@ def read_published_weights(folder: Path, config: DAVAEConfig) -> Iterator[tuple[
 
 
 def read_published_state(folder: Path) -> dict[str, np.ndarray]:
-    """Returns the file's tensors by their published names; from a sibling model, those of its text VAE alone."""
+    """Returns the file's tensors by their published names; of a sibling model, only those of its text VAE."""
     path = torch_file.find_weights_file(folder)
     state = torch_file.read_tensors(path)
     text_vae = {
         name.removeprefix("vae_model."): array for name, array in state.items() if name.startswith(SIBLING_PREFIX)
     }
     if text_vae and (others := len(state) - len(text_vae)):
-        message = f"{path}: {others} tensors outside {SIBLING_PREFIX} belong to the sibling model and are left out"
+        message = f"{path}: {others} tensors outside {SIBLING_PREFIX} belong to the sibling model and are ignored"
         warnings.warn(message, stacklevel=2)
     return text_vae or state
 
 
 def checked_name_table(state: dict[str, np.ndarray], config: DAVAEConfig, path: Path) -> list[NameRow]:
-    """Returns the rows of the name table that the file holds; it may lack `inv_freq` and `position_ids`.
+    """Returns the rows of the name table that the file contains; it may lack `inv_freq` and `position_ids`.
 
     Raises:
-      InputError: tensors do not fit the config; all problems in one message.
+      InputError: tensors do not fit the config; one message lists all problems.
     """
     table = [row for row in name_table(config) if row.name != INV_FREQ or row.name in state]
     check_tensors(state, table, path, ignored=[POSITION_IDS])
@@ -55,28 +55,28 @@ def checked_name_table(state: dict[str, np.ndarray], config: DAVAEConfig, path: 
 def check_tensors(
     state: dict[str, np.ndarray], table: list[NameRow], path: Path, ignored: Collection[str] = ()
 ) -> None:
-    """Checks that a file's tensors are those of the table: names, shapes, floating point, finite.
+    """Checks the tensors of a file against the table: names, shapes, floating point, finite.
 
     Raises:
-      InputError: some are not; one message names every one of them. `path` is the file, for that message.
+      InputError: some do not match; one message lists them all. `path` is the file, for that message.
     """
-    known = {row.name for row in table} | set(ignored)
+    expected = {row.name for row in table} | set(ignored)
     problems = {
         "missing": [row.name for row in table if row.name not in state],
-        "unexpected": [name for name in state if name not in known],
+        "unexpected": [name for name in state if name not in expected],
         "misshapen": [],
         "not floating point": [],
-        "NaN or infinite": [],
+        "with NaN or infinity": [],
     }
     for row in table:
         if row.name not in state:
             continue
         array = state[row.name]
         if array.shape != row.file_shape:
-            problems["misshapen"].append(f"{row.name} ({list(array.shape)}, not {list(row.file_shape)})")
+            problems["misshapen"].append(f"{row.name} ({list(array.shape)}, expected {list(row.file_shape)})")
         elif not torch_file.is_float(array):
             problems["not floating point"].append(f"{row.name} ({array.dtype})")
         elif not torch_file.is_finite(array):
-            problems["NaN or infinite"].append(row.name)
+            problems["with NaN or infinity"].append(row.name)
     if messages := [f"{len(names)} {problem}: {', '.join(names)}" for problem, names in problems.items() if names]:
         raise InputError(f"{path}: {'; '.join(messages)}")

@@ -1,8 +1,8 @@
 """Locates config, tokenizers and weights in a run folder and in a converted checkpoint.
 
-A converted checkpoint holds config.json, the tokenizers' files and `params/`, an Orbax checkpoint of the weights.
-A run folder holds config.json, the tokenizers' files and `checkpoints/STEP/`, an Orbax checkpoint for each saved step,
-in which the weights are the part named "params".
+A converted checkpoint contains config.json, the tokenizers' files and `params/`, an Orbax checkpoint of the weights.
+A run folder contains config.json, the tokenizers' files and `checkpoints/STEP/`, an Orbax checkpoint for each saved
+step, whose item "params" is the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def weights_path(folder: Path) -> Path | None:
-    """Returns the Orbax checkpoint that holds a folder's weights, or None if there is none.
+    """Returns the Orbax checkpoint with a folder's weights, or None if there is none.
 
     `folder` is a converted checkpoint, a run folder (its newest complete checkpoint is taken) or one checkpoint of a
     run.

@@ -14,7 +14,7 @@ from davae_jax.utils.errors import InputError, system_reason
 
 @contextlib.contextmanager
 def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """Yields an empty folder beside `dst` that is renamed to `dst` on success and removed on failure or interrupt.
+    """Yields an empty folder next to `dst` that is renamed to `dst` on success and removed on failure or interrupt.
 
     With `overwrite`, an older `dst` is removed only after the new folder is complete. Parents that were created for
     `dst` are removed on failure too. The path is absolute, which Orbax needs.
@@ -24,13 +24,13 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         checkpoint, or it cannot be written.
     """
     if dst.exists() and not overwrite:
-        raise InputError(f"{dst}: exists already; give another folder, or --overwrite")
+        raise InputError(f"{dst}: exists already; choose another folder, or use --overwrite")
     target = dst.absolute()
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
-            raise InputError(f"{dst}: holds the source {source}; give another folder", exit_code=2)
+            raise InputError(f"{dst}: contains the source {source}; choose another folder", exit_code=2)
     if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
-        raise InputError(f"{dst}: holds files, but no checkpoint; only a checkpoint is overwritten")
+        raise InputError(f"{dst}: contains files, but no checkpoint; only a checkpoint can be overwritten")
     tag = secrets.token_hex(4)
     staging = target.with_name(f".{target.name}.partial-{tag}")
     old = target.with_name(f".{target.name}.old-{tag}")
@@ -55,7 +55,7 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         for leftover in (staging, old):
             _remove(leftover)
         for parent in created:
-            with contextlib.suppress(OSError):  # not empty: it holds the result
+            with contextlib.suppress(OSError):  # not empty: it contains the result
                 parent.rmdir()
 
 

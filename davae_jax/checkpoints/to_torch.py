@@ -44,9 +44,11 @@ def export(
     folder, dst = resolve_source(src), Path(dst)
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
     if not weights_path(folder):
-        raise InputError(f"{folder}: holds no {PARAMS_FOLDER}/; only a converted or trained checkpoint can be exported")
+        raise InputError(
+            f"{folder}: contains no {PARAMS_FOLDER}/; only converted or trained checkpoints can be exported"
+        )
     if not config.decoder.latent_every_layer:
-        raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program has no such decoder")
+        raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program does not support this")
     with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
         state = published_state(folder, config, np.dtype(dtype))
         if format in ("bin", "both"):
@@ -61,7 +63,7 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
     """Returns the checkpoint's arrays by their published names, in the published file's order.
 
     Raises:
-      InputError: the checkpoint is damaged, or values are not finite after the cast to `dtype`.
+      InputError: the checkpoint is damaged, or values overflow in `dtype`.
     """
     path = weights_path(folder)
     stored = stored_shapes(path)
@@ -72,7 +74,7 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
     arrays = load_weights(path, targets)
     metadata = stored_metadata(path)
     if path.name == PARAMS_FOLDER and "buffers" not in metadata:
-        raise InputError(f"{path}: its metadata is damaged: it does not say which buffers the source had")
+        raise InputError(f"{path}: its metadata is damaged: the list of buffers is missing")
     buffers = metadata.get("buffers", [])
     state = {}
     if "position_ids" in buffers:
@@ -90,5 +92,5 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
             too_large.append(f"{row.name} ({row.path})")
         state[row.name] = row.to_file(cast)
     if too_large:
-        raise InputError(f"{folder}: not finite as {dtype}: {', '.join(too_large)}")
+        raise InputError(f"{folder}: overflows in {dtype}: {', '.join(too_large)}")
     return state

@@ -15,7 +15,7 @@ import numpy as np
 
 from davae_jax.utils.errors import InputError
 
-TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors needs no PyTorch
+TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors does not need PyTorch
 SAFETENSORS_DTYPES = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
@@ -40,7 +40,7 @@ def find_weights_file(folder: Path) -> Path:
     for name in TORCH_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise InputError(f"{folder}: holds no {' and no '.join(TORCH_FILES)}")
+    raise InputError(f"{folder}: contains no {' and no '.join(TORCH_FILES)}")
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -60,29 +60,27 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     except pickle.UnpicklingError as e:
         if requested := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e)):
             name = requested[1] or requested[2]
-            raise InputError(
-                f"{path}: refused: its pickle asks for more than tensors ({name}) and could run code"
-            ) from e
-        raise InputError(f"{path}: refused: its pickle is damaged or asks for more than tensors") from e
+            raise InputError(f"{path}: rejected: the pickle references {name}, which could execute code") from e
+        raise InputError(f"{path}: rejected: the pickle is damaged or contains more than tensors") from e
     except Exception as e:  # PyTorch raises RuntimeError, EOFError, OSError and more for damaged files
         raise InputError(f"{path}: cannot be read: {_why_unreadable(path)}") from e
     if not isinstance(state, Mapping):
-        raise InputError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+        raise InputError(f"{path}: contains a {type(state).__name__}, not a dict of tensors")
     if not_tensors := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(f"{path}: holds what is not a tensor: {', '.join(not_tensors)}")
+        raise InputError(f"{path}: contains values that are not tensors: {', '.join(not_tensors)}")
     if not_strings := [repr(name) for name in state if not isinstance(name, str)]:
-        raise InputError(f"{path}: holds tensors without a name: {', '.join(not_strings)}")
+        raise InputError(f"{path}: contains tensors whose names are not strings: {', '.join(not_strings)}")
     arrays = {}
     for name, tensor in state.items():
         try:
             arrays[name] = _as_numpy(tensor)
-        except (TypeError, RuntimeError) as e:  # sparse, quantised, float8: NumPy has no such arrays
+        except (TypeError, RuntimeError) as e:  # sparse, quantized, float8: not supported by NumPy
             raise InputError(f"{path}: {name} cannot be read: {tensor.dtype}, {tensor.layout}") from e
     return arrays
 
 
 def _why_unreadable(path: Path) -> str:
-    """Says from a file's first bytes why PyTorch cannot read it."""
+    """Returns the reason why PyTorch cannot read a file, judging by its first bytes."""
     with open(path, "rb") as file:
         start = file.read(32)
     if not start:
@@ -93,13 +91,13 @@ def _why_unreadable(path: Path) -> str:
         return "it is in PyTorch's format from before 1.6; load it there and torch.save it with a later version"
     if not start.startswith(b"PK\x03\x04"):
         return "it is not in torch.save's zip format"
-    return "it is cut off or damaged"
+    return "it is truncated or damaged"
 
 
 def _as_numpy(tensor) -> np.ndarray:
     import torch
 
-    if tensor.dtype == torch.bfloat16:  # torch.Tensor.numpy() refuses bfloat16
+    if tensor.dtype == torch.bfloat16:  # torch.Tensor.numpy() does not support bfloat16
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().numpy()
 
@@ -123,7 +121,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             state[name] = data[begin:end].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         return state
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read: it is cut off or not in the safetensors format") from e
+        raise InputError(f"{path}: cannot be read: it is truncated or not in the safetensors format") from e
 
 
 def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:
@@ -162,7 +160,7 @@ def is_float(array: np.ndarray) -> bool:
 
 
 def _torch(purpose: str):
-    """Imports PyTorch, which is optional. Raises InputError where it is not installed."""
+    """Imports PyTorch, which is optional. Raises InputError if it is not installed."""
     try:
         import torch
     except ImportError:

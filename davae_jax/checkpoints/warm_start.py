@@ -4,7 +4,7 @@
 
 BERT is a Hugging Face checkpoint, with bare names or with the prefix `bert.`; TRANSFORMER_XL has the layout of the
 Fengshenbang Transformer-XL 1.1B. Both layouts are the published one (`published_names.py`) without a prefix. Loaded
-weights keep their dtype; the rest is drawn by the model's own initializers, in float32.
+weights keep their dtype; the rest is initialized randomly as in a new model, in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from davae_jax.model.davae import DAVAE, InitKeys
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
 
-# Fields of a section that the sources' own configs do not have: neither BERT nor Transformer-XL has a latent.
+# Fields of a section that are absent from the sources' configs: neither BERT nor Transformer-XL has a latent.
 NOT_IN_SOURCE_CONFIGS = ("latent_initializer_scale",)
 # The default config: the published sizes and sampling settings.
 PUBLISHED_SETTINGS = DAVAEConfig(top_k=0, top_p=0.9, repetition_penalty=2.0, std_scale=1.5)
@@ -40,13 +40,13 @@ LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerN
 
 
 class SourceLayout(NamedTuple):
-    """How the names in a source's file differ from the published ones. The fields hold names without any prefix."""
+    """How the names in a source's file differ from the published ones. The fields contain names without any prefix."""
 
     model_kind: str
-    published_prefix: str  # what the published file puts before the source's names
-    source_prefix: str  # what the source's file may put before them
+    published_prefix: str  # prefix of the source's names in the published file
+    source_prefix: str  # prefix that the names may have in the source's file
     absent: tuple[str, ...]  # weights that only the text VAE has
-    optional: tuple[str, ...]  # weights that a source may lack, all of them or none
+    optional: tuple[str, ...]  # weights that a source may lack, either all of them or none
     buffers: tuple[str, ...] = ()  # tensors that are not read
 
 
@@ -73,15 +73,15 @@ class SourceWeights(NamedTuple):
     """The weights that were read from one source."""
 
     arrays: dict[str, np.ndarray]  # path in the model → array in the file's dtype, memory-mapped
-    unused: list[str]  # names of the file's other tensors: heads that the text VAE does not have
+    unused: list[str]  # names of the file's other tensors: heads that do not exist in the text VAE
 
 
 class WarmStartReport(NamedTuple):
-    """Where each weight of a new checkpoint comes from, as paths in the model."""
+    """The origin of each weight of a new checkpoint, as paths in the model."""
 
     loaded: dict[str, list[str]]  # by source, "encoder" and "decoder"
     unused: dict[str, list[str]]  # by source; names in its file
-    initialized: list[str]  # drawn anew
+    initialized: list[str]  # newly initialized
 
 
 def warm_start(
@@ -98,21 +98,21 @@ def warm_start(
 
     Args:
       encoder, decoder: folders or Hugging Face repo ids of a BERT and of a Transformer-XL, each with its config.json.
-        The tokenizer's file of each is copied if it is there.
-      config: a complete config.json, for the settings that the sources' own do not have; default: the published ones.
+        The tokenizer file of each is copied if it exists.
+      config: a complete config.json, for the settings that the sources' configs lack; default: the published ones.
       latent_size: L; default: the config's.
-      seed: of the weights that neither source has, which are those of a new model with this seed.
+      seed: random seed of the weights that neither source has; they equal those of a new model with this seed.
 
     Raises:
-      InputError: neither source is given, `dst` exists, or a source does not fit its config.json; one message names all
+      InputError: neither source is given, `dst` exists, or a source does not fit its config.json; one message lists all
         missing, unexpected, misshapen and non-finite tensors of both.
     """
     if encoder is None and decoder is None:
-        raise OptionError("--encoder", "or --decoder must be given; there is nothing to start from")
+        raise OptionError("--encoder", "or --decoder is required")
     if latent_size is not None and latent_size < 1:
         raise OptionError("--latent-size", f"must be at least 1, not {latent_size}")
     sources = {"encoder": encoder, "decoder": decoder}
-    folders = {part: resolve_source(source) for part, source in sources.items() if source is not None}
+    folders = {component: resolve_source(source) for component, source in sources.items() if source is not None}
     davae_config = _combined_config(folders, config, latent_size)
     dst = Path(dst)
     with staged_folder(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
@@ -131,12 +131,12 @@ def warm_start(
         buffers = ["inv_freq"] if any(row.name == INV_FREQ for row in table) else []
         write_params(staging, table, load_group, buffers=buffers, label=f"→ {dst.name}")
         davae_config.to_json(staging / CONFIG_FILE)
-        for part, name in zip(SOURCE_LAYOUTS, TOKENIZER_FILES, strict=True):
-            if part in folders:
-                copy_files([name], folders[part], staging)
+        for component, name in zip(SOURCE_LAYOUTS, TOKENIZER_FILES, strict=True):
+            if component in folders:
+                copy_files([name], folders[component], staging)
     return WarmStartReport(
-        {part: list(source.arrays) for part, source in source_weights.items()},
-        {part: source.unused for part, source in source_weights.items()},
+        {component: list(source.arrays) for component, source in source_weights.items()},
+        {component: source.unused for component, source in source_weights.items()},
         initialized,
     )
 
@@ -149,7 +149,7 @@ def initialize_weights(config: DAVAEConfig, paths: Collection[str], seed: int) -
 @partial(jax.jit, static_argnums=(0, 1))
 def _initialize_weights(config: DAVAEConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
     params = flat_params(DAVAE(config, rngs=InitKeys(key)))
-    return {path: params[path] for path in paths}  # the compiler removes the draws of all other weights
+    return {path: params[path] for path in paths}  # the compiler removes the sampling of all other weights
 
 
 def covering_modules(chosen: Collection[str], all_paths: Collection[str]) -> list[str]:
@@ -163,26 +163,25 @@ def covering_modules(chosen: Collection[str], all_paths: Collection[str]) -> lis
 
 
 def format_report(report: WarmStartReport, sources: Mapping[str, str | None]) -> str:
-    """Formats the report as a few lines: loaded weights, unused tensors, freshly drawn weights."""
+    """Formats the report as a few lines: loaded weights, unused tensors, newly initialized weights."""
     all_paths = [path for paths in (*report.loaded.values(), report.initialized) for path in paths]
     lines = []
-    for part, paths in report.loaded.items():
-        lines.append(
-            f"{part}: {len(paths)} weights from {sources[part]}: {', '.join(covering_modules(paths, all_paths))}"
-        )
-        if unused := report.unused[part]:
+    for component, paths in report.loaded.items():
+        modules = ", ".join(covering_modules(paths, all_paths))
+        lines.append(f"{component}: {len(paths)} weights from {sources[component]}: {modules}")
+        if unused := report.unused[component]:
             heads = dict.fromkeys(name.split(".")[0] for name in unused)
-            lines.append(f"{part}: {len(unused)} tensors of the source left out: {', '.join(heads)}")
+            lines.append(f"{component}: {len(unused)} tensors of the source ignored: {', '.join(heads)}")
     names = covering_modules(report.initialized, all_paths)
-    return "\n".join([*lines, f"freshly drawn: {len(report.initialized)} weights: {', '.join(names)}"])
+    return "\n".join([*lines, f"newly initialized: {len(report.initialized)} weights: {', '.join(names)}"])
 
 
 def _read_sources(folders: dict[str, Path], published: list[NameRow]) -> dict[str, SourceWeights]:
     """Reads all sources before it raises one InputError for the problems of all of them."""
     weights, problems = {}, []
-    for part, folder in folders.items():
+    for component, folder in folders.items():
         try:
-            weights[part] = _read_source(part, folder, published)
+            weights[component] = _read_source(component, folder, published)
         except InputError as e:
             problems.append(e)
     if problems:
@@ -190,8 +189,8 @@ def _read_sources(folders: dict[str, Path], published: list[NameRow]) -> dict[st
     return weights
 
 
-def _read_source(part: str, folder: Path, published: list[NameRow]) -> SourceWeights:
-    layout, path = SOURCE_LAYOUTS[part], torch_file.find_weights_file(folder)
+def _read_source(component: str, folder: Path, published: list[NameRow]) -> SourceWeights:
+    layout, path = SOURCE_LAYOUTS[component], torch_file.find_weights_file(folder)
     state = torch_file.read_tensors(path)
     table = _source_rows(layout, published)
     prefix = layout.source_prefix if any(name.startswith(layout.source_prefix) for name in state) else ""
@@ -204,10 +203,10 @@ def _read_source(part: str, folder: Path, published: list[NameRow]) -> SourceWei
                 name = name.replace(legacy, current)
             file_names[name] = file_name
     if not file_names:
-        raise InputError(f"{path}: holds no {layout.model_kind}: no tensor is called {table[0].name}")
+        raise InputError(f"{path}: contains no {layout.model_kind}: tensor {table[0].name} is missing")
     if not any(name in file_names for name in layout.optional):
         table = [row for row in table if row.name not in layout.optional]
-    # The file's own names from here on, so that messages give them.
+    # From here on, names are those of the file, so that messages show them.
     table = [row._replace(name=file_names.get(row.name, prefix + row.name)) for row in table]
     unused = [name for name in state if name not in file_names.values()]
     check_tensors(state, table, path, ignored=[*unused, *(file_names.get(name, name) for name in layout.buffers)])
@@ -225,18 +224,18 @@ def _source_rows(layout: SourceLayout, published: list[NameRow]) -> list[NameRow
 
 
 def _combined_config(folders: dict[str, Path], config: str | Path | None, latent_size: int | None) -> DAVAEConfig:
-    """Returns a DAVAE's config whose sections are the sources' own configs."""
+    """Returns a DAVAE's config whose sections are the sources' configs."""
     values = (PUBLISHED_SETTINGS if config is None else DAVAEConfig.from_json(config)).to_dict()
     if latent_size is not None:
         values["latent_size"] = latent_size
-    for part, folder in folders.items():
+    for component, folder in folders.items():
         path = folder / CONFIG_FILE
-        latent_settings = {name: value for name, value in values[part].items() if name in NOT_IN_SOURCE_CONFIGS}
-        values[part] = latent_settings | read_json(path)
+        latent_settings = {name: value for name, value in values[component].items() if name in NOT_IN_SOURCE_CONFIGS}
+        values[component] = latent_settings | read_json(path)
         try:
             DAVAEConfig.from_dict(values)
-        except ConfigError as e:  # the source's own config.json has no section
-            section = "" if e.section == part else e.section
+        except ConfigError as e:  # the source's config.json has no sections
+            section = "" if e.section == component else e.section
             raise ConfigError(section, e.field, e.reason, file=path) from None
     if "latent_size" in values["decoder"]:  # published configs repeat it there
         values["decoder"] = values["decoder"] | {"latent_size": values["latent_size"]}

@@ -32,9 +32,9 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
     stored = stored_shapes(path)
     targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
     problems = [f"{p} is missing" for p in targets if p not in stored]
-    problems += [f"{p} is unknown" for p in stored if p not in targets]
+    problems += [f"{p} is unexpected" for p in stored if p not in targets]
     problems += [
-        f"{p} is {list(stored[p].shape)}, not {list(t.shape)}"
+        f"{p} has shape {list(stored[p].shape)}, expected {list(t.shape)}"
         for p, t in targets.items()
         if p in stored and tuple(stored[p].shape) != t.shape
     ]
@@ -46,7 +46,8 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
     if not_finite := [p for p, finite in _are_finite(arrays).items() if not finite]:
-        raise InputError(f"{path}: {len(not_finite)} NaN or infinite: {', '.join(not_finite)}")
+        arrays_contain = "1 array contains" if len(not_finite) == 1 else f"{len(not_finite)} arrays contain"
+        raise InputError(f"{path}: {arrays_contain} NaN or infinity: {', '.join(not_finite)}")
     return arrays
 
 
@@ -66,7 +67,7 @@ def stored_metadata(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, Any]) -> None:
-    """Writes an Orbax checkpoint, uncompressed, one group at a time, so that only one group is held in buffers.
+    """Writes an Orbax checkpoint, uncompressed, one group at a time, so that only one group is in memory.
 
     `path` must not exist, and the checkpoint is incomplete until this returns: the caller writes to a staging folder.
     """
@@ -93,14 +94,14 @@ def flatten(params: Params) -> FlatParams:
 
 def unflatten(flat: FlatParams) -> Params:
     """Inverts `flatten`. Layers are keyed by int, as in the weights that `model.split` returns."""
-    return nest(flat, lambda part: int(part) if part.isdigit() else part)
+    return nest(flat, lambda name: int(name) if name.isdigit() else name)
 
 
 def nest(flat: FlatParams, key: Callable[[str], Any] = str) -> Params:
-    """Converts a flat dict to nested ones; `key` makes a dict's key of each part of a path."""
+    """Converts a flat dict to nested ones; `key` converts each component of a path to a dict's key."""
     params: Params = {}
     for path, leaf in flat.items():
-        *parents, name = (key(part) for part in path.split("."))
+        *parents, name = (key(component) for component in path.split("."))
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -114,7 +115,7 @@ def flat_params(model: nnx.Module) -> FlatParams:
 
 
 def _checkpointable_name(path: Path) -> str:
-    """Returns the name of the weights in an Orbax checkpoint; those of a run hold optimizer states as well."""
+    """Returns the name of the weights in an Orbax checkpoint; those of a run also contain optimizer states."""
     return PARAMS_FOLDER if path.parent.name == CHECKPOINTS_FOLDER else "AUTO"
 
 

@@ -1,1 +1,1 @@
-"""The command line: one file a command family, over `base.py`."""
+"""The command line: one file per command family, on top of `base.py`."""

@@ -1,4 +1,4 @@
-"""What all programs share: the base class of a command, parsing of options, and reporting of errors in one line."""
+"""Shared by all programs: the base class of a command, parsing of options, and reporting of errors in one line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.utils.errors import InputError
@@ -21,18 +23,18 @@ from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
 @dataclasses.dataclass(kw_only=True)
 class Command:
-    """The base class of every command. A subclass declares its options as fields and does its work in `run`."""
+    """The base class of every command. A subclass declares its options as fields and implements `run`."""
 
     debug: bool = False
     """On an error, print the traceback as well."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
-        """Returns the command with its options, or None if the help text was asked for. Raises as `parse_options`."""
+        """Returns the command with its options, or None if the help text was requested. Raises as `parse_options`."""
         return parse_options(cls, argv, prog)
 
     def run(self) -> int | None:
-        """Does the work. Returns the exit code; None is 0."""
+        """Runs the command. Returns the exit code; None means 0."""
         raise NotImplementedError
 
 
@@ -42,7 +44,7 @@ def option_hint(metavar: str, default: str) -> Any:
 
 
 class ParseError(InputError):
-    """Options cannot be parsed. What is wrong with them has already been printed on standard error."""
+    """The options cannot be parsed. The reason has already been printed on standard error."""
 
     def __init__(self, prog: str):
         super().__init__(f"the options cannot be parsed ({prog} --help)", exit_code=2)
@@ -57,17 +59,18 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
       tyro_options: further arguments of `tyro.cli`: `default`, `description`.
 
     Returns:
-      The dataclass with the options' values, or None if the help text was asked for, which has been printed.
+      The dataclass with the options' values, or None if the help text was requested and has been printed.
 
     Raises:
       ParseError: an option is unknown, missing or cannot be read. tyro has printed a message that names it.
-      InputError: the dataclass does not allow a value. tyro would print this error in a frame of its own and exit.
+      InputError: the dataclass does not allow a value. tyro would print this error in a frame and exit.
     """
     argv = replace_renamed(argv, prog)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **tyro_options)
+            config = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(command, args=argv, prog=prog, config=config, registry=_unwrap_help(), **tyro_options)
     except SystemExit as e:
         if not e.code:
             return None
@@ -77,6 +80,37 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
                 raise cause from None
         sys.stderr.write(message.getvalue())
         raise ParseError(prog) from None
+
+
+def _unwrap_help() -> ConstructorRegistry:
+    """Returns a registry for `tyro.cli` that joins the lines of each option's help text.
+
+    tyro keeps the line breaks of indented docstrings and wraps each line again, which makes the help ragged.
+    """
+    registry, is_delegating = ConstructorRegistry(), False
+
+    @registry.struct_rule
+    def unwrap(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal is_delegating
+        if is_delegating or not dataclasses.is_dataclass(info.type):
+            return None
+        is_delegating = True  # the next call returns None, so that tyro's rule for dataclasses applies
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            is_delegating = False
+        if not isinstance(spec, StructConstructorSpec):
+            return spec
+        fields = (dataclasses.replace(f, helptext=partial(_join_lines, f.helptext)) for f in spec.fields)
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def _join_lines(helptext: str | Callable[[], str | None] | None) -> str | None:
+    """Returns a help text, which tyro may compute only when it is needed, in one line."""
+    text = helptext() if callable(helptext) else helptext
+    return text and " ".join(text.split())
 
 
 def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, prog: str) -> int:
@@ -97,7 +131,7 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
 
 
 def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -> int:
-    """Does the work and returns its exit code. An error or a warning becomes one line on standard error."""
+    """Calls `work` and returns its exit code. An error or a warning becomes one line on standard error."""
 
     def report(message: str, code: int) -> int:
         if debug:
@@ -109,7 +143,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
         print(f"{prog}: warning: {message}", file=sys.stderr)
 
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8, whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8 in every locale
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)
@@ -153,9 +187,9 @@ def exit_with(main: Callable[[], int]) -> None:
 def _report_unraisable(unraisable: Any) -> None:
     """Handles exceptions that Python cannot raise (`sys.unraisablehook`).
 
-    An interrupt is sent again. "Event loop is closed" is dropped: when a checkpoint cannot be read, Orbax closes its
-    event loop while other reads are running, and each of them would print a traceback after the line that says what is
-    wrong. Everything else is reported as usual.
+    An interrupt is sent again. "Event loop is closed" is ignored: when a checkpoint cannot be read, Orbax closes its
+    event loop while other reads are running, and each of them would print a traceback after the line that reports the
+    error. Everything else is reported as usual.
     """
     exception = unraisable.exc_value
     if isinstance(exception, KeyboardInterrupt):
@@ -165,7 +199,7 @@ def _report_unraisable(unraisable: Any) -> None:
 
 
 def _stdout_is_broken() -> bool:
-    """Returns whether standard output accepts nothing. If so, discards what is unwritten: Python would try again."""
+    """Returns whether standard output accepts nothing. If so, discards the buffered output: Python would try again."""
     try:
         print(end="", flush=True)
     except OSError:

@@ -30,8 +30,7 @@ class Attribute(GreedyCommand):
     """File of texts without the attribute, one per line."""
 
     strength: tuple[float, ...] = (1.0,)
-    """Factors of the attribute vector, one or several numbers, after the texts; negative factors weaken the
-    attribute."""
+    """One or several factors of the attribute vector, after the texts; negative factors weaken the attribute."""
 
     def check(self) -> None:
         super().check()
@@ -54,8 +53,9 @@ class Neighbours(GreedyCommand):
     """Decodes latents around each text, at a distance from its posterior mean in random directions; greedy unless a
     sampling option is given.
 
-    For scale: samples of the prior are about √(latent size) away from the origin. Writes lines {"text", "radius",
-    "generated"}.
+    For scale: samples of the prior are about √(latent size) away from the origin.
+
+    Writes lines {"text", "radius", "generated"}.
     """
 
     radius: float = 1.0
@@ -85,8 +85,8 @@ class Neighbours(GreedyCommand):
 class Combine(GreedyCommand):
     """Adds and subtracts texts: decodes Σ weight · posterior mean; greedy unless a sampling option is given.
 
-    Takes as many texts as weights, or a file whose lines hold that many with tabs between them. Writes lines {"texts",
-    "weights", "text"}.
+    Takes as many texts as weights, or a file whose lines contain that many texts, separated by tabs. Writes lines
+    {"texts", "weights", "text"}.
     """
 
     weights: tuple[float, ...]
@@ -110,7 +110,7 @@ class Combine(GreedyCommand):
 
 
 def check_numbers(numbers: tuple[float, ...], name: str) -> None:
-    """Raises OptionError if there is no number, or one that is not finite."""
+    """Raises OptionError if there are no numbers, or if one of them is not finite."""
     if not numbers or not all(map(np.isfinite, numbers)):
         given = " ".join(map(str, numbers)) or "nothing"
         raise OptionError(name, f"must be finite numbers, not {given}")

@@ -1,4 +1,4 @@
-"""The `davae` program: finds the command and runs it."""
+"""The `davae` program: selects a command and runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "reconstruct": ("encode texts to their posterior mean and decode it", _command("text", "Reconstruct")),
     "sample": ("sample texts from the prior", _command("text", "Sample")),
     "interpolate": ("interpolate between two texts", _command("text", "Interpolate")),
-    "analogy": ("complete an analogy: what is to C as B is to A", _command("text", "Analogy")),
+    "analogy": ("complete an analogy: A is to B as C is to …", _command("text", "Analogy")),
     "attribute": ("strengthen or weaken an attribute that examples show", _command("latent", "Attribute")),
     "neighbours": ("sample texts around a text", _command("latent", "Neighbours")),
     "combine": ("add and subtract texts in the latent space", _command("latent", "Combine")),
@@ -60,7 +60,7 @@ def _without_command(argv: list[str]) -> None:
         print(importlib.metadata.version("davae-jax"))
     else:
         problem = f"unknown command {argv[0]!r}" if argv else "no command given"
-        raise InputError(f"{problem}; known: {', '.join(COMMANDS)} (davae --help)", exit_code=2)
+        raise InputError(f"{problem}; available: {', '.join(COMMANDS)} (davae --help)", exit_code=2)
 
 
 def script() -> None:

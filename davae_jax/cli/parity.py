@@ -21,7 +21,7 @@ class Parity(Command):
     """Weights of the PyTorch side, if not SRC: the folder that SRC was converted from."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision of JAX; PyTorch computes in float32. The tolerance is larger for bfloat16."""
+    """Compute dtype of JAX; PyTorch computes in float32. The tolerance is larger for bfloat16."""
 
     batch_size: int = 2
     """Number of rows of the random inputs."""
@@ -35,8 +35,7 @@ class Parity(Command):
     """Random seed of the inputs."""
 
     gradients: bool = True
-    """Compare the gradients of all weights too. Takes half of the time, and a temporary file in TMPDIR as large as the
-    weights."""
+    """Also compare the gradients of all weights. This takes half of the time, and disk space for them in TMPDIR."""
 
     def run(self) -> int:
         from davae_jax.parity.compare import compare, format_report

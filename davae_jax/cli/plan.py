@@ -1,4 +1,4 @@
-"""`davae plan`: what a training run will need on so many chips, as a table."""
+"""`davae plan`: estimates the resources of a training run and prints them as a table."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PlanCommand(Command):
-    """Estimates memory, compute and communication of a training run on other machines. The first word is a preset,
-    which any option of `train.py` changes; the mesh covers `--chips`.
+    """Estimates the memory, compute and communication of a training run on other hardware.
+
+    The first word is a preset; any option of `train.py` changes its settings. The mesh covers `--chips`.
     """
 
     chip: Literal[tuple(CHIPS)] = "h200"
@@ -35,10 +36,10 @@ class PlanCommand(Command):
     """Number of chips."""
 
     efficiency: float = 0.4
-    """Fraction of the chips' peak FLOP/s and of their links' bandwidth that is reached, for the expected time."""
+    """Attained fraction of the chips' peak FLOP/s and of their links' bandwidth, for the expected time."""
 
     json: Path | None = None
-    """JSON file for the same numbers, unrounded."""
+    """JSON file to which the same numbers are written, unrounded."""
 
     preset: tyro.conf.Suppress[str] = "randeng-1b"
     config: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)]
@@ -47,7 +48,7 @@ class PlanCommand(Command):
     def parse(cls, argv: Sequence[str], prog: str) -> PlanCommand | None:
         argv = list(argv)
         if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
-            raise InputError(f"no preset {argv[0]!r}; known: {', '.join(PRESETS)}", exit_code=2)
+            raise InputError(f"no preset {argv[0]!r}; available: {', '.join(PRESETS)}", exit_code=2)
         preset = "randeng-1b"
         if argv and argv[0] in PRESETS:
             preset = argv.pop(0)
@@ -72,32 +73,32 @@ class PlanCommand(Command):
 
 
 def format_plan(plan: Plan, tokenizers: str) -> str:
-    """Returns the plan as a table. tokenizers: says which tokenizers the vocabulary sizes are taken from."""
+    """Returns the plan as a table. tokenizers: a description of the tokenizers that determine the vocabulary sizes."""
     from davae_jax.planning.memory import MAX_CHIPS
 
     config, chip, model = plan.config, plan.chip, plan.config.model
     longest = plan.tokens // config.batch_size
     lines = [
         f"{plan.chips} × {chip.name}, mesh {_mesh(plan.mesh)}",
-        f"{config.batch_size} texts of {longest} tokens a step"
-        + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        f"{config.batch_size} texts of {longest} tokens per step"
+        + (f" in {config.accumulate} micro-batches" if config.accumulate > 1 else "")
         + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
-        *(["each row is counted as one text; packed rows may be longer for the encoder"] if config.data.pack else []),
+        *(["each row counts as one text; packed rows may be longer for the encoder"] if config.data.pack else []),
         f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
-        f"{model.encoder.vocab_size:,} and {model.decoder.vocab_size:,} rows of tokens: {tokenizers}",
+        f"vocabulary sizes: encoder {model.encoder.vocab_size:,}, decoder {model.decoder.vocab_size:,} ({tokenizers})",
         "",
         _row("memory per device", "GB"),
         *(_row(f"  {kind}", f"{n / 1e9:.3f}") for kind, n in plan.memory.items()),
         _row("  total", f"{sum(plan.memory.values()) / 1e9:.3f}")
         + f"  of {chip.memory / 1e9:.1f}: {'fits' if plan.fits else 'DOES NOT FIT'}",
         "",
-        _row("work per step", "TFLOP"),
+        _row("FLOPs per step", "TFLOP"),
         *(_row(f"  {part}", f"{n / 1e12:.3f}") for part, n in plan.flops.items()),
-        _row("  the model's", f"{sum(plan.flops.values()) / 1e12:.3f}"),
-        _row("  computed again", f"{plan.recomputed / 1e12:.3f}"),
-        _row("  of each device", f"{plan.flops_per_device / 1e12:.3f}"),
+        _row("  model total", f"{sum(plan.flops.values()) / 1e12:.3f}"),
+        _row("  recomputation", f"{plan.recomputed / 1e12:.3f}"),
+        _row("  per device", f"{plan.flops_per_device / 1e12:.3f}"),
         "",
-        _row("sent per step and device", "GB"),
+        _row("communication per step and device", "GB"),
         *(
             _row(f"  over {name}", f"{axis.bytes / 1e9:.3f}") + (f"  at {axis.rate / 1e9:.1f} GB/s" * (axis.size > 1))
             for name, axis in plan.traffic.items()
@@ -106,12 +107,12 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         _row(f"time per step, {plan.efficiency:.0%} of bfloat16 peak", "s"),
         _row("  compute", f"{plan.compute_seconds:.4f}"),
         _row("  communication", f"{plan.communication_seconds:.4f}"),
-        _row("  step", f"{plan.seconds[0]:.4f}") + f"  to {plan.seconds[1]:.4f}, as the one hides the other or not",
+        _row("  step", f"{plan.seconds[0]:.4f}") + f" (full overlap) to {plan.seconds[1]:.4f} (no overlap)",
         _row("tokens per second", f"{plan.tokens / plan.seconds[1]:,.0f}")
         + f"  to {plan.tokens / plan.seconds[0]:,.0f}",
         "",
-        _row(f"fewest {chip.name} that it fits on", str(plan.fewest[0]) if plan.fewest else "none")
-        + (f"  mesh {_mesh(plan.fewest[1])}" if plan.fewest else f"  up to {MAX_CHIPS} with this batch"),
+        _row(f"minimum number of {chip.name}", str(plan.min_chips[0]) if plan.min_chips else "none")
+        + (f"  mesh {_mesh(plan.min_chips[1])}" if plan.min_chips else f"  up to {MAX_CHIPS} with this batch size"),
     ]
     return "\n".join(lines)
 

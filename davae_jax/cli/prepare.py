@@ -19,14 +19,14 @@ from davae_jax.utils.errors import check_options
 class Prepare(Command):
     """Tokenizes texts into shards for `train.py --data.train DIR`.
 
-    After an interruption, the same command continues where it stopped. Blank texts and texts that are too long are left
-    out and counted. Lines that cannot be read are counted too, and bad_lines.jsonl lists the first of them.
+    After an interruption, the same command continues where it stopped. Blank texts and texts that are too long are
+    dropped and counted. Lines that cannot be read are counted as well, and bad_lines.jsonl lists the first of them.
     """
 
     input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")]
-    """Files of plain text with one text a line (.txt), JSON Lines (.jsonl, .json, .ndjson), Parquet (.parquet) and
+    """Files of plain text with one text per line (.txt), JSON Lines (.jsonl, .json, .ndjson), Parquet (.parquet) or
     Arrow (.arrow). Plain text and JSON Lines may be compressed (.gz, .zst). A folder, such as a Hugging Face dataset,
-    stands for its files, which must have one format."""
+    is replaced by the files in it, which must have the same format."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the result."""
@@ -35,31 +35,31 @@ class Prepare(Command):
     """Folder with spiece.model and vocab.txt."""
 
     field: str = "text"
-    """The field of JSON Lines, or the column of a table, that holds the text."""
+    """JSON field or table column that contains the text."""
 
     max_length: int = 512
-    """The most decoder tokens of a text, its beginning and its end token included. Longer texts are left out."""
+    """Maximum number of decoder tokens per text, including bos and the end token; longer texts are dropped."""
 
     encoder_positions: int = 512
-    """The number of positions of the model's encoder. Texts of more encoder tokens are left out."""
+    """Number of positions of the model's encoder; texts with more encoder tokens are dropped."""
 
     truncate: bool = False
-    """Keep texts that are too long for the encoder. It reads their beginning, and the decoder reads them up
-    to --max-length. For training with --data.segment-length."""
+    """Keep texts that are too long for the encoder, which then reads only their beginning. The decoder reads them up
+    to --max-length. Use this for training with --data.segment-length."""
 
-    held_out: Annotated[float | None, option_hint("FRACTION", "0.01; less of large inputs, about 16 MB")] = None
-    """The fraction of the distinct texts that is kept for measurements, with all copies of each."""
+    held_out: Annotated[float | None, option_hint("FRACTION", "0.01, but at most about 16 MB")] = None
+    """Fraction of distinct texts to hold out; duplicates go with their text."""
 
     decoder_vocab_size: int = 8000
-    """The size of the decoder's vocabulary, where tokenizers are trained."""
+    """Vocabulary size of the decoder, if tokenizers are trained."""
 
     encoder_vocab_size: int = 8000
-    """The size of the encoder's vocabulary, where tokenizers are trained."""
+    """Vocabulary size of the encoder, if tokenizers are trained."""
 
-    shard_size: Annotated[int | None, option_hint("MIB", "a 256th of the input, from 1 to 1024")] = None
-    """MiB of text in a shard."""
+    shard_size: Annotated[int | None, option_hint("MIB", "1/256 of the input, from 1 to 1024")] = None
+    """Size of a shard, in MiB of text."""
 
-    workers: Annotated[int | None, option_hint("INT", "one for each core")] = None
+    workers: Annotated[int | None, option_hint("INT", "one per core")] = None
     """Number of worker processes; does not change the result."""
 
     def run(self) -> None:
@@ -78,8 +78,8 @@ class Prepare(Command):
         )
         tokenizers = self.tokenizers or VocabularySizes(self.decoder_vocab_size, self.encoder_vocab_size)
         counts = build_shards(self.input, self.output, settings, tokenizers, self.workers)
-        excluded = describe_dropped(counts)
+        dropped = describe_dropped(counts)
         print(
             f"{self.output}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} decoder tokens, "
-            f"{counts['encoder_tokens']:,} encoder tokens" + (f"; left out: {excluded}" if excluded else "")
+            f"{counts['encoder_tokens']:,} encoder tokens" + (f"; dropped: {dropped}" if dropped else "")
         )

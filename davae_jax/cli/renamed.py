@@ -1,4 +1,4 @@
-"""Options that earlier versions called by another name. The old names still work."""
+"""Options that had other names in earlier versions. The old names still work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TRAIN_OPTIONS = {
     "--data.pieces": "--data.decoder-vocab-size",
     "--data.entries": "--data.encoder-vocab-size",
 }
-# Program → old name → today's name.
+# Program → old name → current name.
 RENAMED_OPTIONS = {
     "train.py": _TRAIN_OPTIONS,
     "davae plan": _TRAIN_OPTIONS,
@@ -22,7 +22,7 @@ RENAMED_OPTIONS = {
 
 
 def replace_renamed(argv: Sequence[str], prog: str) -> list[str]:
-    """Returns a command line in which today's names replace old ones, up to the word "--", and says so on stderr.
+    """Returns a command line in which current names replace old ones, up to the word "--", and reports each on stderr.
 
     prog: the program, "train.py" or "davae prepare"; the name of a preset may follow.
     """

@@ -53,7 +53,7 @@ class TextCommand(Command):
     """JSON Lines file for the results; it appears when it is complete."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision. On a CPU, float32 is faster."""
+    """Compute dtype. On a CPU, float32 is faster."""
 
     batch_size: int = 16
     """Number of texts per batch; affects speed and memory, not results."""
@@ -62,7 +62,7 @@ class TextCommand(Command):
     """Random seed."""
 
     max_length: Annotated[int | None, _INT] = None
-    """Maximum number of tokens of a text, prompt included."""
+    """Maximum number of tokens per text, including the prompt."""
 
     temperature: Annotated[float | None, _FLOAT] = None
     """Sampling temperature: the logits are divided by it; above 0."""
@@ -74,14 +74,14 @@ class TextCommand(Command):
     """Nucleus sampling: sample from the most likely tokens with this total probability; 0 and 1 are off."""
 
     repetition_penalty: Annotated[float | None, _FLOAT] = None
-    """Divides a token's probability once for each time that the text contains it already; 1 is off."""
+    """Factor by which a token's probability is divided for each earlier occurrence in the text; 1 is off."""
 
     def run(self) -> None:
         self.check()
         self.write(self.results())
 
     def results(self) -> list[dict]:
-        """Does the work. Returns a dict for each line of the output."""
+        """Computes the results. Returns a dict for each line of the output."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -130,10 +130,10 @@ class TextCommand(Command):
     def read_groups(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
         """Returns groups of n texts, and a function that names the group of the i-th text in messages.
 
-        The texts of the command line are one group. In a file each line is a group, with tabs between its texts.
+        The texts of the command line are one group. In a file each line is a group of texts separated by tabs.
 
         Raises:
-          InputError: a group has another number of texts; `why` is appended to the number.
+          InputError: a group does not have n texts; `why` is appended to the number.
         """
         texts, label = self.read()
         groups = [tuple(texts)] if self.texts else [tuple(line.split("\t")) for line in texts]
@@ -141,7 +141,7 @@ class TextCommand(Command):
             if len(group) != n:
                 if self.texts:
                     raise InputError(f"needs {n} texts{why}, not {len(group)}", exit_code=2)
-                raise InputError(f"{label(number)}: needs {n} texts with tabs between{why}, not {len(group)}")
+                raise InputError(f"{label(number)}: needs {n} texts separated by tabs{why}, not {len(group)}")
         return groups, (label if self.texts else lambda i: label((i - 1) // n + 1))
 
     def write(self, results: list[dict]) -> None:
@@ -165,13 +165,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_output(path: Path, option: str = "--output") -> None:
-    """Raises InputError if a file cannot be written, so that this is known before hours of work."""
+    """Raises InputError if a file cannot be written, so that the error comes before hours of work."""
     folder = path.resolve().parent
     is_special = path.exists() and not path.is_file()
     if path.is_dir():
         raise InputError(f"{path}: is a folder; {option} needs a file")
     if not folder.is_dir():
-        raise InputError(f"{path}: cannot be written (no folder {folder})")
+        raise InputError(f"{path}: cannot be written ({folder} does not exist)")
     if not os.access(path if is_special else folder, os.W_OK):
         raise InputError(f"{path}: cannot be written (Permission denied)")
 
@@ -280,12 +280,12 @@ class Reconstruct(GreedyCommand):
 class Interpolate(GreedyCommand):
     """Interpolates between the posterior means of two texts; greedy unless a sampling option is given.
 
-    Takes two texts, or a file whose lines hold two texts with a tab between them. Writes lines {"from", "to", "weight",
-    "text"}.
+    Takes two texts, or a file whose lines contain two texts, separated by a tab. Writes lines
+    {"from", "to", "weight", "text"}.
     """
 
     steps: int = 7
-    """Number of texts, both ends included."""
+    """Number of texts, including both ends."""
 
     spherical: bool = False
     """Spherical interpolation, which keeps the norm of the latents, instead of linear."""
@@ -317,8 +317,8 @@ class Analogy(GreedyCommand):
     """Completes the analogy A is to B as C is to …: decodes mean(B) − mean(A) + mean(C); greedy unless a sampling
     option is given.
 
-    Takes three texts, or a file whose lines hold three texts with tabs between them. Writes lines {"a", "b", "c",
-    "text"}.
+    Takes three texts, or a file whose lines contain three texts, separated by tabs. Writes lines
+    {"a", "b", "c", "text"}.
     """
 
     def results(self) -> list[dict]:

@@ -1,4 +1,4 @@
-"""`train.py`: parses a preset and every field of `TrainConfig` as an option, trains, and says how to continue."""
+"""`train.py`: parses a preset and every field of `TrainConfig` as an option, trains, and prints the next command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
     """Parses the options of train.py. The first word may be a preset; the default is the demo.
 
     Returns:
-      The preset's name and the settings, or None if the help text was asked for.
+      The preset's name and the settings, or None if the help text was requested.
 
     Raises:
       ParseError, OptionError: an option is unknown, cannot be read, or does not allow its value.
@@ -114,7 +114,7 @@ def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str
     if result.interrupted:
         multihost.disconnect()
         if multihost.is_process_zero():
-            print(f"interrupted after step {result.step}; to go on: {resume_command(argv)}", file=sys.stderr)
+            print(f"interrupted after step {result.step}; to resume: {resume_command(argv)}", file=sys.stderr)
         return INTERRUPTED
     if multihost.is_process_zero():
         run = result.run

@@ -28,7 +28,7 @@ class WarmStart(Command):
     """Transformer-XL in the Fengshenbang 1.1B layout: folder with the same files, or a repo id."""
 
     config: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the published settings)")] = None
-    """A complete config.json, for all settings that the sources' own config.json files lack."""
+    """A complete config.json, for all settings that the config.json files of the sources lack."""
 
     latent_size: Annotated[
         int | None,

@@ -1,8 +1,8 @@
-"""Cached decoding of a batch: one compiled loop, a token of every row at each step.
+"""Decodes a batch with a cache: one compiled loop, which computes one token of every row per step.
 
-Every row begins at position 0, whatever the length of its prompt, so all rows share one position. From the end of the
-shortest prompt on, each step reads one token of every row; in a row with a longer prompt, the prompt's own token
-replaces the drawn one until the prompt ends. Two behaviours of the published loop are not reproduced: it overwrites
+Every row begins at position 0, independently of the length of its prompt, so all rows share one position. From the end
+of the shortest prompt on, each step reads one token of every row; in a row with a longer prompt, the prompt's own token
+replaces the sampled one until the prompt ends. Two behaviours of the published loop are not reproduced: it overwrites
 id 127 by 0 in the first generated column, and it stops all rows when the probability mass of one of them is 0.
 
 The loop is compiled once per bucket (batch size, length and prefill, each rounded up to a power of two) and per
@@ -35,7 +35,7 @@ SamplingMode = Literal["greedy", "plain", "filtered"]
 class DecodingBatch:
     """The prompts and latents of a batch, padded to the size that the loop is compiled for.
 
-    latent: one row for each text; None for a plain language model.
+    latent: one row per text; None for a plain language model.
     tokens: the prompts, each at the beginning of its row. C is the capacity in tokens, at least max_length.
     prompt_lengths: the number of tokens of each prompt, at least 1.
     done: True in rows that only fill up the batch; nothing is generated there.
@@ -52,12 +52,12 @@ class DecodingBatch:
 class DecodingState:
     """The state that the decoding loop carries from step to step.
 
-    position: the column of `tokens` that the next step reads; every column up to it is known. One for all rows.
-    tokens: prompts and generated ids. Columns after `position` hold the rest of longer prompts, or filler.
+    position: the column of `tokens` that the next step reads; every column up to it is known. It is shared by all rows.
+    tokens: prompts and generated ids. Columns after `position` contain the rest of longer prompts, or filler.
     lengths: the number of ids of each row's result: prompt and continuation, without the end token.
-    done: rows that have drawn the end token, and rows that only fill up the batch.
+    done: True in rows whose end token has been sampled, and in rows that only fill up the batch.
     counts: how often each id occurs in columns 0 to `position` of a row, for the repetition penalty.
-    cache: keys and values of each layer for columns 0 to `position` − 1. Later columns hold filler, which no query
+    cache: keys and values of each layer for columns 0 to `position` − 1. Later columns contain filler, which no query
       sees before the step that overwrites it.
     """
 
@@ -83,14 +83,14 @@ def run_decoding_loop(
     mode: SamplingMode,
     prefill: int,
 ) -> tuple[Int[Array, "B C"], Int[Array, "B"]]:
-    """Continues the prompts of a batch. Returns the ids and how many of each row belong to its result.
+    """Continues the prompts of a batch. Returns the ids, and the number of ids of each row's result.
 
     Args:
-      start: the position of the last token that all prompts have, where the loop begins.
-      max_length: the largest number of tokens of a row, prompt included.
-      key: row i draws from `fold_in(key, first_row + i)`.
+      start: the position at which the loop begins: the last one that all prompts contain.
+      max_length: the maximum number of tokens per row, including the prompt.
+      key: row i samples with `fold_in(key, first_row + i)`.
       settings: temperature, top_k, top_p and repetition_penalty.
-      prefill: how many columns are read at once before the loop, `start` or more of them; 0: none.
+      prefill: the number of columns, at least `start`, that are read at once before the loop; 0 is off.
     """
     model = merge(graphdef, params)
     decoder = model.decoder
@@ -106,13 +106,13 @@ def run_decoding_loop(
         position = state.position
         current = lax.dynamic_slice_in_dim(state.tokens, position, 1, axis=1)
         final, cache = cached_step(decoder, current, latent_term, state.cache, relative_keys, position)
-        drawn = choose_next_ids(decoder.logits(final[:, 0]), state.counts, keys, position, settings, mode)
-        of_prompt = lax.dynamic_slice_in_dim(state.tokens, position + 1, 1, axis=1)[:, 0]
-        following = jnp.where(position + 1 < batch.prompt_lengths, of_prompt, drawn)
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, following[:, None], position + 1, axis=1)
-        done = state.done | (following == model.config.end_token_id)
+        sampled = choose_next_ids(decoder.logits(final[:, 0]), state.counts, keys, position, settings, mode)
+        prompt_ids = lax.dynamic_slice_in_dim(state.tokens, position + 1, 1, axis=1)[:, 0]
+        next_ids = jnp.where(position + 1 < batch.prompt_lengths, prompt_ids, sampled)
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, next_ids[:, None], position + 1, axis=1)
+        done = state.done | (next_ids == model.config.end_token_id)
         lengths = jnp.where(done, state.lengths, jnp.maximum(state.lengths, position + 2))
-        counts = state.counts.at[jnp.arange(B), following].add(1)
+        counts = state.counts.at[jnp.arange(B), next_ids].add(1)
         return DecodingState(position + 1, tokens, lengths, done, counts, cache)
 
     cache = empty_cache(decoder, B, C)
@@ -133,9 +133,9 @@ def cached_step(
     relative_keys: list[Float[Array, "N 2C H"]],
     position: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-    """Reads T tokens, the first of which stands at `position`. Returns the final hidden states and the filled cache.
+    """Reads T tokens, the first of which is at `position`. Returns the final hidden states and the filled cache.
 
-    relative_keys: of each layer, from `all_relative_keys`.
+    relative_keys: the result of `all_relative_keys`.
     """
     T, C = ids.shape[1], cache[0][0].shape[2]
     mask = causal_mask(T, C, offset=position)
@@ -168,7 +168,7 @@ def empty_cache(decoder: Decoder, batch_size: int, capacity: int) -> KeyValueCac
 
 
 def sampling_mode(settings: dict[str, Any]) -> SamplingMode:
-    """Returns the cheapest way to choose an id that follows the settings."""
+    """Returns the cheapest mode that implements the settings."""
     if settings["top_k"] == 1:
         return "greedy"
     return "plain" if settings["top_k"] == 0 and settings["top_p"] in (0, 1) else "filtered"
@@ -187,7 +187,7 @@ def choose_next_ids(
     Args:
       counts: how often each id occurs in the row so far.
       keys: a key for each row.
-      mode: "greedy" is top_k 1, which leaves only the most likely id, so that no other setting matters; "plain" draws
+      mode: "greedy" is top_k 1, which leaves only the most likely id, so that no other setting matters; "plain" samples
         from all ids; "filtered" applies top-k and nucleus filtering first.
     """
     if mode == "greedy":

@@ -1,4 +1,4 @@
-"""Generation of token ids: checks a request, pads it to the size of a compiled program, and runs the decoding loop."""
+"""Generates token ids: checks a request, pads it to the size of a compiled program, and runs the decoding loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from davae_jax.parallel.sharding import shard_batch
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.shapes import power_of_two
 
-LENGTH_LIMIT = 1 << 16  # tokens of a text; the keys and values of longer ones would exceed any machine's memory
+LENGTH_LIMIT = 1 << 16  # tokens per text; the keys and values of longer ones would exceed any machine's memory
 
 
 def generate(
@@ -35,12 +35,12 @@ def generate(
     """Continues each prompt, given its latent.
 
     Args:
-      latent: one row for each text; None for a plain language model (prompts are then required).
+      latent: one row per text; None for a plain language model (prompts are then required).
       prompts: lists of ids, used as they are; None is [bos] for every row.
-      max_length: the largest number of tokens of a row, prompt included. It and the sampling settings default to the
-        model's config.
-      key: default `jax.random.key(0)`. Row i draws from `fold_in(key, first_row + i)`, so a row's draws do not depend
-        on the other rows, and a long list can be generated in parts.
+      max_length: the maximum number of tokens per row, including the prompt. It and the sampling settings default to
+        the model's config.
+      key: default `jax.random.key(0)`. Row i samples with `fold_in(key, first_row + i)`, so its result does not depend
+        on the other rows, and a long list can be generated in several calls.
 
     Returns:
       A list of ids for each row: prompt and continuation, without the end token.
@@ -62,7 +62,7 @@ def generate(
     tokens, lengths = run_decoding_loop(
         graphdef,
         params,
-        shard_batch(batch, params),  # on a mesh, each device has its part of the rows and of their cache
+        shard_batch(batch, params),  # on a mesh, each device has a shard of the rows and of their cache
         start=start,
         max_length=max_length,
         key=jax.random.key(0) if key is None else key,
@@ -88,7 +88,7 @@ def sampling_settings(config: DAVAEConfig, temperature=None, top_k=None, top_p=N
 
 
 def check_max_length(max_length: int) -> None:
-    """Raises InputError (exit code 2) where the largest number of tokens is out of its range."""
+    """Raises InputError (exit code 2) if the maximum number of tokens is out of its range."""
     if not 1 <= max_length <= LENGTH_LIMIT:
         raise OptionError("max_length", f"must be 1 to {LENGTH_LIMIT}, not {max_length}")
 
@@ -102,33 +102,35 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_length: int, config: DAV
         elif len(prompt) > max_length:
             problem = f"has {len(prompt)} tokens, more than max_length {max_length}"
         elif config.end_token_id in prompt:
-            problem = f"holds the end token {config.end_token_id}"
+            problem = f"contains the end token {config.end_token_id}"
         elif unknown := [i for i in prompt if not 0 <= i < config.decoder.vocab_size]:
-            problem = f"holds the id {unknown[0]}, outside the vocabulary of {config.decoder.vocab_size}"
+            problem = f"contains the id {unknown[0]}, outside the vocabulary of {config.decoder.vocab_size}"
         else:
             continue
         raise OptionError(f"prompt {row}", problem)
 
 
 def _check_request(latent, prompts, max_length: int, config: DAVAEConfig) -> list[list[int]]:
-    """Returns the prompts as lists of ints, [bos] for each latent where none are given.
+    """Returns the prompts as lists of ints, or [bos] for each latent if none are given.
 
     Raises:
-      InputError: as `generate` describes, or a latent has the wrong shape or holds values that are not finite.
+      InputError: as `generate` describes, or a latent has the wrong shape or contains values that are not finite.
     """
     if prompts is None:
         if latent is None:
             raise InputError("generate needs a latent, prompts, or both", exit_code=2)
         if np.ndim(latent) != 2:
-            raise InputError(f"the latent is {list(np.shape(latent))}, not [n, {config.latent_size}]", exit_code=2)
+            raise InputError(
+                f"the latent must have shape [n, {config.latent_size}], not {list(np.shape(latent))}", exit_code=2
+            )
         prompts = [[config.bos_token_id]] * len(latent)
     prompts = [[int(i) for i in prompt] for prompt in prompts]
     check_prompts(prompts, max_length, config)
     expected = (len(prompts), config.latent_size)
     if latent is not None and np.shape(latent) != expected:
-        raise InputError(f"the latent is {list(np.shape(latent))}, not {list(expected)}", exit_code=2)
+        raise InputError(f"the latent must have shape {list(expected)}, not {list(np.shape(latent))}", exit_code=2)
     if latent is not None and not np.isfinite(latent).all():
-        raise InputError("the latent holds NaN or infinite values", exit_code=2)
+        raise InputError("the latent contains NaN or infinity", exit_code=2)
     return prompts
 
 

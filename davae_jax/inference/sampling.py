@@ -1,4 +1,4 @@
-"""The distribution of the next token, computed from logits as published:
+"""Computes the distribution of the next token from logits, as published:
 
 logits / temperature → top-k → nucleus → softmax → repetition penalty on the probabilities → renormalization.
 """
@@ -26,8 +26,8 @@ def next_token_probs(
     """Returns the probabilities of the next token in float32; each row sums to 1.
 
     Args:
-      previous_ids: the context so far, beginning-of-text token and prompt included. Each occurrence of an id divides
-        its probability by the penalty once.
+      previous_ids: the context so far, including the beginning-of-text token and the prompt. Each occurrence of an id
+        divides its probability by the penalty once.
       top_k: keeps the k most likely ids and all ties with the k-th; 0 is off.
       top_p: removes an id if the mass of the more likely ones exceeds top_p, so that the most likely one always
         remains (Holtzman et al. 2020); 0 and 1 are off.
@@ -45,7 +45,7 @@ def canonical_settings(
 ) -> dict[str, float | int]:
     """Returns the settings with one type each, in values that float32 and int32 can represent.
 
-    Without it, an int in place of a float would compile a caller's loop again.
+    Without it, an int in place of a float would make a caller's loop compile again.
     """
     return {
         "temperature": float(temperature),
@@ -110,11 +110,11 @@ def _order_to_float(order: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def penalized_log_probs(logits: Float[Array, "B V"], counts: Float[Array, "B V"], penalty) -> Float[Array, "B V"]:
-    """Returns log(p / penalty^count), renormalized. In logarithms, no count can underflow the whole mass of a row."""
+    """Returns log(p / penalty^count), renormalized. In logarithms, no count makes a row's total mass underflow."""
     return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-1) - counts * jnp.log(penalty), axis=-1)
 
 
 def count_ids(ids: Int[Array, "B S"], weights: Array, vocab_size: int) -> Float[Array, "B V"]:
-    """Returns how often each id occurs in each row, each occurrence weighted by `weights` (0 leaves it out)."""
+    """Returns how often each id occurs in each row, each occurrence weighted by `weights` (0 ignores it)."""
     rows = jnp.arange(ids.shape[0])[:, None]
     return jnp.zeros((ids.shape[0], vocab_size), jnp.float32).at[rows, ids].add(weights.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""`TextVAE`: a model with its tokenizers, from texts to texts."""
+"""`TextVAE`: a model with its tokenizers, whose methods take and return texts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class TextVAE:
     The methods take any number of texts and process them in batches. The result for a text depends on the seed and on
     the text's index in the list, and not on the batch size.
 
-    `**sampling` is any of max_length (in tokens, `<bos>` and prompt included), temperature, top_k, top_p and
+    `**sampling` is any of max_length (in tokens, including `<bos>` and the prompt), temperature, top_k, top_p and
     repetition_penalty; the defaults are those of the checkpoint's config. All methods but `generate`, `simulate_batch`
     and `sample` decode greedily unless one of the last four settings is given.
 
     Attributes:
-      batch_size: how many texts are processed at once.
+      batch_size: number of texts per batch.
       progress: whether to show a progress bar.
       label: a function from the number of a text, counted from 1, to its name in warnings.
     """
@@ -109,15 +109,15 @@ class TextVAE:
         prompts = _check_texts(prompts)
         for i, prompt in enumerate(prompts, 1):
             if END in prompt:
-                raise OptionError(f"prompt {i}", f"holds the end token {END}")
+                raise OptionError(f"prompt {i}", f"contains the end token {END}")
         return [self.decoder_tokenizer.encode_prompt(prompt) for prompt in prompts]
 
     # Latents.
 
     def posterior(self, texts: Sequence[str]) -> Posterior:
-        """Returns the posterior's mean and log-variance of each text, NumPy arrays [n, L]."""
-        parts = [(np.asarray(p.mean)[:n], np.asarray(p.logvar)[:n]) for p, _, n in self._posteriors(texts)]
-        means, logvars = zip(*parts, strict=True) if parts else ([self._empty_latents()], [self._empty_latents()])
+        """Returns the posterior's mean and log-variance of each text, as NumPy arrays [n, L]."""
+        batches = [(np.asarray(p.mean)[:n], np.asarray(p.logvar)[:n]) for p, _, n in self._posteriors(texts)]
+        means, logvars = zip(*batches, strict=True) if batches else ([self._empty_latents()], [self._empty_latents()])
         return Posterior(np.concatenate(means), np.concatenate(logvars))
 
     def encode(
@@ -131,14 +131,15 @@ class TextVAE:
         """Returns a latent of each text: mean + eps · exp(logvar/2) · std_scale.
 
         Args:
-          eps: standard normal noise; drawn from the seed by default.
+          eps: standard normal noise; sampled with the seed by default.
           std_scale: default: the config's (1.5 as published); 0 gives the mean.
         """
         texts = _check_texts(texts)
         std_scale = self.config.std_scale if std_scale is None else check_std_scale(std_scale)
         eps = self._standard_normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
-            raise OptionError("eps", f"is {list(eps.shape)}, not {[len(texts), self.config.latent_size]}")
+            expected = [len(texts), self.config.latent_size]
+            raise OptionError("eps", f"must have shape {expected}, not {list(eps.shape)}")
         latents = [self._empty_latents()]
         for posterior, start, n in self._posteriors(texts):
             noise = np.zeros(posterior.mean.shape, np.float32)
@@ -154,12 +155,12 @@ class TextVAE:
         """
         ids = self.encoder_ids(texts)
         for start, stop in self._batches(len(ids), "encode"):
-            part = ids[start:stop]
-            length = min(power_of_two(max(map(len, part))), self.config.encoder.max_position_embeddings)
-            batch = np.zeros((power_of_two(len(part), least=1), length), np.int32)
-            for row, row_ids in enumerate(part):
+            batch_ids = ids[start:stop]
+            length = min(power_of_two(max(map(len, batch_ids))), self.config.encoder.max_position_embeddings)
+            batch = np.zeros((power_of_two(len(batch_ids), least=1), length), np.int32)
+            for row, row_ids in enumerate(batch_ids):
                 batch[row, : len(row_ids)] = row_ids
-            yield self.model.encode(batch), start, len(part)
+            yield self.model.encode(batch), start, len(batch_ids)
 
     def _empty_latents(self) -> np.ndarray:
         return np.zeros((0, self.config.latent_size), np.float32)
@@ -174,19 +175,19 @@ class TextVAE:
         ids = self.check(prompts, **sampling)
         if ids is not None and len(ids) != len(latent):
             raise InputError(f"{len(ids)} prompts for {len(latent)} latents", exit_code=2)
-        key = _purpose_key(seed, "draw")
+        key = _purpose_key(seed, "tokens")
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
-            part = None if ids is None else ids[start:stop]
-            out = generate(self.model, latent[start:stop], part, key=key, first_row=start, **sampling)
-            skip = [1] * len(out) if part is None else [len(p) for p in part]
+            prompt_ids = None if ids is None else ids[start:stop]
+            out = generate(self.model, latent[start:stop], prompt_ids, key=key, first_row=start, **sampling)
+            skip = [1] * len(out) if prompt_ids is None else [len(p) for p in prompt_ids]
             texts += self.decode_ids([row[n:] for row, n in zip(out, skip, strict=True)], clean=True)
         return texts
 
     def simulate_batch(
         self, texts: Sequence[str], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
     ) -> list[str]:
-        """Returns a variation of each text, as published: encode, draw a latent (the config's std_scale), generate."""
+        """Returns a variation of each text, as published: encode, sample with the config's std_scale, generate."""
         texts = _check_texts(texts)
         self.check(prompts, **sampling)
         if prompts is not None and len(prompts) != len(texts):
@@ -231,7 +232,7 @@ class TextVAE:
         """Returns the mean latent of texts that have an attribute minus that of texts that lack it, for `shift`."""
         having, lacking = _check_texts(having), _check_texts(lacking)
         if not having or not lacking:
-            raise InputError("an attribute needs a text that has it and one that lacks it", exit_code=2)
+            raise InputError("an attribute needs at least one text that has it and one that lacks it", exit_code=2)
         return np.asarray(attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking))))
 
     def shift(
@@ -243,12 +244,12 @@ class TextVAE:
         seed: int = 0,
         **sampling,
     ) -> list[str]:
-        """Returns each text after adding `strength` · `direction` (an attribute vector, say) to its posterior mean."""
+        """Returns each text after adding `strength` · `direction` (e.g. an attribute vector) to its posterior mean."""
         if np.ndim(strength):
-            raise OptionError("strength", f"is one number, not an array of {list(np.shape(strength))}")
+            raise OptionError("strength", f"must be a scalar, not an array of shape {list(np.shape(strength))}")
         direction = np.asarray(direction, np.float32)
         if direction.shape != (self.config.latent_size,):
-            raise OptionError("direction", f"is {list(direction.shape)}, not {[self.config.latent_size]}")
+            raise OptionError("direction", f"must have shape {[self.config.latent_size]}, not {list(direction.shape)}")
         latent = self.encode(texts, std_scale=0.0) + strength * direction
         return self.generate(latent, seed=seed, **greedy_by_default(sampling))
 
@@ -277,7 +278,7 @@ class TextVAE:
         """Checks the arguments of `generate` before any work is done, and returns the ids of the prompts.
 
         Raises:
-          InputError: a prompt or a setting is one that `generate` does not accept.
+          InputError: `generate` would not accept a prompt or a setting.
         """
         sampling_settings(self.config, **settings)
         max_length = self.config.max_out_length if max_length is None else max_length
@@ -285,9 +286,9 @@ class TextVAE:
         check_prompts([[self.config.bos_token_id]] if ids is None else ids, max_length, self.config)
         return ids
 
-    def _batches(self, n: int, what: str) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of each batch of n texts, and shows a progress bar named `what`."""
-        with tqdm(total=n, desc=what, unit="text", disable=not self.progress) as bar:
+    def _batches(self, n: int, description: str) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of each batch of n texts, and shows a progress bar named `description`."""
+        with tqdm(total=n, desc=description, unit="text", disable=not self.progress) as bar:
             for start in range(0, n, self.batch_size):
                 stop = min(start + self.batch_size, n)
                 yield start, stop
@@ -302,8 +303,8 @@ def check_steps(steps: int, *, name: str = "steps") -> None:
 
 def greedy_by_default(sampling: dict) -> dict:
     """Returns the settings with top_k 1, or unchanged if they include one that a top_k of 1 would make ineffective."""
-    is_drawn = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
-    return sampling if is_drawn else {"top_k": 1, **sampling}
+    is_sampled = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
+    return sampling if is_sampled else {"top_k": 1, **sampling}
 
 
 def check_std_scale(std_scale: float) -> float:
@@ -328,21 +329,21 @@ def _scaled_latents(posterior: Posterior, eps: Float[Array, "B L"], std_scale: f
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _normal_rows(key: jax.Array, rows: int, latent_size: int) -> Float[Array, "rows L"]:
-    """Returns standard normal rows, each drawn with a key of its own."""
+    """Returns standard normal rows, each sampled with a separate key."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     return jax.vmap(lambda k: jax.random.normal(k, (latent_size,)))(keys)
 
 
 def _purpose_key(seed: int, purpose: str) -> jax.Array:
-    """Returns a key that belongs to a seed and a purpose, so that latents and tokens are drawn independently."""
-    # A key has 32 bits of the seed. JAX drops the higher bits of a 64-bit seed too, and refuses larger seeds.
-    return jax.random.fold_in(jax.random.key(seed % 2**32), ["latent", "draw"].index(purpose))
+    """Returns a key that belongs to a seed and a purpose, so that latents and tokens are sampled independently."""
+    # A key has 32 bits of the seed. JAX also discards the higher bits of a 64-bit seed, and rejects larger seeds.
+    return jax.random.fold_in(jax.random.key(seed % 2**32), ["latent", "tokens"].index(purpose))
 
 
 def _check_texts(texts: Sequence[str]) -> list[str]:
-    """Returns the texts as a list. Raises TypeError for a single string and for an item that is no string."""
+    """Returns the texts as a list. Raises TypeError for a single string or an item that is not a string."""
     if isinstance(texts, str):
-        raise TypeError("give a list of texts, not one text")
+        raise TypeError("pass a list of texts, not a single string")
     texts = list(texts)
     for text in texts:
         if not isinstance(text, str):

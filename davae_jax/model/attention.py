@@ -20,7 +20,7 @@ def dot_product_attention(
 ) -> Float[Array, "B S N H"]:
     """Returns softmax(q · kᵀ / √H + score_bias) · v (Vaswani et al. 2017, section 3.2.1), as BERT uses it.
 
-    The softmax is in float32. A key turns dropout of the attention probabilities on.
+    The softmax is in float32. A key enables dropout of the attention probabilities.
     """
     scores = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSNH, preferred_element_type=jnp.float32)
     probs = jax.nn.softmax(scores * q_BSNH.shape[-1] ** -0.5 + score_bias, axis=-1)
@@ -44,7 +44,7 @@ def relative_attention(
     where u is `r_w_bias`, w is `r_r_bias`, and distance(i, j) = (i + M) − j counts tokens from key j to query i.
 
     Args:
-      r: a vector for each distance; r[:, j] is that of key j from the last query.
+      r: a vector for each distance; r[:, j] belongs to the distance of key j from the last query.
       mask: True where a query sees a key.
     """
     u, w = (bias.astype(q.dtype)[:, None] for bias in (r_w_bias, r_r_bias))
@@ -69,7 +69,7 @@ def relative_shift(scores: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
 
 
 def masked_softmax(scores: Float[Array, "... K"], mask: Bool[Array, "... K"]) -> Float[Array, "... K"]:
-    """Returns the softmax over keys in float32. A masked score becomes −10000, as published, and not −inf."""
+    """Returns the softmax over keys in float32. A masked score becomes −10000, as published, instead of −inf."""
     return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -10000.0), axis=-1)
 
 
@@ -78,7 +78,7 @@ def causal_mask(T: int, K: int, *, offset, window: int | None = None, first_key=
 
     Args:
       offset: the index of the key that belongs to the first query. It may be traced.
-      window: how many of the most recent keys a query sees; None: all.
+      window: the number of most recent keys that a query sees; None: all.
       first_key: keys before it are never seen. It may be traced.
     """
     j = jnp.arange(K)

@@ -1,4 +1,4 @@
-"""The configuration of a DAVAE: reads the published config.json as it is and writes it back without losing anything."""
+"""The configuration of a DAVAE: reads the published config.json unchanged and writes it back without loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class EncoderConfig:
         _require_heads_divide("encoder", self)
         _require_probability("encoder", self, "hidden_dropout_prob attention_probs_dropout_prob")
         if self.hidden_act != "gelu":
-            raise ConfigError("encoder", "hidden_act", f"is {self.hidden_act!r}; only 'gelu' (the erf form) is known")
+            raise ConfigError(
+                "encoder", "hidden_act", f"is {self.hidden_act!r}; only 'gelu' (the erf form) is supported"
+            )
         if self.pad_token_id != 0:
             raise ConfigError("encoder", "pad_token_id", "must be 0: the attention mask is `ids > 0`")
         _require_positive_eps("encoder", self)
@@ -52,8 +54,10 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Transformer-XL decoder with relative positions and a recurrent memory. The defaults are the published ones,
-    with 1.1 billion weights."""
+    """A Transformer-XL decoder with relative positions and a recurrent memory.
+
+    The defaults are the published ones, with 1.1 billion weights.
+    """
 
     vocab_size: Hidden[int] = 50048
     num_layers: int = 32
@@ -69,8 +73,9 @@ class DecoderConfig:
     initializer_range: float = 0.02
     latent_initializer_scale: float = 1.0
     """Factor of initializer_range for the projection of the latent. At 1, the noise of the latent is initially √L times
-    as large as a token embedding. Use a value near 0 for a decoder that has to learn a language as well, or that is
-    pretrained."""
+    as large as a token embedding. Use a value near 0 if the decoder is pretrained, or still has to learn the
+    language."""
+
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -86,7 +91,7 @@ class DecoderConfig:
             raise ConfigError("decoder", "max_memory_length", f"is {self.max_memory_length}; it cannot be negative")
         _require_positive_eps("decoder", self)
         if self.extra.get("relative_encoding", True) is not True:
-            raise ConfigError("decoder", "relative_encoding", "must be true; no other decoder is known")
+            raise ConfigError("decoder", "relative_encoding", "must be true; other decoders are not supported")
 
 
 @dataclass(frozen=True)
@@ -151,12 +156,12 @@ class DAVAEConfig:
           ConfigError: a field that determines a shape is missing, or a value is not allowed.
         """
         values = dict(values)
-        parts = {}
-        for name, part in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
+        sections = {}
+        for name, section_class in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
             if not isinstance(values.get(name), dict):
-                raise ConfigError("", name, "is missing; it is a section of its own")
-            parts[name] = _from_dict(part, values.pop(name), name, _REQUIRED[name])
-        return _from_dict(cls, values, "", _REQUIRED[""], **parts)
+                raise ConfigError("", name, "is missing; it must be a section")
+            sections[name] = _from_dict(section_class, values.pop(name), name, _REQUIRED[name])
+        return _from_dict(cls, values, "", _REQUIRED[""], **sections)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as plain values: the inverse of `from_dict`."""
@@ -167,8 +172,8 @@ class DAVAEConfig:
         """Reads a config.json.
 
         Raises:
-          InputError: the file is missing, is not JSON, lacks a field that determines a shape, or holds a value that is
-            not allowed; the message names the file.
+          InputError: the file is missing, is not JSON, lacks a field that determines a shape, or contains a value that
+            is not allowed; the message names the file.
         """
         values = read_json(path)
         try:
@@ -176,7 +181,7 @@ class DAVAEConfig:
         except ConfigError as e:
             raise ConfigError(e.section, e.field, e.reason, file=path) from None
         except OverflowError:
-            raise InputError(f"{path}: holds a number that is too large") from None
+            raise InputError(f"{path}: contains a number that is too large") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes config.json, unknown keys included, in the published layout."""
@@ -184,7 +189,7 @@ class DAVAEConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a config.json. Raises InputError naming the file if it is missing or holds no JSON object."""
+    """Reads a config.json. Raises InputError naming the file if it is missing or does not contain a JSON object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -192,7 +197,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
+        raise InputError(f"{path}: does not contain a JSON object")
     return values
 
 
@@ -214,24 +219,24 @@ _REQUIRED = {
 
 def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises OptionError, with the argument's name, for the first sampling setting that is out of its range."""
-    smallest, largest = 1e-30, 1e30  # within these, a float32 logit stays finite in float32
+    smallest, largest = 1e-30, 1e30  # within this range, float32 logits stay finite
     if not smallest <= temperature <= largest:
         raise OptionError("temperature", f"must be above 0 and finite in float32, not {temperature}")
     if top_k < 0 or top_k != int(top_k):
-        raise OptionError("top_k", f"must be a whole number of 0 (off) or more, not {top_k}")
+        raise OptionError("top_k", f"must be an integer of 0 (off) or more, not {top_k}")
     if not 0 <= top_p <= 1:
-        raise OptionError("top_p", f"must lie in [0, 1], not {top_p}")
+        raise OptionError("top_p", f"must be in [0, 1], not {top_p}")
     if not smallest <= repetition_penalty <= largest:
         raise OptionError("repetition_penalty", f"must be above 0 and finite in float32, not {repetition_penalty}")
 
 
-def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **parts):
-    """Builds a section from its parsed values, or with `parts`, its sections, the whole configuration."""
+def _from_dict(cls, values: dict[str, Any], section: str, required: list[str], **sections):
+    """Builds a section from its parsed values, or, given its `sections`, the whole configuration."""
     if missing := [name for name in required if values.get(name) is None]:
         first, *others = missing
         raise ConfigError(section, first, "is missing" + (f", and so are {', '.join(others)}" if others else ""))
     types = {name: kind for name, kind in get_type_hints(cls).items() if name != "extra"}
-    known, extra = dict(parts), {}
+    known, extra = dict(sections), {}
     for name, value in values.items():
         if name in types and value is not None:
             known[name] = _convert(value, types[name], section, name)
@@ -265,21 +270,21 @@ def _to_dict(config) -> dict[str, Any]:
     return values
 
 
-def _require_positive(part: str, config, names: str) -> None:
+def _require_positive(section: str, config, names: str) -> None:
     for name in names.split():
         if getattr(config, name) < 1:
-            raise ConfigError(part, name, f"is {getattr(config, name)}; it must be at least 1")
+            raise ConfigError(section, name, f"is {getattr(config, name)}; it must be at least 1")
 
 
-def _require_positive_eps(part: str, config) -> None:
+def _require_positive_eps(section: str, config) -> None:
     if not config.layer_norm_eps > 0:
-        raise ConfigError(part, "layer_norm_eps", f"is {config.layer_norm_eps}; it must be above 0")
+        raise ConfigError(section, "layer_norm_eps", f"is {config.layer_norm_eps}; it must be above 0")
 
 
-def _require_probability(part: str, config, names: str) -> None:
+def _require_probability(section: str, config, names: str) -> None:
     for name in names.split():
         if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(part, name, f"is {getattr(config, name)}; it must lie in [0, 1)")
+            raise ConfigError(section, name, f"is {getattr(config, name)}; it must be in [0, 1)")
 
 
 def _require_ids(config, names: str) -> None:
@@ -290,11 +295,11 @@ def _require_ids(config, names: str) -> None:
             raise ConfigError("", name, f"is {getattr(config, name)}; an id cannot be negative")
 
 
-def _require_heads_divide(part: str, config) -> None:
+def _require_heads_divide(section: str, config) -> None:
     if config.hidden_size % config.num_attention_heads:
         reason = f"{config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
-        raise ConfigError(part, "num_attention_heads", reason)
+        raise ConfigError(section, "num_attention_heads", reason)
 
 
-# What a layer keeps for the backward pass (gradient checkpointing); everything else is recomputed.
+# Which activations of a layer are saved for the backward pass (gradient checkpointing); the rest is recomputed.
 Remat = Literal["none", "dots", "full"]

@@ -41,7 +41,7 @@ class DAVAE(nnx.Module):
         embedding_noise: Float[Array, "B S D"] | None = None,
         key: jax.Array | None = None,
     ) -> Posterior:
-        """Returns the posterior of each text; id 0 is padding. A key turns dropout on.
+        """Returns the posterior of each text; id 0 is padding. A key enables dropout.
 
         Raises:
           ValueError: an id is outside the vocabulary, or the rows are longer than the encoder's positions.
@@ -64,10 +64,10 @@ class DAVAE(nnx.Module):
         """Returns float32 logits of each next token, and the memory to pass with the tokens that follow.
 
         Args:
-          latent: one for each row, or None for a plain language model.
-          memory: what the last call returned, or None at the beginning of a text.
+          latent: one per row, or None for a plain language model.
+          memory: the memory that the last call returned, or None at the beginning of a text.
           window: None for the full mask, "published" for the T most recent keys.
-          key: turns dropout on.
+          key: enables dropout.
 
         Raises:
           ValueError: an id is outside the vocabulary, or `window` is neither of the two.
@@ -117,7 +117,7 @@ def _check_ids(ids, vocab_size: int) -> None:
     if isinstance(ids, jax.Array):
         return
     if (ids := np.asarray(ids)).size and not (ids.min() >= 0 and ids.max() < vocab_size):
-        raise ValueError(f"input_ids holds ids from {ids.min()} to {ids.max()}; the vocabulary has {vocab_size}")
+        raise ValueError(f"input_ids contains ids from {ids.min()} to {ids.max()}; the vocabulary size is {vocab_size}")
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -135,7 +135,7 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> DAVAE:
 
 
 class InitKeys:
-    """Gives the keys of `nnx.Rngs(key)`. Its counter is a traced Variable, which makes tracing quadratic in weights."""
+    """Generates the same keys as `nnx.Rngs(key)`, whose traced counter makes tracing quadratic in the weights."""
 
     def __init__(self, key: jax.Array):
         self.key, self.count = key, 0
@@ -146,7 +146,7 @@ class InitKeys:
 
 
 def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32) -> DAVAE:
-    """Returns the model with `jax.ShapeDtypeStruct`s in place of arrays: nothing is allocated or drawn."""
+    """Returns the model with `jax.ShapeDtypeStruct`s in place of arrays: nothing is allocated or initialized."""
     return nnx.eval_shape(lambda: DAVAE(config, rngs=InitKeys(jax.random.key(0)), dtype=dtype, param_dtype=param_dtype))
 
 
@@ -158,14 +158,14 @@ def weight_axes(model: nnx.Module) -> Params:
 def trainable_mask(model: nnx.Module) -> Params:
     """Returns, in the layout of the params, True for each weight (`nnx.Param`) and False for each `Buffer`.
 
-    The params hold both, and so do the optimizer's moments and the checkpoints. Only the type of a variable says
+    The params contain both, and so do the optimizer's moments and the checkpoints. Only the type of a variable says
     whether it is trained.
     """
     return _map_variables(lambda variable: isinstance(variable, nnx.Param), model)
 
 
 def zero_buffers(trainable: Params, updates: Params) -> Params:
-    """Returns gradients or updates in the layout of the params, with zeros for what is not trained.
+    """Returns gradients or updates in the layout of the params, with zeros for everything that is not trained.
 
     trainable: from `trainable_mask`.
     """

@@ -43,7 +43,7 @@ Window = Literal["published"] | None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """The recurrent memory: the hidden states of the last M tokens, in a buffer with room for C.
+    """The recurrent memory: the hidden states of the last M tokens, in a buffer of capacity C.
 
     hidden: 1 + layers arrays: the input of the first layer (embedding and latent), then each layer's output with the
       latent added. The newest row is the last one; only the last `length` of the C rows are used.
@@ -103,13 +103,13 @@ class Decoder(nnx.Module):
         """Reads T new tokens that follow the memory.
 
         Args:
-          latent: one for each row, or None for a plain language model.
+          latent: one per row, or None for a plain language model.
           memory: the recurrent memory of the tokens before these; None at the beginning of a text.
           window: None lets a query see all keys up to its own; "published" only the T most recent ones.
-          key: turns dropout on: on the position features, on the input, and twice in each layer.
-          remat: what of a layer is saved for the backward pass (`layers.apply_remat`).
-          segment_ids: for rows that hold up to P texts, the number of each token's text (1 … P; 0 is padding). The
-            latent is then [B, P, L], a token sees only tokens of its own text, and there is no memory.
+          key: enables dropout of the position features, of the input, and of two outputs in each layer.
+          remat: which activations of a layer are saved for the backward pass (`layers.apply_remat`).
+          segment_ids: for rows that contain up to P texts, the number of each token's text (1 … P; 0 is padding). The
+            latent is then [B, P, L], a token sees only tokens of its text, and there is no memory.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -145,15 +145,15 @@ class Decoder(nnx.Module):
         *,
         input_key: jax.Array | None = None,
     ) -> tuple[DecoderOutput, list]:
-        """Runs the decoder's parts in their order: embedding + latent, each layer + latent, final LayerNorm.
+        """Runs the decoder's stages in order: embedding + latent, each layer + latent, final LayerNorm.
 
-        Training and cached decoding both call this method, and differ only in how they apply a layer.
+        Training and cached decoding both call this method; they differ only in how they apply a layer.
 
         Args:
-          latent_term: what `latent_term` returns.
+          latent_term: the return value of `latent_term`.
           apply_layer: called as `apply_layer(i, layer, x)`. It returns the output of layer i, the latent not yet added,
-            and anything else that the caller wants from the layer (cached decoding: its keys and values).
-          input_key: turns dropout on the input on.
+            and a second value of the caller's choice (in cached decoding, the layer's keys and values).
+          input_key: enables dropout of the input.
 
         Returns:
           The hidden states, and a list of the second values that `apply_layer` returned.
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B #T D"] | float:
         """Returns the term that is added to each token's state before the first layer; 0 without a latent.
 
-        With `segment_ids` the latent is [B, P, L], and each token gets the term of its own text.
+        With `segment_ids` the latent is [B, P, L], and each token gets the term of its text.
         """
         if latent is None:
             return 0.0
@@ -275,11 +275,11 @@ class DecoderLayer(nnx.Module):
 
         Args:
           r_NKH: from `relative_keys`.
-          r_w_bias, r_r_bias: the decoder's, shared by all layers.
+          r_w_bias, r_r_bias: the biases of the decoder, shared by all layers.
           mask: True where a query sees a key.
           past: keys and values [B, N, M, H] of the recurrent memory, which come before the new ones.
           cache: buffers of keys and values [B, N, K, H]; the new ones are written at `position`.
-          key: turns dropout on.
+          key: enables dropout.
 
         Returns:
           The output, the latent not yet added, and the keys and values that the queries attended to.

@@ -1,4 +1,4 @@
-"""The latent discriminator: tells latents drawn from the prior (1) from latents of the encoder (0)."""
+"""The latent discriminator: distinguishes samples from the prior (1) from latents of the encoder (0)."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ from davae_jax.parallel.sharding import constrain
 
 
 class EncoderOutput(NamedTuple):
-    """What the encoder computes. For rows with P texts `pooled` is [B, P, D], `mean` and `logvar` are [B, P, L].
+    """The outputs of the encoder. For rows with P texts `pooled` is [B, P, D], `mean` and `logvar` are [B, P, L].
 
     hidden: 1 + layers arrays: the embeddings (noise included), then the output of each layer.
     pooled: tanh of a linear map of each text's first token.
-    mean, logvar: the posterior's, in float32.
+    mean, logvar: mean and log-variance of the posterior, in float32.
     """
 
     hidden: tuple[Float[Array, "B S D"], ...]
@@ -74,10 +74,10 @@ class Encoder(nnx.Module):
 
         Args:
           embedding_noise: added to the embeddings after their LayerNorm and dropout.
-          key: turns dropout on: on the embeddings, the attention probabilities and both outputs of each layer.
-          remat: what of a layer is saved for the backward pass (`layers.apply_remat`).
-          segments: for rows with several texts. A token then sees only its own text, and positions count from the
-            text's beginning.
+          key: enables dropout of the embeddings, the attention probabilities and both outputs of each layer.
+          remat: which activations of a layer are saved for the backward pass (`layers.apply_remat`).
+          segments: for rows with several texts. A token then sees only tokens of its text, and positions count from
+            the beginning of the text.
         """
         keys = split_keys(key, len(self.layers) + 1)
         with jax.named_scope("embeddings"):
@@ -87,7 +87,7 @@ class Encoder(nnx.Module):
             if embedding_noise is not None:
                 h = h + embedding_noise.astype(h.dtype)
             h = constrain(h, "batch", None, None)
-        # As published, masking adds −10000 to a score, where the decoder replaces the score.
+        # As published, masking adds −10000 to a score; the decoder replaces the score instead.
         mask = (ids > 0)[:, None, None, :]
         if segments is not None:
             mask &= same_segment(segments.segment_ids)

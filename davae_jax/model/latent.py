@@ -17,7 +17,7 @@ class Posterior(NamedTuple):
     logvar: Float[Array, "B L"]
 
     def sample(self, key: jax.Array, std_scale: float = 1.0) -> Float[Array, "B L"]:
-        """Draws a latent; `std_scale` multiplies the standard deviation (1.5 in the published generation settings)."""
+        """Samples a latent; `std_scale` multiplies the standard deviation (1.5 in the published settings)."""
         return self.at(jax.random.normal(key, self.mean.shape), std_scale)
 
     def at(self, eps: Float[Array, "B L"], std_scale: float = 1.0) -> Float[Array, "B L"]:
@@ -51,7 +51,7 @@ def slerp(a: Float[Array, "... L"], b: Float[Array, "... L"], steps: int) -> Flo
     """Returns `steps` latents on the great arc from a to b, both ends included (Shoemake 1985; White 2016 for latents).
 
     If a and b have the same length, so do all latents between them, while the straight line passes closer to the
-    origin, where a Gaussian of many dimensions has hardly any mass. Where the arc is not defined or not needed (a and b
+    origin, where a Gaussian of many dimensions has hardly any mass. If the arc is not defined or not needed (a and b
     point in the same or in opposite directions, or one of them is 0) the result is the straight line.
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
@@ -76,7 +76,7 @@ def attribute_vector(having: Float[Array, "n L"], lacking: Float[Array, "m L"]) 
 
 
 def neighbours(z: Float[Array, "L"], n: int, radius: float, key: jax.Array) -> Float[Array, "n L"]:
-    """Returns n latents at the distance `radius` from z, in directions drawn uniformly."""
+    """Returns n latents at the distance `radius` from z, in uniformly random directions."""
     direction = jax.random.normal(key, (n, z.shape[-1]))
     return z + radius * direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
 

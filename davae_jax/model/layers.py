@@ -1,6 +1,6 @@
 """The modules that encoder and decoder are built from. Each weight is declared with its logical axes.
 
-Letters used for shapes in the whole project: B batch, S encoder length, T decoder length, D width, N heads, H = D/N
+Letters in shapes: B batch, S encoder length, T decoder length, D width, N heads, H = D/N
 head width, F feed-forward width, L latent size, V vocabulary, M memory length, K = M + T keys, P texts in a row.
 
 Weights of linear maps are [out, in], as in the published file. On CPU, XLA's matrix-vector product reads the rows of
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from davae_jax.model.config import Remat
 from davae_jax.parallel.sharding import Axes, embedding_lookup
 
-INIT_STDDEV = 0.02  # of the normal initialization, as in BERT and GPT-2, where no initializer_range is given
+INIT_STDDEV = 0.02  # of the normal initialization, as in BERT and GPT-2, if no initializer_range is given
 
 
 class Buffer(nnx.Variable):
@@ -113,7 +113,7 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
 
 
 def apply_remat(layer: Callable, remat: Remat) -> Callable:
-    """Returns the layer with gradient checkpointing: what is not saved is computed again in the backward pass.
+    """Returns the layer with gradient checkpointing: the backward pass recomputes activations that are not saved.
 
     remat: "none" saves everything, "dots" the results of products with weights, "full" only the layer's input.
     """
@@ -132,7 +132,7 @@ def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
 
 
 class Segments(NamedTuple):
-    """Which tokens belong to which text, in rows that hold up to P texts one after the other.
+    """Which tokens belong to which text, in rows that contain up to P texts in sequence.
 
     segment_ids: the number of each token's text in its row, 1 … P; 0 is padding.
     starts: the index of each text's first token.
@@ -142,13 +142,13 @@ class Segments(NamedTuple):
     starts: Int[Array, "B P"]
 
     def positions(self) -> Int[Array, "B S"]:
-        """Returns the position of each token in its own text, from 0; 0 for padding."""
+        """Returns the position of each token in its text, from 0; 0 for padding."""
         starts = gather_per_token(self.starts[..., None], self.segment_ids)[..., 0]
         return jnp.where(self.segment_ids > 0, jnp.arange(self.segment_ids.shape[1]) - starts, 0)
 
 
 def gather_per_token(per_text: Float[Array, "B P D"], segment_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Returns, for each token, the vector of its text; padding gets that of the row's first text."""
+    """Returns, for each token, the vector of its text; padding gets the vector of the row's first text."""
     return jnp.take_along_axis(per_text, jnp.maximum(segment_ids - 1, 0)[..., None], axis=1)
 
 

@@ -76,7 +76,7 @@ def reconstruction_nll(
 ) -> Float[Array, "B"]:
     """Returns Σ_t −log p(target_t) over the targets where the mask is True, in nats.
 
-    For rows with P texts the mask is [B, T, P], which targets belong to which text, and the sums are [B, P].
+    For rows with P texts the mask is [B, T, P], True where a target belongs to a text, and the sums are [B, P].
     """
     nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.where(mask, nll if mask.ndim == 2 else nll[..., None], 0).sum(1)
@@ -87,7 +87,7 @@ def chunked_nll(
 ) -> Float[Array, "B"]:
     """Returns `reconstruction_nll` of the decoder's logits, computed for `chunk` positions at a time.
 
-    At most [B, chunk, V] logits are in memory at once: the backward pass computes those of each chunk again.
+    At most [B, chunk, V] logits are in memory at once: the backward pass recomputes those of each chunk.
 
     Args:
       final: `DecoderOutput.final`.
@@ -126,7 +126,7 @@ def discriminator_loss(
     BCE is the binary cross-entropy on logits, n ~ N(0, I).
 
     Args:
-      mean: takes the mean over texts; for packed rows one that leaves empty slots out.
+      mean: takes the mean over texts; for packed rows, a mean that ignores empty slots.
     """
     fake = model.discriminator(jax.lax.stop_gradient(latent))
     real = model.discriminator(prior_sample)

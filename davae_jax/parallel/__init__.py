@@ -1,1 +1,1 @@
-"""Devices and processes: sharding rules, several hosts, the chips that are known."""
+"""Devices and processes: sharding rules, multiple hosts, specifications of chips."""

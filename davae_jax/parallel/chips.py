@@ -10,7 +10,7 @@ class Chip(NamedTuple):
     memory: float  # bytes
     flops: float  # peak FLOP/s of dense bfloat16 matrix products
     link: float  # bytes/s that one chip can send within its group
-    group: int  # chips connected by the fast link: those of a node or of a pod
+    group: int  # number of chips connected by the fast link, in a node or a pod
     network: float  # bytes/s that one chip can send to other groups
     kinds: tuple[str, ...]  # JAX's `Device.device_kind`
 

@@ -17,18 +17,19 @@ class MeshConfig:
     """Sizes of the axes of the device mesh; one of them may be -1, which takes all remaining devices."""
 
     data: int = -1
-    """Data parallelism: copies of the model, each of which gets a part of the batch."""
+    """Data parallelism: number of copies of the model, each of which processes a shard of the batch."""
 
     fsdp: int = 1
-    """Fully sharded data parallelism: devices that share weights, optimizer states and the batch."""
+    """Fully sharded data parallelism: number of devices over which weights, optimizer states and batch are sharded."""
 
     tensor: int = 1
-    """Tensor parallelism: devices that share the width of each layer."""
+    """Tensor parallelism: number of devices over which the width of each layer is sharded."""
 
     def __post_init__(self):
         check_options(self, "mesh.", "data fsdp tensor", lambda n: n >= 1 or n == -1, "be at least 1, or -1")
-        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
-            raise OptionError("--mesh.data", "--mesh.fsdp and --mesh.tensor: only one of them can be -1")
+        inferred = [f"--mesh.{name}" for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
+        if len(inferred) > 1:
+            raise OptionError(inferred[0], f"and {inferred[1]} cannot both be -1")
 
     def shape(self, devices: int) -> dict[str, int]:
         """Returns the size of each axis for this number of devices.
@@ -47,8 +48,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Training with several processes. On Slurm, on Cloud TPU, under Open MPI 4 and, with the extra k8s, in an indexed
-    job of Kubernetes they are detected; under another MPI give the coordinator alone."""
+    """Training with several processes.
+
+    They are detected on Slurm, on Cloud TPU, under Open MPI 4 and, with the extra k8s, in an indexed job of Kubernetes.
+    Under other MPI implementations, only the coordinator is needed.
+    """
 
     coordinator: str | None = None
     """HOST:PORT of process 0, the same on all processes."""
@@ -60,8 +64,8 @@ class DistributedConfig:
     """Index of this process, from 0. None: from MPI."""
 
     timeout: int = 300
-    """Seconds to wait for the other processes at the start and at the end. A process that is silent for so long in
-    between, 100 seconds at most, is taken for lost, and the run ends."""
+    """Seconds to wait for the other processes at the start and at the end. During training, a process that sends no
+    heartbeat for min(timeout, 100) seconds is considered lost, and the run ends."""
 
     def __post_init__(self):
         check_options(self, "distributed.", "timeout", lambda n: n >= 1, "be at least 1")
@@ -69,14 +73,14 @@ class DistributedConfig:
         if resolved == (None, None, None):
             return
         if None in resolved:
-            alternative = ", or the coordinator alone under MPI" if coordinator else ""
+            alternative = ", or alone under MPI" if coordinator else ""
             raise OptionError(
                 "--distributed.coordinator",
-                f"--distributed.num-processes and --distributed.process-id: give all three or none{alternative}",
+                f"must be set together with --distributed.num-processes and --distributed.process-id{alternative}",
             )
         check_options(self, "distributed.", "num_processes", lambda _: num_processes >= 1, "be at least 1")
         if not 0 <= process_id < num_processes:
-            raise OptionError("--distributed.process-id", f"must be from 0 to {num_processes - 1}, not {process_id}")
+            raise OptionError("--distributed.process-id", f"must be 0 to {num_processes - 1}, not {process_id}")
         if not re.fullmatch(r".+:\d+", coordinator):
             raise OptionError("--distributed.coordinator", f"must be HOST:PORT, not {coordinator}")
 

@@ -1,6 +1,6 @@
-"""What launchers of several processes (MPI, Slurm, Kubernetes) tell each of them through environment variables.
+"""Reads the environment variables that launchers of several processes (MPI, Slurm, Kubernetes) set in each of them.
 
-JAX reads most of them itself (`jax.distributed.initialize`); here is what it does not read.
+JAX reads most of them itself (`jax.distributed.initialize`); this module handles the others.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def mpi_size_and_rank(environ: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def check_alone(environ: Mapping[str, str]) -> None:
-    """Raises InputError (exit code 2) if the environment tells of other processes. JAX has found none."""
+    """Raises InputError (exit code 2) if the environment indicates other processes; call it if JAX found none."""
     for size, rank in (*MPI_VARIABLES, SLURM_VARIABLES):
         if int(environ.get(size) or 1) > 1:
             mpi = (size, rank) in MPI_VARIABLES and rank in environ
             options = "--distributed.coordinator HOST:PORT" if mpi else OPTIONS
-            raise InputError(f"{size} is {environ[size]}, but JAX finds no other process; give {options}", exit_code=2)
+            raise InputError(f"{size} is {environ[size]}, but JAX found no other processes; set {options}", exit_code=2)
     if int(rank := environ.get("PMIX_RANK") or 0) > 0:
-        raise InputError(f"PMIX_RANK is {rank}, but JAX finds no other process; give {OPTIONS}", exit_code=2)
+        raise InputError(f"PMIX_RANK is {rank}, but JAX found no other processes; set {OPTIONS}", exit_code=2)
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         raise InputError(
-            f"JOB_COMPLETION_INDEX is {environ['JOB_COMPLETION_INDEX']}, but JAX cannot ask Kubernetes for the other "
-            f"pods: pip install '.[k8s]', or give {OPTIONS}",
+            f"JOB_COMPLETION_INDEX is {environ['JOB_COMPLETION_INDEX']}, but JAX cannot query Kubernetes for the "
+            f"other pods: pip install '.[k8s]', or set {OPTIONS}",
             exit_code=2,
         )
 
@@ -50,7 +50,7 @@ def local_devices(environ: Mapping[str, str]) -> list[int] | None:
 
     Returns:
       [] for all of them, if it is the only process of its node; under MPI the index of its local rank; None to let
-      JAX decide, which under Slurm chooses in the same way.
+      JAX decide, whose choice under Slurm is the same.
     """
     if "JAX_LOCAL_DEVICE_IDS" in environ:
         return None

@@ -1,7 +1,8 @@
-"""Runs of several processes: joining them, agreeing on values and errors, and ending together.
+"""Coordinates the processes of a run: they connect, agree on values and errors, and end together.
 
 JAX's coordination service, which runs in process 0, ends every process when one has sent no heartbeat for the timeout;
-its log message names that process. A collective operation that has lost a process raises an error, or waits for that.
+its log message names that process. A collective operation that has lost a process raises an error, or waits until JAX
+ends it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 HEARTBEAT_TIMEOUT = 100  # seconds, JAX's default
 STOP_INTERVAL = 10  # steps between two exchanges of stop requests
 INTERRUPTED = 130  # exit code
-OUTCOME_BYTES = 2048  # of an encoded exit code and error message
+OUTCOME_BYTES = 2048  # size of an encoded exit code and error message
 
 
 def connect(config: DistributedConfig) -> None:
@@ -36,7 +37,7 @@ def connect(config: DistributedConfig) -> None:
     JAX itself ends the process when the other processes do not join within the timeout.
 
     Raises:
-      InputError: the coordinator cannot be started or found; or the environment tells of other processes but not how
+      InputError: the coordinator cannot be started or found; or the environment indicates other processes but not how
         to reach them (exit code 2).
     """
     coordinator, num_processes, process_id = config.resolve(os.environ)
@@ -44,13 +45,13 @@ def connect(config: DistributedConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would replace the handler of SIGTERM
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*Kubernetes environment detected")  # check_alone says more
+            warnings.filterwarnings("ignore", "(?s).*Kubernetes environment detected")  # check_alone reports it
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
                 local_devices(os.environ),
-                # With an address given there is no need to ask Kubernetes, which may not be permitted.
+                # If the address is given, Kubernetes need not be queried, which may not be permitted.
                 cluster_detection_method="deactivate" if coordinator and in_kubernetes else None,
                 initialization_timeout=config.timeout,
                 heartbeat_timeout_seconds=min(config.timeout, HEARTBEAT_TIMEOUT),
@@ -63,7 +64,7 @@ def connect(config: DistributedConfig) -> None:
             if not in_kubernetes:
                 raise
             if "JOB_COMPLETION_INDEX" in os.environ:
-                raise InputError(f"Kubernetes: {first_line(e)}; or give {OPTIONS}") from e
+                raise InputError(f"Kubernetes: {first_line(e)}; or set {OPTIONS}") from e
         check_alone(os.environ)
 
 
@@ -76,7 +77,7 @@ def disconnect() -> None:
 
 
 def is_process_zero() -> bool:
-    """Returns whether this is process 0, which alone writes logs and prints."""
+    """Returns whether this is process 0, the only one that writes logs and prints."""
     return jax.process_index() == 0
 
 
@@ -84,7 +85,7 @@ def run_on_all_processes(work: Callable[[], Result]) -> Result:
     """Runs `work` on every process and returns its result there. If it fails on any process, it raises on all.
 
     A process on which `work` succeeds raises InputError with the exit code and the message of the first process that
-    failed, or KeyboardInterrupt if that was interrupted. All are disconnected by then and can end in any order.
+    failed, or KeyboardInterrupt if that process was interrupted. All are disconnected by then and can end in any order.
     """
     if jax.process_count() == 1:
         return work()
@@ -133,7 +134,7 @@ def check_same_on_all_processes(name: str, value: str) -> None:
     if different := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
         disconnect()
         processes = ", ".join(map(str, different))
-        raise InputError(f"{name} of process {processes} differ from those of process 0")
+        raise InputError(f"{name} differ between processes 0 and {processes}")
 
 
 def any_process_requested_stop(requested: bool, step: int) -> bool:
@@ -169,4 +170,4 @@ def explain_lost_process() -> Iterator[None]:
         if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
         reason = f"process {jax.process_index()}: {type(e).__name__}: {first_line(e)}"
-        raise InputError(f"{reason}; if another process ended before, its output says why") from e
+        raise InputError(f"{reason}; if another process ended before, see its output") from e

@@ -1,4 +1,4 @@
-"""How arrays are sharded over devices: a table of rules from logical axis names to mesh axes.
+"""Defines how arrays are sharded over devices: a table of rules from logical axis names to mesh axes.
 
 A weight names its logical axes where it is declared (`layers.param`), an activation where it is computed (`constrain`).
 An array axis is sharded only if the mesh has the axes of its rule and their product divides its size; otherwise it is
@@ -41,7 +41,7 @@ def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
     """Returns a mesh of all devices of all processes. The compiler propagates shardings through it (AxisType.Auto).
 
     Args:
-      accumulate: the number of parts of a batch that are computed one after the other; each is sharded.
+      accumulate: number of micro-batches per step; each is sharded.
 
     Raises:
       InputError: the mesh does not fit the number of devices or the batch size (exit code 2).
@@ -50,17 +50,17 @@ def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
 
 
 def make_abstract_mesh(config: MeshConfig, batch_size: int, devices: int, accumulate: int = 1) -> AbstractMesh:
-    """Returns a mesh of a number of devices that need not exist. Raises as `make_mesh`."""
+    """Returns a mesh of this number of devices, which need not exist. Raises as `make_mesh`."""
     return AbstractMesh(*_mesh_axes(config, batch_size, accumulate, devices))
 
 
 def _mesh_axes(config: MeshConfig, batch_size: int, accumulate: int, devices: int) -> tuple:
     """Returns the sizes, names and types of the axes. Raises as `make_mesh`."""
     shape = config.shape(devices)
-    parts = math.prod(shape[axis] for axis in RULES["batch"])
-    if batch_size % (parts * accumulate):
-        reason = f"{batch_size}: does not divide into the mesh's {parts} parts"
-        raise OptionError("--batch-size", reason + (f" times --accumulate {accumulate}" if accumulate > 1 else ""))
+    shards = math.prod(shape[axis] for axis in RULES["batch"])
+    if batch_size % (shards * accumulate):
+        factors = "data × fsdp × accumulate" if accumulate > 1 else "data × fsdp"
+        raise OptionError("--batch-size", f"must be a multiple of {factors} = {shards * accumulate}, not {batch_size}")
     return tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape)
 
 
@@ -81,7 +81,7 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if len(shape) == 1:  # vectors are not sharded over fsdp: they are small, and hundreds of small all-gathers are slow
         axes = tuple(None if name == "embed" else name for name in axes)
-    # The model's operations name no output shardings, so the axes must be Auto whatever mesh the caller made.
+    # The model's operations name no output shardings, so the axes must be Auto, even if the caller's mesh differs.
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
 
@@ -110,7 +110,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def embedding_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the rows of a table [V, D], D sharded over fsdp, for ids [B, T], B sharded over data and fsdp.
 
-    Each device looks up its own columns for all texts of its fsdp group, and the group exchanges them. Without the
+    Each device looks up its columns for all texts of its fsdp group, and the group exchanges them. Without the
     constraints, the compiler gathers the gradient of the whole batch on every device.
     """
     fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)

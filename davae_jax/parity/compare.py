@@ -4,10 +4,10 @@
 
 The PyTorch twin (`twin.py`) and the JAX model read the same inputs (`module_values.py`). Each module is compared twice:
 end to end, on the outputs of JAX's own earlier modules; and in isolation, on the twin's outputs of the earlier modules,
-so that a fault shows where it happens and rounding errors do not accumulate.
+so that an error is located in the module that causes it, and rounding errors do not accumulate.
 
 Tolerances in float32:
-  hidden states, latents, logits: 1e-4; where a tensor's largest value is large, 4e-6 of it end to end and 1e-6 of it in
+  hidden states, latents, logits: 1e-4; if a tensor's largest value is large, 4e-6 of it end to end and 1e-6 of it in
     isolation. The residual stream of the published depth reaches 136 on random weights. There PyTorch is 9e-5 from the
     twin in float64 and JAX 1.4e-4 (XLA's matrix product on a CPU rounds three times as much as PyTorch's), so they
     differ by 1.6e-4, 1.2e-6 of the largest value; in isolation by 2e-5, 2e-7 of it.
@@ -17,19 +17,20 @@ Tolerances in float32:
     layer, whose gradient is 1e-5 of its neighbours', would miss by a factor of 2.
   The biases of BERT's keys and of `relative` shift all scores of a query alike, and softmax ignores such a shift. Their
     exact gradients are 0, the computed ones rounding errors: a norm up to 1e-5, or 1e-7 of the layer's largest norm
-    where that is more.
+    if that is more.
 
-bfloat16 compares JAX in bfloat16, weights included, with the twin in float32. A bfloat16 has 8 significant bits: each
-operation rounds by up to 2⁻⁹ of its result, and softmax, LayerNorm and depth amplify that. The tolerances are 1.5 to 2
-times the worst difference measured on random checkpoints: three of tests/golden (8 draws each) and a narrow one of the
-published depth (2 draws).
+--dtype bfloat16 compares JAX in bfloat16, including the weights, with the twin in float32. A bfloat16 has 8 significant
+bits: each operation rounds by up to 2⁻⁹ of its result, and softmax, LayerNorm and depth amplify that. The tolerances
+are 1.5 to 2 times the worst difference measured on random checkpoints: three of tests/golden (8 samples of the inputs
+each) and a narrow one of the published depth (2 samples).
   states: 15 % of the largest value (or of 1) end to end, 4 % in isolation; 8 % and 2.6 % were measured.
   losses: 5 %, relative; 2.7 % was measured.
   gradients: half of the tensor's norm. Up to 15 % was measured, except 34 % in a small discriminator, where rounding
     moved a unit across its ReLU's zero.
-This finds a wrong module, not a wrong rounding; float32 is the proof.
+This detects a wrong module, but not a wrong rounding; only float32 proves equality.
 
-Only what the inputs reach is compared: of the embeddings, the rows of the sampled ids. Another --seed samples others.
+Only what the inputs reach is compared: of the embedding tables, the rows of the sampled ids. Another --seed samples
+other rows.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ ZERO_GRADIENT_PATHS = re.compile(r"encoder\.layers\.\d+\.key\.bias|decoder\.laye
 class Tolerances(NamedTuple):
     """The tolerances of the module's docstring.
 
-    Those of states are (absolute, relative to the state's largest value), of which the larger one holds.
+    Those of states are (absolute, relative to the state's largest value); the larger of the two applies.
     """
 
     end_to_end: tuple[float, float]
@@ -86,7 +87,7 @@ class Tolerances(NamedTuple):
     gradient: float  # relative to the tensor's norm
     gradient_noise: float  # relative to the largest norm in the layer, added to `gradient`
     zero_gradient: float  # norm of a gradient that is exactly 0, absolute
-    zero_gradient_noise: float  # the same relative to the largest norm in the layer; the larger one holds
+    zero_gradient_noise: float  # the same, relative to the largest norm in the layer; the larger one applies
 
 
 TOLERANCES: dict[str, Tolerances] = {
@@ -128,7 +129,7 @@ class Report:
 
     @property
     def first_difference(self) -> Check | None:
-        """The first check that fails in isolation; without one, the first that fails end to end."""
+        """Returns the first check that fails in isolation; if there is none, the first that fails end to end."""
         isolated = (check for check in self.checks if not check.isolated_ok)
         return next(isolated, None) or next((check for check in self.checks if not check.ok), None)
 
@@ -149,13 +150,13 @@ def compare(
     files.
 
     Raises:
-      InputError: a folder holds no model, the two models have tensors of different shapes, or an option is invalid.
+      InputError: a folder contains no model, the two models have tensors of different shapes, or an option is invalid.
     """
     folder = resolve_source(src)
     twin_folder = folder if against is None else resolve_source(against)
     config, twin_config = (DAVAEConfig.from_json(f / CONFIG_FILE) for f in (folder, twin_folder))
     if name_table(config) != name_table(twin_config):
-        raise InputError(f"{folder} and {twin_folder}: their {CONFIG_FILE} give tensors of different shapes")
+        raise InputError(f"{folder} and {twin_folder}: tensor shapes differ according to their {CONFIG_FILE}")
     if batch_size < 1:
         raise OptionError("--batch-size", f"must be at least 1, not {batch_size}")
     longest = config.encoder.max_position_embeddings
@@ -192,8 +193,8 @@ def check_model(
     with jax.default_matmul_precision("highest"):
         end_to_end = jax_values(model, inputs, report_progress)
         isolated = isolated_jax_values(model, inputs, twin, dtype, report_progress)
-        isolated["encoder embeddings"] = end_to_end["encoder embeddings"]  # the ids are their input in either case
-        twin = _with_free_bits_of(twin, end_to_end[KL_PER_DIM], model.config.dim_target_kl)
+        isolated["encoder embeddings"] = end_to_end["encoder embeddings"]  # their input is the ids in both cases
+        twin = _apply_free_bits_mask(twin, end_to_end[KL_PER_DIM], model.config.dim_target_kl)
         checks = [_check_value(name, end_to_end, isolated, twin, tolerances) for name in twin]
         if gradients:
             report_progress("JAX: gradients")
@@ -206,11 +207,11 @@ def check_model(
 # Differences
 
 
-def _with_free_bits_of(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
+def _apply_free_bits_mask(twin: Values, kl_BL: np.ndarray, target: float) -> Values:
     """Replaces the twin's fb_mode 1 losses by those with the mask of JAX's KL, `kl_BL`: dimensions above the target.
 
-    Where rounding moves a dimension's KL across the target, the loss jumps by the whole dimension. That is not a fault;
-    the KL of the dimensions themselves is a check of its own.
+    If rounding moves a dimension's KL across the target, the loss changes by the KL of the whole dimension. That is not
+    an error; the KL per dimension is checked separately.
     """
     change_B = (twin[KL_PER_DIM] * (1.0 * (kl_BL > target) - (twin[KL_PER_DIM] > target))).sum(-1)
     change = np.array([0.0, change_B.mean(), BETA * change_B.sum()], np.float32)
@@ -233,7 +234,7 @@ def _check_value(name: str, end_to_end: Values, isolated: Values, twin: Values, 
 
 
 def _largest_difference(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray | float = 1.0) -> float:
-    """Returns the largest |actual − expected| / scale, with 0/0 = 0; infinity where the shapes differ."""
+    """Returns the largest |actual − expected| / scale, with 0/0 = 0; infinity if the shapes differ."""
     if actual.shape != expected.shape:
         return np.inf
     difference = np.abs(actual - expected)
@@ -244,7 +245,7 @@ def _largest_difference(actual: np.ndarray, expected: np.ndarray, scale: np.ndar
 def _check_gradients(gradients: dict, folder: Path, table: list[NameRow], tolerances: Tolerances) -> list[Check]:
     """Compares gradients with those in the folder: a check per module and one for zero gradients.
 
-    Empties `gradients` on the way, to free memory.
+    Empties `gradients` as it proceeds, to free memory.
     """
     t = tolerances
     checks, zero_gradient = [], []
@@ -277,7 +278,7 @@ def _gradient_name(row: NameRow) -> str:
 
 
 def _worst(checks: list[Check]) -> Check:
-    """Returns the check whose difference is largest relative to its tolerance; any that fails comes first."""
+    """Returns the check whose difference is largest relative to its tolerance; failing checks come first."""
 
     def excess(check):
         return check.end_to_end / check.allowed if check.ok and check.allowed else 0.0 if check.ok else np.inf
@@ -289,7 +290,7 @@ def _worst(checks: list[Check]) -> Check:
 
 
 def format_report(report: Report) -> str:
-    """Formats the checks as a table, and a last line with the verdict."""
+    """Formats the checks as a table; the last line is the verdict."""
     width = max(len(check.module) for check in report.checks)
     lines = [f"{'module':{width}}  end to end  allowed  isolated  allowed"]
     for c in report.checks:

@@ -31,7 +31,7 @@ Progress = Callable[[str], None]  # called with the name of each stage as it sta
 
 BETA = 0.5  # the KL's weight in the losses compared
 NOISE_STD = 0.1  # standard deviation of the embedding noise
-NUM_SEGMENTS = 3  # in which a text is decoded with memory
+NUM_SEGMENTS = 3  # number of segments in which a text is decoded with memory
 WINDOWS = {"published mask": "published", "full mask": None}
 LOSSES = {
     f"loss, fb_mode {fb_mode}{', length weighted' * weighted}": (fb_mode, weighted)
@@ -50,11 +50,11 @@ class Inputs(NamedTuple):
     segment_ids: np.ndarray  # [B, T], decoded in segments
     noise: np.ndarray  # [B, S, D], added to the encoder's embeddings
     eps: np.ndarray  # [B, L]
-    prior: np.ndarray  # [B, L], draws of the prior for the discriminator
+    prior: np.ndarray  # [B, L], samples from the prior for the discriminator
 
 
 def make_inputs(config: DAVAEConfig, batch_size: int, length: int, seed: int) -> Inputs:
-    """Draws the inputs; `length` is that of the first row, the longest."""
+    """Samples the inputs; `length` is the length of the first row, which is the longest."""
     rng = np.random.default_rng(seed)
     end = config.end_token_id
 
@@ -98,7 +98,7 @@ def twin_values(
     try:
         import torch
     except ImportError:
-        raise InputError("comparing needs PyTorch: pip install 'davae-jax[torch]'") from None
+        raise InputError("the comparison needs PyTorch: pip install 'davae-jax[torch]'") from None
     from davae_jax.parity.twin import build_twin, kl_per_dim
 
     report_progress("PyTorch: weights")

@@ -1,8 +1,8 @@
 """Implements the text VAE in PyTorch: the reference that converted checkpoints are compared with.
 
 `Twin` computes what the published Randeng-DAVAE program computes, and its `state_dict` has exactly the published names,
-so it loads the published file unchanged. It is meant to be read next to the JAX model: nothing is fused or cached, and
-there is no dropout (evaluation only).
+so it loads the published file unchanged. It is meant to be read side by side with the JAX model: nothing is fused or
+cached, and there is no dropout (evaluation only).
 
 Letters in shapes: B batch, S encoder length, T decoder length, D width, N heads, H = D/N head width, L latent size,
 V vocabulary, M memory length, K = M + T keys. `x_BTD` has shape [B, T, D].
@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
 
 
 def tree(**children: nn.Module) -> nn.ModuleDict:
-    """Makes a module without parameters of its own for one level of the published names."""
+    """Makes a module for one level of the published names; it has no parameters except those of its children."""
     return nn.ModuleDict(children)
 
 
@@ -122,8 +122,8 @@ def frequencies(D: int) -> Tensor:
 class PositionFeatures(nn.Module):
     """Computes the sinusoids of a distance: all sines, then all cosines.
 
-    The published file holds the frequencies rounded to float16, and the published program uses the rounded values; the
-    phase error grows with distance. They keep the file's values, in float32 whatever the model's dtype.
+    The published file contains the frequencies rounded to float16, and the published program uses the rounded values;
+    the phase error grows with distance. The file's values are kept in float32 for every dtype of the model.
     """
 
     def __init__(self, D: int):
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
 
         distance_TK = torch.arange(M, K, device=device)[:, None] - torch.arange(K, device=device)
         visible_TK = distance_TK >= 0
-        if window == "published":  # only the T most recent keys, T this segment's own length
+        if window == "published":  # only the T most recent keys, where T is the length of this segment
             visible_TK = visible_TK & (distance_TK < T)
         features_KD = body.position_embeddings(K, x_BTD.dtype)
 
@@ -206,7 +206,10 @@ class Decoder(nn.Module):
         return Decoded(logits_BTV, memory, hidden, final_BTD)
 
     def attend(self, layer, x_BTD, memory_BMD, features_KD, distance_TK, visible_TK) -> Tensor:
-        """score(i, j) = ((q_i + u)·k_j + (q_i + v)·r_dist(i,j)) / √H, equation of section 3.3 in Dai et al. 2019."""
+        """Returns the output of attention with relative positions (Dai et al. 2019, section 3.3).
+
+        score(i, j) = ((q_i + u)·k_j + (q_i + v)·r_dist(i,j)) / √H
+        """
         attention, body = layer.attention, self.transformer
         T = x_BTD.shape[1]
         # Memory passes through the same LayerNorm as the new tokens; queries come from the new tokens alone.
@@ -220,7 +223,7 @@ class Decoder(nn.Module):
 
         content_BNTK = (q_BNTH + body.r_w_bias[:, None]) @ k_BNKH.transpose(-1, -2)
         by_distance_BNTK = (q_BNTH + body.r_r_bias[:, None]) @ r_NKH.transpose(-1, -2)  # last axis: distance, not key
-        # Distances below 0 lie in the future; their scores are masked below, so any value will do.
+        # Distances below 0 are in the future; their scores are masked below, so their values are arbitrary.
         position_BNTK = by_distance_BNTK.gather(-1, distance_TK.clamp(min=0).expand_as(content_BNTK))
         score_BNTK = (content_BNTK + position_BNTK) / math.sqrt(q_BNTH.shape[-1])
         score_BNTK = score_BNTK.masked_fill(~visible_TK, MASKED)
@@ -265,7 +268,7 @@ class Twin(nn.Module):
         return self.vae_model.decoder(ids, latent, memory, window)
 
     def discriminate(self, latent: Tensor) -> Tensor:
-        """Returns logits [B], high for draws from the prior."""
+        """Returns logits [B], high for samples from the prior."""
         return self.vae_model.Disc(latent.to(self.vae_model.Disc[0].weight.dtype))[:, 0]
 
     def kl(self, mean: Tensor, logvar: Tensor, fb_mode: int) -> Tensor:
@@ -292,7 +295,7 @@ class Twin(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (mean reconstruction per token, mean KL, total); the total is a sum over the batch.
 
-        eps [B, L] is a standard normal draw. A row's length counts all ids except padding, the first one included.
+        eps [B, L] is standard normal noise. A row's length counts all ids except padding, including the first one.
         """
         posterior = self.encode(encoder_ids)
         mean_BL, logvar_BL = posterior.mean, posterior.logvar
@@ -304,7 +307,7 @@ class Twin(nn.Module):
         return per_token_B.mean(), kl_B.mean(), total
 
     def adversarial_losses(self, latent: Tensor, prior_sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (L_d, L_g) of latents [B, L] and draws of the prior [B, L] (Goodfellow et al. 2014)."""
+        """Returns (L_d, L_g) of latents [B, L] and samples from the prior [B, L] (Goodfellow et al. 2014)."""
 
         def bce(logits_B: Tensor, label: float) -> Tensor:
             return F.binary_cross_entropy_with_logits(logits_B, torch.full_like(logits_B, label))
@@ -315,7 +318,7 @@ class Twin(nn.Module):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Loads tensors by their published names; the two buffers may be absent.
 
-        Sibling models (PPVAE, GAVAE) hold the same tensors under one more `vae_model.`; their others are ignored.
+        Sibling models (PPVAE, GAVAE) contain the same tensors under one more `vae_model.`; further tensors are ignored.
         """
         if any(name.startswith("vae_model.vae_model.") for name in state_dict):
             state_dict = {
@@ -325,7 +328,7 @@ class Twin(nn.Module):
         inv_freq = "vae_model.decoder.transformer.position_embeddings.inv_freq"
         encoder, decoder = self.config["encoder"], self.config["decoder"]
         state_dict = {
-            **state_dict,  # a copy: the caller's dict stays as it was
+            **state_dict,  # a copy: the caller's dict is not modified
             position_ids: torch.arange(encoder["max_position_embeddings"], device="cpu")[None],
             inv_freq: state_dict.get(inv_freq, frequencies(decoder["hidden_size"])).float(),
         }
@@ -336,7 +339,7 @@ def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
     """Loads the twin of a published folder, ready for evaluation.
 
     Raises:
-      InputError: a file is missing or damaged, or would run code.
+      InputError: a file is missing or damaged, or would execute code.
       RuntimeError: the tensors do not fit config.json.
     """
     folder = Path(folder)
@@ -345,9 +348,9 @@ def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Twin:
 
 
 def build_twin(config: dict, state: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Twin:
-    """Makes the twin of arrays with published names, ready for evaluation.
+    """Makes a twin from arrays with published names, ready for evaluation.
 
-    It is built without storage and then takes the tensors, so that the model is never in memory twice; an array that
+    It is built without storage and then receives the tensors, so that the model is never in memory twice; an array that
     already has the dtype is not copied.
     """
     with torch.device("meta"):

@@ -1,1 +1,1 @@
-"""Plans training runs for machines that are not here."""
+"""Estimates the resources of training runs on other hardware."""

@@ -1,4 +1,4 @@
-"""Bytes that each device of a training run sends in a step, by axis of the mesh."""
+"""Estimates the bytes that each device of a training run sends per step, by mesh axis."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from davae_jax.training.flops import longest_rows
 
 
 class Traffic(NamedTuple):
-    """What each device sends in one step over one axis of the mesh."""
+    """The communication of each device over one mesh axis in one step."""
 
     size: int  # devices on the axis
     bytes: int
@@ -27,8 +27,8 @@ class Traffic(NamedTuple):
 
 def traffic(config: TrainConfig, mesh: AbstractMesh, chip: Chip) -> dict[str, Traffic]:
     """Returns the traffic by axis, with ring algorithms: over k devices an all-reduce of n bytes sends 2·n·(k−1)/k, an
-    all-gather or reduce-scatter, n bytes unsharded, n·(k−1)/k. All of it repeats for each of the `accumulate` parts of
-    a batch.
+    all-gather or reduce-scatter, n bytes unsharded, n·(k−1)/k. All of it repeats for each of the `accumulate`
+    micro-batches.
     """
     params = cached_abstract_state(config, mesh).params
     data, fsdp = _weight_bytes(config, params, mesh.shape["fsdp"])
@@ -49,7 +49,7 @@ def _weight_bytes(config: TrainConfig, params: Params, fsdp: int) -> tuple[int, 
     """Returns the bytes over the data axis and over the fsdp axis that weights and their gradients need.
 
     data: all-reduces of the gradients. fsdp: all-gathers of the weights in the compute dtype, forward and backward,
-    and reduce-scatters of the gradients; all-reduces where a weight is not sharded. The word table is gathered, and its
+    and reduce-scatters of the gradients; all-reduces if a weight is not sharded. The word table is gathered, and its
     gradient reduced, for each chunk of the logits in the backward pass.
     """
     itemsize, T = jnp.dtype(config.dtype).itemsize, longest_rows(config)[1]
@@ -66,7 +66,7 @@ def _weight_bytes(config: TrainConfig, params: Params, fsdp: int) -> tuple[int, 
 
 
 def _embedding_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
-    """Returns the bytes over the fsdp axis that exchange the embeddings of tokens and their gradients."""
+    """Returns the bytes over the fsdp axis for exchanging token embeddings and their gradients."""
     rows, (S, T) = rows_per_device(config, mesh), longest_rows(config)
     widths = config.model.encoder.hidden_size, config.model.decoder.hidden_size
     return sum(
@@ -77,7 +77,7 @@ def _embedding_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
 
 def _activation_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
     """Returns the bytes over the tensor axis: all-reduces of activations after each layer's two maps to the residual
-    stream and before its two maps from it, those that remat repeats, and all-gathers of q, k, v and their context where
+    stream and before its two maps from it, those that remat repeats, and all-gathers of q, k, v and their context if
     the axis does not divide the heads.
     """
     rows, (S, T) = rows_per_device(config, mesh), longest_rows(config)

@@ -1,4 +1,4 @@
-"""Memory that a training run needs on each device: the state exactly, activations as JAX keeps them.
+"""Computes the memory that a training run needs per device: the state exactly, activations as JAX saves them.
 
 Dimension letters are those of `model/layers.py`; `rows` is the number of texts that one device processes at once.
 """
@@ -30,17 +30,17 @@ from davae_jax.training.flops import longest_rows, num_shards
 from davae_jax.training.objective import StepContext, objective
 
 USABLE_MEMORY = 0.9  # of a chip's memory: the rest is for the runtime and fragmentation
-MAX_CHIPS = 1024  # the most that `fewest_chips` tries
+MAX_CHIPS = 1024  # the largest number that `min_chips` tries
 TRACED_ROWS = 1009  # of the batch that is traced: a prime, so that no other dimension has the same size
 
 
 def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
-    """Returns bytes per device by kind. The state's are exact; activations are those JAX keeps, before XLA's fusions.
+    """Returns bytes per device by kind. The state is exact; activations are those that JAX saves, before XLA's fusions.
 
-    gradients: float32, like the weights; twice where gradients are accumulated over parts of a batch.
-    activations kept: what the backward pass reads, given the remat policy.
-    layer at work: all activations of the largest layer, which remat recomputes in the backward pass.
-    logits: of one chunk, and their gradient.
+    gradients: float32, like the weights; twice if gradients are accumulated over micro-batches.
+    saved activations: those that the backward pass reads, given the remat policy.
+    recomputed layer (peak): all activations of the largest layer, which remat recomputes in the backward pass.
+    logits: those of one chunk, and their gradient.
     gathered weights: the whole embedding table in the compute dtype and its unsharded gradient, the largest arrays
       that are gathered at once.
     """
@@ -48,49 +48,49 @@ def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
 
 
 def state_memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
-    """Returns the part of `memory` that does not depend on the batch."""
+    """Returns the kinds of `memory` that do not depend on the batch."""
     state = cached_abstract_state(config, mesh)
-    main = {name: part for name, part in state.params.items() if name != "discriminator"}
+    main = {name: params for name, params in state.params.items() if name != "discriminator"}
     discriminator = state.params["discriminator"]
     gradients = 2 if config.accumulate > 1 else 1
     return {
         "parameters": bytes_per_device(main),
         "gradients": gradients * bytes_per_device(main),
         "optimizer state": bytes_per_device(state.optimizer),
-        "discriminator, with its own": bytes_per_device((state.discriminator_optimizer, state.step))
+        "discriminator and its optimizer": bytes_per_device((state.discriminator_optimizer, state.step))
         + (1 + gradients) * bytes_per_device(discriminator),
     }
 
 
 def step_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
-    """Returns the part of `memory` that a step allocates."""
+    """Returns the kinds of `memory` that a step allocates."""
     rows, tensor = rows_per_device(config, mesh), mesh["tensor"]
     decoder = config.model.decoder
     vocab_size = decoder.vocab_size // num_shards(decoder.vocab_size, tensor)
     itemsize = jnp.dtype(config.dtype).itemsize
-    outside_layers, *kept_per_layer = activations(config, rows, tensor)
+    outside_layers, *saved_per_layer = activations(config, rows, tensor)
     _, *all_per_layer = activations(dataclasses.replace(config, remat="none"), rows, tensor)
     layers = config.model.encoder.num_hidden_layers, decoder.num_layers
     gathered = vocab_size * decoder.hidden_size * (itemsize + FLOAT32_BYTES) if mesh["fsdp"] > 1 else 0
     chunk = min(config.logits_chunk, longest_rows(config)[1])
     return {
-        "activations kept": outside_layers + sum(n * kept for n, kept in zip(layers, kept_per_layer, strict=True)),
-        "layer at work": max(all_per_layer),
+        "saved activations": outside_layers + sum(n * saved for n, saved in zip(layers, saved_per_layer, strict=True)),
+        "recomputed layer (peak)": max(all_per_layer),
         "logits": 2 * rows * chunk * vocab_size * FLOAT32_BYTES,
         "gathered weights": gathered,
     }
 
 
 def fits_memory(memory: dict[str, int], chip: Chip) -> bool:
-    """Returns whether this memory is available on a chip."""
+    """Returns whether a chip has this much memory."""
     return sum(memory.values()) <= USABLE_MEMORY * chip.memory
 
 
-def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] | None:
+def min_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] | None:
     """Returns the smallest number of chips whose memory suffices, and their mesh; None if more than MAX_CHIPS.
 
-    The batch size and the tensor axis are the config's. The fsdp axis is as large as the decoder's width allows, and
-    the data axis takes the rest.
+    The batch size and the tensor axis are taken from the config. The fsdp axis is as large as the decoder's width
+    allows, and the data axis takes the rest.
     """
     tensor = max(config.mesh.tensor, 1)
     one_device = make_abstract_mesh(MeshConfig(1, 1, 1), config.batch_size, 1, config.accumulate)
@@ -110,23 +110,24 @@ def fewest_chips(config: TrainConfig, chip: Chip) -> tuple[int, dict[str, int]] 
 
 
 def activations(config: TrainConfig, rows: int, tensor: int) -> tuple[int, int, int]:
-    """Returns the bytes that the backward pass keeps of `rows` texts: (outside the layers, per encoder layer, per
-    decoder layer).
+    """Returns the bytes of the activations of `rows` texts that are saved for the backward pass.
+
+    The result is (outside the layers, per encoder layer, per decoder layer).
 
     They are the differences between JAX's traces of the objective with one layer and with two. Dimensions that the
     tensor axis shards (heads, feed-forward, vocabulary) count as sharded in all of them.
     """
-    one, two_encoder, two_decoder = (
+    base, extra_encoder, extra_decoder = (
         sum(_bytes_per_row(leaf, config, tensor) for leaf in _residuals(_shape_settings(config), layers))
         for layers in ((1, 1), (2, 1), (1, 2))
     )
-    encoder, decoder = two_encoder - one, two_decoder - one
-    return tuple(round(rows * per_row) for per_row in (one - encoder - decoder, encoder, decoder))
+    encoder, decoder = extra_encoder - base, extra_decoder - base
+    return tuple(round(rows * per_row) for per_row in (base - encoder - decoder, encoder, decoder))
 
 
 @functools.lru_cache(maxsize=8)
 def _residuals(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
-    """Returns the arrays that `jax.vjp` of the objective keeps, for TRACED_ROWS texts and these numbers of layers."""
+    """Returns the arrays that `jax.vjp` of the objective saves, for TRACED_ROWS texts and these numbers of layers."""
     model = config.model
     encoder = dataclasses.replace(model.encoder, num_hidden_layers=layers[0])
     decoder = dataclasses.replace(model.decoder, num_layers=layers[1])

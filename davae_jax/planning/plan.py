@@ -1,6 +1,6 @@
-"""Plans a training run for machines that are not here: memory, FLOPs, communication and time, without a device.
+"""Estimates the resources of a training run without its hardware: memory, FLOPs, communication and time.
 
-All texts count as if they had the greatest length.
+All texts are assumed to have the maximum length.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 from davae_jax.parallel.chips import Chip
 from davae_jax.parallel.sharding import make_abstract_mesh
 from davae_jax.planning.communication import Traffic, traffic
-from davae_jax.planning.memory import fewest_chips, fits_memory, memory
+from davae_jax.planning.memory import fits_memory, memory, min_chips
 from davae_jax.planning.shapes import cached_abstract_state
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import forward_products, longest_rows
@@ -27,15 +27,15 @@ class Plan(NamedTuple):
     mesh: dict[str, int]
     weights: dict[str, int]  # numbers of weights of encoder, decoder and discriminator
     memory: dict[str, int]  # bytes per device, by kind
-    flops: dict[str, int]  # of one step on all devices, by part of the model, without recomputation
-    recomputed: int  # FLOPs that remat and the chunks of the logits add, one step, all devices
-    flops_per_device: int  # with recomputation, and with the work that several devices repeat
+    flops: dict[str, int]  # of one step on all devices, by model component, without recomputation
+    recomputed: int  # FLOPs that remat and the logits' chunks add in one step, on all devices
+    flops_per_device: int  # with recomputation, and with work that several devices repeat
     traffic: dict[str, Traffic]  # by axis of the mesh
-    tokens: int  # of the decoder, in one step
+    tokens: int  # decoder tokens per step
     compute_seconds: float
     communication_seconds: float
     efficiency: float
-    fewest: tuple[int, dict[str, int]] | None  # the smallest number of chips with enough memory, and their mesh
+    min_chips: tuple[int, dict[str, int]] | None  # the smallest number of chips with enough memory, and their mesh
 
     @property
     def fits(self) -> bool:
@@ -43,13 +43,13 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """The time of one step: with communication and compute fully overlapped, and without any overlap."""
+        """Returns the time of one step: with communication and compute fully overlapped, and without any overlap."""
         both = self.compute_seconds, self.communication_seconds
         return max(both), sum(both)
 
 
 def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) -> Plan:
-    """Plans a run on `chips` chips. `efficiency` is the attained part of their peak FLOP/s and of their links' rates.
+    """Plans a run on `chips` chips. `efficiency` is the attained fraction of their peak FLOP/s and link rates.
 
     Raises:
       InputError: the mesh does not divide the chips or the batch (exit code 2).
@@ -67,7 +67,7 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
         chip=chip,
         chips=chips,
         mesh=dict(mesh.shape),
-        weights={name: sum(w.size for w in jax.tree.leaves(part)) for name, part in params.items()},
+        weights={name: sum(w.size for w in jax.tree.leaves(weights)) for name, weights in params.items()},
         memory=memory(config, mesh),
         flops=flops,
         recomputed=sum(p.recomputed * p.flops for p in products),
@@ -77,7 +77,7 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
         compute_seconds=per_device / (chip.flops * efficiency),
         communication_seconds=sum(axis.bytes / (axis.rate * efficiency) for axis in traffic_by_axis.values()),
         efficiency=efficiency,
-        fewest=fewest_chips(config, chip),
+        min_chips=min_chips(config, chip),
     )
 
 

@@ -1,4 +1,4 @@
-"""Abstract arrays of a planned run: its state, its batch, and the bytes of both on one device."""
+"""Makes the abstract arrays of a planned run (its state and its batch), and counts their bytes per device."""
 
 from __future__ import annotations
 

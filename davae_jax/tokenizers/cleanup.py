@@ -27,7 +27,7 @@ _BETWEEN_TIGHT = re.compile(rf"(?<={_TIGHT})\s+(?={_TIGHT})")
 
 # Deleted in the published order, which matters: a deletion can create a match for a later pattern.
 _NOISE = (
-    # References at the end of a page. The dot does not match a line feed, so nothing is deleted where another line
+    # References at the end of a page. The dot does not match a line feed, so nothing is deleted if another line
     # follows; `$` also matches before a line feed at the end of the text.
     re.compile(r"引用日期.*$"),
     re.compile(r"参考资料.*$"),

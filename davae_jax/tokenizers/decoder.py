@@ -1,7 +1,7 @@
 """Tokenizes texts for the decoder, and decodes its ids: SentencePiece BPE, as in the published program.
 
 The decoder's tokenizer differs from the encoder's because the two were initialized from different pretrained models.
-It gives exactly the published program's ids, also where a text contains the literal form of a special token.
+It returns exactly the published program's ids, even if a text contains the literal form of a special token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DecoderTokenizer:
         """Reads `folder`/spiece.model and no other file.
 
         Args:
-          folder: the folder that holds spiece.model.
+          folder: the folder that contains spiece.model.
           bos_id, end_id, pad_id: the ids in the model's config. Each is one of the three ids that follow the pieces, or
             the id of a control piece in spiece.model.
 
@@ -65,7 +65,7 @@ class DecoderTokenizer:
         literal is removed, and each stretch between literals is encoded separately.
 
         Raises:
-          InputError: the text holds half of a surrogate pair, which is not a character.
+          InputError: the text contains half of a surrogate pair, which is not a character.
         """
         ids = self._encode_pieces(text)
         return ids if ids and ids[-1] == self.end_id else [*ids, self.end_id]
@@ -73,10 +73,10 @@ class DecoderTokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the id of `<bos>` and the pieces of a text, without the end id, for the decoder to continue.
 
-        As in the published program, one literal `<|endoftext|>` at the end of the text is left out too.
+        As in the published program, one literal `<|endoftext|>` at the end of the text is also removed.
 
         Raises:
-          InputError: the text holds half of a surrogate pair, which is not a character.
+          InputError: the text contains half of a surrogate pair, which is not a character.
         """
         return [self.bos_id, *self.encode(text)[:-1]]
 
@@ -128,12 +128,12 @@ class DecoderTokenizer:
 
     def _piece(self, i: int) -> str:
         # The embedding has untrained rows after the added tokens. The published tokenizer names them by counting down
-        # from its size, and SentencePiece copies a piece that it does not know into the text unchanged.
+        # from its size, and SentencePiece copies an unknown piece into the text unchanged.
         return self._pieces.id_to_piece(i) if i < self.size else f"<extra_id_{self.size - 1 - i}>"
 
 
 def count_pieces(path: Path) -> int:
-    """Returns the number of pieces in a spiece.model. Raises InputError where it is missing or damaged."""
+    """Returns the number of pieces in a spiece.model. Raises InputError if it is missing or damaged."""
     return len(_load_sentencepiece(path))
 
 
@@ -141,7 +141,7 @@ def _load_sentencepiece(path: Path):
     from sentencepiece import SentencePieceProcessor
 
     data = read_file(path)
-    if not data:  # SentencePiece would raise no error, and load no model
+    if not data:  # SentencePiece would load nothing, without an error
         raise InputError(f"{path}: the file is empty")
     try:
         return SentencePieceProcessor(model_proto=data)

@@ -27,11 +27,11 @@ class EncoderTokenizer:
         """Reads `folder`/vocab.txt and no other file.
 
         Args:
-          folder: the folder that holds vocab.txt.
+          folder: the folder that contains vocab.txt.
           cls_id: the id of [CLS] in the model's config.
           sep_id: the id of [SEP] in the model's config.
-          max_ids: the most ids that are kept of a text, with the inner [CLS] and [SEP] but without the outer pair:
-            two less than the encoder has positions, 510 in the published model.
+          max_ids: the maximum number of ids per text, with the inner [CLS] and [SEP] but without the outer pair: the
+            number of the encoder's positions minus two, 510 in the published model.
 
         Raises:
           InputError: vocab.txt is missing, unreadable or not a WordPiece vocabulary, or does not have the special
@@ -46,7 +46,7 @@ class EncoderTokenizer:
             if token not in vocabulary:
                 raise InputError(f"{path}: the vocabulary lacks {token}")
             if expected is not None and (token_id := vocabulary.index(token)) != expected:
-                raise InputError(f"{path}: {token} has id {token_id}, where the model expects {expected}")
+                raise InputError(f"{path}: {token} has id {token_id}, but the model expects {expected}")
         self.size = len(vocabulary)
         self.unk_id = vocabulary.index("[UNK]")
         self.cls_id, self.sep_id, self.max_ids = cls_id, sep_id, max_ids
@@ -55,14 +55,14 @@ class EncoderTokenizer:
         if len(self._tokenizer) != self.size:
             raise InputError(
                 f"{path}: {self.size} entries, but the tokenizer made from them has {len(self._tokenizer)};"
-                " the file must hold one token per line, none of them twice"
+                " the file must contain one token per line, without duplicates"
             )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text as in the published program: at least four, at most `max_ids` + 2.
 
         Raises:
-          InputError: a text holds half of a surrogate pair, which is not a character.
+          InputError: a text contains half of a surrogate pair, which is not a character.
         """
         if not texts:
             return []
@@ -74,7 +74,7 @@ class EncoderTokenizer:
     def is_truncated(self, ids: Sequence[int]) -> bool:
         """Returns whether `encode` has truncated the text with these ids: the inner [SEP] is missing.
 
-        A text that was truncated directly after a literal "[SEP]" of its own passes as complete.
+        A text that was truncated directly after a literal "[SEP]" counts as complete.
         """
         return ids[-2] != self.sep_id
 
@@ -91,7 +91,7 @@ class EncoderTokenizer:
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """Returns the tokens in a vocab.txt, by id. Raises InputError where the file cannot be read."""
+    """Returns the tokens in a vocab.txt, by id. Raises InputError if the file cannot be read."""
     return _parse_vocabulary(path, read_file(path))
 
 

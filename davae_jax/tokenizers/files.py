@@ -8,17 +8,17 @@ from davae_jax.utils.errors import InputError
 
 
 def read_file(path: Path) -> bytes:
-    """Returns the content of a file. Raises InputError where it is missing or cannot be read."""
+    """Returns the content of a file. Raises InputError if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a tokenizer folder holds spiece.model and vocab.txt") from None
+        raise InputError(f"{path}: no such file; a tokenizer folder contains spiece.model and vocab.txt") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def require_unicode(text: str) -> None:
-    """Raises InputError where a text holds half of a surrogate pair, which the tokenizers cannot encode."""
+    """Raises InputError if a text contains half of a surrogate pair, which the tokenizers cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Loads both tokenizers of a folder."""
+"""Loads the two tokenizers in a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_tokenizers(folder: Path, config: DAVAEConfig) -> tuple[EncoderTokenizer
     """Returns the encoder's and the decoder's tokenizer in a folder.
 
     Raises:
-      InputError: a file is missing or damaged, or holds more tokens than the model's vocabulary.
+      InputError: a file is missing or damaged, or contains more tokens than the model's vocabulary.
     """
     vocab, spiece = (folder / name for name in TOKENIZER_FILES)
     encoder = EncoderTokenizer(

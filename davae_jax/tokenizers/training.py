@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
     """Returns the content of a vocab.txt with at most `vocab_size` tokens, the special ones included.
 
-    As in BERT, every Chinese character is a word of its own.
+    As in BERT, every Chinese character is a separate word.
     """
     from tokenizers import BertWordPieceTokenizer
 
@@ -53,7 +53,7 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=0.9999,
-            max_sentence_length=1 << 30,  # in bytes; the default would silently leave out long texts
+            max_sentence_length=1 << 30,  # in bytes; the default would silently drop long texts
             normalization_rule_name="identity",  # the default makes full-width punctuation half-width
             unk_id=0,
             bos_id=1,
@@ -65,7 +65,7 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -
     except RuntimeError as e:
         # SentencePiece has no types for its errors; its messages give the numbers.
         if required := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
-            reason = f"{vocab_size}: the texts have {required[1]} different characters; give a larger vocabulary"
+            reason = f"{vocab_size}: the texts have {required[1]} different characters; choose a larger vocabulary"
             raise OptionError(option, reason) from e
         # Few or uniform texts do not have enough merges to fill the vocabulary.
         if possible := re.search(r"set it to a value <= (\d+)", str(e)):

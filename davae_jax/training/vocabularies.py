@@ -116,14 +116,14 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
     decoder_size = count_pieces(spiece) if spiece else trained
     if vocab and spiece:
         folders = " and ".join(dict.fromkeys([str(vocab.parent), str(spiece.parent)]))
-        return encoder_size, decoder_size, f"tokenizers of {folders}"
+        return encoder_size, decoder_size, f"tokenizers in {folders}"
     data = config.data
     sizes_given = data.decoder_vocab_size is not None or data.encoder_vocab_size != DataConfig.encoder_vocab_size
     if preset != "demo" and not (vocab or spiece or sizes_given):
         published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
         return *published, "published tokenizers; without --tokenizers, a run trains its own"
-    prefix = f"one tokenizer of {(vocab or spiece).parent}, the other " if vocab or spiece else ""
-    return encoder_size, decoder_size, f"{prefix}trained on the texts; sizes may become smaller"
+    prefix = f"one tokenizer from {(vocab or spiece).parent}, the other " if vocab or spiece else ""
+    return encoder_size, decoder_size, f"{prefix}trained on the texts; may become smaller"
 
 
 def _find_tokenizer_file(config: TrainConfig, name: str, pretrained: str | None) -> Path | None:
