@@ -832,7 +832,7 @@ def test_what_can_be_registered():
 
     assert "not a frozen dataclass" in said("thing", NotFrozen)
     assert "this name is registered already, by davae_jax.regularizers.divergences" in said("mmd", Fine)
-    assert "taken by another value of the logs" in said("loss", Fine)
+    assert "another value in the logs has this name" in said("loss", Fine)
     assert "not a Python identifier" in said("a-b", Fine)
     assert "not a subclass of Regularizer" in said("thing", dict)
 
