@@ -1,9 +1,9 @@
-"""Measures what each remedy for posterior collapse does on the demo corpus: one demo run without it, all else equal.
+"""Evaluates each remedy for posterior collapse on the demo corpus, by a demo run without that remedy.
 
     python benchmarks/ablation.py [RUNS_FOLDER] [--only NAME …]
 
-Trains the runs that are not complete in RUNS_FOLDER (default runs/ablation), four minutes each on two cores, and prints
-the table of docs/ablation.md.
+Trains the runs that are incomplete in RUNS_FOLDER (default runs/ablation), which takes four minutes per run on two
+cores, and prints the table of docs/ablation.md.
 """
 
 import argparse
@@ -44,18 +44,18 @@ def main() -> None:
 
 
 def row(name: str, folder: Path) -> list[str]:
-    """Returns the cells of a run, from the measures of its last evaluation and the last line of its log."""
-    measures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    """Returns the table cells of a run, from its final evaluation and the last line of its log."""
+    metrics = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return [
         name,
         f"{last['kl_unmasked']:.1f}",
-        f"{measures['active_units']} of {measures['latent_size']}",
-        f"{measures['mutual_information']:.2f}",
-        f"{measures['bleu']:.1f}",
-        f"{measures['exact_match']:.1%}",
-        f"{measures['bleu_sampled']:.1f}",
-        f"{measures['prior_valid']:.1%}",
+        f"{metrics['active_units']} of {metrics['latent_size']}",
+        f"{metrics['mutual_information']:.2f}",
+        f"{metrics['bleu']:.1f}",
+        f"{metrics['exact_match']:.1%}",
+        f"{metrics['bleu_sampled']:.1f}",
+        f"{metrics['prior_valid']:.1%}",
     ]
 
 

@@ -77,7 +77,7 @@ def padding(batches: TextBatches | PackedBatches) -> np.ndarray:
         return batches.padding
     real = slots = np.zeros(2)
     for step in range(batches.steps_per_epoch):
-        rows, (S, T) = batches.texts_of(step)
+        rows, (S, T) = batches.select_texts(step)
         real = real + [sum(len(batches.texts.encoder_ids[i]) for i in rows), trained(batches.batch(step))]
         slots = slots + len(rows) * np.array([S, T - 1])
     return 1 - real / slots
@@ -88,7 +88,7 @@ def speeds(kinds: dict, take_step, state, n: int) -> dict[str, float]:
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     # Run each shape once before timing, so that no compilation is timed.
     warm = {
-        name: {batches.texts_of(step)[1]: step for step in range(batches.steps_per_epoch)}
+        name: {batches.select_texts(step)[1]: step for step in range(batches.steps_per_epoch)}
         for name, batches in kinds.items()
     }
     for name, shapes in warm.items():

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import compiler
+
+compiler.share_programs()
+
 import jax
 import numpy as np
 import pytest
@@ -18,15 +22,15 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever names no dev
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = [
-    *["test_train", "test_train_step", "test_sharding", "test_regularizers", "test_processes", "test_packing"],
-    *["test_plan", "test_parity", "test_convert", "test_model", "test_generation", "test_evaluate", "test_metrics"],
-    *["test_lowering", "test_prepare"],
+    *["test_train", "test_processes", "test_regularizers", "test_plan", "test_convert", "test_parity"],
+    *["test_train_step", "test_packing", "test_sharding", "test_golden_model", "test_lowering", "test_model"],
+    *["test_warm_start", "test_golden_generation", "test_prepare", "test_text", "test_compare", "test_metrics"],
 ]
 
 
 def pytest_configure(config):
-    """Not at the published size, where a program runs longer than it compiles."""
-    if config.option.markexpr != "slow":
+    """Compiles quickly, except for tests of the published size: there a program runs longer than it compiles."""
+    if re.search("not (slow|full_size)", config.option.markexpr):
         os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 
 

@@ -1,4 +1,4 @@
-"""`davae compare`: the statistics by hand, studies that cannot be, and two settings trained and gone on with."""
+"""`davae compare`: statistics against direct computation, invalid studies, and a study that is run and resumed."""
 
 import json
 import math
@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 from test_train import TEXTS, TINY, environment
 
-from davae_jax.cli.compare import Study, folder_of, read_study, run_one
+from davae_jax.cli.compare import Study, complete_run, read_study, setting_folder
 from davae_jax.cli.main import main
-from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, statistics, welch
+from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, summary_statistics, welch
 from davae_jax.reports import charts
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.utils.errors import InputError
@@ -27,7 +27,7 @@ RESULTS = {
 
 
 def test_welch_by_hand():
-    """t = Δ/√(s²/n + s²/m) with the degrees of freedom of Welch; the tail by integrating the density of Student's t."""
+    """t = Δ/√(s²/n + s²/m) with Welch's degrees of freedom; integrates the density of Student's t numerically."""
     a, b = [1.0, 1.1, 0.9], [1.2, 0.9, 1.4, 1.3]
     va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 4
     t = abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb)
@@ -41,23 +41,23 @@ def test_welch_by_hand():
     assert welch([2.0, 2.0], [2.0, 2.0]) is welch([2.0, 2.0], [3.0, 3.0]) is welch([1.0, math.nan], b) is None
 
 
-def test_welch_of_a_side_that_does_not_vary(recwarn):
-    """Is Student's t-test of the other side against that value, and no cause for a warning."""
+def test_welch_with_one_constant_side(recwarn):
+    """Equals the one-sample t-test of the other side against the constant, without a warning."""
     varying = [1.0, 1.1, 0.9, 1.3]
     assert welch([1.5] * 3, varying) == pytest.approx(stats.ttest_1samp(varying, 1.5).pvalue)
     assert not recwarn.list
 
 
 def test_holm_by_hand():
-    """The smallest times 3, the next times 2, never below the one before it, never above 1."""
+    """The smallest p-value is multiplied by 3, the next by 2; results are non-decreasing and at most 1."""
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, None, 0.6]) == [1.0, None, 1.0]
     assert holm([]) == []
 
 
-def test_a_table_of_means_and_deviations():
+def test_table_of_means_and_deviations():
     table = {measure.key: cells for measure, cells in compare_settings(RESULTS).items()}
-    assert table.keys() == {"kl", "rec_nll", "bleu"}  # what no run has is left out
+    assert table.keys() == {"kl", "rec_nll", "bleu"}  # metrics that no run has are omitted
     assert table["kl"]["plain"].mean == pytest.approx(1.0) and table["kl"]["plain"].deviation == pytest.approx(0.1)
     assert table["kl"]["plain"].p is None and table["kl"]["better"].p < 0.01 and table["kl"]["alike"].p > 0.3
     text = format_table(RESULTS)
@@ -66,32 +66,32 @@ def test_a_table_of_means_and_deviations():
     assert "differs from “plain”" in text and "warning" not in text
 
 
-def test_the_projects_own_studies_can_be_read():
-    """Every option of theirs is one of train.py's; demo.toml has all that the others have, with the same options."""
+def test_studies_of_the_project_are_valid():
+    """All options are known; demo.toml contains every setting of the other studies, with the same options."""
     studies = {path.stem: read_study(path) for path in STUDIES.glob("*.toml")}
     assert studies.keys() == {"demo", "dialogue", "ptb"}
-    of_demo = _own_options(studies["demo"])
+    demo_options = _specific_options(studies["demo"])
     for name in ("dialogue", "ptb"):
         assert len(studies[name].seeds) >= 3
-        assert _own_options(studies[name]).items() <= of_demo.items()
+        assert _specific_options(studies[name]).items() <= demo_options.items()
 
 
-def _own_options(study):
-    """What each setting has beyond the first one, which has no options of its own."""
+def _specific_options(study):
+    """Returns the options of each setting that the first setting does not have."""
     common = next(iter(study.settings.values()))
     return {name: options[len(common) :] for name, options in study.settings.items()}
 
 
-def test_too_little_is_said():
+def test_caveats_of_few_seeds():
     few = {"a": {0: {"kl": 1.0, "warnings": ["K is small"]}}, "b": {0: {"kl": 2.0}, 1: {"kl": 3.0}}}
-    said = caveats(few)
-    assert said[0].startswith("1 seed of some settings") and said[1] == "1 of 3 runs: K is small"
-    assert f"warning: {said[0]}" in format_table(few)
+    warnings = caveats(few)
+    assert "only 1 seed" in warnings[0] and warnings[1] == "1 of 3 runs: K is small"
+    assert f"warning: {warnings[0]}" in format_table(few)
     assert "| a | 1 | 1.00 |" in format_table(few)
 
 
 class Checked(HTMLParser):
-    """Tags that are opened are closed, in order."""
+    """Checks that all tags are closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -109,54 +109,54 @@ class Checked(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_a_page_that_needs_no_other_file():
+def test_page_is_self_contained():
     text = page("a <study>", RESULTS, {name: ["--steps", "3"] for name in RESULTS})
     seen = Checked(text).seen
     assert "a &lt;study&gt;" in text and not any({"src", "href"} & attrs.keys() for _, attrs in seen)
-    assert sum(tag == "svg" for tag, _ in seen) == 1 + 3  # the plane, and a chart for each measure
+    assert sum(tag == "svg" for tag, _ in seen) == 1 + 3  # the plane, and one chart per metric
     dots = [attrs["d"] for tag, attrs in seen if tag == "path"]
     assert sum(d.count("M") for d in dots) == 9 * 4
 
 
-def test_dots_lie_where_their_values_are():
-    """The largest is rightmost, equal ones at one place; what is not finite is left out."""
-    drawn = charts.strips({"a": [1.0, 3.0], "b": [3.0, math.nan]}, {"a": "#111111", "b": "#222222"}, title="t")
-    a, b = (part.split('"')[0].split("h0")[:-1] for part in drawn.split(' d="')[1:])
-    xs = [float(place[1:].split()[0]) for place in a + b]
+def test_dot_positions_match_values():
+    """The largest value is rightmost, equal values share a position, non-finite values are dropped."""
+    svg = charts.strips({"a": [1.0, 3.0], "b": [3.0, math.nan]}, {"a": "#111111", "b": "#222222"}, title="t")
+    a, b = (path.split('"')[0].split("h0")[:-1] for path in svg.split(' d="')[1:])
+    xs = [float(point[1:].split()[0]) for point in a + b]
     assert len(xs) == 3 and xs[0] < xs[1] == xs[2]
-    ticks = {node.text: float(node.get("x")) for node in ElementTree.fromstring(drawn).iter("text")}
+    ticks = {node.text: float(node.get("x")) for node in ElementTree.fromstring(svg).iter("text")}
     assert ticks["1"] == pytest.approx(xs[0], abs=0.6) and ticks["3"] == pytest.approx(xs[1], abs=0.6)
 
 
-def test_a_figure_for_a_paper():
-    """A file of its own: every setting's number in the plane and with its name; a dot a value, a scale a column."""
+def test_figure_for_a_paper():
+    """Each setting's number is in the plane and next to its name, with one dot per value and one scale per column."""
     text = figure("a <study>", RESULTS)
     root = ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and "href" not in text
     texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
-    said, small = [node.text for node in texts], [node.text for node in texts if node.get("class") == "small"]
-    assert all(small.count(number) == 2 for number in "123") and all(said.count(name) == 1 for name in RESULTS)
+    labels, small = [node.text for node in texts], [node.text for node in texts if node.get("class") == "small"]
+    assert all(small.count(number) == 2 for number in "123") and all(labels.count(name) == 1 for name in RESULTS)
     dots = [d for node in root.iter("{http://www.w3.org/2000/svg}path") for d in node.get("d").split("M")[1:]]
-    assert len(dots) == 9 + 3  # the plane; the legend; the columns' measures are not among these runs'
-    one = {"a": {0: {"kl": 1.0, "rec_nll": 2.0, "iw_nll": 3.0, "mutual_information": math.nan}}}
-    assert "−log p(x)" in figure("t", one)
+    assert len(dots) == 9 + 3  # the plane and the legend; these runs have no metric of the columns
+    single_run = {"a": {0: {"kl": 1.0, "rec_nll": 2.0, "iw_nll": 3.0, "mutual_information": math.nan}}}
+    assert "−log p(x)" in figure("t", single_run)
 
 
 def test_runs_without_a_value():
-    """Named, counted, and not tested by those that are left; a study of nothing else can be drawn."""
-    gone = RESULTS["better"] | {1: {"kl": 5.0, "rec_nll": None, "bleu": math.inf}}
-    text = format_table({"plain": RESULTS["plain"], "better": gone})
+    """Incomplete settings give a warning and no p-value; a study without any value can still be drawn."""
+    incomplete = RESULTS["better"] | {1: {"kl": 5.0, "rec_nll": None, "bleu": math.inf}}
+    text = format_table({"plain": RESULTS["plain"], "better": incomplete})
     assert "| better | 3 | 4.97 ± 0.06* | 15.05 ± 0.07 (2 of 3) | 50.0 ± 0.0 (2 of 3) |" in text
     assert "warning: distortion, nats: 1 of 3 runs of “better” have no finite value" in text
-    assert statistics({"plain": RESULTS["plain"], "better": gone})["rec_nll"]["better"]["p"] is None
-    nothing = {"a": {0: {"kl": None, "rec_nll": None, "bleu": 3.0}}}
-    Checked(page("t", nothing, {"a": []}))
-    ElementTree.fromstring(figure("t", nothing))
+    assert summary_statistics({"plain": RESULTS["plain"], "better": incomplete})["rec_nll"]["better"]["p"] is None
+    empty = {"a": {0: {"kl": None, "rec_nll": None, "bleu": 3.0}}}
+    Checked(page("t", empty, {"a": []}))
+    ElementTree.fromstring(figure("t", empty))
 
 
-def test_plugins_of_settings_are_their_own(tmp_path):
-    """Two versions of one regularizer are two settings; one that forgot its plugin is refused. Budgets that differ are
-    said."""
+def test_plugins_are_local_to_their_setting(tmp_path):
+    """Two settings may register the same name; a setting without its plugin is rejected. Different budgets give a
+    warning."""
     body = "from dataclasses import dataclass\nfrom davae_jax.regularizers import Regularizer, register\n"
     body += '@register("mine")\n@dataclass(frozen=True)\nclass Mine(Regularizer):\n    """It."""\n'
     for name in "ab":
@@ -166,25 +166,25 @@ def test_plugins_of_settings_are_their_own(tmp_path):
     study = read_study(write(tmp_path / "study.toml", settings=settings | {"longer": "--steps 7"}))
     assert study.notes == ["settings differ in --steps: their budget or data are not the same"]
     assert study.notes[0] in format_table(RESULTS, study.notes)
-    with pytest.raises(InputError, match="no regularizer 'mine'"):
+    with pytest.raises(InputError, match="mine"):
         read_study(write(tmp_path / "study.toml", settings=settings | {"c": "--regularizers.mine.weight 1"}))
 
 
-def test_warnings_of_one_kind_are_one():
-    found = {"a": {i: {"kl": 1.0, "warnings": [f"of 50 samples only {i}.5 count"]} for i in range(3)}}
-    assert caveats(found) == ["3 of 3 runs: of 50 samples only 0.5 count (figures of the first)"]
+def test_similar_warnings_are_merged():
+    results = {"a": {i: {"kl": 1.0, "warnings": [f"of 50 samples only {i}.5 count"]} for i in range(3)}}
+    assert caveats(results) == ["3 of 3 runs: of 50 samples only 0.5 count (values of the first run)"]
 
 
-def test_numbers_do_not_hide_each_other():
-    """Twelve settings at one place: every label has a place of its own."""
-    same = {str(i): ([1.0], [1.0]) for i in range(12)} | {"far": ([2.0], [2.0])}
-    drawn = charts.plane(same, dict.fromkeys(same, "#111111"), title="t")
-    places = {part.split(' text-anchor="middle"')[0] for part in drawn.split('<text class="small"')[1:]}
-    assert len(places) == 13
+def test_labels_do_not_overlap():
+    """Twelve settings with equal values have labels at distinct positions."""
+    points = {str(i): ([1.0], [1.0]) for i in range(12)} | {"far": ([2.0], [2.0])}
+    svg = charts.plane(points, dict.fromkeys(points, "#111111"), title="t")
+    positions = {label.split(' text-anchor="middle"')[0] for label in svg.split('<text class="small"')[1:]}
+    assert len(positions) == 13
 
 
 def write(path, **values):
-    """A study, in TOML."""
+    """Writes a study as TOML and returns its path."""
     quoted = lambda v: json.dumps(v, ensure_ascii=False)  # noqa: E731
     lines = [f"{name} = {quoted(value)}" for name, value in values.items() if name != "settings"]
     lines += ["[settings]", *(f"{quoted(n)} = {quoted(o)}" for n, o in values.get("settings", {}).items())]
@@ -193,35 +193,35 @@ def write(path, **values):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
-        (dict(), "[settings] has none"),
-        (dict(trian="--steps 3"), "'trian' is not known; known: train, evaluate, seeds, settings"),
-        (dict(seeds=[1, 1], settings={"a": ""}), "seeds must be different whole numbers"),
-        (dict(seeds=[], settings={"a": ""}), "seeds must be different whole numbers"),
-        (dict(seeds=[[1], [2]], settings={"a": ""}), "seeds must be different whole numbers"),
-        (dict(seeds=[True], settings={"a": ""}), "seeds must be different whole numbers"),
-        (dict(settings={"a": 3}), "settings.a must be a text of options"),
+        (dict(), "[settings]"),
+        (dict(trian="--steps 3"), "'trian' is not a known entry; available: train, evaluate, seeds, settings"),
+        (dict(seeds=[1, 1], settings={"a": ""}), "seeds must be"),
+        (dict(seeds=[], settings={"a": ""}), "seeds must be"),
+        (dict(seeds=[[1], [2]], settings={"a": ""}), "seeds must be"),
+        (dict(seeds=[True], settings={"a": ""}), "seeds must be"),
+        (dict(settings={"a": 3}), "settings.a must be a string of options"),
         (dict(settings={"a": "--steps 0"}), "--steps must be at least 1, not 0"),
         (dict(settings={"a": "--nonsense 3"}), "settings.a: "),
-        (dict(settings={"a": "--seed 3"}), "settings.a: --seed and --run-dir are given by the comparison"),
-        (dict(settings={"a": "--run_dir=x"}), "settings.a: --seed and --run-dir are given by the comparison"),
-        (dict(settings={"compiled": ""}), "setting 'compiled' would have the folder compiled, which is taken"),
+        (dict(settings={"a": "--seed 3"}), "settings.a: --seed and --run-dir"),
+        (dict(settings={"a": "--run_dir=x"}), "settings.a: --seed and --run-dir"),
+        (dict(settings={"compiled": ""}), "setting 'compiled' would use the folder compiled, which is reserved"),
         (dict(settings={"a": ""}, evaluate="--dta x"), "evaluate: "),
-        (dict(settings={"a": ""}, evaluate="--json x"), "evaluate: --model and --json are given by the comparison"),
-        (dict(settings={"a b": "", "a-b": ""}), "settings 'a b' and 'a-b' would have the same folder"),
+        (dict(settings={"a": ""}, evaluate="--json x"), "evaluate: --model and --json"),
+        (dict(settings={"a b": "", "a-b": ""}), "settings 'a b' and 'a-b' would use the same folder"),
         (dict(train="'", settings={"a": ""}), "No closing quotation"),
     ],
 )
-def test_studies_that_cannot_be(values, said, tmp_path, capsys):
+def test_invalid_studies(values, message, tmp_path, capsys):
     path = write(tmp_path / "study.toml", **values)
     assert main(["compare", str(path), "--output", str(tmp_path / "out")]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"davae compare: error: {path}: ") and said in line
+    assert line.startswith(f"davae compare: error: {path}: ") and message in line
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_no_study(tmp_path):
+def test_unreadable_studies(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml: cannot be read \(No such file"):
         read_study(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("a = = b")
@@ -229,12 +229,15 @@ def test_files_that_are_no_study(tmp_path):
         read_study(tmp_path / "bad.toml")
 
 
-def test_names_become_folders():
-    assert folder_of("β 0.1, no KL/free") == "β-0.1-no-KL-free" and folder_of("///") == folder_of("..") == "setting"
+def test_setting_folder():
+    assert (
+        setting_folder("β 0.1, no KL/free") == "β-0.1-no-KL-free"
+        and setting_folder("///") == setting_folder("..") == "setting"
+    )
 
 
-def test_a_run_of_an_earlier_version_is_complete(tmp_path):
-    """Its options are stored under their old names. With another value, or one option less, it is another run."""
+def test_runs_of_an_earlier_version_are_complete(tmp_path):
+    """The stored options have their old names. Another value, or a missing option, makes it a different run."""
     folder, measures = tmp_path / "a" / "seed-0", {"kl": 1.0}
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
@@ -242,22 +245,22 @@ def test_a_run_of_an_earlier_version_is_complete(tmp_path):
     (folder.parent / "seed-0.json").write_text(json.dumps(stored), encoding="utf-8")
     renamed = ["--data.decoder-vocab-size", "60", "--data.encoder-vocab-size=80"]
     for options in (stored["train"], renamed):
-        assert run_one(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder) == measures
+        assert complete_run(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder) == measures
     for options in (["--data.decoder-vocab-size", "61", *renamed[2:]], renamed[:2]):
-        with pytest.raises(InputError, match="was made with other options"):
-            run_one(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder)
+        with pytest.raises(InputError, match="was trained with other options"):
+            complete_run(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder)
 
 
 @pytest.mark.slow
 def test_two_settings(tmp_path, monkeypatch, capsys):
-    """Trained and measured; done again it only reads; a setting that fails is named and the others compared."""
+    """Runs are trained and evaluated. A second start only reads them. A failed setting is reported."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     common = f"--data.train {tmp_path / 'texts.txt'} --steps 4 {' '.join(map(str, TINY))}"
-    told = dict(train=common, evaluate=f"--data {tmp_path / 'texts.txt'} --n 20 --samples 2", seeds=[0, 1])
+    study = dict(train=common, evaluate=f"--data {tmp_path / 'texts.txt'} --n 20 --samples 2", seeds=[0, 1])
     settings = {"plain": "--beta.max 0.1", "capacity": "--regularizers.capacity.weight 1"}
-    path, out = write(tmp_path / "study.toml", **told, settings=settings), tmp_path / "out"
+    path, out = write(tmp_path / "study.toml", **study, settings=settings), tmp_path / "out"
     assert main(["compare", str(path), "--output", str(out)]) == 0
     first = capsys.readouterr().out
     assert "| plain | 2 | " in first and "| capacity | 2 | " in first
@@ -272,16 +275,19 @@ def test_two_settings(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == first
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
 
-    # Damaged, or of other options of the measuring: measured again, and not trained again.
+    # A damaged evaluation, or other evaluation options: the run is evaluated again, but not trained again.
     (out / "plain" / "seed-1" / "evaluation.json").write_text("[]")
     trained = {p: p.read_bytes() for p in out.rglob("metrics.jsonl")}
-    write(path, **told | dict(evaluate=told["evaluate"] + " --seed 3", seeds=[1]), settings=settings)
+    write(path, **study | dict(evaluate=study["evaluate"] + " --seed 3", seeds=[1]), settings=settings)
     assert main(["compare", str(path), "--output", str(out)]) == 0
     assert "| plain | 1 | " in capsys.readouterr().out
     assert len(trained) == 4 and trained == {p: p.read_bytes() for p in out.rglob("metrics.jsonl")}
     assert json.loads((out / "plain" / "seed-1.json").read_text(encoding="utf-8"))["evaluate"][-2:] == ["--seed", "3"]
 
-    write(path, **told, settings={"plain": "--beta.max 0.2", "capacity": settings["capacity"]})
+    write(path, **study, settings={"plain": "--beta.max 0.2", "capacity": settings["capacity"]})
     assert main(["compare", str(path), "--output", str(out)]) == 1
-    said = capsys.readouterr()
-    assert f"{out / 'plain' / 'seed-0'}: was made with other options" in said.err and "| capacity | 2 | " in said.out
+    output = capsys.readouterr()
+    assert (
+        f"{out / 'plain' / 'seed-0'}: was trained with other options" in output.err
+        and "| capacity | 2 | " in output.out
+    )

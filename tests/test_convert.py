@@ -275,7 +275,7 @@ def test_damaged_safetensors(size, tmp_path, fails):
         ),
         (
             tiny_with(decoder__num_layers=None, decoder__vocab_size=None),
-            "fields decoder.vocab_size, decoder.num_layers",
+            "decoder.vocab_size is missing, and so are num_layers",
         ),
         (tiny_with(latent_size=None), "latent_size is missing"),
         (tiny_with(encoder=None), "encoder is missing"),
@@ -442,8 +442,7 @@ def test_the_real_command_lines(tmp_path):
     assert str(source / "pytorch_model.bin") in run.stderr
     run = python("-m", "davae_jax.cli", "convert", source)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.count("\n") == 1
-    assert "DST" in run.stderr
+    assert "DST" in run.stderr and "Traceback" not in run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 

@@ -44,9 +44,9 @@ def batches():
 def test_an_epoch_shows_every_text_once(batches):
     assert batches.steps_per_epoch == 4
     for epoch in range(3):
-        rows = np.concatenate([batches.texts_of(epoch * 4 + i)[0] for i in range(4)])
+        rows = np.concatenate([batches.select_texts(epoch * 4 + i)[0] for i in range(4)])
         assert len(set(rows)) == 12  # of 13, one waits
-    shown = {int(row) for step in range(40) for row in batches.texts_of(step)[0]}
+    shown = {int(row) for step in range(40) for row in batches.select_texts(step)[0]}
     assert shown == set(range(13))
 
 
@@ -56,14 +56,16 @@ def test_a_batch_depends_on_seed_and_step_alone(batches):
     for step in order:
         assert_same_batch(again.batch(step), batches.batch(step))
     other = TextBatches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=6)
-    assert any((other.texts_of(step)[0] != batches.texts_of(step)[0]).any() for step in range(4))
-    assert any((batches.texts_of(step)[0] != batches.texts_of(step + 4)[0]).any() for step in range(4))  # epochs differ
+    assert any((other.select_texts(step)[0] != batches.select_texts(step)[0]).any() for step in range(4))
+    assert any(
+        (batches.select_texts(step)[0] != batches.select_texts(step + 4)[0]).any() for step in range(4)
+    )  # epochs differ
 
 
 def test_rows_are_whole_and_padded(batches):
     shapes = set()
     for step in range(8):
-        rows, (S, T) = batches.texts_of(step)
+        rows, (S, T) = batches.select_texts(step)
         encoder_ids, decoder_ids, lengths = whole_rows(batches.batch(step))
         assert encoder_ids.shape == (3, S) and decoder_ids.shape == (3, T)
         shapes.add((S, T))
@@ -82,7 +84,7 @@ def test_no_row_is_padded_past_the_encoders_positions():
 
 def test_fewer_texts_than_a_batch():
     batches = TextBatches(texts_of([4, 5]), 5, pad_id=PAD)
-    assert sorted(set(batches.texts_of(0)[0])) == [0, 1] and len(batches.batch(7).lengths) == 5
+    assert sorted(set(batches.select_texts(0)[0])) == [0, 1] and len(batches.batch(7).lengths) == 5
 
 
 def test_lines_and_json_lines(tmp_path):
@@ -97,15 +99,19 @@ def test_lines_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\n \n", "holds no text"),
+        ("a.txt", b"", "contains no text"),
+        ("a.txt", b"\n \n", "contains no text"),
         ("a.txt", b"ok\n\xff\xfe\n", "line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2: is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2: has no field 'text'"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a text"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a string"),
         ("a.jsonl", b'["text"]\n', "line 1: has no field 'text'"),
-        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "holds no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: the field 'text' holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "contains no text"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud83d"}\n',
+            "line 2: the field 'text' contains half of a surrogate pair",
+        ),
     ],
 )
 def test_unreadable_texts(name, data, message, tmp_path):

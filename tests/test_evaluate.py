@@ -1,4 +1,4 @@
-"""`davae evaluate` and what it stands on: numbers against independent computations, the files, and what is refused."""
+"""`davae evaluate`: metrics against independent computations, output files, and invalid input."""
 
 import html.parser
 import json
@@ -26,8 +26,9 @@ from davae_jax.inference.generation import generate
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 from davae_jax.tokenizers.decoder import END
+from davae_jax.utils.errors import OptionError
 
-# Of lengths that share one compiled program.
+# Texts of similar lengths share one compiled program.
 TEXTS = [text for text in sentences(200) if 15 <= len(text) <= 20][:40]
 LABELS = {"long": [str(len(text) > 17) for text in TEXTS], "same": ["x"] * 40}
 K = 6
@@ -46,51 +47,51 @@ def vae(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def kept(vae):
+def tokenized(vae):
     return tokenize(TEXTS, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
 
 
 @pytest.fixture(scope="module")
-def each(vae, kept):
-    return per_text(vae.model, kept, samples=K, seed=0, batch_size=64)
+def results(vae, tokenized):
+    return per_text(vae.model, tokenized, samples=K, seed=0, batch_size=64)
 
 
 @pytest.fixture(scope="module")
-def found(vae):
+def evaluation(vae):
     return evaluate(vae, TEXTS, samples=K, labels=LABELS)
 
 
-# The numbers.
+# Metrics.
 
 
-def test_the_numbers_of_each_text(vae, kept, each):
-    """Text by text, without padding or batches, and from the logits."""
-    assert each.mean.shape == (40, 4)
+def test_per_text_results(vae, tokenized, results):
+    """Compares with the logits of single texts, without padding or batches."""
+    assert results.mean.shape == (40, 4)
     for i in (5, 7):
-        ids = kept.decoder_ids[i]
-        posterior = vae.model.encode(kept.encoder_ids[i][None])
-        np.testing.assert_allclose(each.mean[i], posterior.mean[0], atol=1e-5)
-        np.testing.assert_allclose(each.logvar[i], posterior.logvar[0], atol=1e-5)
+        ids = tokenized.decoder_ids[i]
+        posterior = vae.model.encode(tokenized.encoder_ids[i][None])
+        np.testing.assert_allclose(results.mean[i], posterior.mean[0], atol=1e-5)
+        np.testing.assert_allclose(results.logvar[i], posterior.logvar[0], atol=1e-5)
         logits, _ = vae.model.decode(ids[None, :-1], posterior.mean)
         log_p = np.asarray(jax.nn.log_softmax(logits[0]))
-        assert each.tokens[i] == len(ids) - 1
-        assert each.hits[i] == (log_p.argmax(-1) == ids[1:]).sum()
-        assert each.mean_nll[i] == pytest.approx(-log_p[np.arange(len(ids) - 1), ids[1:]].sum(), rel=1e-4)
+        assert results.tokens[i] == len(ids) - 1
+        assert results.hits[i] == (log_p.argmax(-1) == ids[1:]).sum()
+        assert results.mean_nll[i] == pytest.approx(-log_p[np.arange(len(ids) - 1), ids[1:]].sum(), rel=1e-4)
 
 
-def test_a_text_that_is_the_decoders_own_is_all_hits(vae, kept, each):
-    """Greedy texts from the means, cut where the decoder would have gone on: all but that end are hits."""
-    own = generate(vae.model, each.mean, top_k=1, max_length=11)
-    rows = [np.array([*ids, vae.config.end_token_id], np.int32) for ids in own]
-    found = per_text(vae.model, kept._replace(decoder_ids=rows), samples=K, seed=0, batch_size=64)
-    assert (found.hits >= found.tokens - 1).all()
-    assert found.tokens.tolist() == [len(ids) for ids in own]
+def test_greedy_texts_have_full_token_accuracy(vae, tokenized, results):
+    """Greedy texts from the means are truncated, so every token but the end token is a hit."""
+    generated = generate(vae.model, results.mean, top_k=1, max_length=11)
+    rows = [np.array([*ids, vae.config.end_token_id], np.int32) for ids in generated]
+    actual = per_text(vae.model, tokenized._replace(decoder_ids=rows), samples=K, seed=0, batch_size=64)
+    assert (actual.hits >= actual.tokens - 1).all()
+    assert actual.tokens.tolist() == [len(ids) for ids in generated]
 
 
-def test_the_likelihood_of_each_text(vae, kept, each):
-    """The draws of a text are those of its own key; its weights are p(x|z) p(z) / q(z|x)."""
+def test_likelihood_per_text(vae, tokenized, results):
+    """The samples of a text come from its own key; the weights are p(x|z) p(z) / q(z|x)."""
     i = 5
-    ids, posterior = kept.decoder_ids[i], vae.model.encode(kept.encoder_ids[i][None])
+    ids, posterior = tokenized.decoder_ids[i], vae.model.encode(tokenized.encoder_ids[i][None])
     key = jax.random.fold_in(jax.random.key(0), i)
     noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, k), (4,)) for k in range(K)])
     z = np.asarray(posterior.mean + noise * jnp.exp(posterior.logvar / 2))
@@ -99,113 +100,121 @@ def test_the_likelihood_of_each_text(vae, kept, each):
     log_prior = -0.5 * (z**2 + np.log(2 * np.pi)).sum(1)
     log_q = -0.5 * (np.asarray(noise) ** 2 + np.log(2 * np.pi) + np.asarray(posterior.logvar)).sum(1)
     weights = np.exp(np.float64(log_p + log_prior - log_q))
-    assert each.rec_nll[i] == pytest.approx(-log_p.mean(), rel=1e-4)
-    assert each.iw_nll[i] == pytest.approx(-np.log(weights.mean()), rel=1e-4)
-    assert each.half_nll[i] == pytest.approx(-np.log(weights[: K // 2].mean()), rel=1e-4)
-    assert each.effective[i] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-2)
-    assert 1 <= each.effective.min() <= each.effective.max() <= K
+    assert results.rec_nll[i] == pytest.approx(-log_p.mean(), rel=1e-4)
+    assert results.iw_nll[i] == pytest.approx(-np.log(weights.mean()), rel=1e-4)
+    assert results.half_nll[i] == pytest.approx(-np.log(weights[: K // 2].mean()), rel=1e-4)
+    assert results.effective[i] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-2)
+    assert 1 <= results.effective.min() <= results.effective.max() <= K
 
 
-def test_batches_and_meshes_change_nothing(tiny_checkpoint, kept, each):
-    """In three batches, on eight devices that share batch and weights, against one batch on one device."""
+def test_results_do_not_depend_on_batches_or_mesh(tiny_checkpoint, tokenized, results):
+    """Three batches on eight devices, with sharded batch and weights, against one batch on one device."""
     vae = TextVAE.from_pretrained(tiny_checkpoint, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 16))
-    found = per_text(vae.model, kept, samples=K, seed=0, batch_size=16)
-    for name, one, other in zip(each._fields, found, each, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=name)
+    sharded = per_text(vae.model, tokenized, samples=K, seed=0, batch_size=16)
+    for name, actual, expected in zip(results._fields, sharded, results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_a_texts_draws_follow_from_its_line(vae, kept, each):
-    """Whatever is left out before it."""
+def test_samples_depend_on_the_line(vae, tokenized, results):
+    """Dropped texts do not change the samples of later texts."""
     gaps = tokenize(["", *TEXTS[1:]], vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=100, source="")
     assert gaps.lines[0] == 2
-    found = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
-    for name, some, all_of_them in zip(each._fields, found, each, strict=True):
-        np.testing.assert_allclose(some, all_of_them[1:], rtol=1e-4, atol=1e-4, err_msg=name)
-    others = per_text(vae.model, kept._replace(lines=kept.lines + 1), samples=K, seed=0, batch_size=64)
-    assert np.abs(others.iw_nll - each.iw_nll).min() > 1e-4
+    actual = per_text(vae.model, gaps, samples=K, seed=0, batch_size=64)
+    for name, values, expected in zip(results._fields, actual, results, strict=True):
+        np.testing.assert_allclose(values, expected[1:], rtol=1e-4, atol=1e-4, err_msg=name)
+    shifted = per_text(vae.model, tokenized._replace(lines=tokenized.lines + 1), samples=K, seed=0, batch_size=64)
+    assert np.abs(shifted.iw_nll - results.iw_nll).min() > 1e-4
 
 
-def test_texts_that_hold_the_end_token_are_left_out():
+def test_texts_with_the_end_token_are_dropped():
     texts = [TEXTS[0], f"今{END}天", "", f"今{END}", TEXTS[1]]
     assert blank_texts_with_end_token(texts, "here") == ([TEXTS[0], "", "", "", TEXTS[1]], 2)
-    with pytest.raises(InputError, match=re.escape("here: all texts hold <|endoftext|>, which ends a text")):
+    with pytest.raises(InputError, match=re.escape("here: all texts contain <|endoftext|>")):
         blank_texts_with_end_token(texts[1:4], "here")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "labels of 'b' are 1, for 2 texts"),
+        ({"samples": 0}, "must be at least 1, not 0"),
+        ({"labels": {"a": ["x", "y"], "b": ["x"]}}, "factor 'b' has 1 labels, but there are 2 texts"),
         (
             {"measures": ["latent", "bleu"]},
-            "measures 'bleu' is not known; known: latent, likelihood, reconstruction, posterior samples, factors, "
+            "'bleu' is unknown; available: latent, likelihood, reconstruction, posterior samples, factors, "
             "prior samples, diversity, trigrams, interpolation",
         ),
     ],
     ids=str,
 )
-def test_what_is_refused_in_python(vae, options, said):
-    with pytest.raises(InputError) as error:
+def test_invalid_arguments_raise(vae, options, message):
+    with pytest.raises(OptionError) as error:
         evaluate(vae, TEXTS[:2], **options)
-    assert (str(error.value), error.value.exit_code) == (said, 2)
+    assert (error.value.option, error.value.exit_code) == (next(iter(options)), 2)
+    assert message in error.value.reason
 
 
-def test_the_measures_follow_from_the_texts(vae, each, found):
-    m = found.measures
+def test_metrics_against_their_definitions(vae, results, evaluation):
+    m = evaluation.measures
     assert m["n"] == 40 and m["iw_samples"] == K and m["latent_size"] == 4
-    assert m["token_accuracy"] == pytest.approx(each.hits.sum() / each.tokens.sum())
-    mean, logvar = found.posterior
+    assert m["token_accuracy"] == pytest.approx(results.hits.sum() / results.tokens.sum())
+    mean, logvar = evaluation.posterior
     np.testing.assert_allclose(m["kl_per_dim"], 0.5 * (mean**2 + np.exp(logvar) - logvar - 1).mean(0), rtol=1e-4)
     assert m["kl"] == pytest.approx(sum(m["kl_per_dim"]), rel=1e-5)
     assert m["elbo"] == pytest.approx(-m["rec_nll"] - m["kl"], rel=1e-5)
     assert m["elbo"] < -m["iw_nll"]
-    parts = m["denominators"]
-    assert parts["tokens"] == each.tokens.sum()
-    assert parts["words"] == sum(len(words(text)) + 1 for text in TEXTS)
-    assert m["ppl_per_token"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["tokens"]), rel=1e-4)
-    assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / parts["words"]), rel=1e-4)
-    assert m["active_units"] == metrics.active_units(each.mean)
+    denominators = m["denominators"]
+    assert denominators["tokens"] == results.tokens.sum()
+    assert denominators["words"] == sum(len(words(text)) + 1 for text in TEXTS)
+    assert m["ppl_per_token"] == pytest.approx(math.exp(40 * m["iw_nll"] / denominators["tokens"]), rel=1e-4)
+    assert m["ppl_per_word"] == pytest.approx(math.exp(40 * m["iw_nll"] / denominators["words"]), rel=1e-4)
+    assert m["active_units"] == metrics.active_units(results.mean)
     assert -0.5 < m["mutual_information"] <= m["mutual_information_ceiling"] == math.log(40)
-    rise = m["mutual_information"] - m["mutual_information_of_half"]
-    assert abs(rise) < 0.05 and rise == pytest.approx(m["aggregate_kl_of_half"] - m["aggregate_kl"], abs=1e-6)
-    assert found.reconstructions == vae.reconstruct(TEXTS)
-    assert m["bleu"] == pytest.approx(sacrebleu.corpus_bleu(found.reconstructions, [found.texts], tokenize="zh").score)
-    assert m["exact_match"] == np.mean([a == b for a, b in zip(found.reconstructions, found.texts, strict=True)])
-    assert found.samples == vae.sample(40)
-    assert len(found.interpolations) == 20
-    for i, line in enumerate(found.interpolations):
-        assert len(line) == outputs.INTERPOLATION_STEPS
-        assert [line[0], line[-1]] == found.reconstructions[2 * i : 2 * i + 2]
+    gap = m["mutual_information"] - m["mutual_information_of_half"]
+    assert abs(gap) < 0.05 and gap == pytest.approx(m["aggregate_kl_of_half"] - m["aggregate_kl"], abs=1e-6)
+    assert evaluation.reconstructions == vae.reconstruct(TEXTS)
+    assert m["bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(evaluation.reconstructions, [evaluation.texts], tokenize="zh").score
+    )
+    assert m["exact_match"] == np.mean(
+        [a == b for a, b in zip(evaluation.reconstructions, evaluation.texts, strict=True)]
+    )
+    assert evaluation.samples == vae.sample(40)
+    assert len(evaluation.interpolations) == 20
+    for i, path in enumerate(evaluation.interpolations):
+        assert len(path) == outputs.INTERPOLATION_STEPS
+        assert [path[0], path[-1]] == evaluation.reconstructions[2 * i : 2 * i + 2]
     for name, (low, high) in m["intervals"].items():
         value = m["factors"]["long"]["probe_accuracy"] if name == "probe_long" else m[name]
         assert low <= value <= high or name == "active_units", name
     for value, (low, high) in zip(m["kl_per_dim"], m["kl_per_dim_intervals"], strict=True):
         assert low < value < high
     assert {"elbo_ppl_per_word", "effective_sample_size", "iw_nll_of_half", "exact_match"} <= m["intervals"].keys()
-    assert m["intervals"]["exact_match"][1] - m["intervals"]["exact_match"][0] > 0.05  # whatever the proportion
+    assert m["intervals"]["exact_match"][1] - m["intervals"]["exact_match"][0] > 0.05
     assert m["factors"]["long"]["rare_classes"] == 0
-    assert list(m["factors"]) == ["long"]  # of one class there is nothing to read
+    assert list(m["factors"]) == ["long"]  # a factor with one class has no probe
 
 
-def test_what_a_run_measures_at_its_end(vae, found, monkeypatch):
-    """The same as `davae evaluate`, and the BLEU of draws and of other texts by hand; without likelihoods."""
-    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: pytest.fail("measures likelihoods"))
+def test_evaluate_run(vae, evaluation, monkeypatch):
+    """Equals `evaluate` without computing likelihoods; checks BLEU of posterior samples and of other texts' latents."""
+    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: pytest.fail("computes likelihoods"))
     monkeypatch.setattr(TextVAE, "interpolate", lambda *_, **__: pytest.fail("interpolates"))
     run = evaluate_run(vae, TEXTS, {"今天"})
     names = ["n", "bleu", "exact_match", "bleu_sampled", "bleu_other_latent", "mutual_information", "active_units"]
     names += ["mutual_information_ceiling", "latent_size", "kl"]
     for name in names:
-        assert run[name] == pytest.approx(found.measures[name], rel=1e-4), name
+        assert run[name] == pytest.approx(evaluation.measures[name], rel=1e-4), name
     samples = vae.sample(40, top_k=1)
     assert (run["prior_distinct"], run["prior_valid"]) == (len(set(samples)) / 40, 0)
     assert evaluate_run(vae, TEXTS[:2], None)["prior_valid"] is None
     posterior = vae.posterior(TEXTS)
     noise = np.asarray(jax.random.normal(jax.random.key(0), (40, 4)))
-    drawn = vae.generate(posterior.mean + noise * np.exp(posterior.logvar / 2), top_k=1)
-    by_hand = {"bleu_sampled": drawn, "bleu_other_latent": [*found.reconstructions[1:], found.reconstructions[0]]}
-    for name, texts in by_hand.items():
-        score = sacrebleu.corpus_bleu(texts, [found.texts], tokenize="zh").score
+    sampled = vae.generate(posterior.mean + noise * np.exp(posterior.logvar / 2), top_k=1)
+    expected = {
+        "bleu_sampled": sampled,
+        "bleu_other_latent": [*evaluation.reconstructions[1:], evaluation.reconstructions[0]],
+    }
+    for name, texts in expected.items():
+        score = sacrebleu.corpus_bleu(texts, [evaluation.texts], tokenize="zh").score
         assert run[name] == pytest.approx(score, rel=1e-4)
     table = " ".join(format_table(run).split())
     assert f"mutual information {run['mutual_information']:.2f}" in table and "Likelihood" not in table
@@ -213,24 +222,24 @@ def test_what_a_run_measures_at_its_end(vae, found, monkeypatch):
     json.dumps(run, allow_nan=False)
 
 
-def test_the_interval_of_bleu_is_that_of_bleu(monkeypatch):
-    """Of draws made by hand, sacrebleu's own score of the texts drawn."""
-    found, texts = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
+def test_bleu_interval(monkeypatch):
+    """On fixed resamples: sacrebleu's score of the resampled texts."""
+    hypotheses, references = TEXTS[:6], [*TEXTS[1:3], *TEXTS[2:6]]
     counts = np.array([[2, 0, 1, 1, 1, 1], [0, 0, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1]])
     scores = []
     for row in counts:
-        drawn = [i for i, c in enumerate(row) for _ in range(c)]
-        pair = [found[i] for i in drawn], [[texts[i] for i in drawn]]
+        indices = [i for i, c in enumerate(row) for _ in range(c)]
+        pair = [hypotheses[i] for i in indices], [[references[i] for i in indices]]
         scores.append(sacrebleu.corpus_bleu(*pair, tokenize="zh").score)
-    monkeypatch.setattr(bootstrap, "sums", lambda values, _: counts @ values)
-    low, high = bleu_interval(found, texts, 0)
+    monkeypatch.setattr(bootstrap, "resampled_sums", lambda values, _: counts @ values)
+    low, high = bleu_interval(hypotheses, references, 0)
     assert (low, high) == pytest.approx(tuple(np.percentile(scores, [2.5, 97.5])))
     assert low < high
 
 
-# The warnings.
+# Warnings.
 
-ENOUGH = {
+RELIABLE = {
     "n": 2000,
     "left_out": 0,
     "left_out_for_end_token": 0,
@@ -251,7 +260,7 @@ ENOUGH = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "about"),
+    ("changed", "metric_names"),
     [
         ({}, []),
         ({"n": 50}, ["all", "active_units", "mig", "probe_accuracy, dci"]),
@@ -272,11 +281,11 @@ ENOUGH = {
     ],
     ids=str,
 )
-def test_what_is_warned_of(changed, about):
-    assert [line.split(":")[0] for line in caveats.warnings_of(ENOUGH | changed)] == about
+def test_warnings(changed, metric_names):
+    assert [line.split(":")[0] for line in caveats.collect_warnings(RELIABLE | changed)] == metric_names
 
 
-# The command.
+# The command line.
 
 
 @pytest.fixture
@@ -298,7 +307,7 @@ def data(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, those that load something, and its text. Fails where tags do not close."""
+    """Collects the tags, the loaded resources and the text of a page. Fails if tags do not close."""
 
     VOID = ("meta", "br", "rect", "line", "path", "polyline")
 
@@ -322,8 +331,8 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
-    run = tmp_path / "run <b>"  # a run's folder with its logs, and a name that is not to be taken for HTML
+def test_evaluate(davae, data, evaluation, tiny_checkpoint, tmp_path):
+    run = tmp_path / "run <b>"  # a run folder with logs, whose name must be escaped in HTML
     shutil.copytree(tiny_checkpoint, run)
     lines = [
         {"step": s, "rec": 3 / s, "kl_unmasked": 1.0 * s, "loss": 3 / s, "beta": 0.1, "mfu": None} for s in (1, 2, 3)
@@ -339,14 +348,14 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     assert (measures["n"], measures["of"], measures["data"]) == (40, 41, str(data))
     assert list(measures["factors"]) == ["long", "kind"]
     for name in KEYS:
-        assert measures[name] == pytest.approx(found.measures[name], rel=1e-4), name
-    # The table has the figures, what they are of, and the warnings.
+        assert measures[name] == pytest.approx(evaluation.measures[name], rel=1e-4), name
+    # The table has the metrics, their notes, and the warnings.
     assert f"perplexity per word {measures['ppl_per_word']:.2f}" in " ".join(out.split())
-    assert f"{measures['denominators']['words']} words, ends counted; each Chinese character is one" in out
-    assert "nats, of log n = 3.69 at most; too low close to it" in out
+    assert f"{measures['denominators']['words']} words, including the end" in out
+    assert "log n = 3.69" in out
     assert all(warning in out for warning in measures["warnings"])
     assert any("K = 6 samples" in warning for warning in measures["warnings"])
-    # The report is one page by itself.
+    # The report is self-contained.
     text = files[1].read_text(encoding="utf-8")
     page = Page(text)
     assert page.loads == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
@@ -354,19 +363,19 @@ def test_evaluate(davae, data, found, tiny_checkpoint, tmp_path):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert "@media print" in text
     assert all(warning in page.text for warning in measures["warnings"])
-    for title in ("KL of each dimension", "The latent in two dimensions", "Training", "Reconstructions"):
+    for title in ("KL per dimension", "The latent in two dimensions", "Training", "Reconstructions"):
         assert f"<h2>{title}</h2>" in text
-    # A chart for the KL and its variance, four curves, PCA and a plane for each of two labels.
+    # KL and variance, four training curves, and two projections for each of two labels.
     assert page.tags.count("svg") == 2 + 4 + 4
-    assert page.tags.count("rect") == 2 * 4 + 4  # of four dimensions, and the maps' frames
+    assert page.tags.count("rect") == 2 * 4 + 4  # four dimensions in each bar chart, and the frames of the projections
     assert sorted(tmp_path.iterdir()) == sorted([*files, run])
 
 
-def test_one_text(davae, each, tmp_path, monkeypatch):
-    """Of a plain file, with a blank line, which is left out and said to be. What cannot be estimated is null in the
-    JSON, not a made-up number, and a report comes out all the same. (The model's numbers are those of a larger batch.)
+def test_one_text(davae, results, tmp_path, monkeypatch):
+    """A plain file with one usable text: dropped texts give warnings, metrics that cannot be computed are null in the
+    JSON, and the report is written. (The model is replaced by stored results.)
     """
-    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: PerText(*(values[:1] for values in each)))
+    monkeypatch.setattr(outputs, "per_text", lambda *_, **__: PerText(*(values[:1] for values in results)))
     monkeypatch.setattr(TextVAE, "generate", lambda _, latent, **__: ["今天"] * len(latent))
     file, files = tmp_path / "texts.txt", (tmp_path / "out.json", tmp_path / "out.html")
     file.write_text("\n春眠 <unk> 今天Ѫ\n今<|endoftext|>天\n", encoding="utf-8")
@@ -374,14 +383,14 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
     assert (code, err) == (0, "")
     measures = json.loads(files[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert (measures["n"], measures["left_out"], measures["unknown_tokens"]) == (1, 2, 1)
-    assert measures["denominators"]["words"] == 7  # of the text as it was given, and its end
-    assert "n: 1 texts were left out, blank or too long for the encoder" in out
-    assert "n: 1 texts were left out that hold <|endoftext|>" in out
-    assert "all: over 1 texts" in out
+    assert measures["denominators"]["words"] == 7  # words of the original text, and its end
+    assert "n: 1 texts were dropped because they are blank or too long" in out
+    assert "n: 1 texts were dropped because they contain <|endoftext|>" in out
+    assert "all: there are only 1 texts" in out
     assert "factors" not in measures and measures["intervals"] == {}
-    said = " ".join(out.split())
-    assert "nan" not in out and "length – no interpolation whose ends differ" in said
-    assert "self-BLEU – needs two samples" in said and "distinct-3 – no sample has 3 words" in said
+    table = " ".join(out.split())
+    assert "nan" not in out and "length – needs an interpolation whose ends differ" in table
+    assert "self-BLEU – needs two samples" in table and "distinct-3 – needs a sample of 3 words" in table
     unknown = {name for name, value in measures.items() if value is None}
     assert unknown == {
         *["self_bleu", "self_bleu_texts", "distinct_3", "forward_ppl", "reverse_ppl", "real_ppl"],
@@ -392,7 +401,7 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         (["--n", "0"], 2, "--n must be at least 1, not 0"),
         (["--samples", "0"], 2, "--samples must be at least 1, not 0"),
@@ -404,43 +413,43 @@ def test_one_text(davae, each, tmp_path, monkeypatch):
         ),
         (["--json", "{tmp}"], 1, "{tmp}: is a folder; --json needs a file"),
         (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written (no folder {tmp}/no)"),
-        (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html name the same file"),
+        (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html must be different files"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
         (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
         (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
-        (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1 has no field 'text'"),
-        (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2 has no field 'y'"),
+        (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1: has no field 'text'"),
+        (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2: has no field 'y'"),
         (
             ["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "z"],
             1,
-            "{tmp}/t.jsonl: line 1: the field 'z' must be a text, a whole number, true or false to be a class",
+            "{tmp}/t.jsonl: line 1: the field 'z' must be a string, an integer, true or false to be a class",
         ),
         (
             ["--data", "{tmp}/half.jsonl", "--label", "y"],
             1,
-            "{tmp}/half.jsonl: line 1: the field 'y' holds half of a surrogate pair",
+            "{tmp}/half.jsonl: line 1: the field 'y' contains half of a surrogate pair",
         ),
-        ([], 2, "--data must be given: /nowhere is no run of the demo preset, which has texts of its own"),
+        ([], 2, "--data is required: /nowhere is not a run of the demo preset"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_is_refused(davae, tmp_path, options, code, said):
-    """Before the model is looked for."""
+def test_invalid_options_exit_with_a_message(davae, tmp_path, options, code, message):
+    """Options are checked before the model is loaded."""
     (tmp_path / "t.txt").write_text("今天\n", encoding="utf-8")
     (tmp_path / "t.jsonl").write_text('{"t": "a", "y": 1, "z": 0.5}\n{"t": "b"}\n', encoding="utf-8")
     (tmp_path / "half.jsonl").write_text('{"text": "a", "y": "\\ud800"}\n', encoding="utf-8")
     before = sorted(tmp_path.iterdir())
-    said = said.format(tmp=tmp_path)
-    found = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
-    assert found == (code, "", f"davae evaluate: error: {said}\n")
+    message = message.format(tmp=tmp_path)
+    outcome = davae(*[option.format(tmp=tmp_path) for option in options], model="/nowhere")
+    assert outcome == (code, "", f"davae evaluate: error: {message}\n")
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_run_of_the_demo_brings_its_texts(davae, tmp_path):
+def test_demo_runs_use_the_demo_texts(davae, tmp_path):
     (tmp_path / "train.json").write_text('{"data": {"train": null}}', encoding="utf-8")
     problem = f"davae evaluate: error: {tmp_path / 'config.json'}: no such file; a model folder needs its config.json\n"
-    assert davae(model=tmp_path) == (1, "", problem)  # no texts were asked for
-    said = "--label mood: the demo's factors are topic, aspect, good, degree, time, person, style"
-    assert davae("--label", "mood", model=tmp_path) == (2, "", f"davae evaluate: error: {said}\n")
+    assert davae(model=tmp_path) == (1, "", problem)  # --data is not required
+    code, _, err = davae("--label", "mood", model=tmp_path)
+    assert code == 2 and "--label mood" in err and "topic, aspect, good, degree, time, person, style" in err
     (tmp_path / "train.json").write_text('{"data": {"train": "x.txt"}}', encoding="utf-8")
     assert davae(model=tmp_path)[0] == 2

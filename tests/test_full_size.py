@@ -28,7 +28,7 @@ from davae_jax.parity.compare import check_model, format_report
 from davae_jax.parity.module_values import make_inputs, twin_values
 from davae_jax.tokenizers.load import load_tokenizers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full_size]
 
 # Imports included; the peak counts mapped pages as well. Not getrusage's: on Linux a process inherits the peak of the
 # process that started it, here pytest's after whatever ran before.

@@ -167,7 +167,7 @@ def test_attribute(davae, tiny_vae, tmp_path):
         for s, generated in zip((-1.0, 2.0), pair, strict=True)
     ]
     lacking.write_text("\n", encoding="utf-8")
-    assert davae("attribute", A, *files)[1:] == (1, f"davae attribute: error: {lacking}: holds no text\n")
+    assert davae("attribute", A, *files)[1:] == (1, f"davae attribute: error: {lacking}: contains no text\n")
     said = "davae attribute: error: --strength must be finite numbers, not nan\n"
     assert davae("attribute", A, *files, "--strength", "nan")[1:] == (2, said)
 

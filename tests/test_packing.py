@@ -67,7 +67,7 @@ def packed():
     batches = PackedBatches(TEXTS, 4, pad_id=PAD, row_length=20)
     batch = batches.batch(0)
     place_of = np.full(batch.lengths.shape, -1)
-    for row, texts in enumerate(batches._rows_of(0)):
+    for row, texts in enumerate(batches._select_rows(0)):
         place_of[row, : len(texts)] = texts
     assert sorted(place_of[place_of >= 0]) == list(range(11)), "all texts are in the one batch"
     return batch, place_of
@@ -76,7 +76,7 @@ def packed():
 @pytest.fixture(scope="module")
 def plain():
     batches = TextBatches(TEXTS, 11, pad_id=PAD, encoder_positions=16)
-    order = np.argsort(batches.texts_of(0)[0])
+    order = np.argsort(batches.select_texts(0)[0])
     return jax.tree.map(lambda x: x[order], batches.batch(0))
 
 
@@ -153,7 +153,7 @@ def test_what_stands_beside_a_text_does_not_matter(model, packed):
     swapped = [list(row) for row in turned]
     swapped[0][-1], swapped[1][0] = swapped[1][0], swapped[0][-1]
     for rows in (turned, swapped):
-        batches._rows_of = lambda step, rows=rows: rows
+        batches._select_rows = lambda step, rows=rows: rows
         where = np.full(place_of.shape, -1)
         for row, texts in enumerate(rows):
             where[row, : len(texts)] = texts
@@ -242,7 +242,7 @@ def test_rows_hold_whole_texts_and_little_else():
     for step in range(batches.steps_per_epoch):
         batch = batches.batch(step)
         assert batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T)
-        rows = iter(batches.texts_of(step)[0])
+        rows = iter(batches.select_texts(step)[0])
         for row in range(8):
             s = t = 0
             for place in range(batches.texts_per_row):
@@ -270,7 +270,7 @@ def test_an_epoch_shows_every_text_once():
     epochs = []
     for epoch in range(3):
         shown = np.concatenate(
-            [batches.texts_of(epoch * batches.steps_per_epoch + i)[0] for i in range(batches.steps_per_epoch)]
+            [batches.select_texts(epoch * batches.steps_per_epoch + i)[0] for i in range(batches.steps_per_epoch)]
         )
         assert len(set(shown)) == len(shown) > 1000 - 8 * batches.texts_per_row  # all but rows that fill no batch
         epochs.append(shown)
@@ -284,12 +284,12 @@ def test_a_batch_depends_on_seed_and_step_alone():
     batches, again, other = make(5), make(5), make(6)
     for step in [41, 3, 0, 3, 19]:
         assert all((a == b).all() for a, b in zip(again.batch(step), batches.batch(step), strict=True))
-    assert any(set(other.texts_of(step)[0]) != set(batches.texts_of(step)[0]) for step in range(4))
+    assert any(set(other.select_texts(step)[0]) != set(batches.select_texts(step)[0]) for step in range(4))
 
 
 def test_fewer_rows_than_a_batch():
     batches = PackedBatches(texts_of(0, 3), 5, pad_id=PAD, row_length=24)
-    assert set(batches.texts_of(0)[0]) == {0, 1, 2} and (batches.batch(7).lengths.sum(1) > 0).all()
+    assert set(batches.select_texts(0)[0]) == {0, 1, 2} and (batches.batch(7).lengths.sum(1) > 0).all()
 
 
 def test_what_does_not_fit_a_row():

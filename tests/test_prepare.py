@@ -22,7 +22,7 @@ from davae_jax.cli.main import main
 from davae_jax.data import line_readers
 from davae_jax.data.prefetch import read_ahead
 from davae_jax.data.readers import split_into_slices
-from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permuted
+from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permute
 from davae_jax.data.shard_index import merge_shards
 from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
 from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
@@ -140,15 +140,15 @@ def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
     assert [(Path(b["file"]).name, b["line"], b["problem"]) for b in listed] == [
         ("a.jsonl", 2, "is not JSON"),
         ("a.jsonl", 3, "has no field 'text'"),
-        ("a.jsonl", 4, "the field 'text' is not a text"),
-        ("a.jsonl", 5, "the field 'text' holds half of a surrogate pair"),
+        ("a.jsonl", 4, "the field 'text' is not a string"),
+        ("a.jsonl", 5, "the field 'text' contains half of a surrogate pair"),
         ("a.jsonl", 6, "has no field 'text'"),
         ("b.jsonl", 2, "is not UTF-8"),
     ]
     prepared = Prepared(result.folder)
     assert len(prepared) == 3
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    assert prepared.where([2, 0, 1]) == f"lines 1, 8 of {a}; lines 1 of {b}"
+    assert prepared.describe_lines([2, 0, 1]) == f"lines 1, 8 of {a}; lines 1 of {b}"
 
 
 def test_held_out_texts_are_not_in_the_shards(prepare, tmp_path):
@@ -214,7 +214,7 @@ def test_other_settings_are_refused(prepare, tmp_path):
     assert other.code == 2
     assert other.err.strip() == (
         f"davae prepare: error: --output {tmp_path / 'out'} was prepared with other settings: "
-        "max_length (512, now 64); give another folder"
+        "max_length (512, now 64); choose another folder"
     )
     os.utime(path, (1, 1))
     changed = prepare(path)
@@ -226,10 +226,10 @@ def test_other_settings_are_refused(prepare, tmp_path):
     ("make", "code", "message"),
     [
         (lambda p: p / "none.txt", 2, "none.txt: no such file or folder"),
-        (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; known: .txt, .jsonl"),
-        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: holds no file of a known format"),
-        (lambda p: (p / "a.txt").write_text("\n \n") and p / "a.txt", 1, "2 blank; nothing is left"),
-        (lambda p: (p / "a.txt").touch() or p / "a.txt", 1, "holds no text; nothing is left"),
+        (lambda p: (p / "a.pdf").touch() or p / "a.pdf", 2, "a.pdf: unknown suffix; supported: .txt, .jsonl"),
+        (lambda p: (p / "d").mkdir() or p / "d", 2, "d: contains no file of a supported format"),
+        (lambda p: (p / "a.txt").write_text("\n \n") and p / "a.txt", 1, "2 blank; no text remains"),
+        (lambda p: (p / "a.txt").touch() or p / "a.txt", 1, "contains no text; no text remains"),
         (lambda p: (p / "a.txt.gz").write_bytes(b"text") and p / "a.txt.gz", 1, "a.txt.gz: cannot be read (Not a gzip"),
         (lambda p: (p / "a.parquet").write_bytes(b"PAR1") and p / "a.parquet", 1, "a.parquet: cannot be read ("),
         (lambda p: (p / "a.arrow").write_bytes(b"ARROW1") and p / "a.arrow", 1, "a.arrow: cannot be read ("),
@@ -254,15 +254,16 @@ def test_a_truncated_compressed_file(format_name, prepare, tmp_path):
 def test_invalid_options_and_columns(prepare, tmp_path):
     table = write_input(tmp_path / "in", "parquet") / "train-00000.parquet"
     assert "has no column 'body'; its columns are text, id; choose one with --field" in prepare(table, field="body").err
-    assert "the column 'id' holds int64, not text" in prepare(table, field="id", output=tmp_path / "b").err
+    assert "the column 'id' contains int64, not strings" in prepare(table, field="id", output=tmp_path / "b").err
     write_texts(tmp_path / "in" / "a.txt")
     mixed = prepare(tmp_path / "in", output=tmp_path / "c")
-    assert mixed.code == 2 and "holds files of several formats (parquet, text); give the files themselves" in mixed.err
+    assert mixed.code == 2
+    assert "contains files of several formats (parquet, text); list the files themselves" in mixed.err
     assert "--workers must be at least 1, not 0" in prepare(table, workers=0).err
     assert "--held-out must be at least 0 and below 1, not 1.0" in prepare(table, held_out=1.0).err
     foreign = write_texts(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
-    assert refused.code == 2 and "holds files, but no prepare.json" in refused.err
+    assert refused.code == 2 and "contains files, but no prepare.json" in refused.err
 
 
 def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):
@@ -305,11 +306,11 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000, 4097])
 def test_a_permutation_that_is_not_stored(n):
     places = np.arange(n)
-    found = permuted(places, n, (3, 1))
+    found = permute(places, n, (3, 1))
     assert sorted(found) == places.tolist()
-    assert (permuted(places[::-1], n, (3, 1))[::-1] == found).all()  # each place by itself
+    assert (permute(places[::-1], n, (3, 1))[::-1] == found).all()  # each place by itself
     if n >= 16:
-        assert (found != permuted(places, n, (3, 2))).any() and (found != places).any()
+        assert (found != permute(places, n, (3, 2))).any() and (found != places).any()
 
 
 def test_the_permutations_are_shuffles():
@@ -317,7 +318,7 @@ def test_the_permutations_are_shuffles():
     n, seeds = 20, 400
     counts = np.zeros((n, n))
     for seed in range(seeds):
-        counts[np.arange(n), permuted(np.arange(n), n, (seed,))] += 1
+        counts[np.arange(n), permute(np.arange(n), n, (seed,))] += 1
     chi2 = ((counts - seeds / n) ** 2 / (seeds / n)).sum()
     freedom = (n - 1) ** 2
     assert abs(chi2 - freedom) < 6 * (2 * freedom) ** 0.5
@@ -327,16 +328,16 @@ def test_an_epoch_shows_every_text_once(prepared):
     batches = batches_with(prepared)
     assert (batches.count, batches.steps_per_epoch) == (247, 30)
     for epoch in range(2):
-        rows = np.concatenate([batches.texts_of(epoch * 30 + i)[0] for i in range(30)])
+        rows = np.concatenate([batches.select_texts(epoch * 30 + i)[0] for i in range(30)])
         assert len(set(rows)) == 240  # of 247, seven wait
-    shown = {int(row) for step in range(300) for row in batches.texts_of(step)[0]}
+    shown = {int(row) for step in range(300) for row in batches.select_texts(step)[0]}
     assert shown == set(range(247))
 
 
 def test_batches_hold_the_records_padded(prepared):
     batches, shapes = batches_with(prepared), set()
     for step in range(30):
-        rows, (S, T) = batches.texts_of(step)
+        rows, (S, T) = batches.select_texts(step)
         batch = batches.batch(step)
         assert batch.encoder_ids.shape == (8, S) and batch.decoder_ids.shape == (8, T - 1)
         shapes.add((S, T))
@@ -354,9 +355,9 @@ def test_a_batch_depends_on_seed_and_step_alone(prepared):
     for step in [37, 3, 4, 5, 0, 3]:  # as after a resume, forwards and back
         assert_equal(again.batch(step), uninterrupted[step])
     other = batches_with(prepared, seed=6)
-    assert any((other.texts_of(step)[0] != batches.texts_of(step)[0]).any() for step in range(4))
+    assert any((other.select_texts(step)[0] != batches.select_texts(step)[0]).any() for step in range(4))
     assert any(
-        (batches.texts_of(step)[0] != batches.texts_of(step + 30)[0]).any() for step in range(4)
+        (batches.select_texts(step)[0] != batches.select_texts(step + 30)[0]).any() for step in range(4)
     )  # epochs differ
 
 
@@ -377,9 +378,9 @@ def test_shorter_texts_only(prepared):
     limit = sorted(lengths)[100]
     batches = batches_with(prepared, max_length=limit)
     assert batches.count == sum(n <= limit for n in lengths) and batches.too_long == 247 - batches.count
-    shown = {int(row) for step in range(300) for row in batches.texts_of(step)[0]}
+    shown = {int(row) for step in range(300) for row in batches.select_texts(step)[0]}
     assert shown == {i for i, n in enumerate(lengths) if n <= limit}
-    with pytest.raises(InputError, match="holds no text of at most 3 tokens"):
+    with pytest.raises(InputError, match="contains no text of at most 3 tokens"):
         batches_with(prepared, max_length=3)
     with pytest.raises(InputError, match="and the model's encoder 12 positions; prepare with --encoder-positions 12"):
         batches_with(prepared, encoder_positions=12)
@@ -389,7 +390,7 @@ def test_shorter_texts_only(prepared):
 
 def test_fewer_texts_than_a_batch(prepared):
     batches = batches_with(prepared, batch_size=256)
-    assert set(batches.texts_of(0)[0]) == set(range(247)) and len(batches.batch(7).lengths) == 256
+    assert set(batches.select_texts(0)[0]) == set(range(247)) and len(batches.batch(7).lengths) == 256
 
 
 def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
@@ -408,7 +409,7 @@ def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
     with pytest.raises(InputError, match=r"00001-0000.arrayrecord: record 1 cannot be read \("):
         Prepared(folder)[101]
     (folder / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"holds no manifest.json; `davae prepare` writes it when all shards are done"):
+    with pytest.raises(InputError, match=r"contains no manifest.json; `davae prepare` writes it after the last shard"):
         Prepared(folder)
 
 
@@ -426,8 +427,8 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
     model = model_config(config, tmp_path)
     tokenizers = load_tokenizers(tmp_path, model)
     batches = make_batches(config, corpus, tokenizers, model)
-    text = sentences(100)[int(batches.texts_of(0)[0][0])] if batches.texts_of(0)[0][0] < 100 else None
-    lengths = [len(prepared[int(i)][1]) for i in batches.texts_of(0)[0]]
+    text = sentences(100)[int(batches.select_texts(0)[0][0])] if batches.select_texts(0)[0][0] < 100 else None
+    lengths = [len(prepared[int(i)][1]) for i in batches.select_texts(0)[0]]
     assert batches.batch(0).lengths[:, 0].tolist() == lengths
     if text is not None:
         assert batches.batch(0).decoder_ids[0, 1 : lengths[0]].tolist() == tokenizers[1].encode(text)
@@ -441,7 +442,7 @@ def test_a_run_takes_the_prepared_tokenizers(prepared, tokenizer_folder, tmp_pat
 
 
 def test_documents_that_are_too_long_for_the_encoder(prepare, tokenizer_folder, tmp_path):
-    """They are left out; with --truncate the encoder gets their beginning and the decoder all of them."""
+    """They are dropped; with --truncate the encoder gets their beginning and the decoder all of them."""
     documents = [" ".join(TEXTS[i : i + 12]) for i in range(0, 240, 12)] + TEXTS[:5]
     path = write_texts(tmp_path / "a.txt", documents)
     small = dict(encoder_positions=30, max_length=2000)

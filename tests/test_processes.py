@@ -145,7 +145,12 @@ def test_a_stopped_and_killed_run_is_the_same_run(text_file, tmp_path):  # noqa:
 
 
 @pytest.mark.parametrize(
-    ("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)], ids=["kill", "kill0", "stop"]
+    ("number", "lost"),
+    [
+        pytest.param(signal.SIGKILL, 1, id="kill"),
+        pytest.param(signal.SIGKILL, 0, id="kill0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 1, id="stop", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_process_ends_the_others(number, lost, text_file, tmp_path):  # noqa: F811
     """With an error of the broken collective, or, where that waits, by JAX after the timeout."""
@@ -394,6 +399,9 @@ def test_each_device_gets_its_own_rows():
                 if (isinstance(texts, list))
                 else [10 + ord(c) % 50 for c in texts]
             )
+
+        def is_truncated(self, ids):
+            return False
 
     ids = Ids()
     texts = tokenize(TEXTS, ids, ids, max_length=20, source="")

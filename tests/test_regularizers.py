@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_train
 from orbax.checkpoint import v1 as ocp
 from scipy.integrate import quad
 from scipy.optimize import linear_sum_assignment
@@ -26,8 +26,6 @@ from small_model import new_model
 from test_packing import MODEL, texts_of
 from test_train import ROOT, TEXTS, TINY, metrics_of
 
-import davae_jax
-import davae_jax.parallel.multihost
 from davae_jax.cli.plan import PlanCommand
 from davae_jax.cli.train import parse_train
 from davae_jax.data.batches import Batch
@@ -63,7 +61,7 @@ from davae_jax.regularizers import (
 from davae_jax.regularizers.decomposition import aggregate_log_density, decomposed_kl
 from davae_jax.regularizers.divergences import epps_pulley, random_directions
 from davae_jax.regularizers.registry import ENTRY_POINTS
-from davae_jax.regularizers.terms import _key_of, init_regularizer_params
+from davae_jax.regularizers.terms import _fold_in_name, init_regularizer_params
 from davae_jax.training.checkpointer import Checkpoints, _leaves
 from davae_jax.training.config import (
     FreeBitsConfig,
@@ -190,7 +188,7 @@ def test_mmd_is_unbiased():
 
 
 def test_mmd_of_one_text_is_refused():
-    with pytest.raises(InputError, match="regularizer mmd: compares pairs of texts, and a part of the batch has only"):
+    with pytest.raises(InputError, match="regularizer mmd: compares pairs of texts, but the micro-batch has only"):
         MMD()(batch_of(random_z(1)), {})
 
 
@@ -493,7 +491,7 @@ def test_gradients_of_the_kl_by_differences(mode):
         config = dataclasses.replace(config, free_bits=FreeBitsConfig(mode=mode, target=target))
 
         def value(x):
-            return over_texts(free_bits_kl(kl_per_dimension(Posterior(*x)), config, over_texts))
+            return over_texts(free_bits_kl(kl_per_dimension(Posterior(*x)), config.free_bits, over_texts))
 
         assert_slope(value, (jnp.asarray(mean), jnp.asarray(logvar)))
         if mode == "total":  # below the target nothing is left to learn
@@ -521,8 +519,8 @@ def test_gradients_of_the_adversarial_losses_by_differences():
         z, prior, inner, outer = map(jnp.asarray, (*rng.normal(size=(2, 5, L)), *rng.normal(size=(2, 4, L))))
 
         def losses(z, weights):
-            discriminate = lambda x: jax.nn.relu(x @ weights[0].T) @ weights[1][:, 0]  # noqa: E731
-            return adversarial_losses(SimpleNamespace(discriminate=discriminate), z, prior)
+            discriminator = lambda x: jax.nn.relu(x @ weights[0].T) @ weights[1][:, 0]  # noqa: E731
+            return adversarial_losses(SimpleNamespace(discriminator=discriminator), z, prior)
 
         assert_slope(lambda z: losses(z, (inner, outer))[1], z)
         assert_slope(lambda weights: losses(z, weights)[0], (inner, outer))
@@ -571,7 +569,7 @@ def test_an_adversary_and_the_latents_learn_from_their_own_losses():
         total, adversaries, _ = regularizer_terms({"wgan": wgan}, batch._replace(z=z), {"wgan": params})
         return total + adversaries
 
-    drawn = batch._replace(key=_key_of(KEY, "wgan"))
+    drawn = batch._replace(key=_fold_in_name(KEY, "wgan"))
     found = jax.jit(jax.grad(both, (0, 1)))(batch.z, params)
     of_z = jax.grad(lambda z: 0.5 * wgan(drawn._replace(z=z), params)[0])
     of_params = jax.grad(lambda p: wgan.adversary(drawn, p))
@@ -584,7 +582,7 @@ def test_ramps():
     assert weights((0.0, 0.0)) == [4] * 8
     assert weights((0.25, 0.75)) == [0, 0, 0, 1, 2, 3, 4, 4]
     assert weights((0.5, 0.5)) == [0] * 4 + [4] * 4
-    with pytest.raises(InputError, match=r"--regularizers.sigreg.ramp must be two parts in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"--regularizers.sigreg.ramp must be two increasing fractions in \[0, 1\]"):
         SIGReg(ramp=(0.5, 0.2))
 
 
@@ -797,11 +795,14 @@ def test_what_is_off_is_not_traced(batches):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (lambda batch: (batch.z.sum(-1), {}), "its value must be a real scalar, not float32 of shape (6,)"),
-        (lambda batch: (1j * batch.z.sum(), {}), "its value must be a real scalar, not complex64 of shape ()"),
-        (lambda batch: ("0", {}), "its value must be a real scalar, not str"),
-        (lambda batch: batch.z.sum(), "must return (value, dict of what to log), not float32 of shape ()"),
-        (lambda batch: (1.0, {"a": batch.z}), "'a', which it logs, must be a real scalar, not float32 of shape (6, 3)"),
+        (lambda batch: (batch.z.sum(-1), {}), "the value must be a real scalar, not float32 of shape (6,)"),
+        (lambda batch: (1j * batch.z.sum(), {}), "the value must be a real scalar, not complex64 of shape ()"),
+        (lambda batch: ("0", {}), "the value must be a real scalar, not str"),
+        (lambda batch: batch.z.sum(), "must return (value, dict of scalars to log), not float32 of shape ()"),
+        (
+            lambda batch: (1.0, {"a": batch.z}),
+            "the logged value 'a' must be a real scalar, not float32 of shape (6, 3)",
+        ),
         (lambda batch: batch.zz, "AttributeError: 'LatentBatch' object has no attribute 'zz'"),
     ],
 )
@@ -831,7 +832,7 @@ def test_what_can_be_registered():
 
     assert "not a frozen dataclass" in said("thing", NotFrozen)
     assert "this name is registered already, by davae_jax.regularizers.divergences" in said("mmd", Fine)
-    assert "taken by another value of the logs" in said("loss", Fine)
+    assert "another value in the logs has this name" in said("loss", Fine)
     assert "not a Python identifier" in said("a-b", Fine)
     assert "not a subclass of Regularizer" in said("thing", dict)
 
@@ -841,7 +842,7 @@ def test_what_can_be_registered():
     [
         (
             ["--regularizers.foo.weight", "1"],
-            "--regularizers.foo.weight names no regularizer 'foo'; known: ",
+            "--regularizers.foo.weight names an unknown regularizer 'foo'; available: ",
         ),
         (["--regularizers.mmd.kernel", "cubic"], "--regularizers.mmd.kernel"),
         (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight must be 0 or more and finite, not -1.0"),
@@ -871,7 +872,7 @@ def test_a_plugin_that_cannot_be_imported(tmp_path):
 
 def test_a_plugin_without_a_regularizer_is_warned_of(tmp_path, registry):
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is there a @register\?"):
+    with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is @register missing\?"):
         parse_train(["--plugin", str(tmp_path / "empty.py")])
 
 
@@ -903,7 +904,7 @@ def test_a_plan_takes_the_options_of_a_plugin(tmp_path, registry):
 
 
 def test_installed_packages_may_have_regularizers(registry, monkeypatch):
-    """Their entry points name the classes; a package that cannot be imported is left out with a warning."""
+    """Their entry points name the classes; a package that cannot be imported is skipped with a warning."""
     REGISTRY.pop("installed", None)
 
     @register("installed")
@@ -971,23 +972,14 @@ def registry():
 
 
 @pytest.fixture
-def train(registry, monkeypatch, capsys, tmp_path):
-    """Runs train.py in this process, as on a machine of one device: (folder, options) → exit code, output, errors."""
-    spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    monkeypatch.setattr(davae_jax.parallel.multihost, "connect", lambda *_: None)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    one = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)
+def train(registry, tmp_path):
+    """Runs train.py in this process: (folder, options) → exit code, output, errors."""
     (tmp_path / "bad.py").write_text(BAD)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
 
     def run(folder, *options):
-        argv = ["--data.train", texts, "--run-dir", folder, *TINY, "--log.held-out", 0, *options]
-        capsys.readouterr()
-        return program.main(list(map(str, argv))), *capsys.readouterr()
+        return test_train.train("--data.train", texts, "--run-dir", folder, *TINY, "--log.held-out", 0, *options)
 
     return run
 
@@ -1042,7 +1034,7 @@ def test_a_value_of_the_wrong_shape_ends_the_run(train, tmp_path):
     options = ["--plugin", tmp_path / "bad.py", "--regularizers.bad.weight", 1, "--regularizers.bad.shaped"]
     code, _, err = train(tmp_path / "run", "--steps", 2, *options)
     (line,) = [line for line in err.splitlines() if "error" in line]
-    said = "regularizer bad: its value must be a real scalar, not float32 of shape (4,)"
+    said = "regularizer bad: the value must be a real scalar, not float32 of shape (4,)"
     assert code == 1 and line == f"train.py: error: step 1: {said}"
 
 

@@ -1,4 +1,4 @@
-"""Parts of the report: charts, maps, what is marked in texts. (The whole page is in test_evaluate.py.)"""
+"""Components of the report: charts, projections, text diffs. (test_evaluate.py tests the whole page.)"""
 
 import re
 import sys
@@ -9,17 +9,17 @@ import pytest
 from davae_jax.evaluation.evaluate import Evaluation
 from davae_jax.model.latent import Posterior
 from davae_jax.reports import charts, html, projection, report
-from davae_jax.reports.charts import COLOURS, OTHER, colours_of, numbers_of, ticks
+from davae_jax.reports.charts import COLOURS, OTHER, assign_colours, format_ticks, ticks
 from davae_jax.reports.report import changes, nearest, read_log
 
 
 def test_changes():
-    assert changes("今天很好", "今天不好") == [("kept", "今天"), ("lost", "很"), ("new", "不"), ("kept", "好")]
-    assert changes("a <b> c", "a <b>") == [("kept", "a <b>"), ("lost", " c")]
+    assert changes("今天很好", "今天不好") == [("same", "今天"), ("lost", "很"), ("new", "不"), ("same", "好")]
+    assert changes("a <b> c", "a <b>") == [("same", "a <b>"), ("lost", " c")]
     assert changes("", "x") == [("new", "x")]
 
 
-def test_a_template_escapes_what_is_not_a_chart():
+def test_templates_escape_everything_but_charts():
     values = dict(caveats=["<b> & c"], settings_legend=[], plane=html.Figure("<svg></svg>", "<i>"), strips=[])
     page = html.render("comparison.html", title="<t>", kind="k", about="", columns=[], rows=[], options={}, **values)
     assert "<li>&lt;b&gt; &amp; c</li>" in page and "<figure><svg></svg><figcaption>&lt;i&gt;</figcaption>" in page
@@ -41,22 +41,22 @@ def test_ticks():
     assert ticks(2, 2) == [2]
 
 
-def test_numbers_of_ticks():
-    assert numbers_of([0, 5e-6, 1e-5, 1.5e-5]) == ["0", "5e-06", "1e-05", "1.5e-05"]
-    assert numbers_of([12.3452, 12.3454]) == ["12.3452", "12.3454"]
-    assert numbers_of([10_000, 12_000.0]) == ["10k", "12k"]
-    assert numbers_of([2.0]) == ["2"] and numbers_of([0]) == ["0"]
+def test_format_ticks():
+    assert format_ticks([0, 5e-6, 1e-5, 1.5e-5]) == ["0", "5e-06", "1e-05", "1.5e-05"]
+    assert format_ticks([12.3452, 12.3454]) == ["12.3452", "12.3454"]
+    assert format_ticks([10_000, 12_000.0]) == ["10k", "12k"]
+    assert format_ticks([2.0]) == ["2"] and format_ticks([0]) == ["0"]
 
 
-@pytest.mark.parametrize("most", [1.6e-5, -1.6e-5, 0.025, 12.34567, 1234.5, 1.6e9, 1.0], ids=str)
-def test_no_number_of_an_axis_is_cut_off(most):
-    """Each ends left of the chart, and begins within it: digits of DejaVu Sans are 0.636 of the font's 17 wide."""
-    drawn = [
-        charts.bars([abs(most), abs(most) / 3], [True, False], title="t", unit="u"),
-        charts.lines({"a": ([0, 1, 2], [most, most * (1 - 1e-5), most * (1 - 2e-5)])}, title="t"),
-        charts.plane({"a": ([0.0, 1.0], [0.0, most])}, {"a": "#111111"}, title="t"),
+@pytest.mark.parametrize("max_value", [1.6e-5, -1.6e-5, 0.025, 12.34567, 1234.5, 1.6e9, 1.0], ids=str)
+def test_tick_labels_are_not_clipped(max_value):
+    """Each label fits between the edge of the chart and the axis; DejaVu Sans digits are 0.636 × 17 units wide."""
+    plots = [
+        charts.bars([abs(max_value), abs(max_value) / 3], [True, False], title="t", unit="u"),
+        charts.lines({"a": ([0, 1, 2], [max_value, max_value * (1 - 1e-5), max_value * (1 - 2e-5)])}, title="t"),
+        charts.plane({"a": ([0.0, 1.0], [0.0, max_value])}, {"a": "#111111"}, title="t"),
     ]
-    for chart in drawn:
+    for chart in plots:
         numbers = re.findall(r'<text x="(\d+)" y="\d+" text-anchor="end">([^<]+)</text>', chart)
         starts = [int(x) - 17 * sum(0.36 if c in ".-" else 0.636 for c in number) for x, number in numbers]
         assert len(numbers) >= 2 and min(starts) >= 0
@@ -65,15 +65,15 @@ def test_no_number_of_an_axis_is_cut_off(most):
         assert len(left) == 1 and min(int(x) for x, _ in numbers) == left.pop() - 5
 
 
-def test_colours():
-    assert colours_of(["b", "a", "b"]) == {"a": COLOURS[0], "b": COLOURS[1]}
-    many = colours_of([str(i % 13) for i in range(100)] + ["12"] * 9)
+def test_assign_colours():
+    assert assign_colours(["b", "a", "b"]) == {"a": COLOURS[0], "b": COLOURS[1]}
+    many = assign_colours([str(i % 13) for i in range(100)] + ["12"] * 9)
     assert many["12"] == COLOURS[0] and list(many.values()).count(OTHER) == 3
 
 
 @pytest.fixture
 def many():
-    """Of 5000 texts, whose labels alternate: two classes far apart along one of four dimensions; and all different."""
+    """5000 texts with two factors: two alternating classes that one dimension separates, and one class per text."""
     rng, n = np.random.default_rng(0), 5000
     means = rng.standard_normal((n, 4))
     means[::2, 3] += 20
@@ -81,42 +81,44 @@ def many():
     return Evaluation({}, [], labels, Posterior(means, np.zeros((n, 4))), [], [], None, [])
 
 
-def test_maps_of_many_texts(many, monkeypatch):
-    """At most 2000 dots, drawn, as the caption says; the plane parts alternating labels, and is left out where no class
-    has two texts."""
+def test_projections_of_many_texts(many, monkeypatch):
+    """At most 2000 sampled dots are shown, as the caption says. The plane separates alternating labels.
+
+    It is omitted if no class has two texts.
+    """
     monkeypatch.setattr(projection, "umap", lambda means: None)
-    _, by_factor = report.latent_maps(many)
+    _, by_factor = report.latent_projections(many)
     figures = [figure for factor in by_factor for figure in factor.figures]
     page = "".join(figure.svg for figure in figures)
     dots = [(colour, path.count("M")) for colour, path in re.findall(r'class="dots" stroke="(.*?)" d="(.*?)"', page)]
-    of_two, of_own = dots[:4], dots[4:]
-    assert sum(count for _, count in of_two[:2]) == sum(count for _, count in of_two[2:]) == 2000
-    assert min(count for _, count in of_two) > 900  # of both classes
-    assert sum(count for _, count in of_own) == 2000
+    two_classes, single_text_classes = dots[:4], dots[4:]
+    assert sum(count for _, count in two_classes[:2]) == sum(count for _, count in two_classes[2:]) == 2000
+    assert min(count for _, count in two_classes) > 900  # both classes are shown
+    assert sum(count for _, count in single_text_classes) == 2000
     captions = [figure.caption for figure in figures]
     assert len(captions) == 3
-    assert captions[0].endswith("% of the variance, 2,000 of 5,000 texts, drawn") and captions[2] == captions[0]
-    assert captions[1] == "2,000 of the texts, in the plane that separates the classes of other texts best"
+    assert captions[0].endswith("% of the variance, 2,000 of 5,000 texts, sampled") and captions[2] == captions[0]
+    assert captions[1] == "2,000 texts, in the plane that best separates the classes of the other half"
     plane = re.findall(r'class="dots" stroke=".*?" d="(.*?)"', page)[2:4]
     sides = [np.array([float(x) for x in re.findall(r"M([\d.]+) ", path)]) for path in plane]
     assert max(sides[0]) < min(sides[1]) or max(sides[1]) < min(sides[0])
 
 
-def test_a_folder_called_umap_is_no_umap(tmp_path, monkeypatch):
+def test_a_folder_named_umap_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "umap").mkdir()
     monkeypatch.delitem(sys.modules, "umap", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert projection.umap(np.zeros((20, 2))) is None
 
 
-def test_long_curves_are_thinned():
+def test_thin():
     assert report.thin(range(7)) == list(range(7))
-    found = report.thin(range(10_001))
-    assert (len(found), found[0], found[-1]) == (2000, 0, 10_000)
-    assert set(np.diff(found)) == {5, 6}
+    actual = report.thin(range(10_001))
+    assert (len(actual), actual[0], actual[-1]) == (2000, 0, 10_000)
+    assert set(np.diff(actual)) == {5, 6}
 
 
-def test_a_log_that_is_being_written(tmp_path):
+def test_an_incomplete_log_line_is_ignored(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
     assert read_log(file) == [{"step": 1}, {"step": 2}]

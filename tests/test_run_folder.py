@@ -9,7 +9,7 @@ from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run_folder import open_run
-from davae_jax.training.saved_config import digest_of
+from davae_jax.training.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
 
@@ -49,7 +49,7 @@ def refusal(folder, config):
         opened(folder, config)
     assert e.value.exit_code == 2 and (folder / "train.json").read_bytes() == before
     said = str(e.value)
-    start, end = f"--run-dir {folder} was made with another config: ", "; give another folder"
+    start, end = f"--run-dir {folder} was made with another config: ", "; choose another folder"
     assert said.startswith(start) and said.endswith(end)
     return said.removeprefix(start).removesuffix(end)
 
@@ -130,7 +130,7 @@ def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
         assert not (folder / name).exists() and any(folder.iterdir())
     foreign = tmp_path / "foreign"
     write(foreign / "notes.partial")
-    with pytest.raises(InputError, match="holds files but no run") as e:
+    with pytest.raises(InputError, match="contains files but no run") as e:
         opened(foreign, config)
     assert e.value.exit_code == 2 and [path.name for path in foreign.iterdir()] == ["notes.partial"]
 
@@ -142,9 +142,9 @@ def prepared(config, output):
 
 
 def test_processes_may_find_the_same_things_at_other_places(config, tmp_path):
-    assert digest_of(config) == digest_of(of(tmp_path / "elsewhere.txt"))
-    assert digest_of(config) != digest_of(dataclasses.replace(config, tokenizers=tmp_path))
-    assert digest_of(config) != digest_of(dataclasses.replace(config, seed=1))
+    assert digest_settings(config) == digest_settings(of(tmp_path / "elsewhere.txt"))
+    assert digest_settings(config) != digest_settings(dataclasses.replace(config, tokenizers=tmp_path))
+    assert digest_settings(config) != digest_settings(dataclasses.replace(config, seed=1))
 
 
 def test_a_config_appears_whole_or_not_at_all(tmp_path, monkeypatch):

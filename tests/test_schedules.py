@@ -68,7 +68,7 @@ def test_learning_rate():
         (lambda: BetaConfig(ratio_zero=0.6, ratio_increase=0.5), "--beta.ratio-zero 0.6"),
         (lambda: BetaConfig(cycles=0), "--beta.cycles must be at least 1, not 0"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate"),
-        (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup must lie in [0, 1], not 2.0"),
+        (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup must be in [0, 1], not 2.0"),
     ],
 )
 def test_what_cannot_be(make, said):

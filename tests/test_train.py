@@ -1,5 +1,7 @@
 """`python train.py`: what a run leaves behind, that it resumes bit for bit, what it says when something is wrong."""
 
+import importlib.util
+import io
 import json
 import os
 import re
@@ -7,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import compiler
@@ -20,6 +22,7 @@ import davae_jax
 from davae_jax import TextVAE
 from davae_jax.checkpoints.weights import flat_params
 from davae_jax.cli.main import main as davae
+from davae_jax.parallel import multihost
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") for b in "菜价人书" for c in "好坏多少贵新"]
@@ -52,22 +55,30 @@ def text_file(tmp_path_factory):
 
 
 def environment(devices=1):
-    """Of processes that train: what one has compiled, the next ones take."""
-    cache = Path(tempfile.gettempdir()) / f"davae-jax-tests-{os.getppid()}"
-    said = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return {"XLA_FLAGS": compiler.QUICK} | os.environ | said
+    """Returns the environment of a process that trains."""
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return {"XLA_FLAGS": compiler.QUICK} | os.environ | settings
 
 
 def started(*argv, devices=1, **kwargs):
+    """Starts train.py in a process of its own."""
     argv = [sys.executable, ROOT / "train.py", *argv]
     kwargs = dict(cwd=ROOT) | kwargs
     return subprocess.Popen(list(map(str, argv)), env=environment(devices), text=True, **kwargs)
 
 
 def train(*argv, devices=1):
-    process = started(*argv, devices=devices, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    """Runs train.py in this process, which saves the imports. Returns (exit code, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    out, err, some_devices = io.StringIO(), io.StringIO(), jax.local_devices()[:devices]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(multihost, "connect", lambda *_: None)  # only possible before JAX has devices
+        patch.setattr(jax, "device_count", lambda: devices)
+        patch.setattr(jax, "devices", lambda *_: some_devices)
+        code = program.main(list(map(str, argv)))
+    return code, out.getvalue(), err.getvalue()
 
 
 def tiny(text_file, run_dir, *argv, devices=1):
@@ -87,8 +98,10 @@ def run(text_file, tmp_path_factory):
     """(folder, output) of a run of 8 steps in one go, with figures and samples."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--log.figures", 1, "--adversarial.weight", 0.1]
-    code, out, err = tiny(text_file, folder, *options)
-    assert code == 0, err
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **pipes)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     return folder, out
 
 
@@ -146,7 +159,7 @@ def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **quiet)
     while process.poll() is None and not (folder / "checkpoints" / "3").exists():
-        pass
+        time.sleep(0.02)
     process.kill()  # no time to save anything
     process.wait()
     assert not (folder / "checkpoints" / "8").exists()
@@ -189,8 +202,8 @@ def test_a_damaged_checkpoint_is_set_aside(run, text_file, tmp_path, damage):
     options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--adversarial.weight", 0.1]
     code, out, err = tiny(text_file, folder, *options)
     assert code == 0, err
-    (line,) = [line for line in err.splitlines() if "set aside" in line]
-    assert line.startswith(f"{newest}: ") and line.endswith(f"going on from {folder / 'checkpoints' / '6'}")
+    (line,) = [line for line in err.splitlines() if "resuming from" in line]
+    assert line.startswith(f"{newest}: ") and line.endswith(f"resuming from {folder / 'checkpoints' / '6'}")
     assert "steps 6 to 8" in out and (folder / "checkpoints" / "8.damaged").is_dir()
     a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -205,7 +218,7 @@ def test_no_checkpoint_is_left(run, text_file, tmp_path):
         data_file(checkpoint).unlink()
     code, _, err = tiny(text_file, folder, "--steps", 8, "--adversarial.weight", 0.1)
     (line,) = err.splitlines()
-    assert code == 1 and line.startswith("train.py: error: ") and line.endswith("; no other checkpoint is left")
+    assert code == 1 and line.startswith("train.py: error: ") and line.endswith("; no intact checkpoint remains")
     assert (
         all(f"{path}: " in line for path in checkpoints) and sorted((folder / "checkpoints").iterdir()) == checkpoints
     )
@@ -307,9 +320,9 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
     # The tests may run as a shell's background job, which ignores interrupts and hands that on; SIGTERM it does not.
     process = started(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
-        pass
+        time.sleep(0.02)
     while process.poll() is None and not metrics_of(folder):
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -370,22 +383,22 @@ def test_told_to_end_before_the_figures(text_file, tmp_path, monkeypatch):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.count("\n") == 1 and not (folder / "figures.json").exists()
-    assert err.startswith("interrupted after training, before the figures; for these: ")
+    assert err.startswith("interrupted after step ") and "--run-dir" in err
 
 
-TOO_LONG = "holds only blank texts and texts of more than 12 decoder tokens or 128 encoder tokens"
+TOO_LONG = "contains only blank texts and texts of more than 12 decoder tokens or 128 encoder tokens"
 
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
         ("missing.txt", None, "cannot be read (No such file or directory)"),
-        ("empty.txt", b"", "holds no text"),
-        ("blank.txt", b"\n  \n\n", "holds no text"),
+        ("empty.txt", b"", "contains no text"),
+        ("blank.txt", b"\n  \n\n", "contains no text"),
         ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3 is not UTF-8"),
         ("long.txt", ("很" * 300 + "\n").encode() * 3, TOO_LONG),
         ("longer.txt", ("很好" * 2000 + "\n").encode() * 3, TOO_LONG),  # more than SentencePiece takes, unless told
-        ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', "line 2 has no field 'text'"),
+        ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', "line 2: has no field 'text'"),
     ],
 )
 def test_bad_texts(name, data, said, tmp_path):
@@ -406,7 +419,8 @@ def test_another_config_in_the_same_folder(run, text_file):
     code, _, err = tiny(text_file, folder, *options)
     assert code == 2
     changed = "beta.max (0.03, now 0.5)"
-    assert err == f"train.py: error: --run-dir {folder} was made with another config: {changed}; give another folder\n"
+    reason = f"{folder} was made with another config: {changed}; choose another folder"
+    assert err == f"train.py: error: --run-dir {reason}\n"
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
 
 
@@ -434,7 +448,7 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["--optimizer.schedule", "linear"], "--optimizer.schedule"),
         (["dmo"], "dmo"),
         (["--free-bits.target", "-1"], "--free-bits.target"),
-        (["--seed", "-1"], "--seed must be a whole number from 0 to 2³² − 1, not -1"),
+        (["--seed", "-1"], "--seed must be an integer from 0 to 2³² − 1, not -1"),
         (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
         (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
     ],

@@ -1,4 +1,4 @@
-"""`davae compare`: trains several settings on the same data, seeds and budget, and compares their measures.
+"""`davae compare`: trains several settings on the same data, seeds and budget, and compares their metrics.
 
 A study is a TOML file:
 
@@ -6,12 +6,12 @@ A study is a TOML file:
     evaluate = "--data held-out.txt --samples 50"   # options of `davae evaluate`
     seeds = [0, 1, 2]
 
-    [settings]                                      # the others are compared with the first
+    [settings]                                      # each is compared with the first one
     "plain KL" = "--free-bits.mode off"
     "MMD" = "--beta.start 0 --beta.max 0 --regularizers.mmd.weight 10"
 
-Every setting and seed is a run folder of its own, OUTPUT/SETTING/seed-N, which is trained and then measured by `davae
-evaluate`. What is complete is not done again, and an interrupted run resumes.
+Each setting and seed has a run folder, OUTPUT/SETTING/seed-N. The run is trained and then evaluated by `davae
+evaluate`. Completed runs are skipped, and an interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from davae_jax.cli.base import Command
 from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.renamed import RENAMED_OPTIONS
 from davae_jax.cli.train import parse_train
-from davae_jax.evaluation.comparison import Results, format_table, statistics
+from davae_jax.evaluation.comparison import Results, format_table, summary_statistics
 from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
@@ -47,54 +47,59 @@ from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-MEASURES_FILE = "evaluation.json"  # in a run folder, once the run is complete
-COMPILED_FOLDER = "compiled"  # in the output: JAX's compilation cache
-PAGE_INTERVAL = 10  # seconds between two updates of the output's files, at least
+EVALUATION_FILE = "evaluation.json"  # in the run folder of a completed run
+COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
+PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
 
 
 class Study(NamedTuple):
-    settings: dict[str, list[str]]  # training options, the common ones included
+    """Holds a study that has been read and checked."""
+
+    settings: dict[str, list[str]]  # training options, including the common ones
     evaluate: list[str]
     seeds: list[int]
-    notes: list[str]  # warnings on settings whose budget or data differ
+    notes: list[str]  # warnings about settings whose budget or data differ
 
 
 @dataclass(kw_only=True)
 class Compare(Command):
-    """Trains several settings and compares their measures: one table, and one page with plots.
+    """Trains several settings and compares their metrics in a table and a page with plots.
 
-    STUDY is a TOML file: `train` and `evaluate` are the options of all runs, `seeds` is a list of numbers, and
-    `[settings]` maps each setting's name to its own training options; the others are compared with the first. Started
-    again, the command resumes where it stopped. docs/regularizers.md has examples.
+    STUDY is a TOML file: `train` and `evaluate` are the options of all runs, `seeds` is a list of integers, and
+    `[settings]` maps the name of each setting to further training options. Each setting is compared with the first one.
+    If the command was interrupted, run it again to resume. docs/regularizers.md has examples.
     """
 
     study: tyro.conf.Positional[Path]
-    """The TOML file."""
+    """TOML file of the study."""
 
     output: Path
-    """Folder for the runs, and comparison.md, .json, .html and .svg."""
+    """Output folder for the runs and for comparison.md, .json, .html and .svg."""
 
     def run(self) -> int:
+        """Reads the study and runs it. Returns the exit code."""
         study = read_study(self.study)
-        with interrupt_on_signals():  # the run that is training then saves
+        with interrupt_on_signals():  # an interrupted training run saves a checkpoint
             return self.compare(study)
 
     def compare(self, study: Study) -> int:
-        """Trains and measures what is missing, and writes the comparison. Returns the exit code."""
+        """Trains and evaluates the runs that are incomplete, and writes the comparison. Returns the exit code."""
         results: Results = {name: {} for name in study.settings}
         failed, written = False, time.monotonic()
-        # All settings with the first seed, then all with the next, so that they can be compared early.
+        # Runs all settings with the first seed, then with the next, so that they can be compared early.
         runs = [(seed, name) for seed in study.seeds for name in study.settings]
         with tqdm(runs, unit="run", disable=not sys.stderr.isatty()) as bar:
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 try:
-                    results[name][seed] = run_one(study, name, seed, self.output / folder_of(name) / f"seed-{seed}")
+                    results[name][seed] = complete_run(
+                        study, name, seed, self.output / setting_folder(name) / f"seed-{seed}"
+                    )
                 except InputError as e:
                     failed = True
                     tqdm.write(f"davae compare: error: {e}", file=sys.stderr)
                     continue
-                # Runs that an earlier start has completed come quickly, and need no update each.
+                # Runs that are already complete take no time, so the output is not updated after each of them.
                 if time.monotonic() > written + PAGE_INTERVAL:
                     self.write(results, study)
                     written = time.monotonic()
@@ -106,11 +111,16 @@ class Compare(Command):
         return 1 if failed else 0
 
     def write(self, results: Results, study: Study) -> None:
-        """Writes the comparison's files."""
+        """Writes the output files of the comparison."""
         from davae_jax.evaluation.evaluate import as_json  # imports JAX
 
         title = self.study.stem
-        values = {"settings": study.settings, "seeds": study.seeds, "found": results, "compared": statistics(results)}
+        values = {
+            "settings": study.settings,
+            "seeds": study.seeds,
+            "found": results,
+            "compared": summary_statistics(results),
+        }
         write_json(self.output / "comparison.json", as_json(values))
         write_text(self.output / "comparison.md", format_table(results, study.notes) + "\n")
         write_text(self.output / "comparison.html", page(title, results, study.settings, study.notes))
@@ -124,7 +134,7 @@ def read_study(path: Path) -> Study:
     """Reads and checks a study.
 
     Raises:
-      InputError: the file cannot be read, or an entry or an option is wrong (exit code 2). The message names the file
+      InputError: the file cannot be read, or an entry or option is invalid (exit code 2). The message names the file
         and the entry.
     """
     try:
@@ -141,7 +151,7 @@ def read_study(path: Path) -> Study:
 
 
 class _StudyError(Exception):
-    """An entry of a study is wrong; the message does not name the file."""
+    """Raised if an entry of a study is invalid; the message does not name the file."""
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -151,64 +161,69 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise _StudyError(f"cannot be read ({e.strerror})") from None
     except ValueError as e:  # not TOML, or not UTF-8
         raise _StudyError(f"is not TOML ({e})") from None
-    known = {"train": (str, "text"), "evaluate": (str, "text"), "seeds": (list, "list"), "settings": (dict, "table")}
+    known = {
+        "train": (str, "string"),
+        "evaluate": (str, "string"),
+        "seeds": (list, "list"),
+        "settings": (dict, "table"),
+    }
     if unknown := values.keys() - known:
-        raise _StudyError(f"{min(unknown)!r} is not known; known: {', '.join(known)}")
-    for name, (kind, called) in known.items():
+        raise _StudyError(f"{min(unknown)!r} is not a known entry; available: {', '.join(known)}")
+    for name, (kind, type_name) in known.items():
         if not isinstance(values.get(name, kind()), kind):
-            raise _StudyError(f"{name} must be a {called}")
+            raise _StudyError(f"{name} must be a {type_name}")
     return values
 
 
 def _check_seeds(seeds: list[Any]) -> list[int]:
     valid = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
     if not seeds or not valid or len(set(seeds)) < len(seeds):
-        raise _StudyError("seeds must be different whole numbers, at least one, from 0 and below 2³²")
+        raise _StudyError("seeds must be a list of at least one distinct integer in [0, 2³²)")
     return seeds
 
 
 def _check_settings(settings: dict[str, Any]) -> dict[str, str]:
-    """Checks that there are settings, that they are texts, and that each has a folder of its own."""
+    """Checks that there are settings, that their options are strings, and that their folders are distinct."""
     if not settings:
-        raise _StudyError("[settings] has none")
-    names: dict[str, str] = {}  # by folder
+        raise _StudyError("[settings] must contain at least one setting")
+    names: dict[str, str] = {}  # folder → setting
     for name, options in settings.items():
         if not isinstance(options, str):
-            raise _StudyError(f"settings.{name} must be a text of options")
-        folder = folder_of(name)
+            raise _StudyError(f"settings.{name} must be a string of options")
+        folder = setting_folder(name)
         if folder == COMPILED_FOLDER or folder.startswith("comparison."):
-            raise _StudyError(f"setting {name!r} would have the folder {folder}, which is taken")
+            raise _StudyError(f"setting {name!r} would use the folder {folder}, which is reserved")
         if (other := names.setdefault(folder, name)) != name:
-            raise _StudyError(f"settings {other!r} and {name!r} would have the same folder")
+            raise _StudyError(f"settings {other!r} and {name!r} would use the same folder")
     return settings
 
 
 def _train_config(name: str, options: list[str]) -> TrainConfig:
     """Parses the training options of a setting."""
     if {"--seed", "--run-dir"} & _option_names(options):
-        raise _StudyError(f"settings.{name}: --seed and --run-dir are given by the comparison")
+        raise _StudyError(f"settings.{name}: --seed and --run-dir are set by davae compare")
     registered = dict(REGISTRY)
     try:
         parsed = parse_train(options)
     except InputError as e:
         raise _StudyError(f"settings.{name}: {e}") from None
-    finally:  # plugins belong to their setting: another one may register the same name
+    finally:  # unregisters the plugins of this setting: another setting may register the same name
         REGISTRY.clear()
         REGISTRY.update(registered)
     if parsed is None:
-        raise _StudyError(f"settings.{name}: asks for the help text")
+        raise _StudyError(f"settings.{name}: must not contain --help")
     return parsed[1]
 
 
 def _check_evaluate(options: list[str]) -> None:
     if {"--model", "--json"} & _option_names(options):
-        raise _StudyError("evaluate: --model and --json are given by the comparison")
+        raise _StudyError("evaluate: --model and --json are set by davae compare")
     try:
         parsed = Evaluate.parse(["--model", "run", *options], "davae evaluate")
     except InputError as e:
         raise _StudyError(f"evaluate: {e}") from None
     if parsed is None:
-        raise _StudyError("evaluate: asks for the help text")
+        raise _StudyError("evaluate: must not contain --help")
 
 
 def _option_names(words: list[str]) -> set[str]:
@@ -216,7 +231,7 @@ def _option_names(words: list[str]) -> set[str]:
 
 
 def _differences(configs: dict[str, TrainConfig]) -> list[str]:
-    """Returns a warning for each option that should have one value in all settings, and has several."""
+    """Returns a warning for each option that should be the same in all settings, but is not."""
     rows = [{"--steps": c.steps, "--batch-size": c.batch_size, "--data.train": c.data.train} for c in configs.values()]
     return [
         f"settings differ in {option}: their budget or data are not the same"
@@ -232,51 +247,51 @@ def _split_words(options: str, entry: str) -> list[str]:
         raise _StudyError(f"{entry}: {options!r}: {e}") from None
 
 
-def folder_of(name: str) -> str:
-    """Returns the name of a setting's folder."""
+def setting_folder(name: str) -> str:
+    """Returns the folder name of a setting."""
     return re.sub(r"[^\w.=-]+", "-", name).strip("-.") or "setting"
 
 
 # The runs.
 
 
-def run_one(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains and measures one run, as far as that is not done yet, and returns its measures.
+def complete_run(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Trains and evaluates one run unless this has been done, and returns its metrics.
 
     Raises:
-      InputError: training or measuring failed, with the last line of its log; or the folder was made with other
-        options.
+      InputError: training or evaluation failed (the message has the last line of the log), or the folder belongs to a
+        run with other options.
     """
     options = {"train": study.settings[name], "evaluate": study.evaluate}
-    options_file, measures_file = folder.parent / f"{folder.name}.json", folder / MEASURES_FILE
+    options_file, evaluation_file = folder.parent / f"{folder.name}.json", folder / EVALUATION_FILE
     stored = _read_json(options_file) if folder.exists() else None
     if stored and _current_names(stored.get("train", [])) != _current_names(options["train"]):
-        raise InputError(f"{folder}: was made with other options; give another --output, or remove this folder")
-    if stored and stored.get("evaluate") == options["evaluate"] and (measures := _read_json(measures_file)):
-        return measures
+        raise InputError(f"{folder}: was trained with other options; choose another --output or delete this folder")
+    if stored and stored.get("evaluate") == options["evaluate"] and (metrics := _read_json(evaluation_file)):
+        return metrics
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(options_file, options)
-    measures_file.unlink(missing_ok=True)  # measured with other options, or damaged
+    evaluation_file.unlink(missing_ok=True)  # evaluated with other options, or damaged
     log = folder.parent / f"{folder.name}.log"
     train = [*TRAIN_COMMAND, *options["train"], "--seed", seed, "--run-dir", folder]
     if "--log.figures" not in _option_names(options["train"]):
-        train += ["--log.figures", 0]  # `davae evaluate` measures more
+        train += ["--log.figures", 0]  # `davae evaluate` computes more metrics
     _run_python(train, log)
-    _run_python([*EVALUATE_COMMAND, "--model", folder, *options["evaluate"], "--json", measures_file], log)
-    if (measures := _read_json(measures_file)) is None:
-        raise InputError(f"{measures_file}: cannot be read")
-    return measures
+    _run_python([*EVALUATE_COMMAND, "--model", folder, *options["evaluate"], "--json", evaluation_file], log)
+    if (metrics := _read_json(evaluation_file)) is None:
+        raise InputError(f"{evaluation_file}: cannot be read")
+    return metrics
 
 
-def _current_names(words: Sequence[str]) -> list[str]:
-    """Returns training options under their current names, so that studies of earlier versions are recognised."""
+def _current_names(options: Sequence[str]) -> list[str]:
+    """Returns training options under their current names, so that runs of earlier versions are recognized."""
     renamed = RENAMED_OPTIONS["train.py"]
-    split = [word.partition("=") for word in words]
-    return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]
+    parts = [word.partition("=") for word in options]
+    return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in parts]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a file that this command wrote. None if it does not exist or is damaged, and so has to be made again."""
+    """Reads a JSON file that this command wrote. Returns None if it does not exist or is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -290,12 +305,12 @@ def _run_python(argv: Sequence[Any], log: Path) -> None:
     env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED_FOLDER)} | os.environ
     words = [sys.executable, *map(str, argv)]
     with log.open("a", encoding="utf-8") as file:
-        # In a session of its own, so that an interrupt reaches it once, from this process and not from the terminal.
+        # Starts a new session, so that an interrupt from the terminal reaches only this process, which forwards it.
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)  # it saves
+            process.send_signal(signal.SIGINT)  # the run saves a checkpoint
             try:
                 process.wait()
             except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`davae evaluate`: measures a model on texts, and writes a table, JSON and a report."""
+"""`davae evaluate`: evaluates a model on texts, and writes a table, JSON and an HTML report."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from davae_jax.utils.errors import InputError, OptionError, check_options
 class Evaluate(Command):
     """Evaluates a model: reconstruction, likelihood, use of the latent, samples, interpolations.
 
-    Prints a table. The table and the files have warnings on measures that too few texts or samples make unreliable.
-    docs/evaluate.md defines the measures and names their limits.
+    Prints a table. The table and the files include warnings about metrics that are unreliable because there are too few
+    texts or samples. docs/evaluate.md defines the metrics and their limits.
     """
 
     model: str
     """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
-    data: Annotated[Path | None, option_hint("FILE", "the held-out texts of a run of the demo")] = None
+    data: Annotated[Path | None, option_hint("FILE", "for a demo run, its held-out texts")] = None
     """Texts that were not used for training: UTF-8, one per line, or JSON Lines (.jsonl, .json)."""
 
     field: Annotated[str | None, option_hint("FIELD", "text")] = None
-    """Field of a JSON line that holds the text."""
+    """JSON field that contains the text."""
 
-    label: Annotated[tuple[str, ...], option_hint("FIELD", "none; the factors of the demo")] = ()
-    """Fields of the JSON line that hold classes of the text: they are probed for, and colour the report's maps."""
+    label: Annotated[tuple[str, ...], option_hint("FIELD", "none; for a demo run, all factors")] = ()
+    """JSON fields with class labels, used for linear probes and to colour the report's projections."""
 
     n: int = 1000
-    """Limit on the number of texts; the first ones of the file are used."""
+    """Maximum number of texts; the first texts of the file are used."""
 
     samples: int = 50
-    """K, the number of latents drawn for each text's likelihood."""
+    """Number of importance samples per text (K)."""
 
     json: Annotated[Path | None, option_hint("FILE", "none")] = None
-    """File for the measures."""
+    """Output file for the metrics."""
 
     html: Annotated[Path | None, option_hint("FILE", "none")] = None
-    """File for the report, one page that needs no other file."""
+    """Output file for the report, a self-contained page."""
 
     tokenizers: Annotated[Path | None, option_hint("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations."""
+    """Compute dtype."""
 
     batch_size: int = 64
-    """Texts processed at once; changes speed and memory, not results."""
+    """Number of texts per batch; affects speed and memory, not results."""
 
     seed: int = 0
-    """Seed of every draw."""
+    """Random seed."""
 
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
-    """Mesh of all devices that the model is sharded over; with 1 everywhere, it is on the first device."""
+    """Mesh of all devices that the model is sharded over. If all axes are 1, only the first device is used."""
 
     def run(self) -> None:
         from davae_jax.evaluation.evaluate import as_json, evaluate
@@ -79,12 +79,12 @@ class Evaluate(Command):
             if path:
                 check_output(path, option)
         if self.json and self.html and self.json.resolve() == self.html.resolve():
-            raise OptionError("--json", "and --html name the same file")
+            raise OptionError("--json", "and --html must be different files")
         data = read_data(self.data, self.field, self.label) if self.data else demo_texts(Path(self.model), self.label)
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype, mesh=mesh)
         vae.batch_size, vae.progress = self.batch_size, sys.stderr.isatty()
-        found = evaluate(
+        evaluation = evaluate(
             vae,
             data.texts[: self.n],
             samples=self.samples,
@@ -93,71 +93,82 @@ class Evaluate(Command):
             language=data.language,
             source=data.source,
         )
-        measures = {"model": self.model, "data": data.source, "of": len(data.texts), **found.measures}
+        measures = {"model": self.model, "data": data.source, "of": len(data.texts), **evaluation.measures}
         print(format_table(measures))
         if self.json:
             write_whole(self.json, json.dumps(as_json(measures), indent=2, ensure_ascii=False) + "\n")
         if self.html:
             with tqdm(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
-                write_whole(self.html, report(found._replace(measures=measures), Path(self.model)))
+                write_whole(self.html, report(evaluation._replace(measures=measures), Path(self.model)))
                 bar.update()
 
 
 class Data(NamedTuple):
-    """Texts to evaluate on."""
+    """Holds the texts to evaluate on."""
 
     texts: list[str]
-    labels: dict[str, Sequence[str]]  # by factor, the class of each text
-    language: Container[str] | None  # the valid texts, where they are known
-    source: str  # for messages
+    labels: dict[str, Sequence[str]]  # factor → the class of each text
+    language: Container[str] | None  # the set of valid texts; None if unknown
+    source: str  # name of the texts in messages
 
 
 def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
-    """Reads the texts of a file, and the labels from JSON Lines. Raises InputError naming the file and the line."""
-    for option, given in (("--field", field is not None), ("--label", labels)):
-        if given and path.suffix not in (".jsonl", ".json"):
+    """Reads the texts of a file, and the labels from JSON Lines.
+
+    Raises:
+      InputError: a line is invalid; the message names the file and the line.
+      OptionError: a field or label is given, but the file is not JSON Lines.
+    """
+    for option, is_given in (("--field", field is not None), ("--label", labels)):
+        if is_given and path.suffix not in (".jsonl", ".json"):
             raise OptionError(option, f"needs JSON Lines (.jsonl); {path} has no fields")
     texts = read_texts(path, field or "text")
     lines = decode_lines(path.read_bytes(), str(path)) if labels else []
-    read = {name: [label_of(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels}
-    return Data(texts, read, None, str(path))
+    classes = {
+        name: [read_label(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels
+    }
+    return Data(texts, classes, None, str(path))
 
 
-def label_of(line: str, field: str, where: str) -> str:
-    """Reads the class of a text from a field of a JSON line: a text, a whole number, true or false; "" of a blank line.
+def read_label(line: str, field: str, location: str) -> str:
+    """Reads the class of a text from a field of a JSON line: a string, integer or boolean. "" for a blank line.
 
     Raises:
-      InputError: the field is missing or holds something else; `where` names the line.
+      InputError: the field is missing or has another type; `location` names the line in the message.
     """
     if not line.strip():
         return ""
     values = json.loads(line)
     if field not in values:
-        raise InputError(f"{where} has no field {field!r}")
+        raise InputError(f"{location}: has no field {field!r}")
     if not isinstance(values[field], str | int):
-        raise InputError(f"{where}: the field {field!r} must be a text, a whole number, true or false to be a class")
+        raise InputError(f"{location}: the field {field!r} must be a string, an integer, true or false to be a class")
     if not isinstance(values[field], str):
         return str(values[field])
     try:
         return parse_json_text(line, field)
     except ValueError as e:
-        raise InputError(f"{where}: {e}") from None
+        raise InputError(f"{location}: {e}") from None
 
 
 def demo_texts(run: Path, labels: Sequence[str]) -> Data:
-    """Returns the held-out texts of the demo and their factors. Raises InputError if `run` is no run of the demo."""
+    """Returns the held-out texts of the demo and their factors.
+
+    Raises:
+      OptionError: `run` is not a run of the demo, or a label is not one of its factors.
+    """
     try:
-        of_demo = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
+        is_demo_run = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
     except (OSError, ValueError, KeyError, TypeError):
-        of_demo = False
-    if not of_demo:
-        raise OptionError("--data", f"must be given: {run} is no run of the demo preset, which has texts of its own")
-    known = demo_corpus.Factors._fields
-    if unknown := [name for name in labels if name not in known]:
-        raise OptionError("--label", f"{unknown[0]}: the demo's factors are {', '.join(known)}")
+        is_demo_run = False
+    if not is_demo_run:
+        raise OptionError("--data", f"is required: {run} is not a run of the demo preset")
+    factor_names = demo_corpus.Factors._fields
+    if unknown := [name for name in labels if name not in factor_names]:
+        raise OptionError("--label", f"{unknown[0]}: unknown factor of the demo; available: {', '.join(factor_names)}")
     corpus = demo_corpus.make_corpus()
     factors = [corpus.factors[text]._asdict() for text in corpus.held_out]
     for factor in factors:
         factor["good"] = "good" if factor["good"] else "bad"
-    found = {name: [factor[name] for factor in factors] for name in labels or known}
-    return Data(corpus.held_out, found, corpus.factors, "the demo's held-out texts")
+    classes = {name: [factor[name] for factor in factors] for name in labels or factor_names}
+    return Data(corpus.held_out, classes, corpus.factors, "the demo's held-out texts")

@@ -10,7 +10,7 @@ import tyro
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.build_shards import MIB, VocabularySizes, build_shards
-from davae_jax.data.shard_index import describe_excluded
+from davae_jax.data.shard_index import describe_dropped
 from davae_jax.data.shard_writer import ShardSettings
 from davae_jax.utils.errors import check_options
 
@@ -78,7 +78,7 @@ class Prepare(Command):
         )
         tokenizers = self.tokenizers or VocabularySizes(self.decoder_vocab_size, self.encoder_vocab_size)
         counts = build_shards(self.input, self.output, settings, tokenizers, self.workers)
-        dropped = describe_excluded(counts)
+        dropped = describe_dropped(counts)
         print(
             f"{self.output}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} decoder tokens, "
             f"{counts['encoder_tokens']:,} encoder tokens" + (f"; dropped: {dropped}" if dropped else "")

@@ -1,4 +1,4 @@
-"""The batch of every training step: what a batch is, where batches come from, and batches of texts in memory."""
+"""Defines batches and their sources, and forms batches of texts in memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Row = tuple[np.ndarray, np.ndarray]  # a text's encoder ids and decoder ids; the
 class Batch(NamedTuple):
     """Token ids of a training step, int32 arrays (NumPy or JAX) whose rows end in padding.
 
-    A row holds up to P texts. Where every row holds one (P = 1), the segment arrays are None: the model is then
-    compiled without segment masks. Otherwise the k-th text of a row is segment k, from 1 to P, of both sides; segment 0
-    is padding.
+    A row contains up to P texts. If every row contains one (P = 1), the segment arrays are None, and the model is
+    compiled without segment masks. Otherwise the k-th text of a row is segment k, from 1 to P, of the encoder row and
+    of the decoder row; segment 0 is padding.
     """
 
     encoder_ids: np.ndarray  # [B, S]
-    decoder_ids: np.ndarray  # [B, T], what the decoder reads: of each text bos and everything but its end token (which
-    # may stand at the first position of a row's padding, where nothing is predicted from it)
-    decoder_targets: np.ndarray  # [B, T], what it is to predict at each position: of each text everything but bos
-    lengths: np.ndarray  # [B, P], number of decoder ids of each text, bos and end included; 0 where there is no text
+    decoder_ids: np.ndarray  # [B, T], input of the decoder: each text without its end token. (The end token may
+    # be the first token of a row's padding, but nothing is predicted from it.)
+    decoder_targets: np.ndarray  # [B, T], the target at each position: each text without bos
+    lengths: np.ndarray  # [B, P], number of decoder ids of each text, bos and end included; 0 if there is no text
     encoder_segments: np.ndarray | None = None  # [B, S]
     encoder_starts: np.ndarray | None = None  # [B, P], position of each text's first encoder token
     decoder_segments: np.ndarray | None = None  # [B, T]
 
     @classmethod
     def of_texts(cls, encoder_ids: np.ndarray, decoder_ids: np.ndarray, lengths: np.ndarray) -> Batch:
-        """Returns a batch with one text a row.
+        """Returns a batch with one text per row.
 
         Args:
           encoder_ids: [B, S], padded with 0.
@@ -43,37 +43,37 @@ class Batch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(S, T)."""
+        """Returns (S, T)."""
         return self.encoder_ids.shape[1], self.decoder_ids.shape[1]
 
 
 class BatchSource(Protocol):
-    """Batches without end. The batch of a step is a function of the seed and the step alone.
+    """An endless sequence of batches. The batch of a step is a function of the seed and the step alone.
 
-    The step is therefore all that a run has to remember of its position in the data.
+    The step number is therefore the only record that a run needs of its position in the data.
     """
 
-    count: int  # texts
-    too_long: int  # texts that were left out because they are too long
-    batch_size: int  # rows of a batch
+    count: int  # number of texts
+    too_long: int  # number of texts dropped because they are too long
+    batch_size: int  # number of rows in a batch
     steps_per_epoch: int
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Returns the rows from `start` to `stop` of a step's batch; by default all of them."""
 
     def describe(self, step: int) -> str:
-        """Returns which lines of which files the texts of a step's batch are, for error messages."""
+        """Returns the files and lines of the texts in a step's batch, for error messages."""
 
     def summary(self) -> str:
-        """Returns a batch's size in words, for the line that a run begins with."""
+        """Returns a description of a batch's size, for the first line of a run's output."""
 
 
 class TextBatches:
-    """Batches of texts in memory, one text a row (a `BatchSource`).
+    """Batches of texts in memory, one text per row (a `BatchSource`).
 
-    An epoch is a seeded shuffle. Texts of similar length are batched together, in `buckets` shapes, so that little is
-    padding and a few compiled programs serve all steps. What does not fill a batch of its bucket moves on to the bucket
-    of the next longer texts; of the longest texts, some may wait for another epoch.
+    An epoch is a seeded shuffle. Texts of similar length are batched together, in `buckets` shapes, so that there is
+    little padding and a few compiled programs serve all steps. Texts that do not fill a batch of their bucket move to
+    the bucket of the next longer texts; an incomplete last batch of the longest texts is not used in that epoch.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class TextBatches:
         seed: int = 0,
         encoder_positions: int | None = None,
     ):
-        """
+        """Sorts the texts into buckets.
+
         Args:
           pad_id: the decoder's padding id; the encoder's is 0.
           buckets: number of shapes (S, T).
@@ -95,10 +96,10 @@ class TextBatches:
         self.texts, self.batch_size, self.pad_id, self.seed = texts, batch_size, pad_id, seed
         self.count, self.too_long = len(texts.lines), texts.too_long
         by_length = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
-        # With fewer texts than rows, some texts stand in a batch more than once.
+        # With fewer texts than rows, a batch contains some texts more than once.
         self._buckets = np.array_split(np.resize(by_length, max(len(by_length), batch_size)), buckets)
         self._shapes = []
-        longest = 0  # of the encoder's rows so far: what is left over of one bucket must fit the next
+        longest = 0  # encoder length so far: texts left over from one bucket must fit into the next
         for bucket in self._buckets:
             longest = max([longest, *(len(texts.encoder_ids[i]) for i in bucket)])
             T = max([1, *(len(texts.decoder_ids[i]) for i in bucket)])
@@ -109,19 +110,19 @@ class TextBatches:
         self._order: list[tuple[np.ndarray, tuple[int, int]]] = []
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        texts, shape = self.texts_of(step)
+        texts, shape = self.select_texts(step)
         rows = [(self.texts.encoder_ids[i], self.texts.decoder_ids[i]) for i in texts[start:stop]]
         return pad_batch(rows, shape, self.pad_id)
 
-    def texts_of(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def select_texts(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the indices of the texts in a step's batch, and the lengths (S, T + 1) that they are padded to."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffle(epoch)
-        return self._order[place]
+        return self._order[index]
 
     def describe(self, step: int) -> str:
-        return self.texts.where(self.texts_of(step)[0])
+        return self.texts.describe_lines(self.select_texts(step)[0])
 
     def summary(self) -> str:
         return f"{self.batch_size} texts"
@@ -132,13 +133,13 @@ class TextBatches:
         for bucket, shape in zip(self._buckets, self._shapes, strict=True):
             texts = np.concatenate([left_over, rng.permutation(bucket)])
             full = len(texts) // self.batch_size * self.batch_size
-            batches += [(part, shape) for part in texts[:full].reshape(-1, self.batch_size)]
+            batches += [(rows, shape) for rows in texts[:full].reshape(-1, self.batch_size)]
             left_over = texts[full:]
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def pad_batch(rows: Sequence[Row], shape: tuple[int, int], pad_id: int) -> Batch:
-    """Returns the batch of these texts, one a row, padded to `shape` = (S, T + 1) encoder and decoder ids."""
+    """Returns the batch of these texts, one per row, padded to `shape` = (S, T + 1) encoder and decoder ids."""
     return Batch.of_texts(*pad_rows(rows, shape, pad_id))
 
 

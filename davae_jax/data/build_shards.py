@@ -1,8 +1,8 @@
 """Tokenizes texts into shards, which a training run reads in any order (`shards.py` describes the files).
 
 The input files are split into slices, and worker processes write the shards of each slice (`shard_writer.py`). A
-shard and its statistics appear under their names when they are complete, so the same call continues interrupted work
-after the last complete shard. When all shards are there, `shard_index.py` writes the manifest.
+shard and its statistics are renamed to their final names when they are complete, so the same call resumes interrupted
+work after the last complete shard. When all shards exist, `shard_index.py` writes the manifest.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
 SETTINGS = "prepare.json"
-# At most so many texts and bytes train tokenizers; they are taken from the beginning of every slice.
+# Maximum number of texts and bytes for training tokenizers; they are taken from the beginning of every slice.
 TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26
-# The default fraction of held-out texts, less where they would come to more than so many bytes.
+# The default fraction of held-out texts, and their maximum size in bytes, which lowers the fraction for large inputs.
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.01, 1 << 24
 MIB = 1 << 20
 
 
 class VocabularySizes(NamedTuple):
-    """The sizes of the vocabularies of tokenizers that are to be trained."""
+    """The vocabulary sizes of tokenizers that are to be trained."""
 
     decoder_vocab_size: int
     encoder_vocab_size: int
@@ -62,18 +62,18 @@ def build_shards(
     Args:
       inputs: files, or folders of files of one format.
       output: the folder for the result.
-      settings: what the shards contain. `held_out` may be None: a hundredth of the texts, and less of large inputs.
-        `shard_size` may be None: a 256th of the input, from 1 MiB to 1024 MiB.
+      settings: they determine the contents of the shards. `held_out` None: 1 % of the texts, or less for large inputs.
+        `shard_size` None: 1/256 of the input, but at least 1 MiB and at most 1024 MiB.
       tokenizers: a folder with vocab.txt and spiece.model, or the sizes of tokenizers that are trained on a sample of
         the texts.
-      workers: the number of worker processes, which does not change the result; None: one for each core.
+      workers: the number of worker processes, which does not change the result; None: one per core.
 
     Returns:
-      The counts in the manifest: texts, tokens, and for each reason the texts that were left out.
+      The counts in the manifest: texts, tokens, and dropped texts by reason.
 
     Raises:
-      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, or no text is
-        left.
+      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, or no text
+        remains.
       OptionError: the output was made with other settings, or the texts have more characters than
         `decoder_vocab_size`.
     """
@@ -89,19 +89,19 @@ def build_shards(
     _open_folder(output, stored)
     try:
         if not (output / MANIFEST).exists():
-            slices = [part for file in files for part in split_into_slices(file, settings.shard_size)]
+            slices = [file_slice for file in files for file_slice in split_into_slices(file, settings.shard_size)]
             _provide_tokenizers(output, tokenizers, slices, settings)
-            tasks = [ShardTask(str(output), n, part, settings) for n, part in enumerate(slices)]
+            tasks = [ShardTask(str(output), n, file_slice, settings) for n, file_slice in enumerate(slices)]
             _run_with_progress(tasks, workers or available_cores())
             merge_shards(output, stored)
-    except OSError as e:  # of a file that is written; a reader's errors are InputErrors
+    except OSError as e:  # of a file that is written; readers raise InputError
         raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
     shutil.rmtree(output / PARTS, ignore_errors=True)
     return json.loads((output / MANIFEST).read_text(encoding="utf-8"))["counts"]
 
 
 def _with_defaults(settings: ShardSettings, input_bytes: int) -> ShardSettings:
-    """Returns the settings with the values of those that are None, which depend on the size of the input."""
+    """Returns the settings with the defaults of those that are None, which depend on the size of the input."""
     held_out, shard_size = settings.held_out, settings.shard_size
     if held_out is None:
         held_out = min(HELD_OUT_FRACTION, HELD_OUT_BYTES / max(1, input_bytes))
@@ -118,7 +118,7 @@ def _describe_tokenizers(tokenizers: Path | VocabularySizes) -> dict[str, Any]:
 
 
 def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
-    """Returns the size and the time of modification of every file: whoever changes a file changes the settings."""
+    """Returns the size and the modification time of every file, so that a changed file counts as a changed setting."""
     stats = {str(file): file.stat() for file in files}
     return {
         name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}"
@@ -144,7 +144,7 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
       stored: the content of prepare.json.
 
     Raises:
-      OptionError: the folder was made with other settings, or holds other files.
+      OptionError: the folder was made with other settings, or contains other files.
       InputError: the folder cannot be written.
     """
     path = folder / SETTINGS
@@ -154,7 +154,7 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
             # Folders of the first versions do not have the setting "cut".
             _check_settings(folder, {"cut": False} | json.loads(path.read_text(encoding="utf-8")), stored)
         elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
-            raise OptionError("--output", f"{folder} holds files, but no {SETTINGS}; give another folder")
+            raise OptionError("--output", f"{folder} contains files, but no {SETTINGS}; choose another folder")
         write_json(path, stored)
         for parent in (folder, folder / PARTS):
             remove_partial(parent)
@@ -164,14 +164,14 @@ def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
         raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
 
 
-def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises OptionError where settings have changed and shards exist. Removes the tokenizers where none do."""
-    changed = changed_settings(from_stored_names(before), from_stored_names(now))
+def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises OptionError if settings have changed and shards exist. If none exist, removes the tokenizers."""
+    changed = changed_settings(from_stored_names(old), from_stored_names(new))
     if not changed:
         return
     if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; give another folder"
+        reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; choose another folder"
         raise OptionError("--output", f"{folder} {reason}")
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
@@ -188,7 +188,7 @@ def _provide_tokenizers(
     if missing and isinstance(tokenizers, VocabularySizes):
         texts = sample_texts(slices, settings.field, settings.held_out)
         if not texts:
-            raise InputError(f"{slices[0].file}: holds no text to train tokenizers on (--field {settings.field})")
+            raise InputError(f"{slices[0].file}: contains no text to train tokenizers on (--field {settings.field})")
         vocab = train_wordpiece(texts, tokenizers.encoder_vocab_size)
         spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size")
         for name, data in zip(TOKENIZER_FILES, (vocab, spiece), strict=True):
@@ -196,13 +196,13 @@ def _provide_tokenizers(
     else:
         for name in missing:
             write_bytes(folder / name, (tokenizers / name).read_bytes())
-    load_new_tokenizers(str(folder), settings.encoder_positions)  # raises InputError where they are damaged
+    load_new_tokenizers(str(folder), settings.encoder_positions)  # raises InputError if they are damaged
 
 
 def sample_texts(slices: list[FileSlice], field: str, held_out: float) -> list[str]:
     """Returns texts from the beginning of every slice, without the held-out ones, to train tokenizers on.
 
-    Their number and their size are bounded, and so are memory and time.
+    Their number and total size are bounded, to limit memory and time.
     """
     texts_per_slice, bytes_per_slice = -(-TOKENIZER_TEXTS // len(slices)), -(-TOKENIZER_BYTES // len(slices))
     sample = []

@@ -1,4 +1,4 @@
-"""The texts of a run: what is trained on, and what is held out to measure on."""
+"""Reads the training texts and the held-out texts of a run."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from davae_jax.data import demo_corpus
 from davae_jax.data.shards import Prepared
 from davae_jax.data.texts import read_texts
 
-HELD_OUT_FRACTION = 0.01  # of the distinct training texts, where no file of held-out texts is given
+HELD_OUT_FRACTION = 0.01  # of the distinct training texts, if no file of held-out texts is given
 
 
 class Corpus(NamedTuple):
-    train: list[str]  # empty where `prepared` is trained on
+    train: list[str]  # empty if `prepared` is given
     held_out: list[str]
-    grammar: Container[str] | None  # the sentences that the demo's grammar accepts; None of other texts
-    analogy: list[str]  # three texts a, b, c to show an analogy with
+    grammar: Container[str] | None  # the sentences of the demo's grammar; None for other texts
+    analogy: list[str]  # three texts a, b, c for the analogy among the examples
     source: str  # the file's name, for messages
     lines: np.ndarray  # the line of each training text in that file, from 1
     prepared: Prepared | None = None
 
     @property
     def digest(self) -> str:
-        """A hash of the training texts in their order."""
+        """Returns a hash of the training texts in their order."""
         return self.prepared.digest if self.prepared else _digest(self.train)
 
     @property
     def held_out_digest(self) -> str:
-        """A hash of the held-out texts in their order."""
+        """Returns a hash of the held-out texts in their order."""
         return _digest(self.held_out)
 
     @property
     def example(self) -> str:
-        """A text to show a command with."""
+        """Returns a text for use in example commands."""
         return (self.held_out or self.train or [""])[0]
 
 
@@ -45,8 +45,8 @@ def read_corpus(train: Path | None, valid: Path | None = None, field: str = "tex
     """Reads the texts of a run.
 
     Args:
-      train: a file of texts, a folder that `davae prepare` has made, or None for the demo's corpus.
-      valid: a file of held-out texts; None holds out a part of the training texts.
+      train: a file of texts, a folder made by `davae prepare`, or None for the demo's corpus.
+      valid: a file of held-out texts; None: some training texts are held out.
       field: name of the text in a line of JSON Lines.
 
     Raises:
@@ -54,18 +54,18 @@ def read_corpus(train: Path | None, valid: Path | None = None, field: str = "tex
     """
     if train is None:
         return _demo_corpus()
-    held_out = None if valid is None else _without_blank(read_texts(valid, field))
+    held_out = None if valid is None else _drop_blank(read_texts(valid, field))
     if train.is_dir():
         prepared = Prepared(train)
-        held_out = _without_blank(prepared.held_out()) if held_out is None else held_out
-        return Corpus([], held_out, None, _three(held_out), str(train), np.zeros(0, int), prepared)
+        held_out = _drop_blank(prepared.held_out()) if held_out is None else held_out
+        return Corpus([], held_out, None, _first_three(held_out), str(train), np.zeros(0, int), prepared)
     texts = read_texts(train, field)
     lines = np.flatnonzero([bool(text.strip()) for text in texts]) + 1
     if held_out is None:
         held_out = _choose_held_out([texts[i - 1] for i in lines])
-        excluded = set(held_out)
-        lines = np.array([i for i in lines if texts[i - 1] not in excluded])
-    return Corpus([texts[i - 1] for i in lines], held_out, None, _three(held_out), str(train), lines)
+        held_out_texts = set(held_out)
+        lines = np.array([i for i in lines if texts[i - 1] not in held_out_texts])
+    return Corpus([texts[i - 1] for i in lines], held_out, None, _first_three(held_out), str(train), lines)
 
 
 def _demo_corpus() -> Corpus:
@@ -76,17 +76,17 @@ def _demo_corpus() -> Corpus:
 
 
 def _choose_held_out(texts: list[str]) -> list[str]:
-    """Returns the texts to hold out: the same whatever the run's seed, so that runs can be compared."""
+    """Returns the texts to hold out. They do not depend on the run's seed, so that runs can be compared."""
     distinct = list(dict.fromkeys(texts))
     order = np.random.default_rng(0).permutation(len(distinct))
     return [distinct[i] for i in np.sort(order[: round(HELD_OUT_FRACTION * len(distinct))])]
 
 
-def _three(texts: list[str]) -> list[str]:
+def _first_three(texts: list[str]) -> list[str]:
     return (texts * 3)[:3]
 
 
-def _without_blank(texts: list[str]) -> list[str]:
+def _drop_blank(texts: list[str]) -> list[str]:
     return [text for text in texts if text.strip()]
 
 

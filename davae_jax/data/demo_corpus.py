@@ -1,8 +1,8 @@
 """Generates the corpus of the demo: short Chinese reviews and notices from a small grammar with known factors.
 
 Seven factors determine a sentence, and different factors give different sentences, so the factors of a text can be
-looked up. Some combinations of topic, aspect and style are held out completely: no training sentence has these three
-factors together, so a model that reproduces such sentences has learnt to combine the factors.
+looked up. Some combinations of topic, aspect and style are held out completely: they occur in no training sentence, so
+a model that reproduces such sentences has learnt to combine the factors.
 """
 
 from __future__ import annotations

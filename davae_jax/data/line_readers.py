@@ -1,6 +1,6 @@
-"""Reads files of one text a line, plain text or JSON Lines, also compressed.
+"""Reads files with one text per line, plain text or JSON Lines, optionally compressed.
 
-Memory holds a chunk of lines, whatever the size of the file.
+Only a chunk of lines is in memory at a time, independently of the size of the file.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, BinaryIO, NamedTuple
 from davae_jax.data.texts import parse_json_text
 from davae_jax.utils.errors import InputError
 
-MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, because it would have to be held in memory
+MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, to limit memory use
 CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
 
 
 class FileSlice(NamedTuple):
-    """A part of an input file that one worker reads.
+    """A contiguous range of an input file, which one worker reads.
 
     The unit of `start` and `end` depends on the format: bytes for lines (a slice has the lines that begin in it), row
     groups for Parquet. `end` is None for a format that can only be read from its beginning; the slice is then the
-    whole file.
+    entire file.
     """
 
     file: str
@@ -33,7 +33,7 @@ class FileSlice(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line's text, or None and the problem with the line."""
+    """The text of a line, or None and a description of the problem."""
 
     text: str | None
     problem: str | None = None
@@ -79,7 +79,7 @@ def parse_line(data: bytes | None, field: str | None) -> Line:
 
     Args:
       data: the line without its line feed; None for one longer than MAX_LINE_BYTES.
-      field: the field with the text, where the line is JSON; None for plain text.
+      field: the field that contains the text, if the line is JSON; None for plain text.
     """
     if data is None:
         return Line(None, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -132,7 +132,7 @@ def _fraction_read(raw: BinaryIO, file_slice: FileSlice) -> float:
 
 
 def _decompress(raw: BinaryIO, path: Path) -> BinaryIO:
-    """Returns the file itself, or a stream of its decompressed bytes where the suffix says that it is compressed."""
+    """Returns the file itself, or a stream of its decompressed bytes if it has the suffix of a compressed format."""
     open_stream = DECOMPRESSORS.get(path.suffix.lower())
     return open_stream(raw) if open_stream else raw
 
@@ -160,7 +160,7 @@ def missing_package(file: Any, package: str) -> InputError:
 class _ZstdStream(io.RawIOBase):
     """The decompressed bytes of all frames of a file.
 
-    zstandard's own reader does not tell a truncated file from a complete one; this one raises EOFError.
+    zstandard's own reader does not detect a truncated file; this one raises EOFError.
     """
 
     def __init__(self, raw: BinaryIO, new_decompressor: Any):

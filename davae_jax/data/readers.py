@@ -1,6 +1,6 @@
 """Finds the input files of `davae prepare`, splits them into slices, and reads a slice.
 
-`FORMATS` is the table of the formats that can be read; a format is added there.
+`FORMATS` is the table of supported formats; add a format there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from davae_jax.utils.errors import InputError, first_line
 
 
 def byte_slice_bounds(path: Path, max_bytes: int) -> list[int]:
-    """Returns the bytes at which slices begin, and last the size of the file."""
+    """Returns the byte offsets at which slices begin, followed by the size of the file."""
     size = path.stat().st_size
     n = max(1, -(-size // max_bytes))
     return [size * i // n for i in range(n + 1)]
@@ -27,11 +27,11 @@ class InputFormat(NamedTuple):
     """A format of input files.
 
     Attributes:
-      name: for messages; the files of a folder must all have the same one.
+      name: the name in messages; all files of a folder must have the same format.
       read: yields the texts of a slice of a file, given the slice and the name of the field or column.
-      slice_bounds: where the slices of a file begin and the last one ends, given the file and the most bytes of a
-        slice; None for a format that can only be read from its beginning.
-      compressible: whether a suffix of `DECOMPRESSORS` may follow the format's own.
+      slice_bounds: returns the beginnings of a file's slices and the end of the last one, given the file and the
+        maximum number of bytes per slice; None for a format that can only be read from its beginning.
+      compressible: whether a suffix of `DECOMPRESSORS` may follow that of the format.
     """
 
     name: str
@@ -60,8 +60,8 @@ def known_suffixes() -> str:
     return f"{', '.join(compressible)}, each also with {' or '.join(DECOMPRESSORS)}; {', '.join(others)}"
 
 
-def format_of(path: Path) -> InputFormat | None:
-    """Returns the format of a file by its suffix; None where the suffix is unknown."""
+def find_format(path: Path) -> InputFormat | None:
+    """Returns the format of a file by its suffix; None if the suffix is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compressed = bool(suffixes) and suffixes[-1] in DECOMPRESSORS
     if compressed:
@@ -77,8 +77,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     Hugging Face dataset.
 
     Raises:
-      InputError: a path does not exist, a file has an unknown suffix, or a folder holds no file of a known format or
-        files of several (exit code 2).
+      InputError: a path does not exist, a file has an unknown suffix, or a folder contains no file of a supported
+        format or files of several formats (exit code 2).
     """
     files: set[Path] = set()
     for path in paths:
@@ -86,8 +86,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             files |= _files_in(path)
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder", exit_code=2)
-        elif format_of(path) is None:
-            raise InputError(f"{path}: unknown suffix; known: {known_suffixes()}", exit_code=2)
+        elif find_format(path) is None:
+            raise InputError(f"{path}: unknown suffix; supported: {known_suffixes()}", exit_code=2)
         else:
             files.add(path)
     return sorted(files, key=str)
@@ -95,7 +95,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 def _files_in(folder: Path) -> set[Path]:
     formats = {
-        path: format_of(path)
+        path: find_format(path)
         for path in folder.rglob("*")
         if path.is_file() and path.name not in METADATA_FILES
         if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
@@ -103,23 +103,23 @@ def _files_in(folder: Path) -> set[Path]:
     files = {path for path, input_format in formats.items() if input_format}
     names = sorted({formats[path].name for path in files})
     if not names:
-        raise InputError(f"{folder}: holds no file of a known format: {known_suffixes()}", exit_code=2)
+        raise InputError(f"{folder}: contains no file of a supported format: {known_suffixes()}", exit_code=2)
     if len(names) > 1:
         raise InputError(
-            f"{folder}: holds files of several formats ({', '.join(names)}); give the files themselves", exit_code=2
+            f"{folder}: contains files of several formats ({', '.join(names)}); list the files themselves", exit_code=2
         )
     return files
 
 
 def split_into_slices(path: Path, max_bytes: int) -> list[FileSlice]:
-    """Returns the slices of a file, of about `max_bytes` each where the format can be split.
+    """Returns the slices of a file, of about `max_bytes` each if the format can be split.
 
     Raises:
       InputError: the file cannot be read.
     """
     with _naming_file(path):
         size = path.stat().st_size
-        slice_bounds = format_of(path).slice_bounds
+        slice_bounds = find_format(path).slice_bounds
         if slice_bounds is None or path.suffix.lower() in DECOMPRESSORS:
             return [FileSlice(str(path), 0, None, size)]
         bounds = slice_bounds(path, max_bytes)
@@ -134,16 +134,16 @@ def read_slice(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
     """Yields all lines of a slice in chunks; the rows of a table are its lines.
 
     Raises:
-      InputError: the file cannot be read, is damaged, or is a table without a column of texts called `field`.
+      InputError: the file cannot be read, is damaged, or is a table without a string column `field`.
     """
     path = Path(file_slice.file)
     with _naming_file(path):
-        yield from format_of(path).read(file_slice, field)
+        yield from find_format(path).read(file_slice, field)
 
 
 @contextlib.contextmanager
 def _naming_file(path: Path) -> Iterator[None]:
-    """Turns any exception into an InputError that names the file; every reader raises other types on damaged data."""
+    """Turns any exception into an InputError that names the file; readers raise many types for damaged data."""
     try:
         yield
     except InputError:

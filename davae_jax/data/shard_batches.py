@@ -1,6 +1,6 @@
-"""The batch of every step of prepared texts, as arithmetic on the step: nothing in memory grows with the texts.
+"""Forms batches of prepared texts, with memory use that does not depend on the number of texts.
 
-Packing needs every text's lengths: `PreparedTexts` keeps those.
+Packing needs the lengths of all texts; `PreparedTexts` keeps them in memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from davae_jax.utils.shapes import round_up
 
 
 class ShardBatches:
-    """Batches of prepared texts, one text a row (a `BatchSource`), with nothing stored that grows with the corpus.
+    """Batches of prepared texts, one text per row (a `BatchSource`), in memory that does not grow with the corpus.
 
     As in `TextBatches`, an epoch is a seeded shuffle, and texts of similar length are batched together in `buckets`
-    shapes. An epoch is a sequence of places, sorted by length: the buckets one behind the other, each shuffled by a
-    permutation that is computed and not stored. Batch k takes the places from k·B on, and the batches come in an order
-    that is shuffled in the same way. What does not fill a batch at the end waits for another epoch.
+    shapes. An epoch lists all texts bucket by bucket, shortest first. Each bucket is shuffled by a permutation that is
+    evaluated on demand and never stored. Batch k consists of positions k·B to (k + 1)·B; the batch order is shuffled
+    likewise. An incomplete last batch is not used in that epoch.
     """
 
     def __init__(
@@ -37,11 +37,12 @@ class ShardBatches:
         max_length: int | None = None,
         encoder_positions: int | None = None,
     ):
-        """
+        """Divides the texts into buckets.
+
         Args:
           pad_id: the decoder's padding id; the encoder's is 0.
           buckets: number of shapes (S, T).
-          max_length: texts with more decoder ids are left out.
+          max_length: texts with more decoder ids are dropped.
           encoder_positions: the encoder's rows are never padded beyond this length.
 
         Raises:
@@ -52,37 +53,37 @@ class ShardBatches:
         _check_positions(prepared, int(longest[-1]), encoder_positions)
         self.count = int(counts.sum())
         self.too_long = len(prepared) - self.count + prepared.manifest["counts"]["too_long"]
-        # With fewer texts than rows, some texts stand in a batch more than once, and there is one bucket.
+        # With fewer texts than rows, a batch contains some texts more than once, and there is one bucket.
         n = max(self.count, batch_size)
         buckets = 1 if self.count < max(batch_size, buckets) else buckets
         self._bounds = [n * i // buckets for i in range(buckets + 1)]
         self._shapes = []
         for end in self._bounds[1:]:
-            of_longest = np.searchsorted(counts.cumsum(), min(end, self.count))  # row of the bucket's last text
-            S, T = round_up(int(longest[of_longest]), 8), round_up(int(lengths[of_longest]), 8)
+            last_index = np.searchsorted(counts.cumsum(), min(end, self.count))  # row of the bucket's last text
+            S, T = round_up(int(longest[last_index]), 8), round_up(int(lengths[last_index]), 8)
             self._shapes.append((min(S, encoder_positions or S), T))
         self.steps_per_epoch = n // batch_size
         self._order = _Column(prepared.folder / "order.npy", len(prepared))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        records, shape = self.texts_of(step, start, stop)
+        records, shape = self.select_texts(step, start, stop)
         return pad_batch([self.prepared[i] for i in records.tolist()], shape, self.pad_id)
 
-    def texts_of(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+    def select_texts(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the records of the rows from `start` to `stop` of a step's batch, and the lengths (S, T + 1) that
         they are padded to."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        k = permuted(np.array([place]), self.steps_per_epoch, (self.seed, epoch))[0]
-        places = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
-        of_bucket = np.searchsorted(self._bounds, places, side="right") - 1
-        for bucket in np.unique(of_bucket):
+        epoch, index = divmod(step, self.steps_per_epoch)
+        k = permute(np.array([index]), self.steps_per_epoch, (self.seed, epoch))[0]
+        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
+        bucket_ids = np.searchsorted(self._bounds, positions, side="right") - 1
+        for bucket in np.unique(bucket_ids):
             low, high = self._bounds[bucket : bucket + 2]
-            here = of_bucket == bucket
-            places[here] = low + permuted(places[here] - low, high - low, (self.seed, epoch, bucket + 1))
-        return self._order[places[start:stop] % self.count], self._shapes[of_bucket[-1]]
+            in_bucket = bucket_ids == bucket
+            positions[in_bucket] = low + permute(positions[in_bucket] - low, high - low, (self.seed, epoch, bucket + 1))
+        return self._order[positions[start:stop] % self.count], self._shapes[bucket_ids[-1]]
 
     def describe(self, step: int) -> str:
-        return self.prepared.where(self.texts_of(step)[0].tolist())
+        return self.prepared.describe_lines(self.select_texts(step)[0].tolist())
 
     def summary(self) -> str:
         return f"{self.batch_size} texts"
@@ -91,21 +92,25 @@ class ShardBatches:
 def _check_positions(prepared: Prepared, longest: int, encoder_positions: int | None) -> None:
     if encoder_positions is not None and longest > encoder_positions:
         raise InputError(
-            f"{prepared.folder}: has texts of {longest} encoder ids, and the model's encoder "
+            f"{prepared.folder}: contains texts of {longest} encoder ids, but the encoder has "
             f"{encoder_positions} positions; prepare with --encoder-positions {encoder_positions}"
         )
 
 
 class PreparedTexts:
-    """Prepared texts of at most so many decoder ids, with the interface of `data.Texts`, for packing."""
+    """Prepared texts of at most `max_length` decoder ids, with the interface of `TokenizedTexts`, for packing."""
 
     def __init__(self, prepared: Prepared, max_length: int, encoder_positions: int | None = None):
-        """Raises InputError where none is short enough, or one is too long for the encoder."""
+        """Reads the lengths of all texts.
+
+        Raises:
+          InputError: no text is short enough, or one is too long for the encoder.
+        """
         paths = [prepared.folder / f"{shard['name']}.npy" for shard in prepared.shards]
         sizes = np.concatenate([np.load(path)[:, 1:] for path in paths]).astype(np.int64)
         self._records = np.flatnonzero(sizes[:, 1] <= max_length)
         if not len(self._records):
-            raise InputError(f"{prepared.folder}: holds no text of at most {max_length} tokens")
+            raise InputError(f"{prepared.folder}: contains no text of at most {max_length} tokens")
         self.prepared, self.sizes = prepared, sizes[self._records]
         _check_positions(prepared, int(self.sizes[:, 0].max()), encoder_positions)
         self.too_long = len(prepared) - len(self._records) + prepared.manifest["counts"]["too_long"]
@@ -113,12 +118,12 @@ class PreparedTexts:
     def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
         return self.prepared[int(self._records[text])]
 
-    def where(self, texts: Sequence[int]) -> str:
-        return self.prepared.where(self._records[texts].tolist())
+    def describe_lines(self, texts: Sequence[int]) -> str:
+        return self.prepared.describe_lines(self._records[texts].tolist())
 
 
 class _Column:
-    """A vector in a .npy file, of which a few entries are read at a time. Mapped, it would count as memory."""
+    """A vector in a .npy file, read a few entries at a time. A memory-mapped file would count as used memory."""
 
     def __init__(self, path: Path, n: int):
         try:
@@ -129,38 +134,38 @@ class _Column:
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
         self._begin = self._file.tell()
         if shape != (n,) or path.stat().st_size != self._begin + n * self._dtype.itemsize:
-            raise InputError(f"{path}: does not fit the manifest; copy or prepare it anew")
+            raise InputError(f"{path}: does not match the manifest; copy or prepare it again")
 
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         size, file = self._dtype.itemsize, self._file.fileno()
-        data = b"".join(os.pread(file, size, self._begin + size * int(i)) for i in places)
+        data = b"".join(os.pread(file, size, self._begin + size * int(i)) for i in positions)
         return np.frombuffer(data, self._dtype).astype(np.int64)
 
 
-def permuted(places: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Where a seeded permutation of 0 … n − 1 puts these places; nothing of its n entries is stored.
+def permute(positions: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Applies a seeded permutation of 0 … n − 1 to `positions` without storing it.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the numbers of the next even count of bits; what falls past
-    n − 1 is sent through it again until it does not (Black and Rogaway 2002).
+    A Feistel network (Luby and Rackoff 1988) permutes all numbers with a certain even number of bits. It is applied
+    again to results above n − 1, until none is left (cycle walking, Black and Rogaway 2002).
     """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    half_bits = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     keys = np.random.SeedSequence(seed).generate_state(8, np.uint64)
 
-    def once(x):
+    def permute_once(x):
         left, right = x >> shift, x & mask
         for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
+            left, right = right, left ^ (_mix(right ^ key) & mask)
         return left << shift | right
 
-    x = once(np.asarray(places, np.uint64))
-    while (past := x >= n).any():
-        x[past] = once(x[past])
+    x = permute_once(np.asarray(positions, np.uint64))
+    while (too_large := x >= n).any():
+        x[too_large] = permute_once(x[too_large])
     return x.astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Every bit of the result depends on every bit of x (the finalizer of MurmurHash3)."""
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Returns a hash of x, every bit of which depends on every bit of x (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ (x >> np.uint64(33))

@@ -1,4 +1,4 @@
-"""Completes a prepared folder whose shards are all written: counts, bad lines, held-out texts, order, manifest."""
+"""Completes a prepared folder after the last shard: counts, bad lines, held-out texts, order, manifest."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class _Statistics(NamedTuple):
 
 
 def merge_shards(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and last the manifest.
+    """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and finally the manifest.
 
     Args:
       settings: the content of prepare.json, which the manifest repeats.
 
     Raises:
-      InputError: the shards hold no text.
+      InputError: the shards contain no text.
     """
     names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
     counts, shards, bad_lines = _read_statistics(folder, names)
@@ -49,8 +49,8 @@ def merge_shards(folder: Path, settings: dict[str, Any]) -> None:
         for suffix in ("arrayrecord", "npy"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     if not shards:
-        reason = describe_excluded(counts) or "holds no text"
-        raise InputError(f"{', '.join(settings['inputs'])}: {reason}; nothing is left")
+        reason = describe_dropped(counts) or "contains no text"
+        raise InputError(f"{', '.join(settings['inputs'])}: {reason}; no text remains")
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
     manifest = {
@@ -86,13 +86,13 @@ def _read_statistics(folder: Path, names: list[str]) -> _Statistics:
 
 
 def _write_held_out(folder: Path, names: list[str]) -> int:
-    """Writes the held-out texts, each once, in the order of their hashes. Returns how many there are."""
+    """Writes the held-out texts, each once, in the order of their hashes. Returns their number."""
     texts = {}
     for name in names:
         with (folder / PARTS / f"{name}.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 text = json.loads(line)["text"]
-                # Reversed, because the first bytes decide what is held out and so are small.
+                # Reversed, because the first bytes decide what is held out and are therefore small.
                 texts[text_hash(text)[::-1]] = text
     with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
         out.writelines(held_out_line(texts[key]) for key in sorted(texts))
@@ -100,7 +100,7 @@ def _write_held_out(folder: Path, names: list[str]) -> int:
 
 
 def _write_order(folder: Path, shards: list[dict[str, Any]]) -> None:
-    """Writes order.npy and lengths.npy. Memory holds the lengths of one shard at a time."""
+    """Writes order.npy and lengths.npy. The lengths of only one shard are in memory at a time."""
     counts, longest = _count_lengths(folder, shards)
     total = int(counts.sum())
     dtype = np.dtype("<u4" if total < 1 << 32 else "<u8")
@@ -124,7 +124,7 @@ def _write_order(folder: Path, shards: list[dict[str, Any]]) -> None:
 
 
 def _count_lengths(folder: Path, shards: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, by number of decoder ids, how many texts have it and the most encoder ids of these texts."""
+    """Returns, by number of decoder ids, the number of texts and their largest number of encoder ids."""
     counts, longest = np.zeros(1, np.int64), np.zeros(1, np.int64)
     for shard in shards:
         _, encoder_lengths, decoder_lengths = np.load(folder / f"{shard['name']}.npy").T
@@ -135,7 +135,7 @@ def _count_lengths(folder: Path, shards: list[dict[str, Any]]) -> tuple[np.ndarr
     return counts, longest
 
 
-def describe_excluded(counts: dict[str, int]) -> str:
-    """Returns how many texts are not in the shards and why; an empty text where all are."""
+def describe_dropped(counts: dict[str, int]) -> str:
+    """Returns the number of texts that are not in the shards by reason; an empty string if there are none."""
     words = {"blank": "blank", "too_long": "too long", "bad": "bad lines (bad_lines.jsonl)", "held_out": "held out"}
     return ", ".join(f"{counts[key]:,} {word}" for key, word in words.items() if counts[key])

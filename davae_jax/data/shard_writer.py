@@ -1,8 +1,8 @@
 """Writes the shards of one slice of the input.
 
-A slice becomes one shard, or several where its file cannot be split before it is read. Every shard is accompanied in
-`parts/` by NAME.json, its statistics, and NAME.jsonl, its held-out texts. The statistics are written last: a shard
-that has them is complete and is not written again.
+A slice becomes one shard, or several if its file cannot be split before it is read. For every shard, `parts/` contains
+NAME.json, its statistics, and NAME.jsonl, its held-out texts. The statistics are written last: a shard that has them is
+complete and is not written again.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
 
 PARTS = "parts"  # the folder of the shards' statistics, removed when all shards are written
-MAX_BAD_LINES = 1000  # bad lines that are listed, of a shard and of the whole input
+MAX_BAD_LINES = 1000  # maximum number of bad lines that are listed, per shard and for the whole input
 
 
 class ShardSettings(NamedTuple):
-    """The settings that decide what the shards contain.
+    """The settings that determine the contents of the shards.
 
     Attributes:
-      field: the field of JSON Lines, or the column of a table, that holds the text.
-      max_length: the most decoder ids of a text, bos and the end token included; longer texts are left out.
-      encoder_positions: the number of positions of the model's encoder; texts of more encoder ids are left out.
-      truncate: keep texts that are too long for the encoder alone, with the first of their encoder ids.
-      held_out: the fraction of the distinct texts that is kept for measurements, 0 ≤ held_out < 1.
+      field: the field of JSON Lines, or the column of a table, that contains the text.
+      max_length: the maximum number of decoder ids of a text, bos and the end token included; longer texts are dropped.
+      encoder_positions: the number of positions of the model's encoder; texts of more encoder ids are dropped.
+      truncate: keep texts that are too long for the encoder only, and truncate their encoder ids.
+      held_out: the fraction of distinct texts to hold out, 0 ≤ held_out < 1.
       shard_size: bytes of text after which a shard ends.
     """
 
@@ -53,7 +53,7 @@ class ShardSettings(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """A slice of the input, with all that a worker process needs to write its shards."""
+    """A slice of the input, with everything that a worker process needs to write its shards."""
 
     folder: str
     number: int
@@ -77,27 +77,27 @@ def stored_id_dtype(encoder: EncoderTokenizer, decoder: DecoderTokenizer) -> np.
 
 
 def text_hash(text: str) -> bytes:
-    """Returns 8 bytes that depend on the text alone."""
+    """Returns a hash of 8 bytes that depends on the text alone."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Returns whether a text belongs to the held-out fraction.
 
-    The text itself decides, so all its copies are held out together, in whatever order they are read.
+    Only the hash of the text decides, so duplicates are held out together, independently of the order of reading.
     """
     return int.from_bytes(text_hash(text)) < fraction * 2**64
 
 
 def held_out_line(text: str) -> str:
-    """Returns the line of JSON that holds a text in held_out.jsonl."""
+    """Returns the JSON line of a text in held_out.jsonl."""
     return json.dumps({"text": text}, ensure_ascii=False) + "\n"
 
 
 def write_shards(task: ShardTask, report_progress: Callable[[float], Any] = lambda n: None) -> None:
     """Writes the shards of a slice that are not complete yet.
 
-    `report_progress(n)` is called for every n bytes of the input file that are done.
+    `report_progress(n)` is called after every n bytes of the input file.
     """
     size, fraction_read = task.file_slice.size, 0.0
 
@@ -109,7 +109,7 @@ def write_shards(task: ShardTask, report_progress: Callable[[float], Any] = lamb
             fraction_read = chunk.fraction_read
 
     chunks = with_progress(read_slice(task.file_slice, task.settings.field))
-    first_line_number = 1  # in the slice, of the next shard
+    first_line_number = 1  # of the next shard, within the slice
     for part in itertools.count():
         name = f"{task.number:05}-{part:04}"
         stats_file = Path(task.folder) / PARTS / f"{name}.json"
@@ -154,7 +154,7 @@ def _write_shard(
         stats["last"] = next_chunk is None
         stats["texts"] = len(table)
         stats["encoder_tokens"] = int(table[:, 1].sum())
-        stats["decoder_tokens"] = int(table[:, 2].sum()) - len(table)  # the predicted ones: all but bos
+        stats["decoder_tokens"] = int(table[:, 2].sum()) - len(table)  # the targets: all but bos
         stats["bytes"], stats["sha256"] = file.stat().st_size, file_sha256(file)
         with atomic_write(folder / f"{name}.npy") as table_file, table_file.open("wb") as out:
             np.save(out, table)
@@ -166,8 +166,8 @@ class _ShardTexts:
     """Turns the chunks of one shard into records, and collects the shard's statistics.
 
     Attributes:
-      stats: the statistics, whose keys are those of the file in `parts/`.
-      held_out: the held-out texts, each once, in the order in which they were read.
+      stats: the statistics, with the keys of the file in `parts/`.
+      held_out: the distinct held-out texts, in the order in which they were read.
       text_bytes: bytes of the texts read so far.
     """
 
@@ -184,7 +184,7 @@ class _ShardTexts:
         self.text_bytes = 0
 
     def records(self, chunk: Chunk) -> Iterator[bytes]:
-        """Yields the records of the texts that are kept, and counts the chunk's lines."""
+        """Yields the records of the chunk's texts that belong into the shard, and updates the statistics."""
         settings = self._settings
         numbers, texts = self._usable_texts(chunk)
         rows = encode_texts(texts, self._encoder, self._decoder, settings.max_length, settings.truncate)

@@ -1,15 +1,15 @@
-"""A folder of texts that `davae prepare` has tokenized: its files, and reading its records.
+"""Reads the records of a folder made by `davae prepare`, which contains these files:
 
 manifest.json              settings, counts, hashes of the tokenizers, and the list of shards; written last
 prepare.json               the settings; written first
 vocab.txt, spiece.model    the tokenizers, which a training run copies
-NAME.arrayrecord           a shard: one record for each text
-NAME.npy                   uint32 [texts, 3], a row for each record of the shard: the line of the text in its slice of
-                           the input file, its number of encoder ids, and its number of decoder ids
-order.npy                  the numbers of all records, counted over all shards, sorted by number of decoder ids
-lengths.npy                [lengths, 3], a row for each number of decoder ids that occurs: this number, how many texts
-                           have it, and the most encoder ids among these texts
-held_out.jsonl             the texts that are in no shard, because they are kept for measurements
+NAME.arrayrecord           a shard: one record per text
+NAME.npy                   uint32 [texts, 3], a row per record of the shard: the line of the text in its slice of the
+                           input file, its number of encoder ids, and its number of decoder ids
+order.npy                  the indices of all records, counted over all shards, sorted by number of decoder ids
+lengths.npy                [lengths, 3], a row per number of decoder ids that occurs: this number, the number of such
+                           texts, and the largest number of encoder ids among them
+held_out.jsonl             the held-out texts, which are in no shard
 bad_lines.jsonl            the first lines that could not be read, each with its file, its line number and the problem
 
 A record is one text as little-endian uint16, or uint32 for vocabularies of more than 65,536 ids (`dtype` in the
@@ -33,14 +33,14 @@ from davae_jax.utils.errors import InputError, first_line
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# The names that settings have in prepare.json and the manifest, where they differ from those in the code.
+# Names of settings in prepare.json and the manifest that differ from those in the code: name → stored name.
 STORED_NAMES = {"truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
 # ArrayRecord stores records in groups of 16, which share a header of 40 bytes and an entry in the index; a read takes
 # one group. General compression of the ids would save a tenth of the space and take five times as long.
 WRITER_OPTIONS = "group_size:16,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-THREADS = 4  # that prefetch batches
-MAX_HELD_OUT_TEXTS = 10_000  # of held_out.jsonl, that a training run uses
+THREADS = 4  # number of threads that prefetch batches
+MAX_HELD_OUT_TEXTS = 10_000  # maximum number of texts of held_out.jsonl that a training run uses
 
 
 def encode_record(encoder_ids: Sequence[int], decoder_ids: Sequence[int], dtype: np.dtype) -> bytes:
@@ -61,12 +61,12 @@ def id_dtype(largest_id: int) -> np.dtype:
 
 
 def to_stored_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings under the names that they have in prepare.json and in the manifest."""
+    """Returns settings under their names in prepare.json and in the manifest."""
     return _rename(settings, STORED_NAMES)
 
 
 def from_stored_names(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a prepare.json or manifest under the names that they have in the code."""
+    """Returns the settings of a prepare.json or manifest under their names in the code."""
     return _rename(stored, {stored_name: name for name, stored_name in STORED_NAMES.items()})
 
 
@@ -101,7 +101,7 @@ class Prepared:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(
-                f"{folder}: holds no {MANIFEST}; `davae prepare` writes it when all shards are done"
+                f"{folder}: contains no {MANIFEST}; `davae prepare` writes it after the last shard"
             ) from None
         except (OSError, ValueError) as e:
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
@@ -123,17 +123,17 @@ class Prepared:
     @property
     def digest(self) -> str:
         """Returns a hash of the ids and their order."""
-        parts = [self.manifest["dtype"], *(shard["sha256"] for shard in self.shards)]
-        parts += self.manifest["tokenizers"].values()
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        hashed = [self.manifest["dtype"], *(shard["sha256"] for shard in self.shards)]
+        hashed += self.manifest["tokenizers"].values()
+        return hashlib.sha256("\n".join(hashed).encode()).hexdigest()[:16]
 
     @property
     def truncated(self) -> bool:
-        """Returns whether texts that were too long for the encoder were truncated; otherwise they were left out."""
-        return from_stored_names(self.manifest["settings"]).get("truncate", False)  # missing in the first versions
+        """Returns whether texts that were too long for the encoder were truncated; otherwise they were dropped."""
+        return from_stored_names(self.manifest["settings"]).get("truncate", False)  # absent in the first versions
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the encoder ids and the decoder ids of record i. Raises InputError where the shard is damaged."""
+        """Returns the encoder ids and the decoder ids of record i. Raises InputError if the shard is damaged."""
         n, i = self._locate(i)
         path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
         try:
@@ -148,7 +148,7 @@ class Prepared:
         except (RuntimeError, ValueError, IndexError, OSError) as e:
             raise InputError(f"{path}: record {i} cannot be read ({first_line(e)})") from e
 
-    def where(self, records: Sequence[int]) -> str:
+    def describe_lines(self, records: Sequence[int]) -> str:
         """Returns the input lines that these records come from, for messages."""
         lines: dict[str, list[int]] = {}
         for i in sorted(records):
@@ -159,18 +159,18 @@ class Prepared:
         return "; ".join(f"lines {', '.join(map(str, numbers))} of {file}" for file, numbers in lines.items())
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """Returns the number of the shard that holds record i, and the record's number in that shard."""
+        """Returns the index of the shard that contains record i, and the record's index in that shard."""
         n = bisect.bisect_right(self._first_records, i) - 1
         return n, i - self._first_records[n]
 
     def lengths(self, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns three vectors with an entry for each number of decoder ids that occurs, in ascending order.
 
-        They are the number of decoder ids, how many texts have it, and the most encoder ids of texts with at most so
-        many decoder ids.
+        They are the number of decoder ids, the number of texts that have it, and the largest number of encoder ids of
+        texts with at most this number of decoder ids.
 
         Args:
-          max_length: the most decoder ids; None: no limit.
+          max_length: the maximum number of decoder ids; None: no limit.
 
         Raises:
           InputError: no text has at most `max_length` decoder ids.
@@ -182,7 +182,7 @@ class Prepared:
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
         n = len(lengths) if max_length is None else np.searchsorted(lengths, max_length, side="right")
         if not n:
-            raise InputError(f"{self.folder}: holds no text of at most {max_length} tokens")
+            raise InputError(f"{self.folder}: contains no text of at most {max_length} tokens")
         return lengths[:n], counts[:n], np.maximum.accumulate(longest[:n])
 
     def held_out(self) -> list[str]:
@@ -201,7 +201,7 @@ def _check_size(path: Path, expected: int) -> None:
     except OSError as e:
         raise InputError(f"{path}: a shard of the manifest cannot be read ({e.strerror})") from None
     if size != expected:
-        raise InputError(f"{path}: has {size} bytes, but {expected} in the manifest; copy or prepare it again")
+        raise InputError(f"{path}: has {size} bytes, but the manifest gives {expected}; copy or prepare it again")
 
 
 def _open(path: Path) -> Any:
@@ -211,7 +211,7 @@ def _open(path: Path) -> Any:
 
 
 def _allow_open_files(n: int) -> None:
-    """Raises the limit of open files to n where the system permits it; it is often 1024, and each shard is one file."""
+    """Raises the limit of open files, often 1024, to n if the system permits it, because each shard is an open file."""
     try:
         import resource
     except ImportError:  # on Windows

@@ -1,6 +1,6 @@
 """Reads the texts in a column of Parquet and Arrow files.
 
-Memory holds a batch of rows (of Parquet, a row group), whatever the size of the file.
+Only a batch of rows (of Parquet, a row group) is in memory at a time, independently of the size of the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from davae_jax.utils.errors import InputError
 
 
 def parquet_slice_bounds(path: Path, max_bytes: int) -> list[int]:
-    """Returns the row groups at which slices begin, and last the number of row groups.
+    """Returns the row groups at which slices begin, followed by the number of row groups.
 
     A slice ends with the row group that brings it to `max_bytes`.
     """
@@ -29,7 +29,7 @@ def parquet_slice_bounds(path: Path, max_bytes: int) -> list[int]:
 
 
 def read_parquet(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
-    """Yields the texts of a slice, row by row. Raises InputError where there is no column of texts called `field`."""
+    """Yields the texts of a slice, row by row. Raises InputError if there is no string column `field`."""
     path = Path(file_slice.file)
     file = _open_parquet(path)
     _check_column(file.schema_arrow, path, field)
@@ -44,7 +44,7 @@ def read_parquet(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
 def read_arrow(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
     """Yields the texts of an Arrow file, in the file format or in the stream format that the `datasets` library writes.
 
-    Raises InputError where there is no column of texts called `field`.
+    Raises InputError if there is no string column `field`.
     """
     path = Path(file_slice.file)
     try:
@@ -80,13 +80,13 @@ def _check_column(schema: Any, path: Path, field: str) -> None:
         )
     kind = schema.field(field).type
     if "string" not in str(getattr(kind, "value_type", kind)):
-        raise InputError(f"{path}: the column {field!r} holds {kind}, not text")
+        raise InputError(f"{path}: the column {field!r} contains {kind}, not strings")
 
 
 def _chunk(column: Any, fraction_read: float) -> Chunk:
     import pyarrow
 
-    # As bytes, because a column may hold bytes that are not UTF-8.
+    # As bytes, because a column may contain bytes that are not UTF-8.
     cells = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
-    lines = [Line(None, "holds no text") if cell is None else parse_line(cell, None) for cell in cells]
+    lines = [Line(None, "contains no text") if cell is None else parse_line(cell, None) for cell in cells]
     return Chunk(lines, sum(len(cell or b"") for cell in cells), fraction_read)

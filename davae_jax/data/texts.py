@@ -11,11 +11,11 @@ JSON_LINES_SUFFIXES = (".jsonl", ".json")
 
 
 def read_texts(path: Path, field: str = "text") -> list[str]:
-    """Returns the text of every line: the line itself, or its field in JSON Lines. A blank line is an empty text.
+    """Returns the text of every line: the line itself, or its field in JSON Lines. A blank line gives an empty string.
 
     Raises:
-      InputError: the file cannot be read or holds no text, or a line is not UTF-8 or has no such field of text; the
-        message gives the number of the line.
+      InputError: the file cannot be read or contains no text, or a line is not UTF-8 or lacks a string in this field;
+        the message contains the line number.
     """
     try:
         data = path.read_bytes()
@@ -29,15 +29,15 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
             except ValueError as e:
                 raise InputError(f"{path}: line {i + 1}: {e}") from None
     if not any(text.strip() for text in texts):
-        raise InputError(f"{path}: holds no text")
+        raise InputError(f"{path}: contains no text")
     return texts
 
 
 def parse_json_text(line: str, field: str) -> str:
-    """Returns the text in a field of a line of JSON Lines; an empty text for a blank line.
+    """Returns the text in a field of a line of JSON Lines; an empty string for a blank line.
 
     Raises:
-      ValueError: the line is not JSON or has no such field of text.
+      ValueError: the line is not JSON or lacks a string in this field.
     """
     try:
         text = json.loads(line)[field] if line.strip() else ""
@@ -46,11 +46,11 @@ def parse_json_text(line: str, field: str) -> str:
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"has no field {field!r}") from None
     if not isinstance(text, str):
-        raise ValueError(f"the field {field!r} is not a text")
+        raise ValueError(f"the field {field!r} is not a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"the field {field!r} holds half of a surrogate pair") from None
+        raise ValueError(f"the field {field!r} contains half of a surrogate pair") from None
     return text
 
 
@@ -58,7 +58,7 @@ def decode_lines(data: bytes, name: str) -> list[str]:
     """Returns the lines of UTF-8 bytes. Only line feeds end a line, with or without a carriage return before them.
 
     Raises:
-      InputError: a line is not UTF-8; the message begins with `name` and gives the number of the line.
+      InputError: a line is not UTF-8; the message begins with `name` and contains the line number.
     """
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":

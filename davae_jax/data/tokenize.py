@@ -1,4 +1,4 @@
-"""Tokenizes texts for the encoder and the decoder, and leaves out those that are too long."""
+"""Tokenizes texts for the encoder and the decoder, and drops those that are too long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.utils.errors import InputError
 
-TEXTS_PER_CALL = 1000  # texts that a tokenizer gets at once, between two updates of the progress bar
+TEXTS_PER_CALL = 1000  # number of texts per call of a tokenizer, after which the progress bar is updated
 
 
 class TokenizedTexts(NamedTuple):
@@ -22,7 +22,7 @@ class TokenizedTexts(NamedTuple):
       encoder_ids: int32 ids of each text for the encoder, special tokens included.
       decoder_ids: int32 ids of each text for the decoder, bos first and the end token last.
       lines: the line of each text in `source`, counted from 1.
-      too_long: the number of texts that were left out because they are too long.
+      too_long: the number of texts that were dropped because they are too long.
       source: the file, for messages.
     """
 
@@ -41,8 +41,8 @@ class TokenizedTexts(NamedTuple):
         """Returns the encoder ids and the decoder ids of a text."""
         return self.encoder_ids[text], self.decoder_ids[text]
 
-    def where(self, texts: Sequence[int]) -> str:
-        """Returns the lines that these texts stand on, for messages."""
+    def describe_lines(self, texts: Sequence[int]) -> str:
+        """Returns the line numbers of these texts, for messages."""
         return f"lines {', '.join(map(str, sorted(self.lines[texts])))} of {self.source}"
 
 
@@ -58,20 +58,20 @@ def tokenize(
     """Tokenizes all texts except blank ones and those that are too long.
 
     Args:
-      max_length: the most decoder ids of a text, bos and the end token included.
+      max_length: the maximum number of decoder ids of a text, bos and the end token included.
       source: the file that the texts come from, for messages.
-      truncate: keep a text that is too long for the encoder's positions, with the first of its encoder ids. Otherwise
-        it is left out.
+      truncate: keep a text that is too long for the encoder's positions, and truncate its encoder ids. Otherwise
+        it is dropped.
 
     Raises:
-      InputError: no text is left.
+      InputError: no text remains.
     """
     encoder_rows, decoder_rows, lines, too_long = [], [], [], 0
     with tqdm(total=len(texts), desc="tokenize", unit="text", disable=None, leave=False) as bar:
         for start in range(0, len(texts), TEXTS_PER_CALL):
-            part = texts[start : start + TEXTS_PER_CALL]
-            non_blank = [i for i, text in enumerate(part) if text.strip()]
-            rows = encode_texts([part[i] for i in non_blank], encoder, decoder, max_length, truncate=truncate)
+            chunk = texts[start : start + TEXTS_PER_CALL]
+            non_blank = [i for i, text in enumerate(chunk) if text.strip()]
+            rows = encode_texts([chunk[i] for i in non_blank], encoder, decoder, max_length, truncate=truncate)
             for i, row in zip(non_blank, rows, strict=True):
                 if row is None:
                     too_long += 1
@@ -79,10 +79,10 @@ def tokenize(
                 encoder_rows.append(np.array(row[0], np.int32))
                 decoder_rows.append(np.array(row[1], np.int32))
                 lines.append(start + i + 1)
-            bar.update(len(part))
+            bar.update(len(chunk))
     if not lines:
         limits = f"{max_length} decoder tokens or {encoder.max_ids} encoder tokens"
-        raise InputError(f"{source}: holds only blank texts and texts of more than {limits}")
+        raise InputError(f"{source}: contains only blank texts and texts of more than {limits}")
     return TokenizedTexts(encoder_rows, decoder_rows, np.array(lines), too_long, source)
 
 
@@ -104,9 +104,9 @@ def encode_texts(
 def filter_by_length(
     texts: Sequence[str], encoder: EncoderTokenizer, decoder: DecoderTokenizer, max_length: int, truncate: bool = False
 ) -> list[str]:
-    """Returns the texts that `tokenize` would keep."""
+    """Returns the texts that `tokenize` does not drop."""
     try:
-        kept = tokenize(texts, encoder, decoder, max_length=max_length, source="", truncate=truncate)
+        tokenized = tokenize(texts, encoder, decoder, max_length=max_length, source="", truncate=truncate)
     except InputError:
         return []
-    return [texts[i - 1] for i in kept.lines]
+    return [texts[i - 1] for i in tokenized.lines]

@@ -1,1 +1,1 @@
-"""What a model is worth: measures, intervals, statistics."""
+"""Evaluates models: metrics, confidence intervals, comparisons."""

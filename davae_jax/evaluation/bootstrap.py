@@ -1,6 +1,6 @@
-"""Bootstrap intervals of 95 %: the texts are drawn again with replacement (Efron 1979).
+"""Computes 95 % confidence intervals by the bootstrap, which resamples the texts with replacement (Efron 1979).
 
-All measures here follow from sums over texts, so that a draw is given by how often each text is in it.
+All metrics here are functions of sums over texts, so a resample is represented by the count of each text.
 """
 
 from __future__ import annotations
@@ -10,70 +10,70 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float
 
-DRAWS = 1000
-LEVEL = 0.95
+RESAMPLES = 1000
+CONFIDENCE = 0.95
 Interval = tuple[float, float]
 
 
-def draws(n: int, seed: int = 0) -> Iterator[Float[np.ndarray, "r n"]]:
-    """Yields 1000 draws of n from n texts, several at a time, as counts of each text. They depend on the seed alone."""
+def resample_counts(n: int, seed: int = 0) -> Iterator[Float[np.ndarray, "r n"]]:
+    """Yields 1000 resamples of n texts, several at a time, as counts of each text. They depend only on the seed."""
     rng = np.random.default_rng(seed % 2**32)
     chunk = max(1, 2**24 // n)  # 128 MiB of counts
-    for start in range(0, DRAWS, chunk):
-        yield rng.multinomial(n, np.full(n, 1 / n), min(chunk, DRAWS - start))
+    for start in range(0, RESAMPLES, chunk):
+        yield rng.multinomial(n, np.full(n, 1 / n), min(chunk, RESAMPLES - start))
 
 
-def sums(values: Float[np.ndarray, "n m"], seed: int = 0) -> Float[np.ndarray, "R m"]:
-    """Returns the sum of each column over the texts of each draw."""
+def resampled_sums(values: Float[np.ndarray, "n m"], seed: int = 0) -> Float[np.ndarray, "R m"]:
+    """Returns the sum of each column over the texts of each resample."""
     values = np.asarray(values, float)
-    return np.concatenate([counts @ values for counts in draws(len(values), seed)])
+    return np.concatenate([counts @ values for counts in resample_counts(len(values), seed)])
 
 
 def interval(values: Float[np.ndarray, " R"]) -> Interval:
-    """Returns the 2.5th and the 97.5th percentile of a measure's values over the draws."""
+    """Returns the 2.5th and 97.5th percentiles of a metric's values over the resamples."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def of_ratio(
+def ratio_interval(
     numerators: Float[np.ndarray, " n"], denominators: Float[np.ndarray, " n"] | None = None, *, seed: int = 0
 ) -> Interval:
-    """Returns the interval of Σ numerators / Σ denominators; without denominators, of the mean."""
+    """Returns the interval of Σ numerators / Σ denominators, or of the mean if there are no denominators."""
     denominators = np.ones(len(numerators)) if denominators is None else denominators
-    numerator, denominator = sums(np.stack([numerators, denominators], axis=1), seed).T
+    numerator, denominator = resampled_sums(np.stack([numerators, denominators], axis=1), seed).T
     return interval(numerator / denominator)
 
 
-def of_columns(values: Float[np.ndarray, "n m"], *, seed: int = 0) -> list[Interval]:
+def column_intervals(values: Float[np.ndarray, "n m"], *, seed: int = 0) -> list[Interval]:
     """Returns the interval of each column's mean."""
-    return [interval(column) for column in sums(values, seed).T / len(values)]
+    return [interval(column) for column in resampled_sums(values, seed).T / len(values)]
 
 
-def of_median(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Interval:
-    """Returns the interval of the median; for an even number of texts that is the mean of the two in the middle."""
+def median_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Interval:
+    """Returns the interval of the median. For an even number of texts, the median is the mean of the middle two."""
     n, order = len(values), np.argsort(values)
     medians = []
-    for counts in draws(n, seed):
+    for counts in resample_counts(n, seed):
         cumulative = counts[:, order].cumsum(1)
-        middle = [values[order[(cumulative > place).argmax(1)]] for place in ((n - 1) // 2, n // 2)]
+        middle = [values[order[(cumulative > rank).argmax(1)]] for rank in ((n - 1) // 2, n // 2)]
         medians.append(np.mean(middle, axis=0))
     return interval(np.concatenate(medians))
 
 
-def of_proportion(hits: Bool[np.ndarray, " n"]) -> Interval:
+def proportion_interval(hits: Bool[np.ndarray, " n"]) -> Interval:
     """Returns the interval of the fraction of hits, in closed form (Wilson 1927).
 
-    The bootstrap interval of texts that are all hits, or all misses, would have no width.
+    If all texts are hits, or all are misses, the bootstrap interval would have zero width.
     """
     from scipy.stats import binomtest
 
-    ends = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(LEVEL, method="wilson")
-    return float(ends.low), float(ends.high)
+    bounds = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(CONFIDENCE, method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
-def of_active_units(means: Float[np.ndarray, "n L"], threshold: float, *, seed: int = 0) -> Interval:
+def active_units_interval(means: Float[np.ndarray, "n L"], threshold: float, *, seed: int = 0) -> Interval:
     """Returns the interval of the number of dimensions whose mean has a variance above the threshold."""
     n, L = means.shape
     centred = np.asarray(means, float) - np.mean(means, axis=0)
-    first, second = np.split(sums(np.concatenate([centred, centred**2], axis=1), seed) / n, [L], axis=1)
+    first, second = np.split(resampled_sums(np.concatenate([centred, centred**2], axis=1), seed) / n, [L], axis=1)
     return interval((second - first**2 > threshold).sum(1))

@@ -1,4 +1,4 @@
-"""Evaluates a model on texts it was not trained on: the measures of docs/evaluate.md, and the texts behind them."""
+"""Evaluates a model on texts it was not trained on: the metrics of docs/evaluate.md and the texts they come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from davae_jax.data.tokenize import tokenize
-from davae_jax.evaluation.caveats import warnings_of
+from davae_jax.evaluation.caveats import collect_warnings
 from davae_jax.evaluation.measures import MEASURES
 from davae_jax.evaluation.outputs import ModelOutputs
 from davae_jax.inference.generation import LENGTH_LIMIT
@@ -20,13 +20,14 @@ from davae_jax.tokenizers.decoder import END, UNK
 from davae_jax.utils.errors import InputError, OptionError
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-END_OF_RUN = ("latent", "reconstruction", "posterior samples", "prior samples")  # what a training run measures at last
+# Groups of metrics that a training run computes at its end.
+END_OF_RUN = ("latent", "reconstruction", "posterior samples", "prior samples")
 
 
 class Evaluation(NamedTuple):
-    """The measures of a model on texts, and the outputs that they were computed from.
+    """Holds the metrics of a model on texts, and the outputs that they were computed from.
 
-    Outputs that none of the measures asked for are empty, or None.
+    Outputs that no metric needed are empty or None.
     """
 
     measures: dict[str, Any]  # what `davae evaluate --json` writes
@@ -35,7 +36,7 @@ class Evaluation(NamedTuple):
     posterior: Posterior | None  # NumPy [n, L]
     reconstructions: list[str]  # greedy, from the posterior means
     samples: list[str]  # from the prior
-    accepted: list[bool] | None  # which of the samples are in the language, where it is known
+    accepted: list[bool] | None  # whether each sample is valid; None if the language is unknown
     interpolations: list[list[str]]  # greedy texts on lines between the means of two texts, ends included
 
 
@@ -51,31 +52,34 @@ def evaluate(
     measures: Collection[str] = tuple(MEASURES),
     sampling: Mapping[str, float] | None = None,
 ) -> Evaluation:
-    """Measures a model on texts.
+    """Evaluates a model on texts.
 
     Args:
-      texts: blank texts, texts too long for the encoder and texts that hold the end token are left out and counted.
-      samples: K of the importance-weighted likelihood.
-      labels: the class of each text in each of several factors, which are probed for.
-      language: the valid texts, where they are known.
+      texts: blank texts, texts too long for the encoder and texts that contain the end token are dropped and counted.
+      samples: number of importance samples per text (K).
+      seed: random seed of all samples.
+      labels: for each factor, the class of each text; linear probes are fitted to them.
+      language: the set of valid texts, if it is known.
       source: names the texts in messages.
-      measures: which groups of measures to compute, of `MEASURES`; all by default.
-      sampling: settings of the prior samples that replace the checkpoint's own, {"top_k": 1} for greedy ones.
+      measures: groups of metrics to compute, keys of `MEASURES`; all by default.
+      sampling: sampling settings for the prior samples that replace the checkpoint's; {"top_k": 1} decodes greedily.
 
     Raises:
-      InputError: no text is left (exit code 1); samples below 1, unknown measures, or labels of more or fewer
-        texts (exit code 2).
+      InputError: no text remains (exit code 1).
+      OptionError: samples is below 1, a group of metrics is unknown, or the number of labels differs from the number
+        of texts.
     """
     texts = list(texts)
     if unknown := set(measures) - MEASURES.keys():
-        raise OptionError("measures", f"{min(unknown)!r} is not known; known: {', '.join(MEASURES)}")
+        raise OptionError("measures", f"{min(unknown)!r} is unknown; available: {', '.join(MEASURES)}")
     if samples < 1:
         raise OptionError("samples", f"must be at least 1, not {samples}")
     for name, values in (labels or {}).items():
         if len(values) != len(texts):
-            raise OptionError("labels", f"of {name!r} are {len(values)}, for {len(texts)} texts")
-    whole, with_end_token = blank_texts_with_end_token(texts, source)
-    tokenized = tokenize(whole, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LENGTH_LIMIT, source=source)
+            reason = f"must match the texts: factor {name!r} has {len(values)} labels, but there are {len(texts)} texts"
+            raise OptionError("labels", reason)
+    usable, with_end_token = blank_texts_with_end_token(texts, source)
+    tokenized = tokenize(usable, vae.encoder_tokenizer, vae.decoder_tokenizer, max_length=LENGTH_LIMIT, source=source)
     rows = tokenized.lines - 1
     outputs = ModelOutputs(
         vae,
@@ -88,7 +92,7 @@ def evaluate(
         sampling=sampling or {},
         with_likelihood="likelihood" in measures,
     )
-    found = {
+    values = {
         "n": outputs.n,
         "left_out": len(texts) - outputs.n,
         "left_out_for_end_token": with_end_token,
@@ -98,9 +102,9 @@ def evaluate(
         "latent_size": vae.config.latent_size,
         **_compute(outputs, measures),
     }
-    found["warnings"] = warnings_of(found)
+    values["warnings"] = collect_warnings(values)
     return Evaluation(
-        found,
+        values,
         outputs.texts,
         outputs.labels,
         outputs.computed("posterior", None),
@@ -112,53 +116,53 @@ def evaluate(
 
 
 def _compute(outputs: ModelOutputs, measures: Collection[str]) -> dict[str, Any]:
-    """Returns the values of these groups of measures, and under `intervals` the intervals of those that have one."""
+    """Returns the metrics of these groups, with their confidence intervals under `intervals`."""
     values, intervals = {}, {}
     selected = [name for name in MEASURES if name in measures]
     with tqdm(selected, unit="group", disable=not outputs.vae.progress) as bar:
         for name in bar:
             bar.set_description(name)
-            group, ends = MEASURES[name](outputs)
+            group, group_intervals = MEASURES[name](outputs)
             values |= group
-            intervals |= ends if outputs.n > 1 else {}  # one text drawn with replacement is always itself
-    return values | {"intervals": {name: list(ends) for name, ends in intervals.items()}}
+            intervals |= group_intervals if outputs.n > 1 else {}  # all resamples of one text are equal
+    return values | {"intervals": {name: list(bounds) for name, bounds in intervals.items()}}
 
 
 def evaluate_run(vae: TextVAE, texts: Sequence[str], language: Container[str] | None) -> dict[str, Any]:
-    """Returns the measures that a training run takes of its model at the end, for figures.json.
+    """Returns the metrics that a training run computes at its end and writes to figures.json.
 
-    They are those of `evaluate` that need no likelihood. Prior samples are greedy, so that they show what the latent
-    holds and not how tokens are drawn. `prior_valid` is None where the language is not known.
+    They are the metrics of `evaluate` that need no likelihood. Prior samples are decoded greedily, so that they depend
+    on the latent and not on the random choice of tokens. `prior_valid` is None if the language is unknown.
     """
-    found = evaluate(vae, texts, language=language, measures=END_OF_RUN, sampling={"top_k": 1})
-    return as_json({"prior_valid": None} | found.measures)
+    evaluation = evaluate(vae, texts, language=language, measures=END_OF_RUN, sampling={"top_k": 1})
+    return as_json({"prior_valid": None} | evaluation.measures)
 
 
 def as_json(value: Any) -> Any:
-    """Returns the value with None for what JSON does not have: NaN and the infinities."""
+    """Returns the value with NaN and infinities replaced by None, because JSON has neither."""
     if isinstance(value, Mapping):
-        return {name: as_json(part) for name, part in value.items()}
+        return {name: as_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
+        return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def blank_texts_with_end_token(texts: Sequence[str], source: str) -> tuple[list[str], int]:
-    """Returns the texts, with "" for each that holds the literal end token, and how many these are.
+    """Replaces texts that contain the literal end token by "". Returns the texts and the number of replaced ones.
 
-    The likelihood of a text ends with its first end token: what follows would cost nothing, and its words count.
+    The likelihood of a text ends at its first end token: the words after it would be counted, but cost nothing.
 
     Raises:
-      InputError: no text is left, of texts named by `source`.
+      InputError: no text remains; the message names `source`.
     """
-    whole = ["" if END in text else text for text in texts]
+    usable = ["" if END in text else text for text in texts]
     count = sum(END in text for text in texts)
-    if count and not any(text.strip() for text in whole):
-        raise InputError(f"{source}: all texts hold {END}, which ends a text")
-    return whole, count
+    if count and not any(text.strip() for text in usable):
+        raise InputError(f"{source}: all texts contain {END}, which marks the end of a text")
+    return usable, count
 
 
 def unknown_tokens(texts: Sequence[str], decoder_ids: Sequence[np.ndarray], unk_id: int) -> int:
-    """Counts the tokens of characters that the decoder's tokenizer does not know, without each literal `<unk>`."""
+    """Counts the tokens that replace characters unknown to the decoder's tokenizer, excluding literal `<unk>`."""
     count = sum(int((row == unk_id).sum()) for row in decoder_ids)
     return max(0, count - sum(text.count(UNK) for text in texts))

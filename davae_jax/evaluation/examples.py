@@ -1,4 +1,4 @@
-"""Texts that a training run shows of its model: reconstructions, prior samples, an interpolation and an analogy."""
+"""Generates the example texts that a training run prints: reconstructions, prior samples, interpolation, analogy."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ SEED = 0
 
 
 def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int = 4) -> dict[str, list]:
-    """Generates a few texts, all greedily.
+    """Generates a few example texts by greedy decoding.
 
     Args:
-      texts: the first n of these are reconstructed from their posterior means.
+      texts: the first n of them are reconstructed from their posterior means.
       triple: the texts a, b and c of the analogy.
 
     Returns:
-      reconstructions: pairs of a text and its reconstruction. samples: texts from the prior. interpolation: texts on
-      the line from the first to the last of the texts. analogy: a, b, c and what is to c as b is to a.
+      reconstructions: pairs of a text and its reconstruction.
+      samples: texts from the prior.
+      interpolation: texts on the line from the first to the last of the texts.
+      analogy: a, b, c, and the text decoded from mean(b) − mean(a) + mean(c).
     """
     texts = list(texts)[:n]
     means, (a, b, c) = np.split(vae.encode([*texts, *triple], std_scale=0.0), [len(texts)])
     line = interpolate(means[0], means[-1], 5)
     prior = np.asarray(jax.random.normal(jax.random.key(SEED), (n, vae.config.latent_size)))
-    # All in one batch, so that one program is compiled.
+    # All latents are decoded in one batch, so that only one program is compiled.
     generated = iter(vae.generate(np.concatenate([means, prior, line, analogy(a, b, c)[None]]), top_k=1))
     return {
         "reconstructions": [[text, next(generated)] for text in texts],
@@ -39,12 +41,15 @@ def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int =
     }
 
 
-def format_examples(found: dict[str, list]) -> str:
-    """Formats what `examples` returns for the terminal."""
-    width = max(display_width(text) for text, _ in found["reconstructions"])
+def format_examples(generated: dict[str, list]) -> str:
+    """Formats the result of `examples` for the terminal."""
+    width = max(display_width(text) for text, _ in generated["reconstructions"])
     lines = ["held-out text" + " " * (width - 13) + " → reconstruction from the posterior mean"]
-    lines += [f"{text}{' ' * (width - display_width(text))} → {back}" for text, back in found["reconstructions"]]
-    lines += ["", "samples from the prior", *found["samples"]]
-    lines += ["", "interpolation from the first to the last of these texts", *found["interpolation"]]
-    lines += ["", "analogy: as the first is to the second, so is the third to the fourth", *found["analogy"]]
+    lines += [
+        f"{text}{' ' * (width - display_width(text))} → {reconstruction}"
+        for text, reconstruction in generated["reconstructions"]
+    ]
+    lines += ["", "samples from the prior", *generated["samples"]]
+    lines += ["", "interpolation from the first to the last of these texts", *generated["interpolation"]]
+    lines += ["", "analogy: as the first is to the second, so is the third to the fourth", *generated["analogy"]]
     return "\n".join(lines)

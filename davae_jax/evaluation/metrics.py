@@ -1,6 +1,6 @@
-"""Estimators of how much of the latent is used, how close its posteriors are to the prior, and how likely texts are.
+"""Estimates the use of the latent, the distance of the posteriors from the prior, and the likelihood of texts.
 
-docs/evaluate.md has the formula, the source and the limits of each. Randomness is an argument, a key.
+docs/evaluate.md gives the formula, the source and the limits of each metric. Random functions take a key.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def active_units(means: Float[Array, "n L"], threshold: float = 0.01) -> int:
 def mutual_information(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> float:
     """Estimates I(text; z) under the encoder, in nats: E[log q(z|x) − log q(z)] (Hoffman & Johnson 2016).
 
-    The expectation is over one z of each text, and q(z) is the mean of the n posteriors. The same z is in both terms,
-    so the estimate never exceeds its ceiling, `mutual_information_ceiling(n)`. From about half of the ceiling on it is
-    too low, because a text's own posterior is 1/n of this q(z), but a negligible part of the true one.
-    `aggregate_density_by_halves` shows how much depends on n.
+    The expectation is over one z per text, and q(z) is the mean of the n posteriors. Both terms use the same z, so the
+    estimate never exceeds its ceiling, `mutual_information_ceiling(n)`. Above about half of the ceiling it is too low,
+    because a text's own posterior makes up 1/n of this q(z), but a negligible fraction of the true one.
+    `aggregate_density_by_halves` shows how much the estimate depends on n.
     """
     return float(log_densities(means, logvars, key).information.mean())
 
@@ -48,35 +48,35 @@ def mutual_information_ceiling(n: int) -> float:
 def aggregate_kl(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> float:
     """Estimates KL(q(z) ‖ p(z)) in nats, with q(z) the mean of the n posteriors: E[log q(z) − log p(z)].
 
-    The mean KL of the posteriors is the sum of this and the mutual information (Hoffman & Johnson 2016), so this is too
-    high by as much as the mutual information is too low: a large value may only mean that n is small.
+    The mean KL of the posteriors is the sum of this and the mutual information (Hoffman & Johnson 2016). The estimate
+    is therefore too high by as much as the mutual information is too low: a large value may only mean that n is small.
     """
     return float(log_densities(means, logvars, key).from_prior.mean())
 
 
 class LogDensities(NamedTuple):
-    """Log densities of one z of each text, in nats."""
+    """Holds log densities of one z per text, in nats."""
 
-    posterior: Float[Array, " n"]  # log q(z|x), x being the text that z was drawn for
+    posterior: Float[Array, " n"]  # log q(z|x), where x is the text that z was sampled for
     aggregate: Float[Array, " n"]  # log q(z), the mean of all n posteriors
     prior: Float[Array, " n"]  # log p(z)
     z: Float[Array, "n L"]
 
     @property
     def information(self) -> Float[Array, " n"]:
-        """log q(z|x) − log q(z), whose mean is the mutual information."""
+        """Returns log q(z|x) − log q(z), whose mean is the mutual information."""
         return self.posterior - self.aggregate
 
     @property
     def from_prior(self) -> Float[Array, " n"]:
-        """log q(z) − log p(z), whose mean is the aggregate KL."""
+        """Returns log q(z) − log p(z), whose mean is the aggregate KL."""
         return self.aggregate - self.prior
 
 
 def log_densities(means: Float[Array, "n L"], logvars: Float[Array, "n L"], key: jax.Array) -> LogDensities:
-    """Draws one z of each text and computes its log density under its posterior, under their mean, and under the prior.
+    """Samples one z per text and computes its log density under its posterior, under their mean, and under the prior.
 
-    Where the arrays are sharded by rows, each device computes the densities under its rows' posteriors.
+    If the arrays are sharded by rows, each device computes the densities under the posteriors of its rows.
     """
     return LogDensities(*_log_densities(jnp.asarray(means), jnp.asarray(logvars), key))
 
@@ -88,31 +88,31 @@ def aggregate_density_by_halves(
     seed: int = 0,
     shard: Callable[[Any], Any] = lambda arrays: arrays,
 ) -> Float[np.ndarray, " n"]:
-    """Computes log q(z) of the same draws in nats, with q(z) the mean over the half of the texts that the text is in.
+    """Computes log q(z) of the same z in nats, with q(z) the mean over the half of the texts that contains the text.
 
-    Its increase over the mean over all texts is about what another doubling of n would change, as long as it is small;
-    near the ceiling each doubling changes log 2. NaN for one text.
+    The increase over log q(z) from all texts is about the change from another doubling of n, as long as it is small;
+    near the ceiling, each doubling changes the estimate by log 2. NaN for one text.
 
     Args:
-      seed: splits the texts into halves.
-      shard: lays arrays over devices by rows.
+      seed: determines the random split into halves.
+      shard: shards arrays over devices by rows.
     """
     n = len(means)
     log_q = np.full(n, np.nan)
     for half in np.array_split(np.random.default_rng(seed % 2**32).permutation(n), 2) if n > 1 else ():
         z, *posteriors = (np.asarray(x)[half] for x in (densities.z, means, logvars))
-        log_q[half] = _densities_of(z, *shard(tuple(posteriors)))[1]
+        log_q[half] = _compute_densities(z, *shard(tuple(posteriors)))[1]
     return log_q
 
 
 @jax.jit
 def _log_densities(means, logvars, key):
     z_nL = Posterior(means, logvars).sample(key)
-    return *_densities_of(z_nL, means, logvars), z_nL
+    return *_compute_densities(z_nL, means, logvars), z_nL
 
 
 @jax.jit
-def _densities_of(z_nL, means, logvars):
+def _compute_densities(z_nL, means, logvars):
     n, L = means.shape
 
     def densities(z_and_text):
@@ -133,11 +133,11 @@ def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
     """Estimates the squared maximum mean discrepancy between q(z) and the prior N(0, I) (Gretton et al. 2012).
 
     The estimate is unbiased. The kernel is exp(−|x − y|² / 2h²) with h² = L, half the mean squared distance of two
-    draws of the prior. The expectations over the prior are in closed form (Rustamov 2021), so only z is random. The
+    prior samples. The expectations over the prior are in closed form (Rustamov 2021), so only z is random. The
     value is 0 if q(z) is the prior, up to noise that may make it negative, and at most about 1.
 
     Args:
-      z: a draw from each text's posterior.
+      z: one sample from each text's posterior.
     """
     z = np.asarray(z, np.float64)
     n, L = z.shape
@@ -147,7 +147,7 @@ def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
         np.exp(-np.maximum(squares[i : i + 256, None] + squares - 2 * z[i : i + 256] @ z.T, 0) / (2 * h2)).sum()
         for i in range(0, n, 256)
     )
-    within = (within - n) / (n * (n - 1)) if n > 1 else math.nan  # without the pairs of a z and itself
+    within = (within - n) / (n * (n - 1)) if n > 1 else math.nan  # excludes the pairs of a z with itself
     across = (h2 / (h2 + 1)) ** (L / 2) * np.exp(-squares / (2 * (h2 + 1))).mean()
     return float(within - 2 * across + (h2 / (h2 + 2)) ** (L / 2))
 
@@ -158,8 +158,8 @@ def iw_log_likelihood(
     """Bounds log p(text) from below, in nats: log mean over K samples of p(x|z) p(z) / q(z|x) (Burda et al. 2016).
 
     Args:
-      decoder_ids: each row begins with bos and ends with one end id, which is part of the text; padding follows.
-      samples: K. The bound rises with K to the likelihood itself.
+      decoder_ids: each row begins with bos and ends with one end id, which belongs to the text; padding follows.
+      samples: number of importance samples (K). The bound approaches the likelihood as K grows.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
@@ -177,7 +177,7 @@ def _iw_log_likelihood(graphdef, params, encoder_ids, decoder_ids, key, samples)
 
 
 def text_log_likelihood(model: DAVAE, decoder_ids: Int[Array, "B T"], z: Float[Array, "B L"]) -> Float[Array, "B"]:
-    """Computes log p(text | z) in nats; `decoder_ids` as for `iw_log_likelihood`."""
+    """Computes log p(text | z) in nats; `decoder_ids` are as in `iw_log_likelihood`."""
     targets = decoder_ids[:, 1:]
     output = model.decoder(decoder_ids[:, :-1], z)
     return -reconstruction_nll(
@@ -191,12 +191,12 @@ def importance_samples(
     keys: Key[Array, "B"],
     samples: int,
 ) -> tuple[Float[Array, "K B"], Float[Array, "K B"]]:
-    """Draws K latents from each posterior and computes log p(x|z) and log p(z) − log q(z|x).
+    """Samples K latents from each posterior and computes log p(x|z) and log p(z) − log q(z|x).
 
     The sum of the two is the logarithm of the importance weight.
 
     Args:
-      keys: one for each text, so that a text's draws do not depend on the rest of the batch.
+      keys: one per text, so that the samples of a text do not depend on the rest of the batch.
     """
 
     def sample(k):
@@ -204,7 +204,7 @@ def importance_samples(
         z = posterior.at(noise)
         return log_likelihood(z), log_normal(z, 0.0, jnp.zeros(())) - log_normal(z, *posterior)
 
-    # One sample after another, so that memory does not grow with their number.
+    # Samples are processed one after another, so that memory does not grow with K.
     return lax.map(sample, jnp.arange(samples))
 
 
@@ -214,11 +214,11 @@ def log_mean_weight(log_weights: Float[Array, "K *B"]) -> Float[Array, "*B"]:
 
 
 def effective_sample_size(log_weights: Float[Array, "K *B"]) -> Float[Array, "*B"]:
-    """Returns (Σ w)² / Σ w² of K weights (Kong 1992): K if all are equal, 1 if one of them is the whole sum."""
+    """Returns (Σ w)² / Σ w² of K weights (Kong 1992): K if all are equal, 1 if a single weight dominates."""
     return jnp.exp(2 * logsumexp(log_weights, axis=0) - logsumexp(2 * log_weights, axis=0))
 
 
 def text_mask(targets: Int[Array, "B T"], end_id: int) -> Array:
-    """Returns which targets are part of the text: those of each row up to its first end token, which is included."""
+    """Returns a mask of the targets that belong to the text: each row up to and including its first end token."""
     is_end = targets == end_id
     return jnp.cumsum(is_end, axis=1) - is_end == 0

@@ -1,4 +1,4 @@
-"""A small n-gram language model with interpolated Kneser–Ney smoothing, which compares samples with texts."""
+"""Compares samples with texts by an n-gram language model with interpolated Kneser–Ney smoothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ORDER, SEED = 3, 0
 
 
 class NGram:
-    """Models p(word | the order − 1 words before it) (Kneser & Ney 1995; in the form of Chen & Goodman 1999).
+    """Models p(word | the preceding order − 1 words) (Kneser & Ney 1995, in the form of Chen & Goodman 1999).
 
     Each order has one discount, n₁ / (n₁ + 2n₂), from the numbers of n-grams seen once and twice. Below the highest
     order, the count of an n-gram is the number of different words before it. The lowest order is interpolated with the
-    uniform distribution over the vocabulary, so every word has some probability. All words outside of the vocabulary
-    are one word, `UNKNOWN`, in training and afterwards.
+    uniform distribution over the vocabulary, so every word has a positive probability. All words outside the
+    vocabulary are mapped to one word, `UNKNOWN`, in training and evaluation.
 
     Args:
       texts: the training texts, as words.
@@ -53,7 +53,7 @@ class NGram:
 
         Args:
           word: a word of the vocabulary, `END` or `UNKNOWN`.
-          context: up to `order` − 1 words before it, with `BEGIN` for those before the text.
+          context: up to `order` − 1 preceding words, with `BEGIN` before the start of the text.
         """
         n = len(context) + 1
         lower_order = self.probability(word, context[1:]) if n > 1 else 1 / self.size
@@ -66,16 +66,16 @@ class NGram:
     def log_likelihood(self, text: Sequence[str]) -> float:
         """Returns the log-likelihood of a text and its end, in nats."""
         row = self._row(text)
-        places = range(self.order - 1, len(row))
-        return sum(math.log(self.probability(row[i], tuple(row[i - self.order + 1 : i]))) for i in places)
+        positions = range(self.order - 1, len(row))
+        return sum(math.log(self.probability(row[i], tuple(row[i - self.order + 1 : i]))) for i in positions)
 
     def perplexity(self, texts: Sequence[Sequence[str]]) -> float:
-        """Returns the perplexity per word; the end of each text counts as one."""
+        """Returns the perplexity per word; the end of each text counts as a word."""
         return math.exp(-sum(map(self.log_likelihood, texts)) / sum(len(text) + 1 for text in texts))
 
 
 def _discount(counts: Counter) -> float:
-    """Returns n₁ / (n₁ + 2n₂) (Ney et al. 1994), or a half if no n-gram is seen once, or none twice."""
+    """Returns n₁ / (n₁ + 2n₂) (Ney et al. 1994), or ½ if no n-gram occurs once, or none occurs twice."""
     once, twice = (sum(count == c for count in counts.values()) for c in (1, 2))
     return once / (once + 2 * twice) if once and twice else 0.5
 
@@ -84,23 +84,23 @@ def forward_and_reverse(real: Sequence[Sequence[str]], samples: Sequence[Sequenc
     """Computes perplexities per word between texts and samples (Zhao et al. 2018).
 
     All models are trained on equally many texts. The texts are split at random, because a file may be sorted, with a
-    fixed seed. The vocabulary is that of all texts and does not depend on the samples, so `real_ppl` is the same for
+    fixed seed. The vocabulary comes from all texts and does not depend on the samples, so `real_ppl` is the same for
     all models on the same texts with the same number of samples.
 
     Returns:
-      forward_ppl: of the samples under a model of one half of the texts: are samples like texts?
-      reverse_ppl: of the other half under a model of the samples: do samples cover the texts?
-      real_ppl: of the other half under the model of the first: what a perfect sampler would reach in both.
-      All are NaN with fewer than two texts, or no sample.
+      forward_ppl: perplexity of the samples under a model of one half of the texts; low if samples are like texts.
+      reverse_ppl: perplexity of the other half under a model of the samples; low if the samples cover the texts.
+      real_ppl: perplexity of the other half under the model of the first; a perfect sampler reaches it in both.
+      All are NaN if there are fewer than two texts, or no samples.
     """
     half = min(len(real) // 2, len(samples))
     names = ("forward_ppl", "reverse_ppl", "real_ppl")
     if not half:
         return dict.fromkeys(names, math.nan)
     order = np.random.default_rng(SEED).permutation(len(real))
-    first, second = ([real[i] for i in part] for part in (order[:half], order[half : 2 * half]))
+    first, second = ([real[i] for i in rows] for rows in (order[:half], order[half : 2 * half]))
     samples = samples[:half]
     vocabulary = {word for text in real for word in text}
-    of_real, of_samples = (NGram(texts, vocabulary) for texts in (first, samples))
-    values = of_real.perplexity(samples), of_samples.perplexity(second), of_real.perplexity(second)
+    text_model, sample_model = (NGram(texts, vocabulary) for texts in (first, samples))
+    values = text_model.perplexity(samples), sample_model.perplexity(second), text_model.perplexity(second)
     return dict(zip(names, values, strict=True))

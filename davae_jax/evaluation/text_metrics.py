@@ -1,4 +1,4 @@
-"""Measures how texts differ from one another: words, distinct n-grams, self-BLEU, edit distances along a path."""
+"""Computes metrics of texts without a model: distinct n-grams, self-BLEU, edit distances along a path."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Chinese and Japanese characters and full-width signs are words of their own; white space separates all others.
+# Each Chinese or Japanese character and each full-width sign is a word; white space separates all other words.
 _CJK = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _WORD_OR_SPACE = re.compile(rf"\s+|[{_CJK}]|[^\s{_CJK}]+")
 BLEU_ORDER = 4
 
 
 def words(text: str) -> list[str]:
-    """Splits a text into words. Each Chinese character or full-width sign is one; white space separates the others.
+    """Splits a text into words. Each Chinese character or full-width sign is a word; white space separates the others.
 
     For text without Chinese this is `text.split()`, as perplexities on Penn Treebank count words.
     """
-    return [part for part in words_and_spaces(text) if not part.isspace()]
+    return [token for token in words_and_spaces(text) if not token.isspace()]
 
 
 def words_and_spaces(text: str) -> list[str]:
-    """Splits a text into its words and the white space between them. Joined, they are the text."""
+    """Splits a text into its words and the white space between them. Joining the result gives the text."""
     return _WORD_OR_SPACE.findall(text)
 
 
@@ -37,7 +37,7 @@ def ngrams(text: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Returns the number of distinct n-grams of all texts divided by the number of their n-grams (Li et al. 2016).
 
-    NaN without any n-gram.
+    NaN if there are no n-grams.
     """
     counts = sum((ngrams(text, n) for text in texts), Counter())
     return len(counts) / counts.total() if counts else math.nan
@@ -47,7 +47,7 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     """Returns the mean BLEU-4 of each text with all others as its references, 0 to 100 (Zhu et al. 2018).
 
     It equals sacrebleu without smoothing and with the effective order: a text of fewer than four words is scored by the
-    n-grams that it has. 100 if every text has a duplicate, empty ones included; NaN for a single text.
+    n-grams that it has. 100 if every text has a duplicate (two empty texts are duplicates); NaN for a single text.
     """
     if len(texts) < 2:
         return math.nan
@@ -66,9 +66,9 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
 
 
 def _largest_counts(counts: Sequence[Counter]) -> tuple[dict, dict, dict]:
-    """Returns for each n-gram its largest count in a text, the second largest in another, and the index of the first.
+    """Returns for each n-gram its largest count in a text, the second largest count, and the text with the largest.
 
-    They give a text's clipped hits against all others without a pass over the others.
+    From these, a text's clipped counts against all other texts follow without visiting the other texts.
     """
     largest, second, owner = {}, {}, {}
     for i, count in enumerate(counts):
@@ -84,7 +84,7 @@ def _largest_counts(counts: Sequence[Counter]) -> tuple[dict, dict, dict]:
 def _log_brevity(length: int, others: np.ndarray) -> float:
     """Returns the log of BLEU's brevity penalty. The reference is the closest in length, the shorter one of two."""
     closest = min(others, key=lambda other: (abs(other - length), other))
-    if not length:  # an empty text is only like another empty one
+    if not length:  # an empty text matches only another empty text
         return -math.inf if closest else 0.0
     return min(0.0, 1 - closest / length)
 
@@ -104,9 +104,9 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 def path_length(texts: Sequence[Sequence[str]]) -> tuple[float, float]:
     """Returns the length and the largest step of the path from the first text to the last.
 
-    Steps are edit distances of neighbours; both results are divided by the distance of the ends. The length is 1 if
-    every step leads nearer to the last text, and more if the path makes detours. The largest step is 1 over the number
-    of steps if they are even, and 1 if the text changes all at once. Both are NaN if the ends are equal.
+    Steps are edit distances between neighbours; both results are divided by the distance of the ends. The length is 1
+    if every step leads nearer to the last text, and more if the path makes detours. The largest step is 1 / (number of
+    steps) if all steps are equal, and 1 if the text changes all at once. Both are NaN if the ends are equal.
     """
     steps = [edit_distance(a, b) for a, b in itertools.pairwise(texts)]
     ends = edit_distance(texts[0], texts[-1])

@@ -94,7 +94,7 @@ class DAVAE(nnx.Module):
 @partial(jax.jit, static_argnums=0)
 def _encode(graphdef, params, ids, embedding_noise, key):
     output = merge(graphdef, params).encoder(ids, embedding_noise, key)
-    return Posterior(output.mean, output.logvar)
+    return output.posterior
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6))
@@ -106,7 +106,7 @@ def _decode(graphdef, params, ids, latent, memory, window, capacity, key):
 
 @partial(jax.jit, static_argnums=0)
 def _discriminate(graphdef, params, latent):
-    return merge(graphdef, params).discriminator(latent).astype(jnp.float32)
+    return merge(graphdef, params).discriminator(latent)
 
 
 def _check_ids(ids, vocab_size: int) -> None:

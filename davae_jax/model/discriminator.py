@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -10,7 +11,7 @@ from davae_jax.model.layers import Linear
 
 
 class Discriminator(nnx.Module):
-    """Linear(L → 4L), ReLU, Linear(4L → 1), as published. It returns logits."""
+    """Linear(L → 4L), ReLU, Linear(4L → 1), as published. It returns float32 logits."""
 
     def __init__(self, latent_size: int, *, rngs, dtype, param_dtype):
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -18,4 +19,4 @@ class Discriminator(nnx.Module):
         self.output = Linear(4 * latent_size, 1, (None, "mlp"), **kw)
 
     def __call__(self, latent: Float[Array, "*B L"]) -> Float[Array, "*B"]:
-        return self.output(jax.nn.relu(self.hidden(latent)))[..., 0]
+        return self.output(jax.nn.relu(self.hidden(latent)))[..., 0].astype(jnp.float32)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from davae_jax.model.attention import dot_product_attention
 from davae_jax.model.config import EncoderConfig, Remat
+from davae_jax.model.latent import Posterior
 from davae_jax.model.layers import (
     Embedding,
     LayerNorm,
@@ -37,6 +38,11 @@ class EncoderOutput(NamedTuple):
     pooled: Float[Array, "B D"]
     mean: Float[Array, "B L"]
     logvar: Float[Array, "B L"]
+
+    @property
+    def posterior(self) -> Posterior:
+        """q(z | text)."""
+        return Posterior(self.mean, self.logvar)
 
 
 class Encoder(nnx.Module):

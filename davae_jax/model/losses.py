@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.decoder import Decoder
-from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension, with_unit_variance
+from davae_jax.model.latent import hard_free_bits_kl, kl_per_dimension, with_unit_variance
 
 
 def published_loss(
@@ -55,7 +55,7 @@ def published_loss(
 def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mode, length_weighted):
     model = merge(graphdef, params)
     encoded = model.encoder(encoder_ids)
-    posterior = Posterior(encoded.mean, encoded.logvar)
+    posterior = encoded.posterior
     if fb_mode == 2:
         posterior = with_unit_variance(posterior)
     kl_BL = kl_per_dimension(posterior)
@@ -112,18 +112,29 @@ def chunked_nll(
 
 
 def adversarial_losses(
-    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"], mean: Callable = jnp.mean
+    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (L_d, L_g), the adversarial losses of Goodfellow et al. 2014 as published, means over the batch.
+    """Returns (L_d, L_g), the adversarial losses of Goodfellow et al. 2014 as published, means over the batch."""
+    return discriminator_loss(model, latent, prior_sample), generator_loss(model, latent)
 
-    L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1) trains the discriminator, L_g = BCE(D(z), 1) the encoder, where BCE
-    is the binary cross-entropy on logits and n ~ N(0, I).
+
+def discriminator_loss(
+    model: DAVAE, latent: Float[Array, "B L"], prior_sample: Float[Array, "B L"], mean: Callable = jnp.mean
+) -> Float[Array, ""]:
+    """Returns L_d = BCE(D(stop_gradient(z)), 0) + BCE(D(n), 1), which trains the discriminator.
+
+    BCE is the binary cross-entropy on logits, n ~ N(0, I).
 
     Args:
       mean: takes the mean over texts; for packed rows, a mean that ignores empty slots.
     """
+    fake = model.discriminator(jax.lax.stop_gradient(latent))
+    real = model.discriminator(prior_sample)
     bce = optax.sigmoid_binary_cross_entropy
-    fake, real = model.discriminate(jax.lax.stop_gradient(latent)), model.discriminate(prior_sample)
-    loss_d = mean(bce(fake, jnp.zeros_like(fake))) + mean(bce(real, jnp.ones_like(real)))
-    generated = model.discriminate(latent)
-    return loss_d, mean(bce(generated, jnp.ones_like(generated)))
+    return mean(bce(fake, jnp.zeros_like(fake))) + mean(bce(real, jnp.ones_like(real)))
+
+
+def generator_loss(model: DAVAE, latent: Float[Array, "B L"], mean: Callable = jnp.mean) -> Float[Array, ""]:
+    """Returns L_g = BCE(D(z), 1), which trains the encoder; see `discriminator_loss`."""
+    logits = model.discriminator(latent)
+    return mean(optax.sigmoid_binary_cross_entropy(logits, jnp.ones_like(logits)))

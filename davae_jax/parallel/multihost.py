@@ -150,7 +150,7 @@ def all_processes(condition: bool) -> bool:
 
 
 def gather_params(params: Params) -> Params:
-    """Returns the unsharded weights on one device of this process."""
+    """Returns weights that this process can use alone: of several processes, whole on one device of this one."""
     if jax.process_count() == 1:
         return params
     return jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])

@@ -210,7 +210,7 @@ def jax_values(model: DAVAE, b: Inputs, report_progress: Progress) -> Values:
 def _jax_states(graphdef, params, b: Inputs):
     model = merge(graphdef, params)
     encoded = model.encoder(b.encoder_ids, b.noise)
-    latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
+    latent = encoded.posterior.at(b.eps)
     decoded = model.decoder(b.decoder_ids, latent)
     return _state_values(encoded, latent, decoded, model.decoder.logits(decoded.final))
 
@@ -231,7 +231,7 @@ def jax_gradients(graphdef, params, b: Inputs):
     def total(params):
         model = merge(graphdef, params)
         encoded = model.encoder(b.encoder_ids)
-        latent = Posterior(encoded.mean, encoded.logvar).at(b.eps)
+        latent = encoded.posterior.at(b.eps)
         return _jax_loss(model, b, 0, True)[2] + sum(adversarial_losses(model, latent, b.prior))
 
     return jax.grad(total)(params)

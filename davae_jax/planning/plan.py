@@ -58,7 +58,7 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
     products = forward_products(config, mesh.shape)
     flops: dict[str, int] = {}
     for product in products:
-        flops[product.part] = flops.get(product.part, 0) + (1 + product.backward) * product.flops
+        flops[product.component] = flops.get(product.component, 0) + (1 + product.backward) * product.flops
     per_device = sum((1 + p.backward + p.recomputed) * p.flops // p.devices for p in products)
     params = cached_abstract_state(config, mesh).params
     traffic_by_axis = traffic(config, mesh, chip)

@@ -1,5 +1,7 @@
-"""Further terms of the loss, on the latents: a protocol, a registry, and those of the literature
-(docs/regularizers.md)."""
+"""Additional loss terms on the latents: a protocol, a registry, and regularizers from the literature.
+
+See docs/regularizers.md.
+"""
 
 from davae_jax.regularizers.config import RegularizersConfig, config_with_plugins
 from davae_jax.regularizers.critic import WGAN

@@ -1,4 +1,4 @@
-"""The options of all regularizers."""
+"""Defines the options of all regularizers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from davae_jax.regularizers.words import BagOfWords
 
 @dataclass(frozen=True)
 class RegularizersConfig:
-    """Further terms of the loss, on the latents; all are off by default (docs/regularizers.md)."""
+    """Additional loss terms on the latents; all are off by default (docs/regularizers.md)."""
 
-    # Terms are added up in this order.
+    # Terms are added in this order.
     wgan: WGAN = field(default_factory=WGAN)
     tcvae: TCVAE = field(default_factory=TCVAE)
     mmd: MMD = field(default_factory=MMD)
@@ -29,7 +29,7 @@ class RegularizersConfig:
 
 
 def config_with_plugins() -> type[RegularizersConfig]:
-    """Returns `RegularizersConfig`, or where plugins are registered a subclass with a field for each of theirs."""
+    """Returns `RegularizersConfig`, or if plugins are registered, a subclass with a field for each."""
     built_in = {field.name for field in dataclasses.fields(RegularizersConfig)}
     plugins = [
         (name, cls, field(default_factory=cls))  # as the fields above

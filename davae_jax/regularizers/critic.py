@@ -1,4 +1,4 @@
-"""A critic that estimates the distance of the latents from the prior."""
+"""Estimates the distance of the latents from the prior by a critic."""
 
 from __future__ import annotations
 

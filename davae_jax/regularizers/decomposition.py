@@ -1,5 +1,7 @@
-"""The KL to the prior decomposed into three terms, each with its own weight."""
+"""Decomposes the KL to the prior into three terms with separate weights."""
 
+# The help texts below fields are single lines, because the command line's help keeps their line breaks.
+# ruff: noqa: E501
 from __future__ import annotations
 
 import math
@@ -21,8 +23,8 @@ class TCVAE(Regularizer):
 
       MI = E log q(z|x)/q(z),   TC = E log q(z)/Π_l q(z_l),   DW = Σ_l E log q(z_l)/p(z_l)
 
-    with z a sample of q(z|x) and q(z) estimated from the batch. Replaces the KL of the loss: --beta.start 0 --beta.max
-    0, and the KL's β as the weight. Takes memory for B² · L numbers.
+    with z a sample of q(z|x) and q(z) estimated from the batch. Replaces the KL of the loss: use --beta.start 0
+    --beta.max 0, and the KL's β as the weight. Needs memory for B² · L numbers.
     """
 
     mi: float = 1.0
@@ -35,8 +37,7 @@ class TCVAE(Regularizer):
     """Weight of the dimension-wise KL of the aggregate posterior to the prior."""
 
     sampling: Literal["stratified", "weighted"] = "stratified"
-    """Estimate of q(z). weighted: the paper's section 4.1, biased. stratified: its appendix C.2, unbiased; its weights
-    are averaged over the choice of the last text."""
+    """Estimate of q(z). weighted: the paper's section 4.1, biased. stratified: its appendix C.2, unbiased; its weights are averaged over the choice of the last text."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +58,7 @@ class KLTerms(NamedTuple):
 
 
 def decomposed_kl(batch: LatentBatch, sampling: str) -> KLTerms:
-    """Computes the three terms. Their sum is the mean of log q(z|x) − log p(z), whatever the estimate of q(z)."""
+    """Computes the three terms. Their sum is the mean of log q(z|x) − log p(z), for either estimate of q(z)."""
     log_q_z, log_q_zl = aggregate_log_density(batch, sampling)
     log_p_zl = log_normal(batch.z, 0.0, 0.0)
     log_q_z_given_x = log_normal(batch.z, batch.mean, batch.logvar).sum(-1)
@@ -75,12 +76,12 @@ def aggregate_log_density(batch: LatentBatch, sampling: str) -> tuple[Float[Arra
     """
     if batch.corpus_size is None:
         raise ValueError("needs the number of training texts")
-    log_q_BBL = log_normal(batch.z[:, None], batch.mean, batch.logvar)  # of latent i under the posterior of text j
+    log_q_BBL = log_normal(batch.z[:, None], batch.mean, batch.logvar)  # of latent i, under the posterior of text j
     n, N = batch.count, max(batch.corpus_size, 2)
     if sampling == "weighted":
         log_weight = jnp.full((len(batch.z),) * 2, -math.log(N)) - jnp.log(n)
     else:
-        # The text that z was sampled for has weight 1/N. The other n − 1 stand for the rest of the corpus.
+        # The text that z was sampled for has weight 1/N. The other n − 1 represent the rest of the corpus.
         is_own_text = jnp.eye(len(batch.z), dtype=bool)
         log_weight = jnp.where(is_own_text, -math.log(N), math.log1p(-1 / N) - jnp.log(jnp.maximum(n - 1, 1)))
     log_weight = jnp.where(batch.is_text, log_weight, -jnp.inf)

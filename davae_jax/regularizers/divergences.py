@@ -1,5 +1,7 @@
-"""Distances between the distribution of a batch's latents and the prior N(0, I)."""
+"""Measures distances between the distribution of a batch's latents and the prior N(0, I)."""
 
+# The help texts below fields are single lines, because the command line's help keeps their line breaks.
+# ruff: noqa: E501
 from __future__ import annotations
 
 import math
@@ -27,12 +29,10 @@ class MMD(Regularizer):
     """
 
     kernel: Literal["imq", "rbf"] = "imq"
-    """imq: Σ C / (C + d²). rbf: Σ exp(−d² / C). The sum is over the scales, d² is the squared distance, and
-    C = 2·L·scale with L the latent size."""
+    """imq: Σ C / (C + d²). rbf: Σ exp(−d² / C). The sum is over the scales, d² is the squared distance, and C = 2·L·scale with L the latent size."""
 
     scales: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    """Scales of the kernel; at 1, C is the mean squared distance of two samples of the prior. The default is that of
-    the WAE authors' code."""
+    """Scales of the kernel; at 1, C is the mean squared distance of two samples of the prior. The default is that of the WAE authors' code."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,7 +40,7 @@ class MMD(Regularizer):
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
         if len(batch.z) < 2:
-            raise InputError(f"regularizer {self.name}: compares pairs of texts, and a part of the batch has only one")
+            raise InputError(f"regularizer {self.name}: compares pairs of texts, but the micro-batch has only one")
         return unbiased_mmd(batch.z, batch.prior, batch.is_text, self.kernel_value), {}
 
     def kernel_value(self, squared: Float[Array, "B B"], L: int) -> Float[Array, "B B"]:
@@ -91,7 +91,7 @@ class SIGReg(Regularizer):
     """
 
     slices: int = 256
-    """Number of random directions, drawn anew in every step."""
+    """Number of random directions, resampled every step."""
 
     knots: int = 17
     """Number of integration points, odd."""
@@ -121,13 +121,13 @@ def epps_pulley(x: Float[Array, "B K"], batch: LatentBatch, knots: int, end: flo
 @dataclass(frozen=True)
 class SlicedWasserstein(Regularizer):
     """Sliced Wasserstein distance (Kolouri et al. 2019, sliced-Wasserstein autoencoders): the squared 2-Wasserstein
-    distance between projections of latents and of as many samples of the prior, averaged over random directions.
+    distance between projections of latents and of equally many samples of the prior, averaged over random directions.
 
     Biased upwards by about 1/n of its scale: it is not 0 for two samples of the same distribution.
     """
 
     slices: int = 128
-    """Number of random directions, drawn anew in every step."""
+    """Number of random directions, resampled every step."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,7 +135,7 @@ class SlicedWasserstein(Regularizer):
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
         directions_LK = random_directions(batch.key, self.slices, batch.z.shape[1]).astype(batch.z.dtype)
-        # Rows without a text are sorted to the end in both, where they differ by 0; their square must be finite.
+        # Rows without a text are sorted to the end in both and differ by 0 there; their square must be finite.
         far = math.sqrt(jnp.finfo(batch.z.dtype).max) / 4
 
         def sorted_projections(x):

@@ -1,4 +1,4 @@
-"""Regularizers of each text's posterior, and batch normalization of the posterior means."""
+"""Defines regularizers of each text's posterior, and batch normalization of the posterior means."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Capacity(Regularizer):
     """Controlled capacity (Burgess et al. 2018): |KL − C|, where KL is the mean over the texts and C grows linearly.
 
-    The paper's γ is the weight. Replaces the KL of the loss: --beta.start 0 --beta.max 0.
+    The paper's γ is the weight. Replaces the KL of the loss: use --beta.start 0 --beta.max 0.
     """
 
     start: float = 0.0
@@ -30,7 +30,7 @@ class Capacity(Regularizer):
     """Final capacity C, in nats."""
 
     until: float = 0.5
-    """Fraction of the training over which C grows; it then stays at its final value."""
+    """Fraction of the training over which C grows; it then remains at its final value."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,7 +49,7 @@ class Capacity(Regularizer):
 @dataclass(frozen=True)
 class LogVariance(Regularizer):
     """Σ_l |logvar_l|, averaged over the texts: keeps the noise of an autoencoder from vanishing (Rubenstein et al.
-    2018; used by the LAAE of Shen et al. 2020). For losses without the KL: --beta.start 0 --beta.max 0.
+    2018; used by the LAAE of Shen et al. 2020). For losses without the KL: use --beta.start 0 --beta.max 0.
     """
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
@@ -66,7 +66,7 @@ def batch_normalized(posterior: Posterior, gamma: float, mean) -> tuple[Posterio
       mean: computes the mean over the texts of the batch (`training.objective.mean_over_texts`).
 
     Returns:
-      The posterior with normalized means, and the standard deviation of each dimension before.
+      The posterior with normalized means, and their standard deviation per dimension before normalization.
     """
     centred = posterior.mean - mean(posterior.mean)
     deviation = jnp.sqrt(mean(jnp.square(centred)) + 1e-12)
@@ -76,11 +76,11 @@ def batch_normalized(posterior: Posterior, gamma: float, mean) -> tuple[Posterio
 def normalized_head(
     weight_OD: Float[Array, "2L D"], gamma: float, deviation: Float[Array, "L"], pooled: Float[Array, "D"]
 ) -> Float[Array, "2L D"]:
-    """Moves the rows of the posterior head that give the means a tenth of the way to where they need no normalization.
+    """Moves the mean rows of the posterior head a tenth of the way to values for which normalization changes nothing.
 
     With `batch_normalized` the length of these rows has no effect in training, because their outputs are rescaled, and
-    their component along the mean of the head's input has next to none, because their outputs are centred. Both are
-    therefore free to hold the running statistics: without a batch, the same weights give means of mean 0 and standard
+    their component along the mean of the head's input has almost none, because their outputs are centred. Both can
+    therefore store the running statistics: without a batch, the same weights give means of mean 0 and standard
     deviation γ.
 
     Args:
@@ -88,5 +88,5 @@ def normalized_head(
     """
     factor = jnp.clip((gamma / deviation) ** 0.1, 0.5, 2.0)
     means, logvars = jnp.split(weight_OD, 2)
-    along = (means @ pooled)[:, None] * pooled / (jnp.square(pooled).sum() + 1e-12)
-    return jnp.concatenate([(means - 0.1 * along) * factor[:, None], logvars]).astype(weight_OD.dtype)
+    projection = (means @ pooled)[:, None] * pooled / (jnp.square(pooled).sum() + 1e-12)
+    return jnp.concatenate([(means - 0.1 * projection) * factor[:, None], logvars]).astype(weight_OD.dtype)

@@ -1,7 +1,7 @@
-"""The protocol of regularizers: what one is given, what it returns, and the options that each of them has.
+"""Defines the protocol of regularizers: their input, their result and their common options.
 
-A regularizer is a frozen dataclass whose fields are its options; `registry.register` gives it a name, under which it
-appears on the command line and in the logs. docs/regularizers.md begins with a complete one.
+A regularizer is a frozen dataclass whose fields are its options; `registry.register` gives it a name, which is used
+on the command line and in the logs. docs/regularizers.md begins with a complete example.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ Logs = dict[str, "Float[Array, '']"]  # name → scalar
 
 
 class LatentBatch(NamedTuple):
-    """The latents of a batch over all devices; with --accumulate, of one part of the batch.
+    """The latents of a batch over all devices; with --accumulate, of one micro-batch.
 
-    A packed batch has room for B texts and may hold fewer. Where there is no text, mean, logvar and z are 0, and no
-    statistic may count these rows: `average` and `count` leave them out.
+    A packed batch has B slots for texts and may contain fewer texts. In rows without a text, mean, logvar and z are 0,
+    and every statistic must exclude these rows, as `average` and `count` do.
     """
 
     mean: Float[Array, "B L"]  # of the posterior
     logvar: Float[Array, "B L"]
-    z: Float[Array, "B L"]  # a sample of the posterior, the one that the decoder gets
+    z: Float[Array, "B L"]  # a sample of the posterior, which is also the decoder's input
     prior: Float[Array, "B L"]  # samples of N(0, I)
     is_text: Bool[Array, "B"]
-    step: Int[Array, ""]  # steps taken so far, out of `steps`
+    step: Int[Array, ""]  # number of steps taken so far, out of `steps`
     steps: int
-    key: jax.Array  # for the regularizer's random numbers; a new one every step
+    key: jax.Array  # for the regularizer's random numbers, different in every step
     corpus_size: int | None  # number of training texts, if known
-    targets: Int[Array, "B T"]  # the decoder's target ids, in rows
-    text_of_target: Int[Array, "B T"]  # which of the B texts each target belongs to; −1 is padding
+    targets: Int[Array, "B T"]  # the decoder's target ids, by row
+    text_of_target: Int[Array, "B T"]  # index, among the B texts, of each target's text; −1 is padding
 
     @property
     def count(self) -> Float[Array, ""]:
-        """The number of texts in the batch, at least 1."""
+        """Returns the number of texts in the batch, at least 1."""
         return jnp.maximum(self.is_text.sum(), 1).astype(self.z.dtype)
 
     def average(self, x: Float[Array, "B ..."]) -> Float[Array, "..."]:
@@ -51,7 +51,7 @@ class LatentBatch(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes that the shapes of a regularizer's parameters may depend on."""
+    """Sizes that the shapes of a regularizer's parameters may depend on."""
 
     latent: int
     vocabulary: int  # of the decoder
@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Regularizer:
-    """One term of the loss, weight · value."""
+    """A term of the loss, weight · value."""
 
     name: ClassVar[str] = "regularizer"  # set by `register`
 
@@ -67,17 +67,17 @@ class Regularizer:
     """Factor of this term in the loss; 0 turns it off, and it is not computed."""
 
     ramp: tuple[float, float] = (0.0, 0.0)
-    """Two fractions of the training, between which the weight rises linearly from 0; 0 0 is no warmup."""
+    """Two fractions of the training between which the weight rises linearly from 0; 0 0: no warmup."""
 
     def __post_init__(self):
         self.check("weight", lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
-        self.check("ramp", lambda x: 0 <= x[0] <= x[1] <= 1, "be two parts in [0, 1], the second not before the first")
+        self.check("ramp", lambda x: 0 <= x[0] <= x[1] <= 1, "be two increasing fractions in [0, 1]")
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
         """Computes the term.
 
         Args:
-          params: the parameters of a `Learned` regularizer; {} of any other.
+          params: the parameters of a `Learned` regularizer; {} for others.
 
         Returns:
           The value, without the weight, and further scalars to log.
@@ -107,7 +107,7 @@ class Learned(Regularizer):
 
 @dataclass(frozen=True)
 class Adversarial(Learned):
-    """A regularizer whose parameters minimize a loss of their own, `adversary`.
+    """A regularizer whose parameters minimize a separate loss, `adversary`.
 
     In `adversary` no gradient reaches the latents; in the value none reaches the parameters.
     """
@@ -118,7 +118,7 @@ class Adversarial(Learned):
 
 
 def weight_at(regularizer: Regularizer, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
-    """Returns a regularizer's weight in one step out of `steps`, counted from 0."""
+    """Returns a regularizer's weight in a step, counted from 0, out of `steps`."""
     begin, end = regularizer.ramp
     if end == 0:
         return jnp.float32(regularizer.weight)

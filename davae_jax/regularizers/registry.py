@@ -1,4 +1,4 @@
-"""Regularizers by name: those of the project, those of plugin files, and those of installed packages."""
+"""Registers regularizers by name: those of the project, of plugin files, and of installed packages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from davae_jax.regularizers.protocol import Regularizer
 from davae_jax.utils.errors import InputError, OptionError, first_line
 
 REGISTRY: dict[str, type[Regularizer]] = {}
-ENTRY_POINTS = "davae_jax.regularizers"  # the group under which installed packages declare regularizers
-# Names of other values in the logs.
+ENTRY_POINTS = "davae_jax.regularizers"  # the entry point group of installed packages' regularizers
+# Names of other values in the logs, which regularizers cannot have.
 RESERVED_NAMES = {
     *("step", "loss", "rec", "kl", "kl_unmasked", "kl_per_dim", "loss_d", "loss_g", "beta", "lr", "grad_norm"),
     *("skipped", "tokens", "mean_std", "pooled", "held_out", "samples", "tokens_per_s", "mfu", "data_wait"),
@@ -51,7 +51,7 @@ def _registration_problem(name: str, cls: Any) -> str | None:
     if not name.isidentifier():
         return "this name is not a Python identifier"
     if name in RESERVED_NAMES:
-        return "this name is taken by another value of the logs"
+        return "another value in the logs has this name"
     if not (isinstance(cls, type) and issubclass(cls, Regularizer)):
         return "not a subclass of Regularizer"
     if name in REGISTRY and REGISTRY[name].__module__ != cls.__module__:
@@ -66,15 +66,18 @@ def _registration_problem(name: str, cls: Any) -> str | None:
 
 
 def check_registered(name: str, option: str) -> None:
-    """Raises OptionError, which lists the known names, if no regularizer of this name is registered."""
+    """Raises OptionError, which lists the available names, if no regularizer of this name is registered."""
     if name not in REGISTRY:
-        known = ", ".join(sorted(REGISTRY)).replace("_", "-")
+        available = ", ".join(sorted(REGISTRY)).replace("_", "-")
         unknown = name.replace("_", "-")
-        raise OptionError(option, f"names no regularizer {unknown!r}; known: {known}; others by --plugin FILE.py")
+        raise OptionError(
+            option,
+            f"names an unknown regularizer {unknown!r}; available: {available}; add others with --plugin FILE.py",
+        )
 
 
 def active(config: Any) -> dict[str, Regularizer]:
-    """Returns the regularizers that are on, by name. config: `TrainConfig.regularizers`."""
+    """Returns the active regularizers, whose weight is not 0, by name; `config` is `TrainConfig.regularizers`."""
     regularizers = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: regularizer for name, regularizer in regularizers.items() if regularizer.weight}
 
@@ -91,7 +94,7 @@ def load_plugin(path: Path) -> None:
     """
     if not path.is_file():
         raise OptionError("--plugin", f"{path}: no such file")
-    # The module's name follows from the path: importing the same file again replaces what it registered before.
+    # The module's name depends on the path alone, so importing a file again replaces its regularizers.
     name = f"davae_jax_plugin_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
@@ -105,13 +108,13 @@ def load_plugin(path: Path) -> None:
     except Exception as e:
         raise InputError(f"{path}: cannot be imported ({type(e).__name__}: {first_line(e)})") from e
     if before == REGISTRY:
-        warnings.warn(f"--plugin {path}: registers no regularizer; is there a @register?", stacklevel=2)
+        warnings.warn(f"--plugin {path}: registers no regularizer; is @register missing?", stacklevel=2)
 
 
 def load_installed() -> None:
-    """Registers the regularizers of installed packages: classes that their entry points name.
+    """Registers the regularizers of installed packages, which are declared as entry points.
 
-    A package that cannot be imported is left out with a warning.
+    A package that cannot be imported is skipped with a warning.
     """
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
@@ -123,5 +126,5 @@ def load_installed() -> None:
 
 
 def plugin_digest(path: Path) -> str:
-    """Returns a digest of a plugin file's text."""
+    """Returns a digest of a plugin file's contents."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The regularizers' part in a training step: their parameters, and their terms of the loss."""
+"""Computes the regularizers' terms of the loss in a training step, and initializes their parameters."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class RegularizerError(InputError):
-    """A regularizer failed or returned something that cannot be used. The message names it."""
+    """A regularizer fails or returns an invalid result. The message names it."""
 
 
 def init_regularizer_params(regularizers: dict[str, Regularizer], seed: int, sizes: Sizes) -> dict[str, Params]:
-    """Returns the initial parameters of those regularizers that have some, by name.
+    """Returns the initial parameters of the regularizers that have parameters, by name.
 
     Raises:
       RegularizerError: an `init` fails or does not return a nested dict of float arrays.
     """
-    # The training step folds step numbers into the same key, and these never get so large.
+    # The training step folds step numbers into the same key; they never reach this number.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     return {
-        name: _check_params(name, _call(name, regularizer.init, _key_of(key, name), sizes))
+        name: _check_params(name, _call(name, regularizer.init, _fold_in_name(key, name), sizes))
         for name, regularizer in regularizers.items()
         if isinstance(regularizer, Learned)
     }
@@ -48,11 +48,11 @@ def regularizer_terms(
     """Computes the regularizers' terms of the loss.
 
     Args:
-      params: by name, of those that have parameters.
+      params: the parameters of regularizers that have some, by name.
 
     Returns:
       Σ weight · value, whose gradient reaches the latents and, except for adversarial ones, the parameters;
-      Σ of the adversaries' losses, whose gradient reaches the adversaries' parameters alone;
+      Σ of the adversaries' losses, whose gradient reaches only the adversaries' parameters;
       scalars to log.
 
     Raises:
@@ -61,7 +61,7 @@ def regularizer_terms(
     total, adversaries, logs = jnp.float32(0), jnp.float32(0), {}
     stop_gradient = jax.lax.stop_gradient
     for name, regularizer in regularizers.items():
-        its_batch = batch._replace(key=_key_of(batch.key, name))
+        its_batch = batch._replace(key=_fold_in_name(batch.key, name))
         its_params = params.get(name, {})
         is_adversarial = isinstance(regularizer, Adversarial)
         with jax.named_scope(name):
@@ -80,29 +80,29 @@ def regularizer_terms(
         total += weight * value
         if regularizer.ramp[1]:
             values = _add_value(name, values, "weight", weight)
-        logs |= {name: value} | {f"{name}/{what}": x for what, x in values.items()}
+        logs |= {name: value} | {f"{name}/{description}": x for description, x in values.items()}
     return total, adversaries, logs
 
 
-def _key_of(key: jax.Array, name: str) -> jax.Array:
-    """Returns a key that depends on the name alone, so that random numbers do not depend on which others are on."""
+def _fold_in_name(key: jax.Array, name: str) -> jax.Array:
+    """Returns a key derived from the name, so that random numbers do not depend on the other active regularizers."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _evaluate(name: str, regularizer: Regularizer, batch: LatentBatch, params: Params) -> tuple[Array, Logs]:
-    """Calls a regularizer and checks what it returns."""
+    """Calls a regularizer and checks its result."""
     result = _call(name, regularizer, batch, params)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        reason = f"must return (value, dict of what to log), not {_describe(result)}"
+        reason = f"must return (value, dict of scalars to log), not {_describe(result)}"
         raise RegularizerError(f"regularizer {name}: {reason}")
     value, values = result
-    return _check_scalar(name, value, "its value"), {
-        what: _check_scalar(name, x, f"{what!r}, which it logs,") for what, x in values.items()
+    return _check_scalar(name, value, "the value"), {
+        description: _check_scalar(name, x, f"the logged value {description!r}") for description, x in values.items()
     }
 
 
 def _call(name: str, function: Callable, *args: Any) -> Any:
-    """Calls a function of a regularizer; an error in it names the regularizer."""
+    """Calls a function of a regularizer. Turns its errors into a RegularizerError that names the regularizer."""
     try:
         return function(*args)
     except InputError:
@@ -111,35 +111,35 @@ def _call(name: str, function: Callable, *args: Any) -> Any:
         raise RegularizerError(f"regularizer {name}: {type(e).__name__}: {first_line(e)}") from e
 
 
-def _add_value(name: str, values: Logs, what: str, value: Array) -> Logs:
-    """Adds a value that is logged for every regularizer of its kind."""
-    if what in values:
-        raise RegularizerError(f"regularizer {name}: {what!r} is logged for it anyway; give its own value another name")
-    return values | {what: value}
+def _add_value(name: str, values: Logs, description: str, value: Array) -> Logs:
+    """Adds a value that is logged automatically."""
+    if description in values:
+        raise RegularizerError(f"regularizer {name}: {description!r} is logged automatically; choose another name")
+    return values | {description: value}
 
 
 def _check_params(name: str, params: Any) -> Params:
     """Returns the parameters if they are a nested dict of float arrays."""
 
-    def refuse(given: str) -> None:
+    def reject(given: str) -> None:
         raise RegularizerError(f"regularizer {name}: init must return a nested dict of float arrays, not {given}")
 
     if not isinstance(params, dict):
-        refuse(_describe(params))
+        reject(_describe(params))
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            refuse(f"{_describe(leaf)} in {jax.tree_util.keystr(path)}")
+            reject(f"{_describe(leaf)} in {jax.tree_util.keystr(path)}")
     return params
 
 
-def _check_scalar(name: str, x: Any, what: str) -> Float[Array, ""]:
+def _check_scalar(name: str, x: Any, description: str) -> Float[Array, ""]:
     """Returns x as a float32 scalar if it is a real number."""
     shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", None)
     real = (jnp.floating, jnp.integer, jnp.bool_)
     numeric = isinstance(x, (bool, int, float)) if dtype is None else any(jnp.issubdtype(dtype, r) for r in real)
     if shape != () or not numeric:
-        raise RegularizerError(f"regularizer {name}: {what} must be a real scalar, not {_describe(x)}")
+        raise RegularizerError(f"regularizer {name}: {description} must be a real scalar, not {_describe(x)}")
     return jnp.asarray(x, jnp.float32)
 
 

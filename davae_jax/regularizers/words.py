@@ -1,5 +1,7 @@
-"""Predicting the words of a text from its latent alone."""
+"""Predicts the words of a text from its latent alone."""
 
+# The help texts below fields are single lines, because the command line's help keeps their line breaks.
+# ruff: noqa: E501
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,15 +19,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BagOfWords(Learned):
     """Bag-of-words loss (Zhao et al. 2017): −log p of each token of a text under one softmax over the vocabulary, which
-    is computed from the latent alone and ignores the tokens' positions. Takes memory for B · V numbers.
+    is computed from the latent alone and ignores the tokens' positions. Needs memory for B · V numbers.
     """
 
     hidden: int = 0
-    """Width of a tanh hidden layer (the paper: 400); 0 is a single linear layer."""
+    """Width of a tanh hidden layer (the paper: 400); 0: a single linear layer."""
 
     per_token: bool = True
-    """Average over the tokens of a text, as --length-weighted does for the reconstruction; off: sum, as in the
-    paper."""
+    """Average over the tokens of a text, as --length-weighted does for the reconstruction loss; off: sum, as in the paper."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,1 +1,1 @@
-"""Pages and charts."""
+"""Renders HTML reports and SVG charts."""

@@ -1,4 +1,4 @@
-"""The page of a comparison, and its figure."""
+"""Renders a comparison of settings as an HTML page and as an SVG figure."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from davae_jax.evaluation.comparison import (
     caveats,
     compare_settings,
     format_cell,
-    is_number,
+    is_finite_number,
     significance_mark,
     table_note,
 )
 from davae_jax.reports import charts
 from davae_jax.reports.html import Figure, render
 
-BETTER = {1: "; more is better", -1: "; less is better", 0: ""}
+BETTER = {1: "; higher is better", -1: "; lower is better", 0: ""}
 PAPER_COLUMNS = {"mutual_information": "MI, nats", "active_units": "active units", "iw_nll": "−log p(x)"}
 
 
 def figure(title: str, results: Results) -> str:
-    """Returns one SVG file for a paper: rate against distortion, and three measures by setting."""
-    by_key = {measure.key: cells for measure, cells in compare_settings(results).items()}
+    """Returns an SVG file for a paper: rate against distortion, and three metrics by setting."""
+    by_key = {metric.key: cells for metric, cells in compare_settings(results).items()}
     columns = {
         name: {setting: cell.values for setting, cell in by_key[key].items()}
         for key, name in PAPER_COLUMNS.items()
         if key in by_key
     }
-    title = f"{title}: rate across (by its root), distortion up, nats"
+    title = f"{title}: x: rate (square-root scale), y: distortion, nats"
     return charts.board(_points(results), columns, _colours(results), title=title)
 
 
 def page(title: str, results: Results, options: Mapping[str, Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Returns one HTML page that needs no other file: rate against distortion, each measure by setting, the table.
+    """Returns a self-contained HTML page: rate against distortion, each metric by setting, and the table.
 
     Args:
-      options: of each setting, the options of its training.
+      options: the training options of each setting.
       notes: further warnings.
     """
     table, colours = compare_settings(results), _colours(results)
@@ -49,14 +49,14 @@ def page(title: str, results: Results, options: Mapping[str, Sequence[str]], not
                 {name: cell.values for name, cell in cells.items()},
                 colours,
                 {name: significance_mark(cell) for name, cell in cells.items()},
-                title=measure.name,
+                title=metric.name,
             ),
-            measure.name + BETTER[measure.better],
+            metric.name + BETTER[metric.better],
         )
-        for measure, cells in table.items()
+        for metric, cells in table.items()
     ]
     rows = [
-        (name, len(runs), [format_cell(measure, cells[name]) for measure, cells in table.items()])
+        (name, len(runs), [format_cell(metric, cells[name]) for metric, cells in table.items()])
         for name, runs in results.items()
     ]
     return render(
@@ -64,15 +64,15 @@ def page(title: str, results: Results, options: Mapping[str, Sequence[str]], not
         title=title,
         kind="comparison",
         caveats=caveats(results, notes),
-        # The numbers tell apart settings that have the same colour.
+        # Colours repeat after ten settings, so settings are also numbered.
         settings_legend=[(f"{i} {name}", colours[name]) for i, name in enumerate(results, 1)],
         plane=Figure(
-            charts.plane(_points(results), colours, title="rate across, distortion up; nats"),
-            "KL across (by its square root), reconstruction up, nats per text; one dot per seed",
+            charts.plane(_points(results), colours, title="x: rate, y: distortion; nats"),
+            "x: KL (square-root scale), y: reconstruction loss, nats per text; one dot per seed",
         ),
         strips=strips,
         about=table_note(results),
-        columns=[measure.name for measure in table],
+        columns=[metric.name for metric in table],
         rows=rows,
         options=options,
     )
@@ -83,9 +83,9 @@ def _colours(results: Results) -> dict[str, str]:
 
 
 def _points(results: Results) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns rate and distortion of each setting's runs."""
+    """Returns the rates and distortions of each setting's runs."""
 
     def values(key: str, runs: Mapping[int, Mapping[str, Any]]) -> list[float]:
-        return [m[key] if is_number(m.get(key)) else math.nan for m in runs.values()]
+        return [m[key] if is_finite_number(m.get(key)) else math.nan for m in runs.values()]
 
     return {name: tuple(values(key, runs) for key in RATE_AND_DISTORTION) for name, runs in results.items()}

@@ -1,4 +1,4 @@
-"""Fills the templates of the HTML pages. A page is one file that needs no other, and no network."""
+"""Renders the templates of the HTML pages. Each page is one self-contained file that needs no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATES = jinja2.Environment(
 
 
 class Figure(NamedTuple):
-    """A chart with its caption and, where its colours have names, its legend."""
+    """Holds a chart with its caption and legend. The legend is empty if the chart has only one colour."""
 
     svg: str
     caption: str
@@ -25,6 +25,8 @@ class Figure(NamedTuple):
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a template, which extends page.html and so needs `title` and `kind`. Values are escaped, but for a figure's
-    SVG."""
+    """Renders a template that extends page.html, which requires `title` and `kind`.
+
+    All values are escaped, except the SVG of a `Figure`.
+    """
     return TEMPLATES.get_template(template).render(values)

@@ -12,8 +12,8 @@ def pca(means: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, "n 2"], floa
     """Projects to the two directions of largest variance.
 
     Returns:
-      The points, and the fraction of the variance that they keep. Each axis is oriented so that its larger side is
-      positive.
+      The points, and the fraction of the variance that they preserve. Each axis is oriented so that the point farthest
+      from 0 is positive.
     """
     centred = np.asarray(means, np.float64) - np.mean(means, axis=0)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
@@ -27,10 +27,10 @@ def pca(means: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, "n 2"], floa
 def discriminant(
     means: Float[np.ndarray, "n L"], classes: Sequence[str], others: Float[np.ndarray, "m L"]
 ) -> Float[np.ndarray, "m 2"]:
-    """Projects other latents to the plane that separates the classes of `means` best (Fisher 1936).
+    """Projects other latents to the plane that best separates the classes of `means` (Fisher 1936).
 
-    The unit is the standard deviation within the classes. With many dimensions and few texts some plane separates any
-    classes, so the texts that are shown must not be those that the plane was fitted to.
+    The unit is the standard deviation within the classes. With many dimensions and few texts, some plane separates
+    any classes, so the projected texts must not be those that the plane was fitted to.
     """
     means = np.asarray(means, np.float64)
     y = np.unique(np.asarray(classes), return_inverse=True)[1]
@@ -45,7 +45,7 @@ def discriminant(
 
 
 def first_halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
-    """Draws half of the texts of each class, and one more where their number is odd. Returns which texts are drawn."""
+    """Selects half of the texts of each class at random, rounding up. Returns a mask of the selected texts."""
     rng, classes = np.random.default_rng(seed), np.asarray(classes)
     first = np.zeros(len(classes), bool)
     for name in np.unique(classes):
@@ -55,17 +55,17 @@ def first_halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"
 
 
 def subsample(rows: Int[np.ndarray, " n"], limit: int, seed: int = 0) -> Int[np.ndarray, " m"]:
-    """Returns the rows in their order; of more than `limit`, that many, drawn without replacement."""
+    """Returns at most `limit` rows in order, sampled without replacement if there are more."""
     if len(rows) <= limit:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
 
 
 def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:
-    """Projects by UMAP (McInnes et al. 2018). None if umap-learn is not installed, or with fewer than 20 texts."""
+    """Projects by UMAP (McInnes et al. 2018). None if umap-learn is not installed or there are fewer than 20 texts."""
     if len(means) < 20:
         return None
-    try:  # imports the class, because any folder called umap in the search path could be imported
+    try:  # imports the class, because any folder named umap on the search path can be imported as a module
         from umap import UMAP
     except ImportError:
         return None

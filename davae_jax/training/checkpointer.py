@@ -1,7 +1,7 @@
 """Saves and restores a run's checkpoints: a folder for each saved step, written while training continues.
 
-A checkpoint holds `params` (the weights, which every `davae` command reads) and `state` (the rest of the train state).
-Its metadata hold a checksum of every array, which detects damage that the file format does not.
+A checkpoint contains `params` (the weights, which every `davae` command reads) and `state` (the rest of `TrainState`).
+Its metadata contain a checksum of every array, to detect damage that the file format does not detect.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from davae_jax.parallel.multihost import all_processes, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
 
-REST = "state"  # the part of a checkpoint that is not weights
+REST = "state"  # the name, in a checkpoint, of everything that is not weights
 # The metadata's keys.
 CHECKSUMS, EXTRA_STATE = "sums", "remembered"
 
@@ -39,15 +39,16 @@ class Checkpoints:
 
     Attributes:
       run: the run folder.
-      step: of the newest complete checkpoint, 0 if there is none.
+      step: the step of the newest complete checkpoint, 0 if there is none.
     """
 
     def __init__(self, run: Path, keep: int, *, on_complete: Callable[[Path], None] | None = None):
-        """
+        """Opens the checkpoints of a run; the folder need not exist yet.
+
         Args:
           run: the run folder.
-          keep: how many of the newest checkpoints are kept, beside the one with the lowest held-out loss.
-          on_complete: called with the path of each saved checkpoint as soon as it is complete, on a thread of Orbax's.
+          keep: the number of newest checkpoints to keep, besides the one with the lowest held-out loss.
+          on_complete: called with the path of each checkpoint as soon as it is complete, on one of Orbax's threads.
         """
         self.run = run
         self.step = max(map(_step, complete_checkpoints(run)), default=0)
@@ -61,14 +62,14 @@ class Checkpoints:
 
     @property
     def last(self) -> str:
-        """The path of the newest complete checkpoint, or "none yet", for messages."""
+        """Returns the path of the newest complete checkpoint, or "none yet", for messages."""
         return str(self.path(self.step)) if self.step else "none yet"
 
     def save(self, state: TrainState, *, held_out_loss: float | None = None, extra_state: Any = None) -> None:
         """Begins to save the state, after the previous save is complete. The arrays may be reused when this returns.
 
         Args:
-          held_out_loss: by which the best checkpoint is chosen; None, NaN and infinity are never the best.
+          held_out_loss: the criterion for the best checkpoint; None, NaN and infinity are never the best.
           extra_state: JSON values that `restore` returns with the state.
 
         Raises:
@@ -83,7 +84,7 @@ class Checkpoints:
         self._saving = step
         with self._save_errors(), quiet_orbax():
             self._response = self._open().save_checkpointables_async(
-                step, _parts(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
+                step, _checkpointables(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
             )
             if self._on_complete is not None:
                 path, on_complete = self.path(step), self._on_complete
@@ -121,20 +122,22 @@ class Checkpoints:
             for bad_step, reason in damaged.items():
                 bad = self.path(bad_step)
                 if is_process_zero():
-                    print(f"{bad}: {reason}; set aside, going on from {self.path(step)}", file=sys.stderr)
-                    bad.rename(_unused_path(bad.with_suffix(".damaged")))
+                    renamed = _unused_path(bad.with_suffix(".damaged"))
+                    message = f"{bad}: {reason}: renamed to {renamed.name}; resuming from {self.path(step)}"
+                    print(message, file=sys.stderr)
+                    bad.rename(renamed)
             self.step = step
             if damaged:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+                multihost_utils.sync_global_devices("damaged checkpoints are renamed")
             return state, extra_state
         reasons = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
-        raise InputError(f"{reasons}; no other checkpoint is left")
+        raise InputError(f"{reasons}; no intact checkpoint remains")
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Completes the save in progress and stops Orbax's threads; does neither where the run is killed."""
+        """Completes the save in progress and stops Orbax's threads; does neither if the run is killed."""
         if kind is None:
             self.wait()
         elif issubclass(kind, InputError) or (issubclass(kind, Exception) and jax.process_count() == 1):
@@ -152,15 +155,15 @@ class Checkpoints:
         path = self.path(step).absolute()
         try:
             with quiet_orbax():
-                parts = ocp.load_checkpointables(path, _parts(like))
+                items = ocp.load_checkpointables(path, _checkpointables(like))
                 metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise _Damaged(f"cannot be read ({first_line(e)})") from e
-        loaded = {f"params.{name}": leaf for name, leaf in flatten(parts[PARAMS_FOLDER]).items()} | parts[REST]
+        loaded = {f"params.{name}": leaf for name, leaf in flatten(items[PARAMS_FOLDER]).items()} | items[REST]
         loaded = {name: loaded[name] for name in _leaves(like)}
         saved, checksums = metadata.get(CHECKSUMS, {}), jax.device_get(_checksums(loaded))
         if differing := [name for name in checksums if int(checksums[name]) != saved.get(name)]:
-            raise _Damaged(f"{len(differing)} arrays are not what was saved, {differing[0]} first")
+            raise _Damaged(f"checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
         return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), metadata[EXTRA_STATE]
 
     def _open(self):
@@ -199,11 +202,11 @@ class Checkpoints:
 
 
 class _Damaged(Exception):
-    """A checkpoint that is complete, but cannot be restored."""
+    """Signals that a complete checkpoint cannot be restored."""
 
 
 def _unused_path(path: Path) -> Path:
-    """Returns the path, with the first number appended that makes a name which does not exist."""
+    """Returns the path if it does not exist, otherwise with the smallest number appended that makes it new."""
     names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
     return next(name for name in names if not name.exists())
 
@@ -223,8 +226,8 @@ def _step(path: Path) -> int:
     return int(path.name)
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
-    """Returns the two parts of a checkpoint: the weights as nested dicts, the rest of the state by path."""
+def _checkpointables(state: TrainState) -> dict[str, Any]:
+    """Returns the two items of a checkpoint: the weights as nested dicts, the rest of the state by path."""
     rest = {name: leaf for name, leaf in _leaves(state).items() if not name.startswith("params.")}
     return {PARAMS_FOLDER: nest(flatten(state.params)), REST: rest}
 

@@ -1,5 +1,7 @@
 """The settings of a training run. The command line of train.py and its help are generated from these classes."""
 
+# The help texts below fields are single lines, because the command line's help keeps their line breaks.
+# ruff: noqa: E501
 from __future__ import annotations
 
 import dataclasses
@@ -16,38 +18,33 @@ from davae_jax.utils.errors import OptionError, check_options
 
 # Conditions of `check_options` that several classes use.
 _NON_NEGATIVE = (lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
-_UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "lie in [0, 1]")
+_UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "be in [0, 1]")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training texts, and how batches are made of them."""
+    """Training texts, and how batches are formed from them."""
 
     train: Path | None = None
-    """Training texts: a UTF-8 file with one text per line, JSON Lines, or a folder made by `davae prepare`. None: a
-    small synthetic corpus that the project generates."""
+    """Training texts: a UTF-8 file with one text per line, JSON Lines, or a folder made by `davae prepare`. None: a small synthetic corpus that the project generates."""
 
     valid: Path | None = None
-    """Validation texts. None: a part of the training texts is held out."""
+    """File of held-out texts. None: some training texts are held out."""
 
     field: str = "text"
-    """Field of a JSON line that holds the text."""
+    """Field of a JSON line that contains the text."""
 
     max_length: int = 128
-    """Maximum text length in decoder tokens, special tokens included; longer texts are left out."""
+    """Maximum text length in decoder tokens, special tokens included; longer texts are dropped."""
 
     buckets: int | None = None
-    """Number of length buckets; each gives batches of one shape and compiles its own program. None: 4, or 1 for the
-    synthetic corpus, whose texts are all about equally long."""
+    """Number of length buckets. The batches of a bucket have one shape, for which a program is compiled. None: 4, or 1 for the synthetic corpus, whose texts are all about equally long."""
 
     pack: bool = False
-    """Pack several texts into each row, each with its own latent, so that there is almost no padding. Rows have the
-    maximum text length."""
+    """Pack several texts into each row, each with its own latent, so that there is almost no padding. Rows have the maximum text length."""
 
     segment_length: int | None = None
-    """Train on longer texts in segments of this many tokens, with the decoder's recurrent memory between segments and
-    one latent per text. The encoder then reads only the beginning of texts longer than its positions. None: whole
-    texts."""
+    """Train on longer texts in segments of this many tokens, with the decoder's recurrent memory between segments and one latent per text. The encoder then reads only the beginning of texts longer than its positions. None: whole texts."""
 
     segment_mask: Literal["full", "published"] = "full"
     """Attention mask over the memory. full: all of it. published: at most one segment length back."""
@@ -81,27 +78,27 @@ class BetaConfig:
     """Schedule of the KL weight β: a linear or sigmoid warmup (Li et al. 2020, Optimus), repeated for cyclical
     annealing (Fu et al. 2019).
 
-    A cycle holds `start` for `ratio_zero` of its steps, rises to `max` over `ratio_increase` of them, and stays there.
+    In each cycle β is `start` for a fraction `ratio_zero` of the steps, rises to `max` over a fraction `ratio_increase`
+    of them, and then remains at `max`.
     """
 
     start: float = 1e-4
     """Initial β of each cycle."""
 
     max: float = 0.1
-    """Final β of each cycle. Equal to `start`: constant (Higgins et al. 2017)."""
+    """Final β of each cycle; if it equals `start`, β is constant (Higgins et al. 2017)."""
 
     ratio_zero: float = 0.05
-    """Fraction of a cycle that stays at `start`."""
+    """Fraction of a cycle during which β is `start`."""
 
     ratio_increase: float = 0.5
     """Fraction of a cycle over which β rises."""
 
     cycles: int = 1
-    """Number of cycles in the whole training; 1 is a single warmup."""
+    """Number of cycles in the whole training; 1 means a single warmup."""
 
     shape: Literal["linear", "sigmoid"] = "linear"
-    """Shape of the rise. sigmoid: the logistic function from −5 to 5 (Bowman et al. 2016), scaled to begin at `start`
-    and end at `max` exactly."""
+    """Shape of the rise. sigmoid: the logistic function from −5 to 5 (Bowman et al. 2016), scaled to begin at `start` and end at `max` exactly."""
 
     def __post_init__(self):
         check_options(self, "beta.", "start max", *_NON_NEGATIVE)
@@ -119,8 +116,7 @@ class OptimizerConfig:
     """Optimizer of encoder and decoder. The defaults are the published settings."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018), or Muon (Jordan 2024) for the matrices inside
-    the layers with AdamW for all other weights."""
+    """AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018), or Muon (Jordan 2024) for the matrices inside the layers with AdamW for all other weights."""
 
     learning_rate: float = 5e-5
     """Peak learning rate."""
@@ -151,7 +147,7 @@ class OptimizerConfig:
         check_options(self, "optimizer.", "learning_rate weight_decay clip spike", *_NON_NEGATIVE)
         check_options(self, "optimizer.", "eps", lambda x: 0 < x < float("inf"), "be above 0 and finite")
         check_options(self, "optimizer.", "warmup end", *_UNIT_INTERVAL)
-        check_options(self, "optimizer.", "b1 b2", lambda x: 0 <= x < 1, "lie in [0, 1)")
+        check_options(self, "optimizer.", "b1 b2", lambda x: 0 <= x < 1, "be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -168,24 +164,22 @@ class NoiseConfig:
     """Probability of replacing a token by a random one."""
 
     shuffle: float = 0.0
-    """How far tokens are shuffled: a uniform number below this + 1 is added to each position, and positions are
-    sorted."""
+    """Strength of the shuffling of tokens: a uniform number below this + 1 is added to each position, and the tokens are sorted by the result."""
 
     def __post_init__(self):
-        check_options(self, "noise.", "drop substitute", lambda p: 0 <= p < 1, "lie in [0, 1)")
+        check_options(self, "noise.", "drop substitute", lambda p: 0 <= p < 1, "be in [0, 1)")
         check_options(self, "noise.", "embedding shuffle", *_NON_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class FreeBitsConfig:
-    """Free bits: KL below a target is not penalized (one of the model card's five measures)."""
+    """Free bits: KL below a target is not penalized (one of the model card's five techniques)."""
 
     mode: Literal["hard", "clamp", "total", "off"] = "hard"
-    """hard: per text, only dimensions above the target count, as published. clamp: Kingma et al. 2016, for the batch
-    mean of each dimension. total: the same for the whole KL as one group. off: all of the KL counts."""
+    """hard: per text, only dimensions above the target count, as published. clamp: Kingma et al. 2016, for the batch mean of each dimension. total: the same for the total KL, as one group. off: the full KL counts."""
 
     target: float = 1.0
-    """Free nats per dimension; with `total`, of all dimensions together."""
+    """Free nats per dimension; with `total`, of the total KL."""
 
     def __post_init__(self):
         check_options(self, "free-bits.", "target", *_NON_NEGATIVE)
@@ -196,8 +190,7 @@ class PosteriorConfig:
     """Normalization of the posterior."""
 
     mean_scale: float = 0.0
-    """BN-VAE's γ (Zhu et al. 2020): standard deviation that the posterior means are normalized to, per dimension over
-    the batch; the mean KL is then at least L·γ²/2. 0 is off."""
+    """BN-VAE's γ (Zhu et al. 2020): standard deviation that the posterior means are normalized to, per dimension over the batch; the mean KL is then at least L·γ²/2. 0 is off."""
 
     def __post_init__(self):
         check_options(self, "posterior.", "mean_scale", *_NON_NEGATIVE)
@@ -221,7 +214,7 @@ class LaggingConfig:
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """Adversarial training against a discriminator of latents (Makhzani et al. 2015; one of the five measures)."""
+    """Adversarial training against a discriminator of latents (Makhzani et al. 2015; one of the five techniques)."""
 
     weight: float = 0.0
     """Weight λ of the encoder's adversarial loss."""
@@ -245,7 +238,7 @@ def with_constant_rate(main: OptimizerConfig, learning_rate: float) -> Optimizer
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Pretrained encoder and decoder to start from. The model takes their sizes."""
+    """Pretrained encoder and decoder to start from. The model has their sizes."""
 
     encoder: str | None = None
     """Hugging Face BERT: folder or repo id."""
@@ -256,30 +249,28 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Logging and checkpoints. These settings do not change what is learnt."""
+    """Logging and checkpoints. These settings do not affect the trained weights."""
 
     every: int = 20
-    """Steps between two lines of metrics.jsonl; each holds means over these steps."""
+    """Steps between two lines of metrics.jsonl; each line contains means over these steps."""
 
     samples: int = 500
-    """Steps between samples and reconstructions; 0 is never."""
+    """Steps between samples and reconstructions; 0: never."""
 
     checkpoint: int = 500
-    """Steps between checkpoints. The last step always has one."""
+    """Steps between checkpoints. One is always saved after the last step."""
 
     keep: int = 2
-    """Number of newest checkpoints to keep, besides the one with the lowest validation loss."""
+    """Number of newest checkpoints to keep, besides the one with the lowest held-out loss."""
 
     held_out: int = 256
-    """Number of validation texts whose loss is measured at every checkpoint, without noise and at the highest β; 0 is
-    none."""
+    """Number of held-out texts whose loss is computed at every checkpoint, without noise and at the highest β; 0: none."""
 
     figures: int = 1000
-    """Number of validation texts to evaluate on at the end; 0 is no evaluation."""
+    """Number of held-out texts to evaluate on at the end; 0: no evaluation."""
 
     profile_steps: Annotated[tuple[int, int] | None, tyro.conf.arg(prefix_name=False)] = None
-    """First and last step of a profiler trace for TensorBoard or Perfetto, counted from the start of this run: 10
-    12."""
+    """First and last step of a profiler trace for TensorBoard or Perfetto, counted from the start of this process, for example 10 12."""
 
     def __post_init__(self):
         check_options(self, "log.", "every checkpoint keep", lambda n: n >= 1, "be at least 1")
@@ -302,10 +293,10 @@ class TrainConfig:
     """Texts per step; with --data.pack, rows per step."""
 
     seed: int = 0
-    """Random seed of the initial weights, the data order and everything else."""
+    """Random seed: determines the initial weights, the data order and all random numbers."""
 
     run_dir: Path | None = None
-    """Run folder: metrics, checkpoints, tokenizers, config. Started again with the same folder, a run resumes."""
+    """Run folder, for metrics, checkpoints, tokenizers and config. A run whose folder contains checkpoints resumes."""
 
     tokenizers: Path | None = None
     """Folder with spiece.model and vocab.txt. None: tokenizers are trained on the texts."""
@@ -333,15 +324,13 @@ class TrainConfig:
     """Divide the reconstruction loss of each text by its number of tokens, as published; off: sum over the tokens."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision (bfloat16 is mixed precision); weights and optimizer states are float32."""
+    """Compute dtype (bfloat16 is mixed precision); weights and optimizer states are float32."""
 
     remat: Remat = "none"
-    """Gradient checkpointing: what a layer keeps for the backward pass. none: everything. dots: the results of its
-    matrix products. full: only its input, which takes the least memory and, at the published size, 22 % more
-    compute."""
+    """Gradient checkpointing: the activations that a layer saves for the backward pass. none: all. dots: the results of matrix products. full: only the layer's input, which takes the least memory and, at the published size, 22 % more compute."""
 
     accumulate: int = 1
-    """Gradient accumulation: number of parts that a batch is computed in, one after the other."""
+    """Gradient accumulation: number of micro-batches per step."""
 
     logits_chunk: int = 128
     """Number of positions of each text whose logits are in memory at once."""
@@ -352,6 +341,6 @@ class TrainConfig:
             raise OptionError(
                 "--batch-size", f"must be a multiple of --accumulate {self.accumulate}, not {self.batch_size}"
             )
-        check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be a whole number from 0 to 2³² − 1")
+        check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be an integer from 0 to 2³² − 1")
         if self.posterior.mean_scale and not self.data.pack and self.batch_size == self.accumulate:
             raise OptionError("--posterior.mean-scale", "needs a larger batch: a single text has no standard deviation")

@@ -1,4 +1,4 @@
-"""Counts a training step's floating point operations: its matrix products."""
+"""Counts the floating point operations of a training step, which are those of its matrix products."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 class Product(NamedTuple):
     """A matrix product of the forward pass. A multiply-add counts as 2 FLOPs."""
 
-    part: str  # of the model, as `davae plan` lists them
-    flops: int  # of the whole batch
-    devices: int  # over which it is sharded; further devices repeat the same work
-    backward: int = 2  # products of the same size in the backward pass
-    recomputed: int = 0  # how often the backward pass computes it again
+    component: str  # of the model, as listed by `davae plan`
+    flops: int  # for the whole batch
+    devices: int  # number of devices that it is sharded over; any others repeat the same computation
+    backward: int = 2  # number of products of the same size in the backward pass
+    recomputed: int = 0  # number of times that the backward pass recomputes it
 
 
 def model_flops(config: TrainConfig, lengths: tuple[int, int]) -> int:
@@ -37,7 +37,7 @@ def forward_products(
 
     A product y = W·x costs 2 FLOPs per weight and token, and its backward pass twice that (the gradients of W and of
     x): 6·weights·tokens in all. Attention adds, per layer and text, two products of S²·D in the encoder and three of
-    T²·D in the decoder (content, position, context), computed in full although half of them is masked; the tied
+    T²·D in the decoder (content, position, context), computed in full although half of each is masked; the tied
     embedding adds 6·B·T·D·V as logits and nothing as a table. Recomputation is counted separately, in `recomputed`:
     remat "dots" repeats attention; "full" repeats whole layers except the decoder's last product, which its gradient
     does not need; several chunks repeat the logits. Texts in segments attend to K = segment + memory positions instead
@@ -75,14 +75,14 @@ def forward_products(
     products += [
         Product("logits", 2 * B * T * D * V, devices(V), recomputed=int(config.logits_chunk < T)),
         Product("latent", 2 * B * L * D, batch_shards),
-        # The discriminator runs three times: on the latents for each of the two losses, and on draws of the prior.
+        # The discriminator runs three times: on the latents for each of the two losses, and on samples of the prior.
         Product("latent", 3 * 2 * B * (4 * L * L + 4 * L), devices(4 * L)),
     ]
     return products
 
 
 def num_shards(width: int, devices: int) -> int:
-    """Returns over how many devices a dimension is sharded: all, or only one where they do not divide it."""
+    """Returns the number of devices that a dimension is sharded over: all, or one if they do not divide it."""
     return devices if width % devices == 0 else 1
 
 

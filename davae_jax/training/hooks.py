@@ -1,6 +1,6 @@
-"""What happens now and then in a run: samples, checkpoints, a profile. A user's own hooks are called in the same way.
+"""Periodic actions of a run: samples, checkpoints, a profile. Hooks that the user passes are called in the same way.
 
-A hook is a callable with an `every`; the simplest is `Every(100, function)`.
+A hook is a callable with an attribute `every`; the simplest is `Every(100, function)`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from davae_jax.utils.errors import InputError
 
 @dataclasses.dataclass
 class Hook:
-    """Called behind every `every`-th step, counted from 1, with the state after that step.
+    """An action that is called after every `every` steps, with the state after that step.
 
-    Before a hook is called, the values of all steps so far have been logged and found finite. On several processes
-    every process calls every hook.
+    Before a hook is called, the values of all steps so far have been logged and checked to be finite. With several
+    processes, every process calls every hook.
     """
 
-    every: int  # 0: never
-    at_end: bool = False  # also behind the last step, and where the run is interrupted
+    every: int  # in steps; 0: never
+    at_end: bool = False  # also after the last step, and if the run is interrupted
 
     def is_due(self, step: int, last: bool) -> bool:
         return (self.at_end and last) or (self.every > 0 and step % self.every == 0)
@@ -49,10 +49,10 @@ class Every(Hook):
 
 
 class WriteSamples(Hook):
-    """Writes what the model makes of some held-out texts to samples.jsonl, and one of them to the terminal."""
+    """Writes reconstructions and samples to samples.jsonl, and one reconstruction to the terminal."""
 
     def is_due(self, step: int, last: bool) -> bool:
-        return super().is_due(step, last) and not last  # at the end of a run, more is measured
+        return super().is_due(step, last) and not last  # the run ends with an evaluation, which includes examples
 
     def __call__(self, run: Run, state: TrainState, step: int) -> None:
         if run.corpus.held_out and (vae := run.text_vae(state)):
@@ -62,34 +62,30 @@ class WriteSamples(Hook):
 
 
 class SaveCheckpoint(Hook):
-    """Measures the loss of the held-out texts and begins to save the state.
+    """Computes the loss of the held-out texts and begins to save the state.
 
-    The last hook to be called: what other hooks wrote behind the checkpoint of a run that is then killed would be
-    written twice.
+    Must be the last hook: if the run is killed after the checkpoint, output that other hooks wrote after it would be
+    written again on resume.
     """
 
     def __call__(self, run: Run, state: TrainState, step: int) -> None:
         with jax.set_mesh(run.mesh):
             if not all_finite((state.params, state.regularizers)):
-                raise not_finite(run, step, "its update made weights that are not finite")
-            losses = [run.held_out_loss(state.params, batch) for batch in run.held_out]
-            means = (
-                {name: sum(float(one[name]) for one in losses) / len(losses) for name in losses[0]} if losses else {}
-            )
-            if means:
+                raise non_finite_error(run, step, "the update resulted in weights that are not finite")
+            if means := mean_held_out_losses(run, state):
                 run.log.held_out(step, means)
             run.checkpoints.save(state, held_out_loss=means.get("loss"), extra_state=run.log.pending)
 
 
 def mean_held_out_losses(run: Run, state: TrainState) -> dict[str, float]:
-    """Returns the mean of each held-out loss over the run's held-out batches; nothing where there are none."""
+    """Returns the mean of each held-out loss over the run's held-out batches; {} if there are none."""
     losses = [run.held_out_loss(state.params, batch) for batch in run.held_out]
     names = losses[0] if losses else ()
-    return {name: sum(float(batch[name]) for batch in losses) / len(losses) for name in names}
+    return {name: sum(float(batch_losses[name]) for batch_losses in losses) / len(losses) for name in names}
 
 
 class Profiler:
-    """Traces the steps that --profile-steps names, counted from this start, for TensorBoard or Perfetto."""
+    """Traces the steps of --profile-steps, counted from the start of this process, for TensorBoard or Perfetto."""
 
     def __init__(self, run: Run):
         self.first, self.last = run.config.log.profile_steps or (0, 0)
@@ -108,14 +104,18 @@ class Profiler:
 
 
 def default_hooks(config: TrainConfig) -> list[Hook]:
-    """Returns the hooks that every run has, in the order in which they are called."""
+    """Returns the hooks of every run, in the order in which they are called."""
     return [WriteSamples(config.log.samples), SaveCheckpoint(config.log.checkpoint, at_end=True)]
 
 
-def not_finite(run: Run, step: int, what: str) -> InputError:
-    """Returns the error that ends a run at a step: what is not finite, which texts it saw, and the last checkpoint."""
-    run.checkpoints.wait()  # what is being saved was found finite
+def non_finite_error(run: Run, step: int, description: str) -> InputError:
+    """Returns the error that ends a run. It names the step, the value, the step's texts and the last checkpoint.
+
+    Args:
+      description: names the value that is not finite.
+    """
+    run.checkpoints.wait()  # a state is only saved if it is finite
     return InputError(
-        f"step {step}: {what}; its batch is {run.batches.describe(step - 1)}; "
+        f"step {step}: {description}; its batch is {run.batches.describe(step - 1)}; "
         f"the last good checkpoint is {run.checkpoints.last}"
     )

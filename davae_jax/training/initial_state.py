@@ -1,4 +1,4 @@
-"""The state before the first step: freshly drawn weights, or those of a pretrained encoder and decoder."""
+"""Makes the state before the first step, from newly initialized weights or a pretrained encoder and decoder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from davae_jax.model.davae import DAVAE, InitKeys, split
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.state import TrainState, init_state
 
-INIT_FOLDER = "init"  # in the run's folder: the checkpoint that a warm start begins from
-# Settings of a pretrained part that the run decides: no tensor's shape depends on them.
+INIT_FOLDER = "init"  # in the run folder: the checkpoint that a warm start begins from
+# Settings of a pretrained model that a run may change, because no tensor's shape depends on them.
 RUNTIME_FIELDS = {
     "encoder": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
     "decoder": [
@@ -33,9 +33,9 @@ def is_warm_start(config: TrainConfig) -> bool:
 
 
 def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> None:
-    """Writes the checkpoint that a warm start begins from into the run's folder, and prints what was taken from where.
+    """Writes the initial checkpoint of a warm start into the run folder, and prints the source of each weight.
 
-    Does nothing where it is there.
+    Does nothing if the checkpoint exists.
     """
     if (folder / INIT_FOLDER).exists():
         return
@@ -48,26 +48,26 @@ def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> No
 
 
 def warm_start_config(model: DAVAEConfig, folder: Path) -> DAVAEConfig:
-    """Returns the config of a warm start: sizes from the pretrained parts, `RUNTIME_FIELDS` from the run."""
+    """Returns the config of a warm start: sizes from the pretrained model, `RUNTIME_FIELDS` from the run."""
     pretrained = DAVAEConfig.from_json(folder / INIT_FOLDER / CONFIG_FILE)
-    parts = {
-        part: dataclasses.replace(
-            getattr(pretrained, part), **{name: getattr(getattr(model, part), name) for name in names}
+    sections = {
+        section: dataclasses.replace(
+            getattr(pretrained, section), **{name: getattr(getattr(model, section), name) for name in names}
         )
-        for part, names in RUNTIME_FIELDS.items()
+        for section, names in RUNTIME_FIELDS.items()
     }
-    return dataclasses.replace(pretrained, **parts)
+    return dataclasses.replace(pretrained, **sections)
 
 
 def initial_state(abstract: TrainState, model: DAVAEConfig, config: TrainConfig, folder: Path) -> TrainState:
-    """Returns the state before the first step, every array made where `abstract` says that it lies."""
+    """Returns the state before the first step, each array created with its sharding in `abstract`."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if is_warm_start(config):
         params = split(from_pretrained(folder / INIT_FOLDER, mesh=shardings.step.mesh))[1]
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params)
 
-    def draw(key):
+    def make_state(key):
         return init_state(split(DAVAE(model, rngs=InitKeys(key)))[1], config)
 
-    # In one compiled program: drawing weight by weight, thousands of small programs take longer.
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
+    # One compiled program for all weights is faster than thousands of small ones.
+    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(config.seed))

@@ -1,7 +1,7 @@
-"""A training run from its first to its last step. Start reading here.
+"""Runs the training from the first to the last step. Start reading here.
 
-The run is set up (`setup.py`), takes its steps (`step.py`), of which each minimises the objective (`objective.py`), and
-ends with an evaluation. What happens now and then (samples, checkpoints) are hooks (`hooks.py`).
+A run is set up (`setup.py`), takes its steps (`step.py`), each of which reduces the objective (`objective.py`), and
+ends with an evaluation. Periodic actions, such as samples and checkpoints, are hooks (`hooks.py`).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from davae_jax.utils.signals import StopRequest
 class TrainResult(NamedTuple):
     run: Run
     state: TrainState
-    step: int  # steps taken in all
-    interrupted: bool  # whether a signal ended the run before it was through
+    step: int  # total number of steps taken
+    interrupted: bool  # whether a signal ended the run before its last step or during the evaluation
 
 
 def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Trains a model; goes on where a run in the same folder stopped.
+    """Trains a model, resuming if the run folder already contains checkpoints.
 
     Args:
       hooks: called before the run's own (`hooks.default_hooks`).
 
     Raises:
-      InputError: something the user gave cannot be used, or a loss or gradient is not finite.
+      InputError: an option or an input cannot be used, or a loss or gradient is not finite.
     """
     started = time.perf_counter()
     run, state = set_up(config)
@@ -50,7 +50,10 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
     with StopRequest() as stop, run.checkpoints, run.log:
         result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
     if not result.interrupted and config.log.figures and run.corpus.held_out:
-        evaluate(run, result.state, started)
+        try:
+            evaluate(run, result.state, started)
+        except KeyboardInterrupt:  # the trained model is saved; started again, the run evaluates it
+            return result._replace(interrupted=True)
     return result
 
 
@@ -62,12 +65,12 @@ def take_steps(run: Run, state: TrainState, hooks: Sequence[Hook], stop: StopReq
     with tqdm(total=steps, initial=step, unit="step", disable=None if is_process_zero() else True) as bar:
         while not last:
             step += 1
-            asked = time.perf_counter()
+            wait_start = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - wait_start
             profiler.before_step(step)
             state, values = take_step(run, state, batch, step)
-            if unlogged:  # the step before: its values are read while the devices compute this one
+            if unlogged:  # values of the previous step, read while the devices compute this one
                 log_metrics(run, unlogged, bar)
             unlogged = StepValues(step, values, batch.shape, waited)
             bar.update()
@@ -83,7 +86,7 @@ def take_steps(run: Run, state: TrainState, hooks: Sequence[Hook], stop: StopReq
 
 
 def take_step(run: Run, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Logs]:
-    """Starts the computation of a step and returns the next state and the values to log, not waiting for either."""
+    """Starts the computation of a step. Returns the next state and the values to log, without waiting for them."""
     try:
         with jax.set_mesh(run.mesh):
             return run.take_step(state, batch)

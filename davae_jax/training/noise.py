@@ -1,4 +1,4 @@
-"""Noise on the encoder's input: on the tokens, and on the embeddings (one of the model card's five measures)."""
+"""Adds noise to the encoder's input: to the tokens, and to the embeddings (one of the model card's five techniques)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def token_noise(
 
     Args:
       ids: padded with 0.
-      special: the tokens [CLS] and [SEP] at a text's beginning and end; they stay unchanged and in place.
+      special: the tokens [CLS] and [SEP] at a text's beginning and end; their values and positions do not change.
       vocab_size: substitutes are uniform over the ids 1 … vocab_size − 1.
-      segments: where rows hold several texts, each of which keeps its place.
+      segments: the texts of each row, if rows contain several texts; tokens stay within their text.
     """
     if not (config.drop or config.substitute or config.shuffle):
         return ids
@@ -38,14 +38,14 @@ def token_noise(
 
     shift = jax.random.uniform(key_shuffle, ids.shape) * (config.shuffle + 1)
     position = jnp.arange(S) + jnp.where(is_word, shift, 0.0)
-    # Special tokens behind the words stay behind them: they are moved past every position that a word can reach.
+    # Special tokens after the words stay after them: they are moved past every position that a word can reach.
     if segments is None:
-        is_behind = jnp.arange(S) >= jnp.argmax(is_word, axis=1)[:, None]
+        follows_words = jnp.arange(S) >= jnp.argmax(is_word, axis=1)[:, None]
     else:
         last_word = lax.cummax(jnp.where(is_word, jnp.arange(S), -1), axis=1)
-        is_behind = last_word >= jnp.arange(S) - segments.positions()
-    is_behind &= ~is_word
-    position = jnp.where(is_behind, position + S + config.shuffle + 1, position)
+        follows_words = last_word >= jnp.arange(S) - segments.positions()
+    follows_words &= ~is_word
+    position = jnp.where(follows_words, position + S + config.shuffle + 1, position)
     position = jnp.where(dropped | (ids == 0), jnp.inf, position)
     if segments is None:
         order = jnp.argsort(position, axis=1, stable=True)
@@ -56,5 +56,5 @@ def token_noise(
 
 
 def embedding_noise(key: jax.Array, shape: tuple[int, int, int], config: NoiseConfig) -> Float[Array, "B S D"] | None:
-    """Returns N(0, σ²) noise for every embedding, or None where σ is 0."""
+    """Returns N(0, σ²) noise for every embedding, or None if σ is 0."""
     return config.embedding * jax.random.normal(key, shape) if config.embedding else None

@@ -1,7 +1,7 @@
 """The training objective: reconstruction + β·KL + λ·adversarial + Σ regularizers, and its gradient.
 
-Everything after the encoder is computed per text. A batch of B rows with up to P texts each has N = B·P places for
-texts; places without a text are masked out of every mean.
+Everything after the encoder is computed per text. A batch of B rows with up to P texts each has N = B·P slots for
+texts; slots without a text are masked out of every mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from davae_jax.model.davae import DAVAE, Params, merge
 from davae_jax.model.decoder import Decoder
 from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension
 from davae_jax.model.layers import Segments
-from davae_jax.model.losses import adversarial_losses, chunked_nll
+from davae_jax.model.losses import chunked_nll, discriminator_loss, generator_loss
 from davae_jax.regularizers import LatentBatch, active, batch_normalized, regularizer_terms
 from davae_jax.training.config import FreeBitsConfig, TrainConfig
 from davae_jax.training.noise import embedding_noise, token_noise
@@ -28,36 +28,36 @@ Logs = dict[str, Array]  # scalars, and kl_per_dim [L]
 
 
 class StepContext(NamedTuple):
-    """What the objective depends on besides the weights, the batch and the config."""
+    """The inputs of the objective besides the weights, the batch and the config."""
 
-    key: jax.Array  # of this step; every draw comes from it
+    key: jax.Array  # of this step; all random numbers are derived from it
     beta: Float[Array, ""]  # weight of the KL
     step: Int[Array, ""] | int = 0  # steps taken so far
     corpus_size: int | None = None  # number of training texts, which some regularizers need
-    # What sums over texts are divided by; None: the batch's number of texts. With gradient accumulation it is the
-    # number of texts that a part has on average, so that the mean of the parts' gradients is the whole batch's.
+    # For packed rows, the divisor of sums over texts; None: the batch's number of texts. With gradient accumulation it
+    # is the mean number of texts per micro-batch, so that the mean of their gradients is that of the whole batch.
     texts: Float[Array, ""] | None = None
 
 
 class LossTerms(NamedTuple):
-    """The terms of the objective, weights included. All are scalars, means over texts, in nats."""
+    """The weighted terms of the objective. All are scalars, means over texts, in nats."""
 
     reconstruction: Float[Array, ""]
     kl: Float[Array, ""]
     adversarial: Float[Array, ""]
     regularizers: Float[Array, ""]
-    discriminator: Float[Array, ""]  # L_d, which reaches the discriminator alone
-    adversaries: Float[Array, ""]  # losses of regularizers' adversaries, which reach these alone
+    discriminator: Float[Array, ""]  # L_d, whose gradient reaches only the discriminator
+    adversaries: Float[Array, ""]  # losses of regularizers' adversaries; the gradient reaches only these
     logs: Logs
 
     @property
     def model_loss(self) -> Float[Array, ""]:
-        """What encoder and decoder minimise; logged as "loss"."""
+        """Returns the loss that encoder and decoder minimize; logged as "loss"."""
         return self.reconstruction + self.kl + self.adversarial + self.regularizers
 
     @property
     def total(self) -> Float[Array, ""]:
-        """What is differentiated. Each parameter is reached only by the terms that it should minimise."""
+        """Returns the sum that is differentiated. Each parameter receives gradients only from terms it minimizes."""
         return self.model_loss + self.discriminator + self.adversaries
 
 
@@ -69,29 +69,33 @@ class EncodedTexts(NamedTuple):
 def gradient(
     params: Params, graphdef: nnx.GraphDef, batch: Batch, context: StepContext, config: TrainConfig
 ) -> tuple[Params, Logs]:
-    """Returns the objective's gradient and the values to log, computed in `config.accumulate` parts of the batch.
+    """Returns the objective's gradient and the values to log, computed in `config.accumulate` micro-batches.
 
-    The objective is a mean over texts, so the mean of the parts' gradients is the gradient of the whole batch. What
-    differs: each part has draws of its own, free bits clamped on a batch's mean are clamped on a part's, and
-    regularizers see a part's statistics.
+    The objective is a mean over texts, so the mean of the micro-batches' gradients is the gradient of the whole batch.
+    There are three differences: each micro-batch has its own random numbers, free bits that are clamped on the mean of
+    the batch are clamped on that of the micro-batch, and regularizers see the statistics of the micro-batch.
     """
     grad = jax.grad(_total_and_logs, has_aux=True)
     n = config.accumulate
     if n == 1:
         return grad(params, graphdef, batch, context, config)
 
-    context = context._replace(texts=(batch.lengths > 0).sum() / n)
+    if batch.decoder_segments is not None:  # micro-batches differ in their number of texts
+        context = context._replace(texts=(batch.lengths > 0).sum() / n)
 
-    def add_part(total, part):
-        i, rows = part
-        own_key = jax.random.fold_in(context.key, i)
-        return jax.tree.map(jnp.add, total, grad(params, graphdef, rows, context._replace(key=own_key), config)), None
+    def add_micro_batch(total, micro_batch):
+        i, rows = micro_batch
+        micro_batch_key = jax.random.fold_in(context.key, i)
+        grads_and_logs = grad(params, graphdef, rows, context._replace(key=micro_batch_key), config)
+        return jax.tree.map(jnp.add, total, grads_and_logs), None
 
-    # Part i has the rows i, i + n, …, so that each device contributes rows of its own to every part.
-    parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], parts), context, config))
+    # Micro-batch i has the rows i, i + n, …, so that each device contributes its own rows to every micro-batch.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(
+        lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], micro_batches), context, config)
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add_part, zeros, (jnp.arange(n), parts))
+    total, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(n), micro_batches))
     return jax.tree.map(lambda x: x / n, total)
 
 
@@ -109,43 +113,43 @@ def objective(
     gradient is stopped. The end token is trained; padding is masked by length.
 
     Args:
-      params: the model's, and under "regularizers" the parameters of regularizers that have some.
+      params: the model's parameters, and under "regularizers" those of regularizers that have parameters.
     """
     params = dict(params)
     regularizer_params = params.pop("regularizers", {})
     keys = dict(zip(("token", "embedding", "encoder", "latent", "decoder", "prior"), jax.random.split(context.key, 6)))
     model = merge(graphdef, params)
-    is_text = (batch.lengths > 0).reshape(-1)
+    is_text = None if batch.decoder_segments is None else (batch.lengths > 0).reshape(-1)
     mean = partial(mean_over_texts, is_text=is_text, count=context.texts)
-    # Statistics that are no summand of the loss are means over this part's own texts.
-    mean_of_part = partial(mean_over_texts, is_text=is_text)
+    # Statistics that are not added to the loss are means over the texts of this micro-batch.
+    micro_batch_mean = partial(mean_over_texts, is_text=is_text)
 
     encoded = encode(model, batch, keys, config)
     posterior, logs = encoded.posterior, {}
     if config.posterior.mean_scale:
-        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, mean_of_part)
-        logs = {"mean_std": mean_std, "pooled": mean_of_part(encoded.pooled.astype(jnp.float32))}
+        posterior, mean_std = batch_normalized(posterior, config.posterior.mean_scale, micro_batch_mean)
+        logs = {"mean_std": mean_std, "pooled": micro_batch_mean(encoded.pooled.astype(jnp.float32))}
     latent = posterior.sample(keys["latent"])
     rec, length = reconstruction(model, batch, latent, keys["decoder"], config)
     rec_per_token = rec / length
     kl_NL = kl_per_dimension(posterior)
-    kl = free_bits_kl(kl_NL, config.free_bits, mean_of_part)
+    kl = free_bits_kl(kl_NL, config.free_bits, micro_batch_mean)
 
-    # The discriminator is trained even where λ is 0; its loss then only measures how far latents are from the prior.
+    # The discriminator is trained even if λ is 0; its loss then only measures how far the latents are from the prior.
     prior = jax.random.normal(keys["prior"], latent.shape)
     frozen = merge(graphdef, params | {"discriminator": jax.lax.stop_gradient(params["discriminator"])})
-    loss_d, _ = adversarial_losses(model, latent, prior, mean)
-    _, loss_g = adversarial_losses(frozen, latent, prior, mean)
+    loss_d = discriminator_loss(model, latent, prior, mean)
+    loss_g = generator_loss(frozen, latent, mean)
 
-    added, adversaries, regularizer_logs = jnp.float32(0), jnp.float32(0), {}
+    regularizer_loss, adversaries, regularizer_logs = jnp.float32(0), jnp.float32(0), {}
     if regularizers := active(config.regularizers):
         latents = latent_batch(batch, posterior, latent, prior, context, config)
-        added, adversaries, regularizer_logs = regularizer_terms(regularizers, latents, regularizer_params)
+        regularizer_loss, adversaries, regularizer_logs = regularizer_terms(regularizers, latents, regularizer_params)
     return LossTerms(
         reconstruction=mean(rec_per_token if config.length_weighted else rec),
         kl=context.beta * mean(kl),
         adversarial=config.adversarial.weight * loss_g,
-        regularizers=added,
+        regularizers=regularizer_loss,
         discriminator=loss_d,
         adversaries=adversaries,
         logs=logs
@@ -162,9 +166,16 @@ def objective(
 
 
 def mean_over_texts(
-    x: Float[Array, "N *L"], is_text: Bool[Array, "N"], count: Float[Array, ""] | None = None
+    x: Float[Array, "N *L"], is_text: Bool[Array, "N"] | None = None, count: Float[Array, ""] | None = None
 ) -> Float[Array, "*L"]:
-    """Returns the sum over the places that hold a text, divided by `count` (by default the number of these places)."""
+    """Returns the mean over the texts.
+
+    Args:
+      is_text: which entries of x belong to a text; None: all, and nothing is masked.
+      count: what the masked sum is divided by; by default the number of texts.
+    """
+    if is_text is None:
+        return x.mean(0)
     mask = is_text.reshape(-1, *[1] * (x.ndim - 1))
     return jnp.where(mask, x, 0).sum(0) / (is_text.sum() if count is None else count)
 
@@ -188,7 +199,7 @@ def reconstruction(
 ) -> tuple[Float[Array, "N"], Int[Array, "N"]]:
     """Returns Σ −log p over each text's targets, in nats, and the number of its targets (at least 1).
 
-    A key turns dropout on.
+    Dropout is applied if a key is given.
     """
     ids, targets, segments = batch.decoder_ids, batch.decoder_targets, target_segments(batch)
     (B, P), T = batch.lengths.shape, ids.shape[1]
@@ -206,7 +217,7 @@ def reconstruction(
 
 
 def target_segments(batch: Batch) -> Int[Array, "B T"]:
-    """Returns which text of its row each target belongs to, from 1; 0 is padding."""
+    """Returns the index of each target's text within its row, from 1; 0 is padding."""
     if batch.decoder_segments is not None:
         return batch.decoder_segments
     return (jnp.arange(batch.decoder_targets.shape[1]) < batch.lengths - 1).astype(jnp.int32)
@@ -248,11 +259,11 @@ def reconstruction_in_segments(
 
 
 def free_bits_kl(kl_NL: Float[Array, "N L"], config: FreeBitsConfig, mean=None) -> Float[Array, "N"]:
-    """Returns the KL of each text that β weighs.
+    """Returns the KL of each text that is multiplied by β.
 
     hard: the published free bits; of each text, only dimensions whose KL is above the target count.
     clamp: the free bits of Kingma et al. 2016 (appendix C.8): a dimension's mean over the batch counts as the target
-      where it is below.
+      if it is below.
     total: the same with the whole KL as one group of dimensions.
 
     Args:
@@ -278,12 +289,12 @@ def latent_batch(
     context: StepContext,
     config: TrainConfig,
 ) -> LatentBatch:
-    """Returns what regularizers get to see of a batch. Places without a text hold zeros."""
+    """Returns the batch of latents that regularizers receive. Slots without a text contain zeros."""
     B, P = batch.lengths.shape
     segments = target_segments(batch)
     is_text = (batch.lengths > 0).reshape(-1)
 
-    def zero_where_empty(x):  # nothing from an empty place can reach a value or a gradient
+    def zero_where_empty(x):  # so that an empty slot affects no value and no gradient
         return jnp.where(is_text[:, None], x, 0)
 
     return LatentBatch(

@@ -1,4 +1,4 @@
-"""The optimizers that a run can use, all of them optax's, and the guard against gradient spikes."""
+"""Makes the optimizers of a run from optax's, with an optional guard against gradient spikes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from davae_jax.training.schedules import learning_rate
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, separate_decoder: bool = False) -> optax.GradientTransformation:
-    """Returns clipping by the global norm, followed by the update. Matrices decay; biases and LayerNorms never do.
+    """Returns the optimizer: clipping by the global norm, then the update. Weight decay applies to matrices only.
 
     Args:
-      steps: of the whole training, for the learning rate's schedule.
+      steps: the number of steps of the whole training, for the learning rate schedule.
       separate_decoder: keep the decoder's moments and step count apart from the encoder's.
     """
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
@@ -28,17 +28,16 @@ def make_optimizer(config: OptimizerConfig, steps: int, separate_decoder: bool =
 
 class SpikeState(NamedTuple):
     usual: Float[Array, ""]  # running mean of the gradient's norm
-    seen: Int[Array, ""]  # steps
-    skipped: Int[Array, ""]  # steps that were skipped
+    seen: Int[Array, ""]  # number of steps
+    skipped: Int[Array, ""]  # number of skipped steps
     inner: optax.OptState
 
 
 def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """Returns an optimizer that leaves weights and optimizer state unchanged where the gradient's norm spikes.
+    """Returns an optimizer that leaves weights and optimizer state unchanged if the gradient norm spikes.
 
-    A spike is a norm above `factor` times its running mean. The mean is over about the last 100 steps, and nothing is
-    skipped during the first 100. Every skipped step raises the mean by a tenth, so that a norm that stays high counts
-    as the usual one after a while.
+    A spike is a norm above `factor` times its running mean over about the last 100 steps. No step is skipped during the
+    first 100. Every skipped step raises the mean by a tenth, so that a norm that remains high is accepted eventually.
     """
     memory = 100
 
@@ -66,13 +65,13 @@ def _update(config: OptimizerConfig, steps: int, separate_decoder: bool) -> opta
             update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=None)
             direction = optax.chain(update, optax.scale(-1.0))
         case "muon":
-            # consistent_rms gives updates of AdamW's usual size, so that one learning rate serves both.
+            # consistent_rms gives updates of the same size as AdamW's, so that one learning rate serves both.
             adam = dict(adam_b1=config.b1, adam_b2=config.b2, eps=config.eps)
             update = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2, **adam)
             direction = optax.chain(update, optax.scale(-1.0))
     if separate_decoder:
         direction = optax.partition({"decoder": direction, "others": direction}, _partition_label)
-    # Learning rate and decay act as in AdamW whatever the direction: the decay is multiplied by the rate too.
+    # Learning rate and decay act as in AdamW for every optimizer: the decay is also multiplied by the learning rate.
     return optax.chain(
         direction,
         optax.add_decayed_weights(config.weight_decay, _is_matrix),
@@ -85,12 +84,12 @@ def _partition_label(params: Params):
 
 
 def _is_matrix(params: Params):
-    """Returns which weights decay. Some biases have two axes; they are recognised by their names."""
+    """Returns a mask of the weights that decay. Some biases have two axes; they are recognized by their names."""
     return jax.tree.map_with_path(lambda path, w: w.ndim > 1 and "bias" not in jax.tree_util.keystr(path[-1:]), params)
 
 
 def _muon_axes(params: Params):
-    """Returns the axes of the matrices inside the layers, which Muon updates; every other weight is AdamW's."""
+    """Returns the axes of the matrices inside the layers, which Muon updates; AdamW updates all other weights."""
 
     def axes(path, w, is_matrix):
         in_layer = any(getattr(key, "key", None) == "layers" for key in path)

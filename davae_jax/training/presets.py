@@ -1,4 +1,4 @@
-"""The presets of train.py: the demo, and the published model."""
+"""Defines the presets of train.py: the demo, and the published model."""
 
 from __future__ import annotations
 

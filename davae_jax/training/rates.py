@@ -1,4 +1,4 @@
-"""Measures a run: tokens per second, MFU, time spent waiting and compiling, device memory."""
+"""Computes the rates of a run: tokens per second, MFU, time spent waiting and compiling, device memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import jax
 class Work(NamedTuple):
     """The work of one step, for the rates."""
 
-    tokens: int  # trained on
-    flops: float  # by `flops.model_flops`
+    tokens: int  # number of trained tokens
+    flops: float  # as counted by `flops.model_flops`
     waited: float  # seconds spent waiting for the batch
 
 
 class Rates:
-    """Rates of the steps since `restart`, which may be fewer than the steps of the means."""
+    """Computes rates over the steps since `restart`, which may be fewer than the steps of the means."""
 
     def __init__(self, peak_flops: float | None):
         self._peak_flops = peak_flops
@@ -60,6 +60,6 @@ def compile_seconds() -> float:
 
 
 def device_memory() -> int | None:
-    """Returns the peak bytes in use of this process's fullest device; None if the backend does not report it."""
+    """Returns the highest peak of bytes in use among this process's devices; None if the backend does not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)

@@ -1,4 +1,4 @@
-"""What a run says about itself: its first lines, the metrics of its steps, and the evaluation at its end."""
+"""Prints and writes the output of a run: the summary at its start, metrics of the steps, the final evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from davae_jax.evaluation.table import format_table
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.multihost import is_process_zero, run_on_process_zero
 from davae_jax.regularizers import active
-from davae_jax.training.hooks import not_finite
+from davae_jax.training.hooks import non_finite_error
 from davae_jax.training.run_log import Work
 from davae_jax.training.setup import Run, truncation_mismatch, unsharded_weights
 from davae_jax.training.state import TrainState
@@ -24,24 +24,24 @@ from davae_jax.utils.files import write_json
 
 
 class StepValues(NamedTuple):
-    """The outcome of a step. Its values may still be computed; reading them waits for that."""
+    """The results of a step. The devices may still be computing the values; reading them waits."""
 
     step: int
     values: Logs
     shape: tuple[int, int]  # (S, T) of its batch
-    seconds_waited: float  # for the batch
+    seconds_waited: float  # waiting for the batch
 
 
-def log_metrics(run: Run, taken: StepValues, bar: tqdm) -> None:
-    """Waits for a step's values and logs them. Raises InputError where one is not finite."""
-    step, values = taken.step, jax.device_get(taken.values)
-    work = Work(int(values.pop("tokens")), run.flops(taken.shape), taken.seconds_waited)
+def log_metrics(run: Run, step_values: StepValues, bar: tqdm) -> None:
+    """Waits for a step's values and logs them. Raises InputError if one is not finite."""
+    step, values = step_values.step, jax.device_get(step_values.values)
+    work = Work(int(values.pop("tokens")), run.flops(step_values.shape), step_values.seconds_waited)
     kl_per_dim = values.pop("kl_per_dim")
     values = {name: float(value) for name, value in values.items()}
     if problem := describe_non_finite(values, active(run.config.regularizers)):
-        raise not_finite(run, step, problem)
+        raise non_finite_error(run, step, problem)
     if values.get("skipped") and is_process_zero():
-        bar.write(f"step {step}: skipped, its gradient's norm is {values['grad_norm']:.3g}")
+        bar.write(f"step {step}: skipped, the gradient norm is {values['grad_norm']:.3g}")
     if means := run.log.step(step, values, work, last=step == run.config.steps):
         run.log.histogram(step, "kl_per_dim", kl_per_dim)
         bar.set_postfix_str(
@@ -51,31 +51,32 @@ def log_metrics(run: Run, taken: StepValues, bar: tqdm) -> None:
 
 
 def announce(run: Run, state: TrainState) -> None:
-    """Prints on process 0 what is trained on what, and warns of what may not be meant."""
+    """Prints a summary of model and data on process 0, and warnings about likely mistakes."""
     if not is_process_zero():
         return
     weights = sum(w.size for w in jax.tree.leaves(state.params))
-    left_out = f" ({run.batches.too_long:,} longer ones left out)" if run.batches.too_long else ""
+    dropped = f" ({run.batches.too_long:,} longer ones dropped)" if run.batches.too_long else ""
     print(
-        f"{weights:,} weights, {run.batches.count:,} texts{left_out}, steps {run.first_step} to {run.config.steps} "
+        f"{weights:,} weights, {run.batches.count:,} texts{dropped}, steps {run.first_step} to {run.config.steps} "
         f"of {run.batches.summary()}, in {run.folder}"
     )
     if jax.device_count() > 1:
         mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-        print(f"{jax.device_count()} devices of {jax.process_count()} processes: {mesh}")
-        if warning := unsharded_weights(run.model, run.mesh.shape):
+        print(f"{jax.device_count()} devices in {jax.process_count()} processes: {mesh}")
+        if warning := unsharded_weights(run.config.model, run.mesh.shape):
             warnings.warn(warning, stacklevel=2)
     if warning := truncation_mismatch(run.config, run.corpus):
         warnings.warn(warning, stacklevel=2)
     if run.chip:
-        print(f"MFU is relative to {run.chip.flops / 1e12:.0f} TFLOP/s a device, the {run.chip.name}'s in bfloat16")
+        peak = f"{run.chip.flops / 1e12:.0f} TFLOP/s per device"
+        print(f"MFU is relative to {peak}, the bfloat16 peak of {run.chip.name}")
 
 
 def evaluate(run: Run, state: TrainState, started: float) -> None:
-    """Measures the trained model on held-out texts, prints examples and the measures, and writes figures.json.
+    """Evaluates the trained model on held-out texts, prints examples and metrics, and writes figures.json.
 
     Args:
-      started: `time.perf_counter()` when the run began, for the seconds that it took.
+      started: `time.perf_counter()` when the run began, for its duration.
     """
     vae = run.text_vae(state)
     run_on_process_zero(lambda: _evaluate(run, vae, started))
@@ -84,6 +85,6 @@ def evaluate(run: Run, state: TrainState, started: float) -> None:
 def _evaluate(run: Run, vae: TextVAE, started: float) -> None:
     corpus = run.corpus
     print(f"\n{format_examples(examples(vae, corpus.held_out, corpus.analogy))}\n")
-    measures = evaluate_run(vae, corpus.held_out[: run.config.log.figures], corpus.grammar)
-    print(f"{format_table(measures)}\n")
-    write_json(run.folder / "figures.json", measures | {"seconds": round(time.perf_counter() - started, 1)})
+    metrics = evaluate_run(vae, corpus.held_out[: run.config.log.figures], corpus.grammar)
+    print(f"{format_table(metrics)}\n")
+    write_json(run.folder / "figures.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})

@@ -1,12 +1,12 @@
-"""Opening a run's folder: a new one, or one that was made with the same config, texts and tokenizers.
+"""Opens a run folder: a new one, or one that was made with the same config, texts and tokenizers.
 
 train.json       the resolved config, and hashes of the texts and plugins
-config.json      the model; with vocab.txt and spiece.model beside it, every `davae` command reads the folder
-checkpoints/     one folder a step (`checkpointer.py`)
+config.json      the model config; with vocab.txt and spiece.model, it lets every `davae` command read the folder
+checkpoints/     one folder per saved step (`checkpointer.py`)
 metrics.jsonl    one line every few steps; the same values are in TensorBoard's event files in `events/` (`run_log.py`)
-held_out.jsonl   losses of the held-out texts, one line a checkpoint
-samples.jsonl    what the model wrote along the way
-profile/         a trace, where one was asked for
+held_out.jsonl   losses of the held-out texts, one line per checkpoint
+samples.jsonl    texts that the model generated during training
+profile/         a profiler trace, if --profile-steps is given
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from davae_jax.training.saved_config import LOCATIONS, differences, to_dict, upg
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import is_partial, remove_partial, write_json
 
-# Hashes in train.json, and the option whose file they are of.
+# Hashes in train.json, and the option that names the hashed file.
 CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
 
 
 def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Makes a run's folder, or checks that an existing one can be continued.
+    """Makes a run folder, or checks that an existing one can be continued.
 
-    Texts, tokenizers and plugins are compared by their contents, not by where they lie. A folder without a checkpoint
-    may change: its run begins anew.
+    Texts, tokenizers and plugins are compared by their contents, not by their paths. Without a checkpoint, the
+    settings may differ: the run then starts from the beginning.
 
     Raises:
-      InputError: the folder was made with another config (exit code 2; the message names the options), holds other
-        files, or cannot be written.
+      InputError: the folder was made with another config (exit code 2; the message names the options), contains
+        other files, or cannot be written.
     """
     stored = path / "train.json"
     try:
@@ -51,22 +51,22 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
             changed = changed_options(old, values) + changed_tokenizers(config, path)
             if changed and complete_checkpoints(path):
                 raise OptionError(
-                    "--run-dir", f"{path} was made with another config: {', '.join(changed)}; give another folder"
+                    "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
                 )
             if changed or differences(old, values):
                 _remove_preparations(path)
         elif not all(is_partial(file) for file in path.iterdir()):
             raise OptionError(
-                "--run-dir", f"{path} holds files but no run (there is no train.json); give another folder"
+                "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
             )
         write_json(stored, values)
         remove_partial(path)
     except (OSError, json.JSONDecodeError) as e:
-        raise InputError(f"{path}: cannot be used as a run's folder ({e})") from e
+        raise InputError(f"{path}: cannot be used as a run folder ({e})") from e
 
 
 def _remove_preparations(path: Path) -> None:
-    """Removes what an earlier start has prepared, unless there is a checkpoint that was trained with it."""
+    """Removes tokenizers, config and initial checkpoint of an earlier start, unless a checkpoint depends on them."""
     if not complete_checkpoints(path):
         for name in (CONFIG_FILE, *TOKENIZER_FILES):
             (path / name).unlink(missing_ok=True)
@@ -76,12 +76,12 @@ def _remove_preparations(path: Path) -> None:
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns the options in which two train.json differ, with both values.
 
-    Of paths only the contents count. A hash that the older file lacks is not compared.
+    Files are compared by contents, not by path. A hash that the older file lacks is not compared.
     """
-    changed = differences(old, new, besides=(*LOCATIONS, *CONTENT_HASHES))
-    for part, source in old.get("init", {}).items():
-        if (source is None) != (new["init"][part] is None):
-            changed.append(f"init.{part} ({source}, now {new['init'][part]})")
+    changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES))
+    for section, source in old.get("init", {}).items():
+        if (source is None) != (new["init"][section] is None):
+            changed.append(f"init.{section} ({source}, now {new['init'][section]})")
     for name, option in CONTENT_HASHES.items():
         if name in old and old[name] != new[name]:
             changed.append(f"{option} (other contents)")
@@ -89,7 +89,7 @@ def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def changed_tokenizers(config: TrainConfig, path: Path) -> list[str]:
-    """Returns the option --tokenizers where it names files that differ from the run's own."""
+    """Returns the option --tokenizers if its files differ from those in the run folder."""
     if config.tokenizers is None:
         return []
     pairs = [(config.tokenizers / name, path / name) for name in TOKENIZER_FILES]

@@ -24,7 +24,7 @@ from davae_jax.utils.files import write_text
 class RunLog:
     """Collects the values of each step and writes their means every few steps. Use it as a context manager.
 
-    When a run resumes, lines after the step that it resumes from are removed: they will be written again.
+    When a run resumes, lines after the step that it resumes from are removed, because they will be written again.
     """
 
     def __init__(
@@ -37,13 +37,14 @@ class RunLog:
         peak_flops: float | None,
         last_checkpoint: Callable[[], str],
     ):
-        """
+        """Prepares the log; the files are opened on entering the context.
+
         Args:
           path: the run folder.
           every: steps between two lines of metrics.jsonl.
           step: the step that the run resumes from.
           pending: the attribute `pending` at the time that step was saved.
-          peak_flops: FLOP/s of all devices together; None if unknown, and then MFU is None.
+          peak_flops: peak FLOP/s summed over all devices; None if unknown, and MFU is then None.
           last_checkpoint: returns the path of the last complete checkpoint, for messages.
         """
         self.pending: list[dict[str, float]] = list(pending)  # values of the steps since the last line
@@ -98,7 +99,7 @@ class RunLog:
                 self._events.write(step, text("samples", json.dumps(samples, ensure_ascii=False, indent=2)))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Writes a histogram, for TensorBoard alone."""
+        """Writes a histogram as a TensorBoard event."""
         if self._events:
             from tensorboardX.summary import histogram
 
@@ -136,13 +137,13 @@ class RunLog:
 
 
 class JsonLinesFile:
-    """A file of JSON objects, one a line, each with its step. Opening it removes the lines after `last_step`."""
+    """A file of JSON objects, one per line, each with its step. Opening it removes the lines after `last_step`."""
 
     def __init__(self, path: Path, last_step: int):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        # A line without an end was cut short when the run was killed.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        write_text(path, "".join(kept))
+        # A line without a line feed is incomplete, because the run was killed while writing it.
+        retained_lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        write_text(path, "".join(retained_lines))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a run as plain values, as its train.json holds them: writing, reading, comparing."""
+"""Writes, reads and compares the settings of a run as plain values, the content of train.json."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from davae_jax.utils.settings import changed_settings
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings as plain values. Of the regularizers only those that are on are included."""
+    """Returns the settings as plain values. Only active regularizers are included."""
     values = dataclasses.asdict(config)
     regularizers = active(config.regularizers)
     values["regularizers"] = {name: dataclasses.asdict(regularizer) for name, regularizer in regularizers.items()}
     return json.loads(json.dumps(values, default=str))
 
 
-# Settings that earlier versions called by another name: old name → today's.
+# Settings that had another name in earlier versions: old name → current name.
 RENAMED_SETTINGS = {"data.pieces": "data.decoder_vocab_size", "data.entries": "data.encoder_vocab_size"}
 
 
 def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a train.json, which an earlier version may have written, under today's names."""
+    """Returns the settings of a train.json, which an earlier version may have written, under current names."""
     values = copy.deepcopy(dict(values))
     for old, new in RENAMED_SETTINGS.items():
         (section, old_name), (_, new_name) = old.split("."), new.split(".")
@@ -36,13 +36,13 @@ def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-# Settings that say where something is. Texts and tokenizers are compared by their contents, of pretrained weights only
-# whether there are any.
+# Settings that are paths. Texts and tokenizers are compared by their contents; pretrained weights only
+# by whether they are given.
 LOCATIONS = ("data.train", "data.valid", "tokenizers", "init.encoder", "init.decoder")
 
 
-def digest_of(config: TrainConfig) -> str:
-    """Returns a digest of the settings that all processes of a run must share; of `LOCATIONS`, whether they are set."""
+def digest_settings(config: TrainConfig) -> str:
+    """Returns a digest of the settings that all processes must share; of `LOCATIONS` only whether they are set."""
     values = to_dict(config)
     del values["distributed"]
     for name in LOCATIONS:
@@ -52,16 +52,16 @@ def digest_of(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-# Settings that do not change the results. Plugins are compared by their text (`training.run_folder.open_run`).
+# Settings that do not change the results. Plugins are compared by their contents (`training.run_folder.open_run`).
 NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], besides: Collection[str] = ()) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
     """Returns the settings in which two runs differ, as `utils.settings.changed_settings` describes them.
 
-    A setting that one of them lacks, because another version wrote it, counts as its default.
+    A setting that is missing from one of them, because another version wrote it, counts as its default.
 
     Args:
-      besides: further settings that are not compared.
+      ignored: further settings that are not compared.
     """
-    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*NOT_COMPARED, *besides))
+    return changed_settings(old, new, defaults=to_dict(TrainConfig()), ignored=(*NOT_COMPARED, *ignored))

@@ -1,4 +1,4 @@
-"""What changes with the step: the KL's weight β and the learning rate."""
+"""Computes the values that change with the step: the KL weight β and the learning rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from davae_jax.training.config import BetaConfig, OptimizerConfig
 
 def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, ""]:
     """Returns β of a step, counted from 0, out of `steps`."""
-    # Integer arithmetic as far as possible: in float32 the first step of some cycles would fall into the one before.
+    # Integer arithmetic, because in float32 the first step of some cycles would be assigned to the previous cycle.
     position = (jnp.asarray(step, jnp.int32) * config.cycles % steps) / steps  # within the cycle, in [0, 1)
     if config.ratio_increase:
         progress = jnp.clip((position - config.ratio_zero) / config.ratio_increase, 0.0, 1.0)

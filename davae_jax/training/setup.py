@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step."""
+"""Sets up a run: everything that happens before the first step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
 from davae_jax.training.run_folder import open_run
 from davae_jax.training.run_log import RunLog
-from davae_jax.training.saved_config import digest_of
+from davae_jax.training.saved_config import digest_settings
 from davae_jax.training.state import TrainState, abstract_state
 from davae_jax.training.step import HeldOutLoss, TrainStep, make_held_out_loss, make_train_step
 from davae_jax.training.vocabularies import model_config, prepare_tokenizers
@@ -51,30 +51,29 @@ Tokenizers = tuple[EncoderTokenizer, DecoderTokenizer]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of, fixed before its first step. What changes is the `TrainState`."""
+    """The components of a run that do not change after its setup; the `TrainState` contains those that do."""
 
-    config: TrainConfig
+    config: TrainConfig  # complete: `config.model` includes the vocabulary sizes
     folder: Path
     corpus: Corpus
     tokenizers: Tokenizers
-    model: DAVAEConfig  # complete: with the vocabularies' sizes
     graphdef: nnx.GraphDef
     mesh: Mesh
     batch_sharding: NamedSharding
     batches: BatchSource
     held_out: list[Batch]  # on the devices
-    first_step: int  # steps that were taken before this start
+    first_step: int  # number of steps taken before this start
     take_step: TrainStep  # to be called under `jax.set_mesh(mesh)`, as is held_out_loss
     held_out_loss: HeldOutLoss
     checkpoints: Checkpoints
     log: RunLog
-    chip: Chip | None  # what the run is on; None where its peak speed is not known
+    chip: Chip | None  # the type of the devices; None if its peak FLOP/s are not known
     flops: Callable[[tuple[int, int]], int]  # model FLOPs of a step on a batch of shape (S, T)
 
     def text_vae(self, state: TrainState) -> TextVAE | None:
-        """Returns the model as it stands, whole on one device of process 0; None on the other processes.
+        """Returns the current model, unsharded on one device of process 0; None on the other processes.
 
-        All processes have to call it.
+        All processes must call this method.
         """
         params = gather_params(state.params)
         if not is_process_zero():
@@ -85,9 +84,9 @@ class Run:
 
 
 def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
-    """Reads the texts, opens the run's folder and returns the run with its first state, new or restored.
+    """Reads the texts, opens the run folder and returns the run with its first state, new or restored.
 
-    Whatever can be wrong with the texts is found before anything is written.
+    The texts are read, and errors in them raised, before any file is written.
 
     Raises:
       InputError: an option, a file or a folder cannot be used.
@@ -96,7 +95,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     mesh, corpus = run_on_all_processes(
         lambda: (make_mesh(config.mesh, config.batch_size, config.accumulate), load_corpus(config))
     )
-    check_same_on_all_processes("the options", digest_of(config))
+    check_same_on_all_processes("the options", digest_settings(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
     run_on_process_zero(lambda: _prepare_folder(config, folder, corpus))
@@ -104,6 +103,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     if is_warm_start(config):
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = warm_start_config(model, folder)
+    config = dataclasses.replace(config, model=model)
     tokenizers = load_tokenizers(folder, model)
     batches = make_batches(config, corpus, tokenizers, model)
     held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.truncate)
@@ -125,7 +125,6 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         folder=folder,
         corpus=corpus,
         tokenizers=tokenizers,
-        model=model,
         graphdef=graphdef,
         mesh=mesh,
         batch_sharding=batch_sharding,
@@ -144,8 +143,8 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
             last_checkpoint=lambda: checkpoints.last,
         ),
         chip=chip,
-        # Batches come in a few shapes: counted once for each, not at every step.
-        flops=functools.cache(functools.partial(model_flops, dataclasses.replace(config, model=model))),
+        # Batches have only a few shapes, so the FLOPs are counted once per shape, not at every step.
+        flops=functools.cache(functools.partial(model_flops, config)),
     )
     return run, state
 
@@ -157,7 +156,7 @@ def _print_saved(checkpoint: Path) -> None:
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
-    """Returns the texts that a config names. Raises InputError where a file cannot be used."""
+    """Returns the texts that a config names. Raises InputError if a file cannot be used."""
     return read_corpus(config.data.train, config.data.valid, config.data.field)
 
 
@@ -167,7 +166,7 @@ def _prepare_folder(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
 
 
 def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, model: DAVAEConfig) -> BatchSource:
-    """Returns the source of training batches that the config asks for. Raises InputError where no text can be used."""
+    """Returns the source of training batches for a config. Raises InputError if no text can be used."""
     longest, positions = config.data.max_length, model.encoder.max_position_embeddings
     common = dict(batch_size=config.batch_size, pad_id=model.pad_token_id, seed=config.seed)
     texts = None
@@ -188,9 +187,9 @@ def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, mo
 def held_out_batches(
     config: TrainConfig, texts: list[str], tokenizers: Tokenizers, model: DAVAEConfig, sharding: NamedSharding
 ) -> list[Batch]:
-    """Returns the held-out texts on the devices, in batches of one shape, each as large as a part of a training batch.
+    """Returns the held-out texts on the devices, in batches of one shape, each as large as a micro-batch.
 
-    At most `config.log.held_out` texts, which must fit (`filter_by_length`).
+    At most `config.log.held_out` texts are used. None may be too long (`filter_by_length`).
     """
     texts = texts[: config.log.held_out]
     if not texts:
@@ -208,25 +207,25 @@ def held_out_batches(
 
 
 def truncation_mismatch(config: TrainConfig, corpus: Corpus) -> str | None:
-    """Returns a warning where long texts were prepared in another way than they are trained on, or None."""
+    """Returns a warning if --truncate of the prepared texts does not match --data.segment-length, or None."""
     if corpus.prepared is None or corpus.prepared.truncated == config.data.truncate:
         return None
     if config.data.truncate:
-        return f"{corpus.source}: was prepared without --truncate, so it lacks the texts too long for the encoder"
+        return f"{corpus.source}: was prepared without --truncate, so texts too long for the encoder are missing"
     return (
         f"{corpus.source}: was prepared with --truncate, for --data.segment-length; "
-        "of long texts the encoder sees the beginning only"
+        "the encoder reads only the beginning of long texts"
     )
 
 
 def unsharded_weights(model: DAVAEConfig, mesh: Mapping[str, int]) -> str | None:
-    """Returns a warning that names the weights that stay whole although the mesh should split them, or None."""
+    """Returns a warning about weights that cannot be sharded over the mesh, or None."""
     problems, fsdp, tensor = [], mesh["fsdp"], mesh["tensor"]
     feed_forward = model.encoder.intermediate_size, 4 * model.decoder.hidden_size
-    for name, part, F in zip(("encoder", "decoder"), (model.encoder, model.decoder), feed_forward, strict=True):
-        D, V = part.hidden_size, part.vocab_size
+    for name, section, F in zip(("encoder", "decoder"), (model.encoder, model.decoder), feed_forward, strict=True):
+        D, V = section.hidden_size, section.vocab_size
         if D % fsdp:
             problems.append(f"--mesh.fsdp {fsdp} does not divide the {name}'s width {D}")
         if D % tensor and F % tensor and V % tensor:
             problems.append(f"--mesh.tensor {tensor} divides none of the {name}'s widths {D}, {F} and {V}")
-    return f"{'; '.join(problems)}: those weights stay whole on every device" if problems else None
+    return f"{'; '.join(problems)}: those weights are replicated on every device" if problems else None

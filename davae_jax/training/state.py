@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, how it begins, and how it is laid out over a mesh."""
+"""Defines the state of a run, which checkpoints contain, its initial value and its sharding over a mesh."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from davae_jax.training.optimizers import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """Everything that changes in a run. The data's order and every draw follow from the seed and the step.
+    """Everything that changes in a run. The data order and all random numbers follow from the seed and the step.
 
-    The paths of the fields are names in checkpoints.
+    The fields' names are part of the format of checkpoints.
     """
 
-    step: Int[Array, ""]  # steps taken
+    step: Int[Array, ""]  # number of steps taken
     params: Params
     optimizer: optax.OptState  # of encoder and decoder
     discriminator_optimizer: optax.OptState
-    regularizers: dict[str, Params]  # the regularizers' own parameters, by name; they are no part of the model
+    regularizers: dict[str, Params]  # parameters of regularizers, by name; not part of the model
     regularizer_optimizers: dict[str, optax.OptState]
 
 
@@ -65,10 +65,9 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
 
 
 def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Returns shape, dtype and sharding of everything in the state of an abstract model.
+    """Returns shape, dtype and sharding of every array in the state of an abstract model.
 
-    What an optimizer keeps for a weight is laid out like the weight. The regularizers' own parameters are small and
-    replicated.
+    An optimizer's moments are sharded like their weight. The parameters of regularizers are small and replicated.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -79,7 +78,7 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
         return with_sharding(x, replicated)
 
     def like_weight(moment, weight):
-        if isinstance(moment, optax.MaskedNode):  # Muon keeps nothing for AdamW's weights, and the other way round
+        if isinstance(moment, optax.MaskedNode):  # Muon has no moments for AdamW's weights, and vice versa
             return moment
         # Adafactor keeps sums over a weight's rows and columns, which are small: replicated.
         return with_sharding(moment, weight.sharding if moment.shape == weight.shape else replicated)
@@ -111,6 +110,6 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
 
 
 def split_discriminator(params: Params) -> tuple[Params, Params]:
-    """Returns encoder and decoder, and the discriminator: each has an optimizer of its own."""
-    main = {name: part for name, part in params.items() if name != "discriminator"}
+    """Returns the parameters of encoder and decoder, and those of the discriminator, which has a separate optimizer."""
+    main = {name: weights for name, weights in params.items() if name != "discriminator"}
     return main, {"discriminator": params["discriminator"]}

@@ -1,4 +1,4 @@
-"""One training step: the gradient of the objective and the updates of all optimizers, as one compiled program."""
+"""Computes a training step, the gradient of the objective and the updates of all optimizers, in one program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from davae_jax.data.batches import Batch
 from davae_jax.model.davae import Params, merge, trainable_mask, zero_buffers
-from davae_jax.model.latent import Posterior, kl_per_dimension
+from davae_jax.model.latent import kl_per_dimension
 from davae_jax.parallel.sharding import RULES
 from davae_jax.regularizers import normalized_head
 from davae_jax.training.config import LaggingConfig, TrainConfig
@@ -36,7 +36,7 @@ def make_train_step(
     """Returns the compiled step (state, batch) → (next state, values to log). The state's buffers are reused.
 
     Args:
-      abstract: how the state is laid out on a mesh. Batches are then split over the mesh and logs are replicated; call
+      abstract: the shardings of the state on a mesh. Batches are then split over the mesh and logs are replicated; call
         the step under `jax.set_mesh`. None: everything is on the first device.
       corpus_size: number of training texts; some regularizers need it.
     """
@@ -56,7 +56,7 @@ def make_train_step(
 def train_step(
     state: TrainState, batch: Batch, *, graphdef: nnx.GraphDef, config: TrainConfig, corpus_size: int | None
 ) -> tuple[TrainState, Logs]:
-    """Returns the state after one more step, and the values to log. Every draw follows from the seed and the step."""
+    """Returns the state after the step, and the values to log. Random numbers follow from the seed and the step."""
     optimizer, discriminator_optimizer = optimizers(config)
     context = StepContext(
         key=jax.random.fold_in(jax.random.key(config.seed), state.step),
@@ -104,12 +104,12 @@ def train_step(
 def update_regularizers(
     state: TrainState, grads: Params, config: TrainConfig
 ) -> tuple[dict[str, Params], dict[str, optax.OptState]]:
-    """Returns the regularizers' own parameters after an update, and the states of their optimizers."""
+    """Returns the updated parameters of the regularizers, and the states of their optimizers."""
     params, opt_states = {}, {}
     for name, optimizer in regularizer_optimizers(config).items():
-        before = state.regularizers[name]
-        updates, opt_states[name] = optimizer.update(grads[name], state.regularizer_optimizers[name], before)
-        params[name] = optax.apply_updates(before, updates)
+        old_params = state.regularizers[name]
+        updates, opt_states[name] = optimizer.update(grads[name], state.regularizer_optimizers[name], old_params)
+        params[name] = optax.apply_updates(old_params, updates)
     return params, opt_states
 
 
@@ -120,33 +120,33 @@ def is_encoder_only_step(step: Int[Array, ""], steps: int, config: LaggingConfig
 
 
 def freeze_decoder_update(
-    frozen: Bool[Array, ""], updates: Params, before: optax.OptState, after: optax.OptState
+    frozen: Bool[Array, ""], updates: Params, old_state: optax.OptState, new_state: optax.OptState
 ) -> tuple[Params, optax.OptState]:
-    """Returns the updates and the optimizer's next state, both with the decoder's part undone where `frozen`.
+    """Returns the updates and the optimizer's next state, both unchanged for the decoder if `frozen`.
 
     The decoder's moments and their step count are kept apart from the encoder's (`optimizers.make_optimizer`), so that
-    they can stay as if the step had not happened.
+    they remain as if the step had not happened.
     """
 
     def select(path, old, new):
-        of_decoder = any(getattr(part, "key", None) == "decoder" for part in path)
-        return jnp.where(frozen, old, new) if of_decoder else new
+        is_decoder = any(getattr(entry, "key", None) == "decoder" for entry in path)
+        return jnp.where(frozen, old, new) if is_decoder else new
 
     decoder = jax.tree.map(lambda u: jnp.where(frozen, 0, u).astype(u.dtype), updates["decoder"])
-    return updates | {"decoder": decoder}, jax.tree.map_with_path(select, before, after)
+    return updates | {"decoder": decoder}, jax.tree.map_with_path(select, old_state, new_state)
 
 
 def make_held_out_loss(graphdef: nnx.GraphDef, config: TrainConfig, abstract: TrainState) -> HeldOutLoss:
     """Returns the compiled loss of held-out texts: (params, batch) → scalars "loss", "rec" and "kl".
 
-    There is no noise, β is at its highest and all of the KL counts. The draw of each latent is the same every time, so
-    that checkpoints can be compared.
+    There is no noise, β is at its maximum and the full KL counts. The latents are sampled with the same key every time,
+    so that checkpoints can be compared.
     """
 
     def held_out_loss(params: Params, batch: Batch) -> Logs:
         model = merge(graphdef, params)
         encoded = model.encoder(batch.encoder_ids)
-        posterior = Posterior(encoded.mean, encoded.logvar)
+        posterior = encoded.posterior
         latent = posterior.sample(jax.random.key(config.seed))
         rec, length = reconstruction(model, batch, latent, None, config)
         rec_per_token = rec / length
@@ -162,20 +162,20 @@ def make_held_out_loss(graphdef: nnx.GraphDef, config: TrainConfig, abstract: Tr
 
 @jax.jit
 def all_finite(arrays: Params) -> Bool[Array, ""]:
-    """Returns whether no array of the tree holds NaN or infinity."""
+    """Returns whether no array of the tree contains NaN or infinity."""
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays))
 
 
 def describe_non_finite(values: dict[str, float], regularizers: Container[str]) -> str | None:
-    """Returns which of a step's values is not finite, in words, or None where training may go on.
+    """Returns a description of the first value that is not finite, or None if training may continue.
 
-    A regularizer is named where it, and not the model, is at fault. The gradient's norm does not count where the spike
+    If the reconstruction loss is finite, regularizers are checked first. The gradient norm is not checked if the spike
     guard has skipped the update.
     """
     names = [name for name in values if name.partition("/")[0] in regularizers] if math.isfinite(values["rec"]) else []
-    of_regularizers = set(names)
+    regularizer_names = set(names)
     names += ["loss", "loss_d", *([] if values.get("skipped") else ["grad_norm"])]
     for name in names:
         if not math.isfinite(values[name]):
-            return f"{'regularizer ' if name in of_regularizers else ''}{name} is {values[name]}"
+            return f"{'regularizer ' if name in regularizer_names else ''}{name} is {values[name]}"
     return None

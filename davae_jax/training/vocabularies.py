@@ -1,4 +1,4 @@
-"""The tokenizers of a run, and what they decide of the model: the sizes of its embedding tables and its special ids."""
+"""Provides the tokenizers of a run, and derives vocabulary sizes and special ids of the model from them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from davae_jax.utils.errors import OptionError
 from davae_jax.utils.files import write_bytes
 from davae_jax.utils.shapes import round_up
 
-DEMO_DECODER_VOCAB_SIZE, DECODER_VOCAB_SIZE = 600, 8000  # where the config leaves it open
-TOKENIZER_TEXTS = 50_000  # number of texts, at most, that tokenizers are trained on
+DEMO_DECODER_VOCAB_SIZE, DECODER_VOCAB_SIZE = 600, 8000  # if the config does not set it
+TOKENIZER_TEXTS = 50_000  # maximum number of texts that tokenizers are trained on
 
 
 def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
-    """Puts vocab.txt and spiece.model into the run's folder, unless they are there.
+    """Puts vocab.txt and spiece.model into the run folder, unless they exist.
 
     They come from the prepared texts, from --tokenizers, from the pretrained encoder and decoder, or are trained on the
     corpus, in this order.
 
     Raises:
-      InputError: a folder that is named has none, or others than the texts were prepared with.
+      InputError: the given folder has no tokenizers, or not those that the texts were prepared with.
     """
     trainers = (
         partial(train_wordpiece, vocab_size=config.data.encoder_vocab_size),
         partial(train_sentencepiece, vocab_size=decoder_vocab_size(config), option="--data.decoder-vocab-size"),
     )
     pretrained = (config.init.encoder, config.init.decoder)
-    for name, pretrained_part, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
+    for name, pretrained_source, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
         if (folder / name).is_file():
             continue
-        source = config.tokenizers or (resolve_source(pretrained_part) if pretrained_part else None)
+        source = config.tokenizers or (resolve_source(pretrained_source) if pretrained_source else None)
         if corpus.prepared:
             _check_same_file(corpus.prepared.folder / name, source and source / name)
             source = corpus.prepared.folder
@@ -52,7 +52,7 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
 
 
 def _check_same_file(prepared: Path, given: Path | None) -> None:
-    """Raises InputError where another tokenizer is asked for than the one that the texts were prepared with."""
+    """Raises OptionError if --tokenizers differs from the tokenizer that the texts were prepared with."""
     if given and given.is_file() and prepared.is_file() and given.read_bytes() != prepared.read_bytes():
         raise OptionError(
             "--tokenizers",
@@ -62,7 +62,7 @@ def _check_same_file(prepared: Path, given: Path | None) -> None:
 
 
 def model_config(config: TrainConfig, folder: Path) -> DAVAEConfig:
-    """Returns the model's config, completed with what the tokenizers in the run's folder and the loss decide."""
+    """Returns the model's config, completed by the tokenizers in the run folder and the settings of the loss."""
     vocab, spiece = (folder / name for name in TOKENIZER_FILES)
     vocabulary = read_vocabulary(vocab)
     cls_id, sep_id = (vocabulary.index(token) if token in vocabulary else 0 for token in ("[CLS]", "[SEP]"))
@@ -82,7 +82,8 @@ def model_config(config: TrainConfig, folder: Path) -> DAVAEConfig:
 def with_vocabularies(model: DAVAEConfig, encoder_vocab_size: int, decoder_vocab_size: int) -> DAVAEConfig:
     """Returns the config for tokenizers of these sizes.
 
-    Embedding tables have a multiple of 64 rows; the decoder's three special tokens follow its SentencePiece pieces.
+    Embedding tables have a multiple of 64 rows. The ids of the decoder's three special tokens follow those of
+    SentencePiece.
     """
     n = decoder_vocab_size
     return dataclasses.replace(
@@ -94,23 +95,22 @@ def with_vocabularies(model: DAVAEConfig, encoder_vocab_size: int, decoder_vocab
 
 
 def decoder_vocab_size(config: TrainConfig) -> int:
-    """Returns the size of the decoder's vocabulary where its tokenizer is trained."""
+    """Returns the size of the decoder's vocabulary if its tokenizer is trained."""
     default = DEMO_DECODER_VOCAB_SIZE if config.data.train is None else DECODER_VOCAB_SIZE
     return config.data.decoder_vocab_size or default
 
 
 def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, str]:
-    """Returns the sizes of the encoder's and the decoder's vocabulary before a run exists, and where they come from.
+    """Returns the vocabulary sizes of encoder and decoder before a run exists, and a description of their source.
 
-    The third value is for people to read. Tokenizers are looked for where a run would find them, as far as these places
-    are on this machine.
+    Tokenizers are looked up in the same folders as by a run, if these exist on this machine.
     """
     pretrained = config.init.encoder, config.init.decoder
     vocab, spiece = (
-        _find_tokenizer_file(config, name, part) for name, part in zip(TOKENIZER_FILES, pretrained, strict=True)
+        _find_tokenizer_file(config, name, source) for name, source in zip(TOKENIZER_FILES, pretrained, strict=True)
     )
     encoder_size = len(read_vocabulary(vocab)) if vocab else config.data.encoder_vocab_size
-    # A plan need not name the texts, and the demo's texts are used by the demo alone.
+    # A plan may lack the texts; only the demo then uses the synthetic corpus.
     other_texts = preset != "demo" and config.data.train is None
     trained = config.data.decoder_vocab_size or DECODER_VOCAB_SIZE if other_texts else decoder_vocab_size(config)
     decoder_size = count_pieces(spiece) if spiece else trained
@@ -122,8 +122,8 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
     if preset != "demo" and not (vocab or spiece or sizes_given):
         published = EncoderConfig.vocab_size, DAVAEConfig.end_token_id
         return *published, "published tokenizers; without --tokenizers, a run trains its own"
-    one = f"one tokenizer from {(vocab or spiece).parent}, the other " if vocab or spiece else ""
-    return encoder_size, decoder_size, f"{one}trained on the texts; may become smaller"
+    prefix = f"one tokenizer from {(vocab or spiece).parent}, the other " if vocab or spiece else ""
+    return encoder_size, decoder_size, f"{prefix}trained on the texts; may become smaller"
 
 
 def _find_tokenizer_file(config: TrainConfig, name: str, pretrained: str | None) -> Path | None:

@@ -1,1 +1,1 @@
-"""Errors, files, settings, sizes and worker processes: what does not depend on the model."""
+"""Provides errors, files, settings, sizes and worker processes, independent of the model."""

@@ -1,4 +1,4 @@
-"""The exceptions for wrong input. The command line prints them as one line."""
+"""Defines the exceptions for invalid input. The command line prints them as one line."""
 
 import os
 import re
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """An input of the user is wrong: a file, a folder, an option, a text.
+    """An input of the user is invalid: a file, a folder, an option, a text.
 
     The message is one line that names the file or option, and says what to do unless that is obvious. Programs print it
     without a traceback.
 
     Attributes:
-      exit_code: what a program exits with: 2 for bad arguments, 1 for anything else.
+      exit_code: the exit code of the program: 2 for invalid arguments, 1 otherwise.
     """
 
     def __init__(self, message: str, *, exit_code: int = 1):
@@ -22,12 +22,12 @@ class InputError(ValueError):
 
 
 class OptionError(InputError):
-    """An option of the command line, or an argument of a Python function, has a value that it cannot have.
+    """An option of the command line, or an argument of a Python function, has an invalid value.
 
-    The message is the option followed by the reason, so the reason reads on from it: "must be at least 1, not 0".
+    The message is the option followed by the reason, which completes the sentence: "must be at least 1, not 0".
 
     Attributes:
-      option: the name as it was given, "--beta.max" or "max_length".
+      option: the name of the option or argument, "--beta.max" or "max_length".
       reason: what is wrong with its value.
     """
 
@@ -38,10 +38,10 @@ class OptionError(InputError):
 
 
 class ConfigError(InputError):
-    """A field of a model's configuration is missing or has a value that it cannot have.
+    """A field of a model's configuration is missing or has an invalid value.
 
     Attributes:
-      section: the part of the configuration, "encoder" or "decoder"; "" is the configuration itself.
+      section: the section, "encoder" or "decoder"; "" for a field of the configuration itself.
       field: the field's name within the section.
       reason: what is wrong; the message is the field followed by the reason.
     """
@@ -58,9 +58,9 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
 
     Args:
       config: the dataclass.
-      section: what the options' names begin with, "beta."; "" for options without a section.
+      section: the prefix of the options' names, such as "beta."; "" for options without a section.
       names: the fields to check, separated by spaces.
-      fits: whether a value is allowed.
+      fits: returns whether a value is allowed.
       must: completes "must …" in the message: "be at least 1".
 
     Raises:

@@ -16,9 +16,9 @@ from davae_jax.utils.errors import InputError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary file in the folder of `path`, which replaces `path` at the end of the `with` block.
+    """Yields a temporary file in the folder of `path`, which replaces `path` at the end of the `with` block.
 
-    Where the block raises, the temporary file is removed and `path` stays as it was.
+    If the block raises, the temporary file is removed and `path` is unchanged.
     """
     file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -46,7 +46,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Returns whether a file is a temporary one of `atomic_write`, which a killed program leaves behind."""
+    """Returns whether a file is a temporary one of `atomic_write`, which a killed program does not remove."""
     return re.fullmatch(r"\..+\.\d+\.partial", path.name) is not None
 
 
@@ -57,7 +57,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal. Raises InputError where it cannot be read."""
+    """Returns the SHA-256 of a file in hexadecimal. Raises InputError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

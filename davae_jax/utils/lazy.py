@@ -1,4 +1,4 @@
-"""JAX, imported when it is first used.
+"""Provides JAX, imported when it is first used.
 
 For modules that declare options, which a program's --help imports, and compute with JAX as well:
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
 
     class _LazyModule(ModuleType):
-        """Stands for a module and imports it when an attribute is first used."""
+        """A proxy of a module, which imports it when an attribute is first used."""
 
         def __getattr__(self, name: str) -> Any:
             value = getattr(importlib.import_module(self.__name__), name)

@@ -17,9 +17,9 @@ def changed_settings(
     """Returns the settings in which two nested mappings differ, each as "beta.max (0.1, now 0.2)", sorted.
 
     Args:
-      defaults: the value of a setting that one of the two lacks because another version wrote it.
+      defaults: the values of settings that are missing from one of the two, because another version wrote it.
       ignored: dotted names, of settings or of whole sections, that are not compared.
-      prefix: the dotted name of the section that the mappings are, with a dot at its end.
+      prefix: the dotted name of the section that is compared, with a dot at its end.
     """
     defaults = defaults or {}
     changed = []

@@ -1,4 +1,4 @@
-"""Rounds sizes up, so that arrays of many lengths share a few shapes and so a few compiled programs."""
+"""Rounds sizes up, so that arrays of many lengths have only a few shapes and need only a few compiled programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that end a program: Ctrl-C (SIGINT), and SIGTERM, by which schedulers end a job."""
+"""Handles the signals that end a program: SIGINT (Ctrl-C), and SIGTERM, by which schedulers end a job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-INTERRUPTED = 130  # the exit code of a program that one of these signals ended
+INTERRUPTED = 130  # the exit code of a program that was ended by one of these signals
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,8 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def interrupt_on_signals() -> Iterator[None]:
     """Raises KeyboardInterrupt on SIGTERM as on Ctrl-C while the block runs.
 
-    A library that is called when the signal comes may turn the interrupt into an error of its own; what leaves the
-    block is KeyboardInterrupt all the same.
+    A library that is running when the signal arrives may replace the interrupt by another exception; the block then
+    still raises KeyboardInterrupt.
     """
     received = []
 
@@ -36,7 +36,7 @@ def interrupt_on_signals() -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop, which the program honours when it is ready.
+    """Turns the first SIGINT or SIGTERM into a request to stop, which the program honours when it can.
 
         with StopRequest() as stop:
             for step in steps:
@@ -73,7 +73,7 @@ class StopRequest:
 def repeat_interrupt(seconds: float = 0.05) -> None:
     """Sends SIGINT to the main thread a moment later.
 
-    For an interrupt that was raised inside a callback of a library, where Python can only report and drop it.
+    For an interrupt that was raised inside a library's callback, in which Python can only report and discard it.
     """
     timer = threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.daemon = True
@@ -82,7 +82,7 @@ def repeat_interrupt(seconds: float = 0.05) -> None:
 
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Installs one handler for all `SIGNALS`, and the previous ones again when the block ends."""
+    """Installs one handler for all `SIGNALS`, and restores the previous ones when the block ends."""
     previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

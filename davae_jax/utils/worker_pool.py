@@ -25,12 +25,12 @@ def available_cores() -> int:
 
 
 def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any], workers: int, bar: tqdm) -> None:
-    """Calls `work(task, report_progress)` for every task, in this process or in several others.
+    """Calls `work(task, report_progress)` for every task, in this process or in several worker processes.
 
     Args:
       work: a function of a module, so that another process can import it. It calls `report_progress(n)` for every n
         units of `bar` that it has done.
-      workers: the number of processes; with 1 there is none besides this one.
+      workers: the number of processes; with 1, the tasks run in this process.
 
     Raises:
       InputError: a worker process was killed. An exception in a worker is raised here.
@@ -53,18 +53,18 @@ def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any],
             for future in finished:
                 future.result()
     except BrokenProcessPool:
-        raise InputError("a worker process was killed (out of memory?); the same command continues the work") from None
+        raise InputError("a worker process was killed (out of memory?); repeat the command to resume") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
 class _Stopped(Exception):
-    """Ends the work of a process whose pool is shut down."""
+    """Raised in a worker process whose pool is shut down."""
 
 
 def _initialize_worker(progress, stop) -> None:
-    """Sets up a worker process: one core, Ctrl-C left to the parent, and an exit when the parent is gone."""
+    """Sets up a worker process: one thread for tokenizers, Ctrl-C ignored, and an exit if the parent has ended."""
     global _progress, _stop
     _progress, _stop = progress, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
