@@ -347,7 +347,7 @@ def test_a_model_is_needed(davae, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "今天<|endoftext|>"], "--prompt holds the end token <|endoftext|>"),
+        (["--prompt", "今天<|endoftext|>"], "--prompt contains the end token <|endoftext|>"),
         (["--prompt", "春眠" * 12], "--prompt has 13 tokens, more than max_length 12"),
         (["--prompt", "今天", "--max-length", "1"], "--prompt has 2 tokens, more than max_length 1"),
     ],
@@ -374,9 +374,9 @@ def test_bad_inputs(davae, model, tmp_path, monkeypatch):
     assert failure(davae("reconstruct", *model, "--input", file)) == f"{file}: No such file or directory"
     assert failure(davae("reconstruct", *model, "--input", tmp_path)) == f"{tmp_path}: Is a directory"
     file.write_text("a\tb\n\na\tb\tc\n", encoding="utf-8")
-    problem = f"{file}: line 2: needs 2 texts with tabs between, not 1"
+    problem = f"{file}: line 2: needs 2 texts separated by tabs, not 1"
     assert failure(davae("interpolate", *model, "--input", file), "interpolate") == problem
-    problem = f"{file}: line 1: needs 3 texts with tabs between, not 2"
+    problem = f"{file}: line 1: needs 3 texts separated by tabs, not 2"
     assert failure(davae("analogy", *model, "--input", file), "analogy") == problem
     monkeypatch.setattr(sys, "stdin", None)  # as Python does where it is closed
     result = davae("reconstruct", *model)
@@ -388,7 +388,7 @@ def test_bad_models(davae, tiny_checkpoint, tmp_path):
     missing = tmp_path / "missing"
     assert failure(davae("reconstruct", A, "--model", missing)) == f"{missing}: no such folder"
     file = tiny_checkpoint / "vocab.txt"
-    problem = f"{file}: is a file; give the folder that holds config.json"
+    problem = f"{file}: is a file; pass the folder that contains config.json"
     assert failure(davae("reconstruct", A, "--model", file)) == problem
     problem = f"{tmp_path / 'config.json'}: no such file; a model folder needs its config.json"
     assert failure(davae("reconstruct", A, "--model", tmp_path)) == problem
@@ -398,7 +398,7 @@ def test_bad_models(davae, tiny_checkpoint, tmp_path):
     problem = f"{folder}: contains no model.safetensors and no pytorch_model.bin"
     assert failure(davae("reconstruct", A, "--model", folder)) == problem
     (folder / "spiece.model").unlink()
-    problem = f"{folder / 'spiece.model'}: no such file; a tokenizer folder holds spiece.model and vocab.txt"
+    problem = f"{folder / 'spiece.model'}: no such file; a tokenizer folder contains spiece.model and vocab.txt"
     assert failure(davae("reconstruct", A, "--model", folder)) == problem
     config = folder / "config.json"
     config.write_text("{", encoding="utf-8")
@@ -503,7 +503,7 @@ def test_where_no_output_can_be(davae, tmp_path, monkeypatch):
     assert failure(davae(*argv, tmp_path), "sample") == f"{tmp_path}: is a folder; --output needs a file"
     folder = tmp_path / "missing"
     said = failure(davae(*argv, folder / "x"), "sample")
-    assert said == f"{folder / 'x'}: cannot be written (no folder {folder})"
+    assert said == f"{folder / 'x'}: cannot be written ({folder} does not exist)"
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     said = failure(davae(*argv, tmp_path / "x"), "sample")
     assert said == f"{tmp_path / 'x'}: cannot be written (Permission denied)"

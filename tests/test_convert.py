@@ -232,7 +232,7 @@ DAMAGES = {
     "pointer": (lambda f, m: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS"),
     "old format": (lambda f, m: torch.save(random_state(TINY), f, **OLD_FORMAT), "format from before 1.6"),
     "other zip": (lambda f, m: write_zip(f), "truncated or damaged"),
-    "code": (lambda f, m: torch.save({"weight": Hostile(m)}, f), "could run code"),
+    "code": (lambda f, m: torch.save({"weight": Hostile(m)}, f), "could execute code"),
     "code, old format": (lambda f, m: torch.save({"weight": Hostile(m)}, f, **OLD_FORMAT), "format from before 1.6"),
     "code, protocol 4": (lambda f, m: torch.save({"w": Hostile(m)}, f, pickle_protocol=4), "more than tensors"),
     "bare code": (lambda f, m: f.write_bytes(pickle.dumps(Hostile(m))), "not in torch.save's zip format"),
@@ -288,7 +288,7 @@ def test_damaged_safetensors(size, tmp_path, fails):
         (tiny_with(latent_size=float("nan")), "latent_size is nan"),
         (tiny_with(encoder__hidden_dropout_prob="high"), "encoder.hidden_dropout_prob is 'high'"),
         (tiny_with(length_weighted_loss=1), "length_weighted_loss is 1"),
-        ([1, 2], "no JSON object"),
+        ([1, 2], "does not contain a JSON object"),
     ],
 )
 def test_invalid_configs(config, message, tmp_path, fails):
@@ -351,7 +351,7 @@ def test_existing_folders_are_replaced_with_overwrite_alone(tmp_path, tiny, conv
     out.mkdir()
     (out / "keep").write_text("mine")
     assert f"{out}: exists already" in fails("convert", tiny, out)
-    assert f"{out}: holds files, but no checkpoint" in fails("convert", tiny, out, "--overwrite")
+    assert f"{out}: contains files, but no checkpoint" in fails("convert", tiny, out, "--overwrite")
     (out / "config.json").write_text("{}")
     broken = publish(tmp_path / "broken", {"a": torch.zeros(1)})
     fails("convert", broken, out, "--overwrite")  # the existing folder is kept
@@ -367,7 +367,7 @@ def test_existing_folders_are_replaced_with_overwrite_alone(tmp_path, tiny, conv
 def test_a_source_is_never_replaced(tmp_path, fails):
     source = publish(tmp_path / "models" / "published")
     for dst in (source, tmp_path / "models"):
-        assert f"{dst}: holds the source" in fails("convert", source, dst, "--overwrite", code=2)
+        assert f"{dst}: contains the source" in fails("convert", source, dst, "--overwrite", code=2)
 
 
 def test_a_destination_that_cannot_be_written(tmp_path, tiny, fails):
@@ -505,7 +505,7 @@ def test_only_converted_checkpoints_can_be_exported(tmp_path, tiny, converted, f
     DAVAEConfig.from_dict(tiny_with(decoder__num_layers=1)).to_json(other / "config.json")
     line = fails("export", other, tmp_path / "back")
     assert str(other) in line
-    assert "decoder.layers.1.qkv_weight is unknown" in line
+    assert "decoder.layers.1.qkv_weight is unexpected" in line
 
 
 def test_frequencies_are_exported_unchanged(tmp_path, converted):

@@ -412,7 +412,7 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
             "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 3: does not fit 8 devices",
         ),
         (["--json", "{tmp}"], 1, "{tmp}: is a folder; --json needs a file"),
-        (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written (no folder {tmp}/no)"),
+        (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written ({tmp}/no does not exist)"),
         (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html must be different files"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
         (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),

@@ -382,9 +382,9 @@ def test_shorter_texts_only(prepared):
     assert shown == {i for i, n in enumerate(lengths) if n <= limit}
     with pytest.raises(InputError, match="contains no text of at most 3 tokens"):
         batches_with(prepared, max_length=3)
-    with pytest.raises(InputError, match="and the model's encoder 12 positions; prepare with --encoder-positions 12"):
+    with pytest.raises(InputError, match="but the encoder has 12 positions; prepare with --encoder-positions 12"):
         batches_with(prepared, encoder_positions=12)
-    with pytest.raises(InputError, match="and the model's encoder 12 positions; prepare with --encoder-positions 12"):
+    with pytest.raises(InputError, match="but the encoder has 12 positions; prepare with --encoder-positions 12"):
         PreparedTexts(prepared, 100, encoder_positions=12)
 
 
@@ -403,7 +403,7 @@ def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
         Prepared(folder)
     assert str(error.value) == f"{shard}: a shard of the manifest cannot be read (No such file or directory)"
     shard.write_bytes(data[:-1])
-    with pytest.raises(InputError, match=rf"has {len(data) - 1} bytes, but {len(data)} in the manifest"):
+    with pytest.raises(InputError, match=rf"has {len(data) - 1} bytes, but the manifest gives {len(data)}"):
         Prepared(folder)
     shard.write_bytes(bytes(len(data)))
     with pytest.raises(InputError, match=r"00001-0000.arrayrecord: record 1 cannot be read \("):

@@ -899,7 +899,7 @@ def test_a_plan_takes_the_options_of_a_plugin(tmp_path, registry):
     (tmp_path / "bad.py").write_text(BAD)
     command = PlanCommand.parse(["--plugin", str(tmp_path / "bad.py"), "--regularizers.bad.weight", "2"], "davae plan")
     assert active(command.config.regularizers)["bad"].weight == 2
-    with pytest.raises(InputError, match="no regularizer 'foo'"):
+    with pytest.raises(InputError, match="unknown regularizer 'foo'"):
         PlanCommand.parse(["--regularizers.foo.weight", "2"], "davae plan")
 
 

@@ -228,9 +228,9 @@ TOO_LONG = "春眠" * MAX_OUT_LENGTH  # MAX_OUT_LENGTH tokens after <bos>
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda v: v.prompt_ids(["今天", "<|endoftext|>"]), "prompt 2 holds the end token <|endoftext|>"),
-        (lambda v: v.generate(LATENT, ["x<|endoftext|>y", ""]), "prompt 1 holds the end token <|endoftext|>"),
-        (lambda v: v.simulate_batch(TEXTS[:1], ["<|endoftext|>"]), "prompt 1 holds the end token <|endoftext|>"),
+        (lambda v: v.prompt_ids(["今天", "<|endoftext|>"]), "prompt 2 contains the end token <|endoftext|>"),
+        (lambda v: v.generate(LATENT, ["x<|endoftext|>y", ""]), "prompt 1 contains the end token <|endoftext|>"),
+        (lambda v: v.simulate_batch(TEXTS[:1], ["<|endoftext|>"]), "prompt 1 contains the end token <|endoftext|>"),
         (lambda v: v.generate(LATENT, ["", TOO_LONG]), "prompt 2 has 13 tokens, more than max_length 12"),
         (lambda v: v.simulate_batch(TEXTS[:1], [TOO_LONG]), "prompt 1 has 13 tokens, more than max_length 12"),
         (lambda v: v.generate(LATENT, ["今天"], max_length=1), "prompt 1 has 2 tokens, more than max_length 1"),
@@ -259,7 +259,7 @@ def test_invalid_arguments(vae, call, message):
 
 def test_a_string_is_not_a_list_of_texts(vae):
     for method in (vae.encoder_ids, vae.decoder_ids, vae.prompt_ids, vae.simulate_batch, vae.reconstruct):
-        with pytest.raises(TypeError, match="give a list of texts, not one text"):
+        with pytest.raises(TypeError, match="pass a list of texts, not a single string"):
             method("今天")
 
 
@@ -282,7 +282,7 @@ def test_a_missing_tokenizer_is_found_before_the_weights_are_read(tiny_checkpoin
     with pytest.raises(InputError) as error:
         TextVAE.from_pretrained(tmp_path)
     vocab = tmp_path / "vocab.txt"
-    assert str(error.value) == f"{vocab}: no such file; a tokenizer folder holds spiece.model and vocab.txt"
+    assert str(error.value) == f"{vocab}: no such file; a tokenizer folder contains spiece.model and vocab.txt"
 
 
 def test_a_hundred_calls_compile_few_programs(vae):

@@ -198,7 +198,7 @@ def test_bad_vocabularies(tmp_path, content, reason):
 
 
 def test_ids_of_another_model_are_refused(folder):
-    with pytest.raises(InputError, match=r"vocab\.txt: \[CLS\] has id 2, where the model expects 101"):
+    with pytest.raises(InputError, match=r"vocab\.txt: \[CLS\] has id 2, but the model expects 101"):
         EncoderTokenizer(folder)
 
 

@@ -402,7 +402,7 @@ def test_bad_arguments(masked_lm, tmp_path, config_file, capsys):
         ([new, "--encoder", tmp_path / "nowhere"], 1, "nowhere: no such folder"),
         ([tmp_path, "--encoder", masked_lm[0]], 1, f"{tmp_path}: exists already"),
         ([new, "--encoder", masked_lm[0], "--config", tmp_path / "nowhere.json"], 1, "nowhere.json: no such file"),
-        ([masked_lm[0], "--encoder", masked_lm[0], "--config", config_file, "--overwrite"], 2, "holds the source"),
+        ([masked_lm[0], "--encoder", masked_lm[0], "--config", config_file, "--overwrite"], 2, "contains the source"),
     ):
         assert main(["warm-start", *map(str, arguments)]) == code, arguments
         out, err = capsys.readouterr()
