@@ -99,13 +99,13 @@ def test_text_vae(tiny_vae):
     [
         (lambda v: v.combine([A], [1, 2]), "2 weights for 1 texts"),
         (lambda v: v.combine([], []), "0 weights for 0 texts"),
-        (lambda v: v.attribute_vector([A], []), "an attribute needs a text that has it and one that lacks it"),
+        (lambda v: v.attribute_vector([A], []), "an attribute needs at least one text that has it and one that lacks it"),
         (lambda v: v.shift([A], np.zeros(3)), "direction must have shape [4], not [3]"),
         (lambda v: v.shift([A, B], np.zeros((2, 4))), "direction must have shape [4], not [2, 4]"),
         (lambda v: v.shift([A], 1.0), "direction must have shape [4], not []"),
         (
             lambda v: v.shift([A], np.zeros(4), np.ones((2, 1))),
-            "strength must be a scalar, not an array of shape",
+            "strength must be a scalar, not an array of shape [2, 1]",
         ),
         (lambda v: v.generate(np.zeros(4)), "the latent must have shape [n, 4], not [4]"),
         (lambda v: v.neighbours(A, 3, 1e39), "radius must be a number of 0 or more, not 1e+39"),
@@ -123,7 +123,7 @@ def test_what_is_refused(tiny_vae, call, message):
 def test_a_list_in_a_texts_place_is_named(tiny_vae):
     with pytest.raises(TypeError, match="a text must be a string, not a list"):
         tiny_vae.neighbours([A], 3, 1.0)
-    with pytest.raises(TypeError, match="give a list of texts, not one text"):
+    with pytest.raises(TypeError, match="pass a list of texts, not a single string"):
         tiny_vae.shift(A, np.zeros(4))
 
 

@@ -226,7 +226,7 @@ def test_inputs(small):
         (["--length", "65"], "--length must be 3 to 64", 2),
         (["--batch-size", "0"], "--batch-size must be at least 1", 2),
         (["--dtype", "float16"], "--dtype", 2),
-        (["--against", GOLDEN / "memory"], "different shapes", 1),
+        (["--against", GOLDEN / "memory"], "shapes differ", 1),
         (["--against", "no/such/folder"], "no/such/folder: no such folder", 1),
     ],
 )

@@ -91,7 +91,7 @@ def test_losses_equal_those_of_one_process(n, devices, options, one_process, tex
     running = start(n, "--data.train", text_file, "--run-dir", folder, *STEPS, *options, devices=devices)
     codes, (out, *others), errors = finish(running, 600)
     assert codes == [0] * n, errors
-    assert f"{n * devices} devices of {n} processes: " in out
+    assert f"{n * devices} devices in {n} processes: " in out
     assert all(str(folder / "checkpoints" / step) in out for step in "48")
     assert not any(others)
     expected, metrics = metrics_of(one_process), metrics_of(folder)
@@ -332,7 +332,7 @@ print(jax.config.values["jax_cuda_visible_devices"], flush=True)
 def test_other_processes_that_jax_does_not_find_are_an_error(variables, reason):
     with pytest.raises(InputError) as e:
         check_alone(variables)
-    assert str(e.value).startswith(reason) and "give --distributed.coordinator HOST:PORT" in str(e.value)
+    assert str(e.value).startswith(reason) and "set --distributed.coordinator HOST:PORT" in str(e.value)
     assert e.value.exit_code == 2 and "\n" not in str(e.value)
 
 

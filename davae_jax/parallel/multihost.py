@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -42,6 +43,8 @@ def connect(config: DistributedConfig) -> None:
     """
     coordinator, num_processes, process_id = config.resolve(os.environ)
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
+    if coordinator is not None and process_id == 0:
+        _check_port_is_free(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would replace the handler of SIGTERM
     try:
         with warnings.catch_warnings():
@@ -66,6 +69,14 @@ def connect(config: DistributedConfig) -> None:
             if "JOB_COMPLETION_INDEX" in os.environ:
                 raise InputError(f"Kubernetes: {first_line(e)}; or set {OPTIONS}") from e
         check_alone(os.environ)
+
+
+def _check_port_is_free(coordinator: str) -> None:
+    """Raises InputError if this process cannot listen on the coordinator's port: JAX would crash."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as e:
+        raise InputError(f"--distributed.coordinator {coordinator}: {e.strerror}") from e
 
 
 def disconnect() -> None:
