@@ -211,7 +211,7 @@ def test_memory_carried_by_a_scan(model, inputs):
 
 def test_ids_outside_the_vocabulary_raise(model):
     """JAX would read NaN for them."""
-    with pytest.raises(ValueError, match="ids from 1 to 5000; the vocabulary has 50"):
+    with pytest.raises(ValueError, match="ids from 1 to 5000; the vocabulary size is 50"):
         model.encode([[1, 2, 5000]])
     with pytest.raises(ValueError, match="ids from -1 to 3; the vocabulary has 64"):
         model.decode(np.array([[3, -1]]), None)

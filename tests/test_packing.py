@@ -275,7 +275,7 @@ def test_an_epoch_shows_every_text_once():
         assert len(set(shown)) == len(shown) > 1000 - 8 * batches.texts_per_row  # all but rows that fill no batch
         epochs.append(shown)
     assert (epochs[0][:50] != epochs[1][:50]).any()
-    in_rows = [{frozenset(row) for row in batches._shuffled(epoch)} for epoch in (0, 1)]
+    in_rows = [{frozenset(row) for row in batches._shuffle(epoch)} for epoch in (0, 1)]
     assert len(in_rows[0] - in_rows[1]) > 0.3 * len(in_rows[0])  # other neighbours, not the rows in another order alone
 
 
