@@ -99,7 +99,10 @@ def test_text_vae(tiny_vae):
     [
         (lambda v: v.combine([A], [1, 2]), "2 weights for 1 texts"),
         (lambda v: v.combine([], []), "0 weights for 0 texts"),
-        (lambda v: v.attribute_vector([A], []), "an attribute needs at least one text that has it and one that lacks it"),
+        (
+            lambda v: v.attribute_vector([A], []),
+            "an attribute needs at least one text that has it and one that lacks it",
+        ),
         (lambda v: v.shift([A], np.zeros(3)), "direction must have shape [4], not [3]"),
         (lambda v: v.shift([A, B], np.zeros((2, 4))), "direction must have shape [4], not [2, 4]"),
         (lambda v: v.shift([A], 1.0), "direction must have shape [4], not []"),

@@ -213,7 +213,7 @@ def test_ids_outside_the_vocabulary_raise(model):
     """JAX would read NaN for them."""
     with pytest.raises(ValueError, match="ids from 1 to 5000; the vocabulary size is 50"):
         model.encode([[1, 2, 5000]])
-    with pytest.raises(ValueError, match="ids from -1 to 3; the vocabulary has 64"):
+    with pytest.raises(ValueError, match="ids from -1 to 3; the vocabulary size is 64"):
         model.decode(np.array([[3, -1]]), None)
     with pytest.raises(ValueError, match="length 513, more than the encoder's 512 positions"):
         model.encode(np.ones((1, 513), int))

@@ -349,8 +349,8 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
 
 def test_warning_for_an_axis_that_shards_nothing(capsys):
     argv = ["randeng-1b", "--chips", 128, "--mesh.fsdp", 128, "--batch-size", 128]
-    message = "davae plan: warning: --mesh.fsdp 128 does not divide the decoder's width 1600: those weights are replicated"
-    assert plan_of(capsys, *argv)[2] == f"{message} on every device\n"
+    message = "davae plan: warning: --mesh.fsdp 128 does not divide the decoder's width 1600: "
+    assert plan_of(capsys, *argv)[2] == f"{message}those weights are replicated on every device\n"
     _, _, err = plan_of(capsys, "randeng-1b", "--chips", 7, "--mesh.tensor", 7, "--mesh.data", 1, "--batch-size", 8)
     assert "--mesh.tensor 7 divides none of the decoder's widths 1600, 6400 and 50048" in err and err.count("\n") == 1
     assert plan_of(capsys, "randeng-1b", "--mesh.fsdp", 8, "--mesh.data", 1)[2] == ""
