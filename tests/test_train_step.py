@@ -28,7 +28,7 @@ MODEL = dataclasses.replace(
     CONFIG,
     encoder=dataclasses.replace(CONFIG.encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     decoder=dataclasses.replace(
-        CONFIG.decoder, embedding_dropout_prob=0.0, attention_dropout_prob=0.0, output_dropout_prob=0.0
+        CONFIG.decoder, num_layers=1, embedding_dropout_prob=0.0, attention_dropout_prob=0.0, output_dropout_prob=0.0
     ),
 )
 CLEAN = TrainConfig(steps=10, noise=NoiseConfig(embedding=0.0), free_bits=FreeBitsConfig(mode="off"))
