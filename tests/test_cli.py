@@ -160,7 +160,7 @@ def test_lines_end_at_line_feeds(data, lines):
     assert decode_lines(data, "name") == lines
 
 
-def test_odd_lines_come_through(davae, model, tmp_path):
+def test_unusual_lines_are_preserved(davae, model, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_bytes(f"\ufeff{A}\r\n{B}\u2028{C}\r\n{C}\tx".encode())
     result = davae("reconstruct", *model, "--input", file)
@@ -249,7 +249,7 @@ def test_help(davae, name):
             assert ("(default: standard input)" in said) == ("[TEXT ...]" in said) == (name != "sample")
 
 
-def test_davae_alone(davae):
+def test_davae_without_a_command(davae):
     for argv in (["--help"], ["-h"]):
         result = davae(*argv)
         assert (result.code, result.err) == (0, "")
@@ -497,7 +497,7 @@ def test_a_full_disk(davae, model, old, monkeypatch):
     assert untouched(old)
 
 
-def test_where_no_output_can_be(davae, tmp_path, monkeypatch):
+def test_outputs_that_cannot_be_written(davae, tmp_path, monkeypatch):
     # Found before the model is looked for.
     argv = ["sample", "--model", "/nowhere", "--output"]
     assert failure(davae(*argv, tmp_path), "sample") == f"{tmp_path}: is a folder; --output needs a file"
@@ -540,7 +540,7 @@ def test_the_installed_command(model, tiny_vae):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["sample", "--help"]], ids=str)
-def test_a_reader_that_leaves_early(argv):
+def test_a_closed_pipe_ends_quietly(argv):
     """`davae … | head`"""
     reader, writer = os.pipe()
     os.close(reader)

@@ -346,7 +346,7 @@ def test_numbers_as_json_writers_write_them():
 # The destination
 
 
-def test_existing_folders_are_replaced_with_overwrite_alone(tmp_path, tiny, converted, fails, capsys):
+def test_existing_folders_are_replaced_only_with_overwrite(tmp_path, tiny, converted, fails, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "keep").write_text("mine")

@@ -50,7 +50,7 @@ def test_an_epoch_shows_every_text_once(batches):
     assert shown == set(range(13))
 
 
-def test_a_batch_depends_on_seed_and_step_alone(batches):
+def test_a_batch_depends_only_on_seed_and_step(batches):
     again = TextBatches(texts_of(LENGTHS), 3, pad_id=PAD, buckets=2, seed=5)
     order = [17, 3, 0, 3, 9]
     for step in order:

@@ -27,7 +27,7 @@ def test_held_out_combinations_are_not_in_the_training_texts(corpus):
         assert {tuple(c[i] for i in pair) for c in held_out} <= {tuple(c[i] for i in pair) for c in trained}
 
 
-def test_the_corpus_depends_on_the_seed_alone(corpus):
+def test_the_corpus_depends_only_on_the_seed(corpus):
     second = make_corpus()
     assert (second.train[:50], second.held_out[:50]) == (corpus.train[:50], corpus.held_out[:50])
     assert make_corpus(seed=1).train[:50] != corpus.train[:50]

@@ -63,7 +63,7 @@ def test_attribute_vector():
     np.testing.assert_allclose(attribute_vector([[1.0, 3.0], [3.0, 5.0]], [[1.0, 1.0]]), [1, 3])
 
 
-def test_neighbours_lie_on_the_sphere_evenly():
+def test_neighbours_are_uniform_on_the_sphere():
     z = np.array([5.0, -1.0, 2.0])
     away = np.asarray(neighbours(z, 4000, 0.7, KEY)) - z
     np.testing.assert_allclose(np.linalg.norm(away, axis=1), 0.7, rtol=1e-4)
@@ -117,7 +117,7 @@ def test_text_vae(tiny_vae):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_is_refused(tiny_vae, call, message):
+def test_invalid_arguments_raise(tiny_vae, call, message):
     with pytest.raises(InputError) as error:
         call(tiny_vae)
     assert (str(error.value), error.value.exit_code) == (message, 2)

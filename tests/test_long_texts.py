@@ -124,7 +124,7 @@ def answer_loss(rows, steps=250):
 
 
 @pytest.mark.slow
-def test_what_lies_farther_back_than_a_segment_is_learnt_with_memory_alone():
+def test_longer_dependencies_than_a_segment_need_memory():
     """Four equally likely signs: ln 4 = 1.39 nats for who has to guess."""
     assert answer_loss(rows=16) < 0.2
     assert answer_loss(rows=0) > 1.3

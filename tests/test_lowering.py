@@ -128,14 +128,14 @@ SLOW, EXTENDED = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.extended]
     ],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x),
 )
-def test_what_the_compiled_step_gathers(mesh, batch_size):
+def test_gathers_of_the_compiled_step(mesh, batch_size):
     # Forward, again in the backward pass (remat), and backward: without a tensor axis the last two share one gathering.
     check(compiled(mesh, batch_size), tensor=mesh[2], uses=2 if mesh[2] == 1 else 3)
 
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_what_the_whole_depth_gathers():
+def test_gathers_of_the_whole_depth():
     """Takes minutes. CI compiles one layer (above), and lowers the whole depth."""
     check(compiled((1, 8, 1), 16, layers=None), layers=RANDENG.model.decoder.num_layers)
 

@@ -33,7 +33,7 @@ def words_of(row):
     return row[row > SEP].tolist()
 
 
-def test_none_changes_nothing(ids):
+def test_no_noise_changes_nothing(ids):
     np.testing.assert_array_equal(noised(ids), ids)
 
 
@@ -85,6 +85,6 @@ def test_embedding_noise():
 
 
 @pytest.mark.parametrize("settings", [dict(drop=1.0), dict(substitute=-0.1), dict(shuffle=-1.0), dict(embedding=-1.0)])
-def test_what_cannot_be(settings):
+def test_invalid_settings_raise(settings):
     with pytest.raises(InputError, match=f"--noise.{next(iter(settings))}"):
         NoiseConfig(**settings)

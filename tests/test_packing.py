@@ -121,7 +121,7 @@ def assert_gradients_close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(found[path], g, atol=atol, rtol=0, err_msg=path)
 
 
-def test_losses_and_gradients_of_every_text_are_those_of_it_alone(model, plain, packed):
+def test_each_text_has_the_loss_and_gradient_it_has_unpacked(model, plain, packed):
     losses, (batch, place_of) = losses_of(model), packed
     weighted = lambda *args: sum(weight * loss for weight, loss in zip((1.0, 0.3), losses(*args)))  # noqa: E731
     both = jax.jit(lambda *args: (losses(*args), jax.jacrev(weighted)(*args)))
@@ -142,7 +142,7 @@ def test_losses_and_gradients_of_every_text_are_those_of_it_alone(model, plain, 
         assert_close(a[4:5], b)
 
 
-def test_what_stands_beside_a_text_does_not_matter(model, packed):
+def test_neighbours_in_a_row_do_not_matter(model, packed):
     """Rows in another order, texts in another order inside them, other texts as neighbours."""
     losses, (batch, place_of) = jax.jit(losses_of(model)), packed
     params = split(model)[1]
@@ -279,7 +279,7 @@ def test_an_epoch_shows_every_text_once():
     assert len(in_rows[0] - in_rows[1]) > 0.3 * len(in_rows[0])  # other neighbours, not the rows in another order alone
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
+def test_a_batch_depends_only_on_seed_and_step():
     make = lambda seed: PackedBatches(texts_of(5, 300), 4, pad_id=PAD, row_length=40, seed=seed)  # noqa: E731
     batches, again, other = make(5), make(5), make(6)
     for step in [41, 3, 0, 3, 19]:
@@ -292,7 +292,7 @@ def test_fewer_rows_than_a_batch():
     assert set(batches.select_texts(0)[0]) == {0, 1, 2} and (batches.batch(7).lengths.sum(1) > 0).all()
 
 
-def test_what_does_not_fit_a_row():
+def test_texts_too_long_for_a_row_raise():
     with pytest.raises(ValueError, match=r"\[9 3\] does not fit a row of \(8, 8\)"):
         pack(np.array([[2, 3], [9, 1]]), (8, 8), np.random.default_rng(0))
     with pytest.raises(InputError, match=r"--data\.buckets is used only without --data.pack"):

@@ -349,7 +349,7 @@ def test_batches_hold_the_records_padded(prepared):
     assert 1 < len(shapes) <= 3
 
 
-def test_a_batch_depends_on_seed_and_step_alone(prepared):
+def test_a_batch_depends_only_on_seed_and_step(prepared):
     batches, again = batches_with(prepared), batches_with(prepared)
     uninterrupted = [batches.batch(step) for step in range(40)]
     for step in [37, 3, 4, 5, 0, 3]:  # as after a resume, forwards and back
@@ -393,7 +393,7 @@ def test_fewer_texts_than_a_batch(prepared):
     assert set(batches.select_texts(0)[0]) == set(range(247)) and len(batches.batch(7).lengths) == 256
 
 
-def test_what_is_missing_or_damaged_is_named(prepared, tmp_path):
+def test_missing_and_damaged_files_are_named(prepared, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(prepared.folder, folder)
     shard = folder / "00001-0000.arrayrecord"

@@ -336,7 +336,7 @@ def test_other_processes_that_jax_does_not_find_are_an_error(variables, reason):
     assert e.value.exit_code == 2 and "\n" not in str(e.value)
 
 
-def test_a_process_without_others_trains_alone():
+def test_a_single_process_trains_alone():
     check_alone({})
     check_alone({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})
     check_alone({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script outside of a step

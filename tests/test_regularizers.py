@@ -708,7 +708,7 @@ def test_the_is_encoder_only_step(one_device):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_what_waits_is_as_if_it_had_not_been(name):
+def test_a_frozen_decoder_keeps_its_moments(name):
     """The decoder's updates after three steps without it are those of an optimizer that has not seen these steps."""
     config = OptimizerConfig(name=name, schedule="constant", warmup=0.0, weight_decay=0.01)
     rng = np.random.default_rng(0)
@@ -728,7 +728,7 @@ def test_what_waits_is_as_if_it_had_not_been(name):
         np.testing.assert_allclose(updates["decoder"]["w"], expected["decoder"]["w"], rtol=1e-5)
 
 
-def test_what_is_saved_is_gone_on_with(one_device, batches, tmp_path):
+def test_resume_restores_regularizer_state(one_device, batches, tmp_path):
     """Saved after the first step and read again: two steps later all is the same bit for bit, and what regularizers
     have of their own is no part of the weights that every command reads."""
     step, states, _ = one_device
@@ -774,7 +774,7 @@ def test_parts_of_a_batch(batches):
     assert logs.keys() >= {"wgan", "wgan/adversary", "bag_of_words", "mmd", "rec"}
 
 
-def test_what_is_off_is_not_traced(batches):
+def test_inactive_regularizers_are_not_traced(batches):
     """Nor does it change a draw, a name of a checkpoint's arrays, or train.json."""
     graphdef, params = split(abstract_model(MODEL))
     off = TrainConfig(steps=8, batch_size=B)
@@ -806,7 +806,7 @@ def test_what_is_off_is_not_traced(batches):
         (lambda batch: batch.zz, "AttributeError: 'LatentBatch' object has no attribute 'zz'"),
     ],
 )
-def test_what_a_regularizer_must_return(given, said):
+def test_invalid_return_values_raise(given, said):
     class Bad(SIGReg):
         def __call__(self, batch, params):
             return given(batch)
@@ -816,7 +816,7 @@ def test_what_a_regularizer_must_return(given, said):
     assert str(e.value) == f"regularizer bad: {said}"
 
 
-def test_what_can_be_registered():
+def test_invalid_registrations_raise():
     def said(name, cls):
         with pytest.raises(InputError) as e:
             register(name)(cls)
@@ -885,7 +885,7 @@ def test_a_plugin_without_a_regularizer_is_warned_of(tmp_path, registry):
         ({"a": {"w": np.zeros(3, np.int32)}}, "int32 of shape (3,) in ['a']['w']"),
     ],
 )
-def test_what_own_parameters_must_be(given, said):
+def test_invalid_parameters_raise(given, said):
     class Bad(WGAN):
         def init(self, key, sizes):
             return given
@@ -1007,7 +1007,7 @@ def test_the_documents_example(train, tmp_path, monkeypatch):
     assert code == 2 and "was made with another config: digest_of_plugins (" in err
 
 
-def test_what_is_not_finite_is_named():
+def test_non_finite_values_are_named():
     fine = {"rec": 1.0, "loss": 2.0, "loss_d": 1.0, "grad_norm": 3.0, "mmd": 0.1, "wgan": 0.1, "wgan/adversary": 2.0}
     said = lambda **bad: describe_non_finite(fine | bad, {"mmd", "wgan"})  # noqa: E731
     nan, inf = math.nan, math.inf

@@ -71,7 +71,7 @@ def test_learning_rate():
         (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup must be in [0, 1], not 2.0"),
     ],
 )
-def test_what_cannot_be(make, said):
+def test_invalid_settings_raise(make, said):
     with pytest.raises(InputError, match=re.escape(said)) as e:
         make()
     assert e.value.exit_code == 2

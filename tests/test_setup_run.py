@@ -41,7 +41,7 @@ def test_too_few_pieces_name_the_option(config, tmp_path):
     assert e.value.exit_code == 2
 
 
-def test_what_is_measured_on_was_never_trained_on(config):
+def test_held_out_texts_are_never_trained_on(config):
     """All copies of a text are kept apart, and every other line is trained on, under its own number."""
     corpus = load_corpus(config)
     lines = config.data.train.read_text(encoding="utf-8").splitlines()

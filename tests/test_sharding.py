@@ -108,7 +108,7 @@ def test_other_ways_of_training_on_a_mesh(changed, tmp_path):
     assert_trained_alike(trained(shape, tmp_path, config), trained_on_one(tmp_path, config), compared)
 
 
-def test_what_is_split(tmp_path):
+def test_partition_specs(tmp_path):
     """Weights, both optimizers' states and the batch lie in parts; no device holds a whole matrix."""
     mesh = make_mesh(MeshConfig(2, 2, 2), B)
     state = abstract_state(abstract_model(MODEL), TRAIN, mesh)
@@ -144,7 +144,7 @@ def test_an_axis_is_split_only_where_it_divides():
         (dict(tensor=0), 8, "--mesh.tensor must be at least 1, or -1, not 0"),
     ],
 )
-def test_meshes_that_cannot_be(config, devices, said):
+def test_invalid_meshes_raise(config, devices, said):
     with pytest.raises(InputError, match=said) as error:
         MeshConfig(**config).shape(devices)
     assert error.value.exit_code == 2

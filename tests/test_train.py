@@ -331,7 +331,7 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
     assert f"--run-dir {folder}" in err
 
 
-def test_told_to_end_before_the_first_step(text_file, tmp_path):
+def test_signal_before_the_first_step(text_file, tmp_path):
     """One line, nothing half-written, and the same command goes on."""
     folder = tmp_path / "run"
     options = ["--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 2]
@@ -365,7 +365,7 @@ exit_with(main)
 """
 
 
-def test_told_to_end_within_a_callback(text_file, tmp_path):
+def test_signal_within_a_callback(text_file, tmp_path):
     """Of the garbage collector, say, which swallows what is raised in it: the program ends a moment later."""
     argv = ["-c", IN_A_CALLBACK, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 2]
     run = dict(cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=50)
@@ -373,7 +373,7 @@ def test_told_to_end_within_a_callback(text_file, tmp_path):
     assert (done.returncode, done.stderr) == (130, "train.py: interrupted\n")
 
 
-def test_told_to_end_before_the_figures(text_file, tmp_path, monkeypatch):
+def test_signal_during_the_evaluation(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     folder = tmp_path / "run"
     options = ["--data.train", text_file, "--data.valid", text_file, "--run-dir", folder, *TINY, "--steps", 2]
