@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from small_model import CONFIG, counted_compilations, new_model
 
-from davae_jax import DAVAE, DAVAEConfig, DecoderConfig, EncoderConfig
+from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.weights import flat_params, flatten
 from davae_jax.model import attention, decoder, encoder
 from davae_jax.model.davae import abstract_model, merge, split, trainable_mask, weight_axes, zero_buffers
