@@ -27,7 +27,7 @@ from davae_jax.data.shard_batches import ShardBatches
 batches = ShardBatches(Prepared(Path(sys.argv[1])), {BATCH_SIZE}, pad_id=0, buckets=4)
 began = time.perf_counter()
 for step in range({BATCHES}):
-    batches[step]
+    batches.batch(step)
 print(time.perf_counter() - began)
 """
 

@@ -1,6 +1,7 @@
 """Several processes on this machine that train one model, connected over the loopback address."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -93,7 +94,8 @@ def test_losses_equal_those_of_one_process(n, devices, options, one_process, tex
     assert codes == [0] * n, errors
     assert f"{n * devices} devices in {n} processes: " in out
     assert all(str(folder / "checkpoints" / step) in out for step in "48")
-    assert not any(others)
+    # Gloo prints its own lines there, in fragments
+    assert not any(ours in text for text in others for ours in ("devices in", "loss", str(folder)))
     expected, metrics = metrics_of(one_process), metrics_of(folder)
     assert [row["step"] for row in metrics] == [2, 4, 6, 8]
     for name in ("loss", "rec", "kl_unmasked", "loss_d", "loss_g", "grad_norm"):
@@ -165,8 +167,9 @@ def test_a_lost_process_ends_the_others(number, lost, text_file, tmp_path):  # n
     codes, (out, _), errors = finish(running)
     assert codes[lost] == -9 and codes[other] in (1, -signal.SIGABRT), errors
     if codes[other] == 1:
-        assert_one_error(errors[other])
-        assert f"process {other}: " in errors[other]
+        if lost == 1:  # the loss of process 0 ends JAX's coordination service too, and JAX prints its own lines
+            assert_one_error(errors[other])
+        assert re.search(rf"^train\.py: error: process {other}: ", errors[other], re.M)
     elif lost == 1:  # JAX's message
         assert "unhealthy" in errors[0] and "\n1\n" in errors[0]
     saved = [line for line in out.splitlines() if str(folder / "checkpoints") in line]
