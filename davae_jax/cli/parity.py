@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from davae_jax.cli.base import Command
+from davae_jax.cli.base import Command, option_hint
 
 
 @dataclass(kw_only=True)
@@ -26,9 +26,7 @@ class Parity(Command):
     batch_size: int = 2
     """Number of rows of the random inputs."""
 
-    length: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 48, or all positions)")
-    ] = None
+    length: Annotated[int | None, option_hint("INT", "48, or all positions")] = None
     """Number of tokens of the longest row."""
 
     seed: int = 0

@@ -18,7 +18,7 @@ import tyro
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.texts import decode_lines
-from davae_jax.model.config import check_sampling
+from davae_jax.model.config import SAMPLING_SETTINGS, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_text
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from davae_jax.inference.text_vae import TextVAE
 
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 _FLOAT, _INT = (option_hint(kind, "the checkpoint's") for kind in ("FLOAT", "INT"))
 _GREEDY = "greedy; with another of these four, the checkpoint's"
 _GREEDY_FLOAT, _GREEDY_INT = (option_hint(kind, _GREEDY) for kind in ("FLOAT", "INT"))
@@ -104,7 +103,7 @@ class TextCommand(Command):
 
     def sampling(self) -> dict:
         """Returns the sampling options that are given, as keyword arguments of `TextVAE.generate`."""
-        names = ("max_length", *SAMPLING_OPTIONS)
+        names = ("max_length", *SAMPLING_SETTINGS)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def load(self, label: Callable[[int], str] = "text {}".format) -> TextVAE:

@@ -92,7 +92,7 @@ def parse_line(data: bytes | None, field: str | None) -> Line:
     try:
         return Line(parse_json_text(text, field))
     except ValueError as e:
-        return Line(None, str(e).lstrip(": "))
+        return Line(None, str(e))
 
 
 def _lines_in(file_slice: FileSlice, file: BinaryIO) -> Iterator[bytes | None]:

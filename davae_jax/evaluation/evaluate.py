@@ -15,11 +15,11 @@ from davae_jax.evaluation.measures import MEASURES
 from davae_jax.evaluation.outputs import ModelOutputs
 from davae_jax.inference.generation import LENGTH_LIMIT
 from davae_jax.inference.text_vae import TextVAE
+from davae_jax.model.config import SAMPLING_SETTINGS
 from davae_jax.model.latent import Posterior
 from davae_jax.tokenizers.decoder import END, UNK
 from davae_jax.utils.errors import InputError, OptionError
 
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 # Groups of metrics that a training run computes at its end.
 END_OF_RUN = ("latent", "reconstruction", "posterior samples", "prior samples")
 
@@ -98,7 +98,7 @@ def evaluate(
         "left_out_for_end_token": with_end_token,
         "unknown_tokens": unknown_tokens(outputs.originals, tokenized.decoder_ids, vae.decoder_tokenizer.unk_id),
         "seed": seed,
-        "sampling": {name: getattr(vae.config, name) for name in SAMPLING} | outputs.sampling,
+        "sampling": {name: getattr(vae.config, name) for name in SAMPLING_SETTINGS} | outputs.sampling,
         "latent_size": vae.config.latent_size,
         **_compute(outputs, measures),
     }

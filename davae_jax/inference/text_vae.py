@@ -18,7 +18,7 @@ from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.inference.generation import check_prompts, generate, sampling_settings
-from davae_jax.model.config import DAVAEConfig
+from davae_jax.model.config import SAMPLING_SETTINGS, DAVAEConfig
 from davae_jax.model.davae import DAVAE
 from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours, slerp
 from davae_jax.tokenizers.cleanup import clean_up
@@ -303,7 +303,7 @@ def check_steps(steps: int, *, name: str = "steps") -> None:
 
 def greedy_by_default(sampling: dict) -> dict:
     """Returns the settings with top_k 1, or unchanged if they include one that a top_k of 1 would make ineffective."""
-    is_sampled = sampling.keys() & {"temperature", "top_k", "top_p", "repetition_penalty"}
+    is_sampled = sampling.keys() & set(SAMPLING_SETTINGS)
     return sampling if is_sampled else {"top_k": 1, **sampling}
 
 

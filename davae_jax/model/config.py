@@ -217,6 +217,9 @@ _REQUIRED = {
 }
 
 
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
 def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises OptionError, with the argument's name, for the first sampling setting that is out of its range."""
     smallest, largest = 1e-30, 1e30  # within this range, float32 logits stay finite

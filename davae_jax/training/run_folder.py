@@ -21,6 +21,7 @@ from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
+from davae_jax.training.initial_state import INIT_FOLDER
 from davae_jax.training.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import is_partial, remove_partial, write_json
@@ -49,12 +50,13 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
         if stored.exists():
             old = upgrade_settings(json.loads(stored.read_text(encoding="utf-8")))
             changed = changed_options(old, values) + changed_tokenizers(config, path)
-            if changed and complete_checkpoints(path):
-                raise OptionError(
-                    "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
-                )
             if changed or differences(old, values):
-                _remove_preparations(path)
+                if not complete_checkpoints(path):
+                    _remove_preparations(path)
+                elif changed:
+                    raise OptionError(
+                        "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
+                    )
         elif not all(is_partial(file) for file in path.iterdir()):
             raise OptionError(
                 "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
@@ -66,11 +68,10 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
 
 
 def _remove_preparations(path: Path) -> None:
-    """Removes tokenizers, config and initial checkpoint of an earlier start, unless a checkpoint depends on them."""
-    if not complete_checkpoints(path):
-        for name in (CONFIG_FILE, *TOKENIZER_FILES):
-            (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path / "init", ignore_errors=True)
+    """Removes tokenizers, config and initial checkpoint of an earlier start; no checkpoint may depend on them."""
+    for name in (CONFIG_FILE, *TOKENIZER_FILES):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / INIT_FOLDER, ignore_errors=True)
 
 
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
