@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from davae_jax.checkpoints.run_folder import complete_checkpoints
-from davae_jax.training.checkpointer import Checkpoints
+from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError
 
@@ -42,7 +42,7 @@ def test_an_array_that_is_not_what_was_saved(tmp_path, capsys, monkeypatch):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state_at(1))
         wrong = {name: jnp.uint32(1) for name in ("step", "params.encoder.layers.0.weight")}
-        monkeypatch.setattr("davae_jax.training.checkpointer._checksums", lambda arrays: wrong)
+        monkeypatch.setattr("davae_jax.training.run.checkpointer._checksums", lambda arrays: wrong)
         checkpoints.save(state_at(2))
     monkeypatch.undo()
     state, extra_state = Checkpoints(tmp_path, keep=2).restore(like(state_at(0)))

@@ -30,8 +30,8 @@ from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.presets import DEMO
+from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.setup import load_corpus, make_batches, truncation_mismatch
-from davae_jax.training.vocabularies import model_config, prepare_tokenizers
 from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent

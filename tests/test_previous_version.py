@@ -26,13 +26,13 @@ from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
-from davae_jax.training.checkpointer import Checkpoints
 from davae_jax.training.initial_state import initial_state
 from davae_jax.training.presets import DEMO
+from davae_jax.training.run.checkpointer import Checkpoints
+from davae_jax.training.run.vocabularies import prepare_tokenizers
 from davae_jax.training.setup import load_corpus, make_batches
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step
-from davae_jax.training.vocabularies import prepare_tokenizers
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0.1.0"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))

@@ -62,7 +62,6 @@ from davae_jax.regularizers.decomposition import aggregate_log_density, decompos
 from davae_jax.regularizers.divergences import epps_pulley, random_directions
 from davae_jax.regularizers.registry import ENTRY_POINTS
 from davae_jax.regularizers.terms import _fold_in_name, init_regularizer_params
-from davae_jax.training.checkpointer import Checkpoints, _leaves
 from davae_jax.training.config import (
     FreeBitsConfig,
     LaggingConfig,
@@ -73,7 +72,8 @@ from davae_jax.training.config import (
 )
 from davae_jax.training.objective import StepContext, free_bits_kl, latent_batch
 from davae_jax.training.optimizers import make_optimizer
-from davae_jax.training.saved_config import differences, to_dict
+from davae_jax.training.run.checkpointer import Checkpoints, _leaves
+from davae_jax.training.run.saved_config import differences, to_dict
 from davae_jax.training.state import abstract_state, init_state
 from davae_jax.training.step import describe_non_finite, freeze_decoder_update, is_encoder_only_step, make_train_step
 from davae_jax.utils.errors import InputError

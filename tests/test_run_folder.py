@@ -8,8 +8,8 @@ import pytest
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.presets import DEMO
-from davae_jax.training.run_folder import open_run
-from davae_jax.training.saved_config import digest_settings
+from davae_jax.training.run.folder import open_run
+from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
 

@@ -8,8 +8,8 @@ import pytest
 from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.presets import DEMO
+from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.setup import load_corpus
-from davae_jax.training.vocabularies import model_config, prepare_tokenizers
 from davae_jax.utils.errors import InputError
 
 CHARACTERS = [chr(0x4E00 + i) for i in range(1500)]  # more than the demo's corpus has, or a tokenizer's defaults take

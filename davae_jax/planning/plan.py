@@ -17,7 +17,7 @@ from davae_jax.planning.memory import fits_memory, memory, min_chips
 from davae_jax.planning.shapes import cached_abstract_state
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import forward_products, longest_rows
-from davae_jax.training.vocabularies import expected_vocabularies, with_vocabularies
+from davae_jax.training.run.vocabularies import expected_vocabularies, with_vocabularies
 
 
 class Plan(NamedTuple):

@@ -16,7 +16,7 @@ from davae_jax.inference.text_vae import TextVAE
 from davae_jax.parallel.multihost import is_process_zero, run_on_process_zero
 from davae_jax.regularizers import active
 from davae_jax.training.hooks import non_finite_error
-from davae_jax.training.run_log import Work
+from davae_jax.training.run.log import Work
 from davae_jax.training.setup import Run, truncation_mismatch, unsharded_weights
 from davae_jax.training.state import TrainState
 from davae_jax.training.step import Logs, describe_non_finite

@@ -35,16 +35,16 @@ from davae_jax.parallel.sharding import RULES, make_mesh
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
-from davae_jax.training.checkpointer import Checkpoints
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
-from davae_jax.training.run_folder import open_run
-from davae_jax.training.run_log import RunLog
-from davae_jax.training.saved_config import digest_settings
+from davae_jax.training.run.checkpointer import Checkpoints
+from davae_jax.training.run.folder import open_run
+from davae_jax.training.run.log import RunLog
+from davae_jax.training.run.saved_config import digest_settings
+from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.state import TrainState, abstract_state
 from davae_jax.training.step import HeldOutLoss, TrainStep, make_held_out_loss, make_train_step
-from davae_jax.training.vocabularies import model_config, prepare_tokenizers
 
 Tokenizers = tuple[EncoderTokenizer, DecoderTokenizer]
 

@@ -3,7 +3,7 @@
 train.json       the resolved config, and hashes of the texts and plugins
 config.json      the model config; with vocab.txt and spiece.model, it lets every `davae` command read the folder
 checkpoints/     one folder per saved step (`checkpointer.py`)
-metrics.jsonl    one line every few steps; the same values are in TensorBoard's event files in `events/` (`run_log.py`)
+metrics.jsonl    one line every few steps; the same values are in TensorBoard's event files in `events/` (`log.py`)
 held_out.jsonl   losses of the held-out texts, one line per checkpoint
 samples.jsonl    texts that the model generated during training
 profile/         a profiler trace, if --profile-steps is given
@@ -22,7 +22,7 @@ from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.initial_state import INIT_FOLDER
-from davae_jax.training.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
+from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import is_partial, remove_partial, write_json
 

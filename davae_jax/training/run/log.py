@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from davae_jax.parallel.multihost import is_process_zero
-from davae_jax.training.rates import Rates, Work
+from davae_jax.training.run.rates import Rates, Work
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.files import write_text
 

@@ -52,7 +52,7 @@ def digest_settings(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-# Settings that do not change the results. Plugins are compared by their contents (`training.run_folder.open_run`).
+# Settings that do not change the results. Plugins are compared by their contents (`training.run.folder.open_run`).
 NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
 
 
