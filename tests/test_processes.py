@@ -21,6 +21,7 @@ from davae_jax.utils.errors import InputError
 
 STEPS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
 ENDLESS = ["--steps", 100_000, "--batch-size", 8, "--log.checkpoint", 4]
+RUINOUS = ["--optimizer.learning-rate", 1e30, "--optimizer.warmup", 0, "--optimizer.clip", 0]
 FSDP = ["--mesh.fsdp", 2, "--mesh.data", 1]
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -209,11 +210,20 @@ def test_a_process_that_fails_alone_ends_the_others(text_file, tmp_path):  # noq
         folder.mkdir()
     argv = ["--data.train", text_file, "--run-dir", "run", "--mesh.fsdp", 2, "--distributed.timeout", 60]
     codes, _, errors = finish(start(2, *argv, cwd=folders))
-    assert codes[1] == 1 and codes[0] in (1, -signal.SIGABRT), errors
-    assert_one_error(errors[1])
-    assert "run/vocab.txt" in errors[1]
-    if codes[0] == 1:
-        assert_one_error(errors[0])
+    assert codes == [1, 1], errors
+    for error in errors:
+        assert_one_error(error)
+        assert "run/vocab.txt" in error
+    assert errors[0] == errors[1].replace("error: ", "error: process 1: ")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all(text_file, tmp_path):  # noqa: F811
+    options = ["--data.train", text_file, "--run-dir", tmp_path / "run", *RUINOUS, *ENDLESS, *FSDP]
+    codes, _, errors = finish(start(2, *options))
+    assert codes == [1, 1] and errors[0] == errors[1], errors
+    assert_one_error(errors[0])
+    assert "the last good checkpoint is " in errors[0]
 
 
 def run_programs(program, variables):

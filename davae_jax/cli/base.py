@@ -17,7 +17,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from davae_jax.cli.renamed import replace_renamed
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
 
@@ -165,8 +165,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             name = e.filename or ("standard output" if _stdout_is_broken() else None)
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except Exception as e:
-            first_line = (str(e).strip().splitlines() or [""])[0]
-            return report(f"{type(e).__name__}: {first_line} (--debug shows where)", 1)
+            return report(f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
 
 
 def exit_with(main: Callable[[], int]) -> None:

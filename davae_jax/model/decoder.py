@@ -317,8 +317,10 @@ class DecoderLayer(nnx.Module):
 
 
 def inverse_frequencies(width: int) -> Float[Array, "D/2"]:
-    """Returns f_i = 10000^(−2i/D) in float32, for checkpoints that do not store them.
+    """Returns f_i = 1 / 10000^(2i/D) in float32, for checkpoints that do not store them.
 
-    Computed by NumPy, because compiled and uncompiled JAX would round differently.
+    Computed by NumPy, because compiled and uncompiled JAX would round differently. The power is computed in float64
+    and rounded, because NumPy's float32 power differs between CPUs in the last bit.
     """
-    return jnp.asarray(1 / np.float32(10000) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)))
+    powers = np.float64(10000) ** (np.arange(0, width, 2) / width)
+    return jnp.asarray(1 / powers.astype(np.float32))

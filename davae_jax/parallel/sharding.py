@@ -86,6 +86,11 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
 
 
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Returns the sharding of a training batch's arrays: their rows, over the axes of the batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
 def shard_batch(arrays: Any, params: Any) -> Any:
     """Shards arrays [B, …] over the mesh of the weights. If the weights are on one device, returns them unchanged."""
     sharding = jax.tree.leaves(params)[0].sharding

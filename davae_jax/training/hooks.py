@@ -17,7 +17,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.setup import Run
 from davae_jax.training.state import TrainState
 from davae_jax.training.step import all_finite
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import StepError
 
 
 @dataclasses.dataclass
@@ -108,14 +108,14 @@ def default_hooks(config: TrainConfig) -> list[Hook]:
     return [WriteSamples(config.log.samples), SaveCheckpoint(config.log.checkpoint, at_end=True)]
 
 
-def non_finite_error(run: Run, step: int, description: str) -> InputError:
+def non_finite_error(run: Run, step: int, description: str) -> StepError:
     """Returns the error that ends a run. It names the step, the value, the step's texts and the last checkpoint.
 
     Args:
       description: names the value that is not finite.
     """
     run.checkpoints.wait()  # a state is only saved if it is finite
-    return InputError(
+    return StepError(
         f"step {step}: {description}; its batch is {run.batches.describe(step - 1)}; "
         f"the last good checkpoint is {run.checkpoints.last}"
     )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from davae_jax.data.batches import Batch
 from davae_jax.data.prefetch import prefetch
 from davae_jax.data.shards import THREADS
-from davae_jax.parallel.multihost import any_process_requested_stop, is_process_zero
+from davae_jax.parallel.multihost import any_process_requested_stop, disconnect, is_process_zero
 from davae_jax.regularizers import RegularizerError
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.hooks import Hook, Profiler, default_hooks
@@ -24,7 +24,7 @@ from davae_jax.training.reporting import StepValues, announce, evaluate, log_met
 from davae_jax.training.setup import Run, set_up
 from davae_jax.training.state import TrainState
 from davae_jax.training.step import Logs
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import StepError
 from davae_jax.utils.signals import StopRequest
 
 
@@ -47,8 +47,12 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
     started = time.perf_counter()
     run, state = set_up(config)
     announce(run, state)
-    with StopRequest() as stop, run.checkpoints, run.log:
-        result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
+    try:
+        with StopRequest() as stop, run.checkpoints, run.log:
+            result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
+    except StepError:
+        disconnect()  # all processes raise it; connected, the first to end would abort the others
+        raise
     if not result.interrupted and config.log.figures and run.corpus.held_out:
         try:
             evaluate(run, result.state, started)
@@ -91,4 +95,4 @@ def take_step(run: Run, state: TrainState, batch: Batch, step: int) -> tuple[Tra
         with jax.set_mesh(run.mesh):
             return run.take_step(state, batch)
     except RegularizerError as e:
-        raise InputError(f"step {step}: {e}") from e
+        raise StepError(f"step {step}: {e}") from e

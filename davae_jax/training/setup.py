@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
@@ -31,7 +31,7 @@ from davae_jax.parallel.multihost import (
     run_on_all_processes,
     run_on_process_zero,
 )
-from davae_jax.parallel.sharding import RULES, make_mesh
+from davae_jax.parallel.sharding import batch_sharding, make_mesh
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
@@ -99,14 +99,12 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
     run_on_process_zero(lambda: _prepare_folder(config, folder, corpus))
-    model = model_config(config, folder)
+    model = run_on_all_processes(lambda: model_config(config, folder))
     if is_warm_start(config):
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
-        model = warm_start_config(model, folder)
+        model = run_on_all_processes(lambda: warm_start_config(model, folder))
     config = dataclasses.replace(config, model=model)
-    tokenizers = load_tokenizers(folder, model)
-    batches = make_batches(config, corpus, tokenizers, model)
-    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.truncate)
+    tokenizers, batches, held_out = run_on_all_processes(lambda: _tokenize(config, corpus, folder))
     corpus = corpus._replace(held_out=held_out)
     run_on_process_zero(lambda: model.to_json(folder / CONFIG_FILE))
 
@@ -119,7 +117,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     else:
         state, pending_log = initial_state(abstract, model, config, folder), []
     chip = find_chip(jax.devices()[0].device_kind)
-    batch_sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    rows = batch_sharding(mesh)
     run = Run(
         config=config,
         folder=folder,
@@ -127,9 +125,9 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
         tokenizers=tokenizers,
         graphdef=graphdef,
         mesh=mesh,
-        batch_sharding=batch_sharding,
+        batch_sharding=rows,
         batches=batches,
-        held_out=held_out_batches(config, corpus.held_out, tokenizers, model, batch_sharding),
+        held_out=held_out_batches(config, corpus.held_out, tokenizers, model, rows),
         first_step=checkpoints.step,
         take_step=make_train_step(graphdef, config, abstract, batches.count),
         held_out_loss=make_held_out_loss(graphdef, config, abstract),
@@ -163,6 +161,14 @@ def load_corpus(config: TrainConfig) -> Corpus:
 def _prepare_folder(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
     open_run(folder, config, corpus)
     prepare_tokenizers(config, folder, corpus)
+
+
+def _tokenize(config: TrainConfig, corpus: Corpus, folder: Path) -> tuple[Tokenizers, BatchSource, list[str]]:
+    """Returns the run's tokenizers, its source of batches, and the held-out texts that are not too long for it."""
+    tokenizers = load_tokenizers(folder, config.model)
+    batches = make_batches(config, corpus, tokenizers, config.model)
+    held_out = filter_by_length(corpus.held_out, *tokenizers, config.data.max_length, truncate=config.data.truncate)
+    return tokenizers, batches, held_out
 
 
 def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, model: DAVAEConfig) -> BatchSource:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from davae_jax.data.batches import Batch
 from davae_jax.model.davae import Params, merge, trainable_mask, zero_buffers
 from davae_jax.model.latent import kl_per_dimension
-from davae_jax.parallel.sharding import RULES
+from davae_jax.parallel.sharding import batch_sharding
 from davae_jax.regularizers import normalized_head
 from davae_jax.training.config import LaggingConfig, TrainConfig
 from davae_jax.training.objective import Logs, StepContext, gradient, reconstruction
@@ -48,7 +48,7 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(RULES["batch"]))),
+        in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
 
@@ -156,7 +156,7 @@ def make_held_out_loss(graphdef: nnx.GraphDef, config: TrainConfig, abstract: Tr
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     mesh = abstract.step.sharding.mesh
-    rows = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    rows = batch_sharding(mesh)
     return jax.jit(held_out_loss, in_shardings=(shardings, rows), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 

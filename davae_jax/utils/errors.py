@@ -53,6 +53,10 @@ class ConfigError(InputError):
         self.reason = reason
 
 
+class StepError(InputError):
+    """A training step failed in the same way on every process: a regularizer raised, or a value is not finite."""
+
+
 def check_options(config: Any, section: str, names: str, fits: Callable[[Any], bool], must: str) -> None:
     """Checks fields of an options dataclass.
 

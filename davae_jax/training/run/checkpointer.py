@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, complete_checkpoints
 from davae_jax.checkpoints.weights import flatten, nest
-from davae_jax.parallel.multihost import all_processes, is_process_zero
+from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
 
@@ -131,6 +131,7 @@ class Checkpoints:
                 multihost_utils.sync_global_devices("damaged checkpoints are renamed")
             return state, extra_state
         reasons = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
+        disconnect()  # all processes raise the error; connected, the first to end would abort the others
         raise InputError(f"{reasons}; no intact checkpoint remains")
 
     def __enter__(self) -> Checkpoints:
