@@ -77,7 +77,9 @@ def test_sampled_trajectories(load_model, golden_arrays, golden_json, name, run)
         assert np.abs((probs > 0).sum(-1) - golden["support"][step]).max() <= 1
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False})
+@functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+)
 def probs_of(logits, tokens, context, settings):
     from davae_jax.inference.sampling import count_ids, filter_logits, penalized_log_probs
 

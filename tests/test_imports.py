@@ -17,10 +17,12 @@ HEAVY = [
     "optax",
     "orbax",
     "transformers",
+    "tokenizers",
+    "sentencepiece",
     "torch",
     "scipy",
     "sklearn",
-    "tensorboardX",
+    "tensorboard",
     "grain",
     "pyarrow",
 ]
@@ -83,4 +85,11 @@ def test_generating_ids_needs_neither_tokenizers_nor_torch(tiny_checkpoint):
     code += "davae_jax.generate(model, np.zeros((1, model.config.latent_size), np.float32), max_length=3)"
     used = imported_by(code)
     assert {"jax", "flax", "orbax"} <= used
-    assert not used & {"transformers", "torch", "sklearn", "tensorboardX", "grain", "pyarrow"}
+    assert not used & {"tokenizers", "sentencepiece", "torch", "sklearn", "tensorboard", "grain", "pyarrow"}
+
+
+def test_generating_texts_needs_neither_transformers_nor_torch(tiny_checkpoint):
+    command = ["reconstruct", "--model", str(tiny_checkpoint), "--max-length", "3", "天"]
+    used = imported_by(f"from davae_jax.cli.main import main; assert main({command}) == 0")
+    assert {"tokenizers", "sentencepiece"} <= used
+    assert not used & {"transformers", "torch", "sklearn", "tensorboard", "grain", "pyarrow"}

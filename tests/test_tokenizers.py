@@ -157,7 +157,7 @@ def test_long_texts_are_fast_and_silent(encoder, decoder, capfd, recwarn, text):
 
 
 def test_other_tokenizer_files_in_the_folder_are_not_read(folder, tmp_path, encoder):
-    # A model's folder may hold the files of another tokenizer, which transformers would read first.
+    # A model's folder may hold the files of another tokenizer.
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 5}')
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -183,7 +183,7 @@ def test_loading_does_not_use_the_network(folder, monkeypatch):
         (b"", "empty"),
         (b"[PAD]\n\xff\xfe", "UTF-8"),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\na", "lacks [MASK]"),
-        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na", "8 entries"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na", "repeats 'a'"),
         (b"[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]", "[PAD] has id 1"),
         (b"[PAD]\n[UNK]\n[SEP]\n[CLS]\n[MASK]", "[CLS] has id 3"),
     ],
@@ -202,12 +202,25 @@ def test_ids_of_another_model_are_refused(folder):
         EncoderTokenizer(folder)
 
 
-def test_another_vocabulary_from_transformers_is_refused(folder, monkeypatch):
-    import transformers
-
-    monkeypatch.setattr(transformers.BertTokenizer, "from_pretrained", lambda *_, **__: range(5))
-    with pytest.raises(InputError, match=r"vocab\.txt: \d+ entries, but the tokenizer made from them has 5"):
-        load_small_encoder(folder)
+def test_the_ids_are_those_of_transformers(folder, encoder):
+    """Of its BertTokenizer, before the second [CLS] and [SEP]; for every character of the first two Unicode planes."""
+    transformers = pytest.importorskip("transformers")
+    bert = transformers.BertTokenizer.from_pretrained(folder, do_lower_case=True, local_files_only=True)
+    characters = "".join(chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000)
+    rng = np.random.default_rng(0)
+    alphabet = [
+        *"MODELS今天很好 \n\t\u2028\u00a0,.!?()-éÀÅßﬁＡ１",
+        "[SEP]",
+        "[MASK]",
+        "[sep]",
+        "[UNK",
+        "##",
+        "👍🏽",
+        "\ufffd",
+    ]
+    texts = ["", *characters, *(characters[i : i + 300] for i in range(0, len(characters), 300))]
+    texts += ["".join(rng.choice(alphabet, rng.integers(1, 30))) for _ in range(300)]
+    assert [ids[1:-1] for ids in encoder.encode(texts)] == [ids[: encoder.max_ids] for ids in bert(texts)["input_ids"]]
 
 
 def test_a_folder_instead_of_a_file(tmp_path):

@@ -47,6 +47,10 @@ SMALLEST = {
 TINY = [word for option, value in SMALLEST.items() for word in (f"--{option}", value)]
 
 
+# Options of most runs here, which therefore share their compiled programs.
+SAME = ["--steps", 8, "--adversarial.weight", 0.1]
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "train.txt"
@@ -97,7 +101,7 @@ def metrics_of(run_dir):
 def run(text_file, tmp_path_factory):
     """(folder, output) of a run of 8 steps in one go, with figures and samples."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--log.figures", 1, "--adversarial.weight", 0.1]
+    options = [*SAME, "--log.checkpoint", 3, "--log.samples", 4, "--log.figures", 1]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **pipes)
     out, err = process.communicate(timeout=300)
@@ -263,7 +267,7 @@ def newest_of(folder):
 
 def test_a_trace_is_written(text_file, tmp_path):
     folder = tmp_path / "run"
-    code, _, err = tiny(text_file, folder, "--steps", 3, "--profile-steps", 2, 3)
+    code, _, err = tiny(text_file, folder, *SAME, "--profile-steps", 2, 3)
     assert code == 0, err
     assert list((folder / "profile").rglob("*.xplane.pb"))
 
@@ -334,7 +338,7 @@ def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
 def test_signal_before_the_first_step(text_file, tmp_path):
     """One line, nothing half-written, and the same command goes on."""
     folder = tmp_path / "run"
-    options = ["--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 2]
+    options = ["--data.train", text_file, "--run-dir", folder, *TINY, *SAME]
     process = started(*options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (folder / "train.json").exists():
         time.sleep(0.01)
@@ -343,7 +347,7 @@ def test_signal_before_the_first_step(text_file, tmp_path):
     assert (process.returncode, err) == (130, "train.py: interrupted\n")
     assert not list(folder.rglob("*.partial")) and not (folder / "checkpoints").exists()
     code, out, err = train(*options)
-    assert code == 0 and "steps 0 to 2" in out, err
+    assert code == 0 and "steps 0 to 8" in out, err
 
 
 IN_A_CALLBACK = """
@@ -367,7 +371,7 @@ exit_with(main)
 
 def test_signal_within_a_callback(text_file, tmp_path):
     """Of the garbage collector, say, which swallows what is raised in it: the program ends a moment later."""
-    argv = ["-c", IN_A_CALLBACK, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 2]
+    argv = ["-c", IN_A_CALLBACK, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY]
     run = dict(cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=50)
     done = subprocess.run([sys.executable, *map(str, argv)], **run)
     assert (done.returncode, done.stderr) == (130, "train.py: interrupted\n")
@@ -376,7 +380,7 @@ def test_signal_within_a_callback(text_file, tmp_path):
 def test_signal_during_the_evaluation(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     folder = tmp_path / "run"
-    options = ["--data.train", text_file, "--data.valid", text_file, "--run-dir", folder, *TINY, "--steps", 2]
+    options = ["--data.train", text_file, "--data.valid", text_file, "--run-dir", folder, *TINY, *SAME]
     process = started(*options, "--log.figures", 96, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while (line := process.stdout.readline()) and "→" not in line:
         pass
@@ -479,52 +483,36 @@ sys.exit(train.main(argv))
 """
 
 
+def train_on_a_full_disk(limit, *argv):
+    """Trains in a process whose files may not grow past `limit` bytes. It reads compiled programs and writes none."""
+    env = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
+    argv = [sys.executable, "-c", FULL_DISK, limit, *argv, *TINY, *SAME]
+    return subprocess.run(list(map(str, argv)), cwd=ROOT, env=env, capture_output=True, text=True)
+
+
 def test_a_full_disk(text_file, tmp_path):
     """No file may grow past 30 kB: the logs fit, a checkpoint does not."""
-    argv = ["-c", FULL_DISK, 30_000, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 4]
-    env = environment(1)
-    del env["JAX_COMPILATION_CACHE_DIR"]
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = train_on_a_full_disk(30_000, "--data.train", text_file, "--run-dir", tmp_path / "run")
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.returncode == 1
-    assert line.startswith(f"train.py: error: {tmp_path / 'run' / 'checkpoints'}: step 4 cannot be saved (")
+    assert line.startswith(f"train.py: error: {tmp_path / 'run' / 'checkpoints'}: step 8 cannot be saved (")
     assert line.endswith("the last complete checkpoint is none yet")
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [2, 4]
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [2, 4, 6, 8]
 
 
 def test_a_disk_that_fills_while_logging(text_file, tmp_path):
     """No file may grow past 8 kB: tokenizers fit, TensorBoard's events do not for long."""
     folder = tmp_path / "run"
-    argv = ["-c", FULL_DISK, 8_000, "--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 60]
-    env = environment()
-    del env["JAX_COMPILATION_CACHE_DIR"]
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = train_on_a_full_disk(8_000, "--data.train", text_file, "--run-dir", folder, "--log.every", 1)
     (line,) = [line for line in done.stderr.splitlines() if "rror" in line]
     assert done.returncode == 1
     assert line.startswith(f"train.py: error: {folder}") and "cannot be written (File too large)" in line
     assert line.endswith("the last complete checkpoint is none yet")
 
 
-WITHOUT_TORCH = """
-import sys
-class Finder:  # finds what the wrapped one finds, PyTorch excepted
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] == "torch" else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-sys.meta_path[:] = map(Finder, sys.meta_path)
-sys.path.insert(0, ".")
-import train
-code = train.main()
-assert "torch" not in sys.modules
-sys.exit(code)
-"""
-
-
 def test_no_pytorch_is_needed(text_file, tmp_path):
-    argv = ["-c", WITHOUT_TORCH, "--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, "--steps", 1]
-    run = dict(cwd=ROOT, env=environment(1), capture_output=True, text=True)
-    done = subprocess.run([sys.executable, *map(str, argv)], **run)
+    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *SAME]
+    program = f"import sys, train; code = train.main({list(map(str, argv))}); "
+    program += "sys.exit(code or ', '.join({'torch', 'transformers', 'sklearn', 'pyarrow'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

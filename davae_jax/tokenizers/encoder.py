@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from davae_jax.tokenizers.files import read_file, require_unicode
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError
+
+# Text that equals one of these becomes its id, as in the published program.
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 class EncoderTokenizer:
@@ -38,11 +39,11 @@ class EncoderTokenizer:
             tokens at the ids given.
         """
         path = Path(folder) / "vocab.txt"
-        data = read_file(path)
-        vocabulary = _parse_vocabulary(path, data)
+        vocabulary = read_vocabulary(path)
         # [PAD] must be 0, because the encoder's attention mask is `ids > 0`.
-        required = {"[PAD]": 0, "[UNK]": None, "[CLS]": cls_id, "[SEP]": sep_id, "[MASK]": None}
-        for token, expected in required.items():
+        expected_ids = {"[PAD]": 0, "[CLS]": cls_id, "[SEP]": sep_id}
+        for token in SPECIAL_TOKENS:
+            expected = expected_ids.get(token)
             if token not in vocabulary:
                 raise InputError(f"{path}: the vocabulary lacks {token}")
             if expected is not None and (token_id := vocabulary.index(token)) != expected:
@@ -50,13 +51,7 @@ class EncoderTokenizer:
         self.size = len(vocabulary)
         self.unk_id = vocabulary.index("[UNK]")
         self.cls_id, self.sep_id, self.max_ids = cls_id, sep_id, max_ids
-        self._tokenizer = _load_wordpiece(path, data)
-        # A repeated token makes the vocabulary smaller, and transformers may silently use one of five tokens instead.
-        if len(self._tokenizer) != self.size:
-            raise InputError(
-                f"{path}: {self.size} entries, but the tokenizer made from them has {len(self._tokenizer)};"
-                " the file must contain one token per line, without duplicates"
-            )
+        self._tokenizer = _load_wordpiece(path, vocabulary)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text as in the published program: at least four, at most `max_ids` + 2.
@@ -68,8 +63,8 @@ class EncoderTokenizer:
             return []
         for text in texts:
             require_unicode(text)
-        encoded = self._tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
-        return [[self.cls_id, *ids[: self.max_ids], self.sep_id] for ids in encoded["input_ids"]]
+        encoded = self._tokenizer.encode_batch_fast(list(texts))
+        return [[self.cls_id, *encoding.ids[: self.max_ids], self.sep_id] for encoding in encoded]
 
     def is_truncated(self, ids: Sequence[int]) -> bool:
         """Returns whether `encode` has truncated the text with these ids: the inner [SEP] is missing.
@@ -92,10 +87,7 @@ class EncoderTokenizer:
 
 def read_vocabulary(path: Path) -> list[str]:
     """Returns the tokens in a vocab.txt, by id. Raises InputError if the file cannot be read."""
-    return _parse_vocabulary(path, read_file(path))
-
-
-def _parse_vocabulary(path: Path, data: bytes) -> list[str]:
+    data = read_file(path)
     # Only line feeds end a token: two published tokens contain U+2028, at which `splitlines` would split.
     try:
         vocabulary = data.decode("utf-8").split("\n")
@@ -108,28 +100,17 @@ def _parse_vocabulary(path: Path, data: bytes) -> list[str]:
     return [token.removesuffix("\r") for token in vocabulary]
 
 
-def _load_wordpiece(path: Path, data: bytes):
-    bert_tokenizer = _import_bert_tokenizer()
-    # A copy in an empty folder, because transformers would also read a tokenizer.json or tokenizer_config.json next to
-    # vocab.txt, for example the decoder's. With a local folder transformers does not access the network.
-    with tempfile.TemporaryDirectory(prefix="davae-vocab-") as folder:
-        (Path(folder) / "vocab.txt").write_bytes(data)
-        try:
-            return bert_tokenizer.from_pretrained(folder, do_lower_case=True, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise InputError(f"{path}: not a WordPiece vocabulary ({first_line(error)})") from error
+def _load_wordpiece(path: Path, vocabulary: list[str]):
+    """Returns the tokenizer of bert-base-chinese: lower case, a token per Chinese character, [CLS] and [SEP] added."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-
-def _import_bert_tokenizer():
-    # Without PyTorch, transformers logs on import that no models are available. None are needed here.
-    logger = logging.getLogger("transformers")
-    logger.addFilter(_is_no_import_advice)
-    try:
-        from transformers import BertTokenizer
-    finally:
-        logger.removeFilter(_is_no_import_advice)
-    return BertTokenizer
-
-
-def _is_no_import_advice(record: logging.LogRecord) -> bool:
-    return "Models won't be available" not in record.getMessage()
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    if len(ids) != len(vocabulary):
+        repeated = next(token for i, token in enumerate(vocabulary) if ids[token] != i)
+        raise InputError(f"{path}: the vocabulary repeats {repeated!r}; each token must be on one line")
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,18 +95,14 @@ class RunLog:
         """Writes texts that the model generated, as JSON values."""
         self._write_line("samples", step, samples)
         if self._events:
-            from tensorboardX.summary import text
-
             with self._write_errors():
-                self._events.write(step, text("samples", json.dumps(samples, ensure_ascii=False, indent=2)))
+                self._events.text(step, "samples", json.dumps(samples, ensure_ascii=False, indent=2))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         """Writes a histogram as a TensorBoard event."""
         if self._events:
-            from tensorboardX.summary import histogram
-
             with self._write_errors():
-                self._events.write(step, histogram(name, values, "auto"))
+                self._events.histogram(step, name, values)
 
     def restart_clock(self) -> None:
         """Starts a new interval for the rates, so that evaluating and saving do not count as training time."""
@@ -117,12 +115,8 @@ class RunLog:
 
     def _write_scalars(self, step: int, values: dict[str, float | None]) -> None:
         if self._events:
-            from tensorboardX.summary import scalar
-
-            for name, value in values.items():
-                if value is not None:
-                    with self._write_errors():
-                        self._events.write(step, scalar(name, value))
+            with self._write_errors():
+                self._events.scalars(step, values)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -156,27 +150,47 @@ class JsonLinesFile:
 class EventsFile:
     """A new file of TensorBoard events in `folder`; TensorBoard discards older events from `first_step` on.
 
-    tensorboardX's SummaryWriter is not used: on a full disk its thread ends, and the run would wait for it forever.
+    TensorBoard's own EventFileWriter is not used: on a full disk its thread ends, and the run would not notice.
     """
 
     def __init__(self, folder: Path, first_step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        self._write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"  # as TensorBoard names it
+        self._file = open(folder / name, "wb")  # noqa: SIM115 (closed by `close`)
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step: int, summary: Any) -> None:
-        """Writes a summary protocol buffer."""
-        from tensorboardX.proto.event_pb2 import Event
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._write_event(Event(step=step, summary=summary))
+        present = [(name, value) for name, value in values.items() if value is not None]
+        self._write_summary(
+            step, Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in present])
+        )
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+
+        self._write_summary(step, histogram_pb(name, values))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._write_summary(step, text_pb(name, text))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
-    def _write_event(self, event: Any) -> None:
+    def _write_summary(self, step: int, summary: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._write(Event(step=step, summary=summary))
+
+    def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._writer.write_event(event)
-        self._writer.flush()
+        self._records.write(event.SerializeToString())
+        self._file.flush()
