@@ -21,14 +21,16 @@ from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh, make_mesh
 from davae_jax.planning.communication import traffic
 from davae_jax.planning.memory import activations, memory, min_chips
-from davae_jax.planning.plan import make_plan
+from davae_jax.planning.plan import make_plan, with_planned_vocabularies
 from davae_jax.planning.shapes import batch_shapes, bytes_per_device
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import DataConfig, InitConfig, TrainConfig
 from davae_jax.training.flops import forward_products, model_flops
 from davae_jax.training.objective import StepContext, gradient
 from davae_jax.training.presets import PRESETS
+from davae_jax.training.setup import unsharded_weights
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step
+from davae_jax.utils.errors import InputError
 from davae_jax.utils.shapes import round_up
 
 B, T = 64, 31
@@ -310,68 +312,77 @@ def plan_of(capsys, *argv):
     return weights, out, err
 
 
-def test_the_demo_is_planned_with_the_vocabularies_it_trains(capsys):
+def test_the_demo_is_planned_with_the_vocabularies_it_trains():
     """The demo's decoder has 600 pieces and three special tokens, other corpora 8000; the encoder has 8000."""
-    demo, out, _ = plan_of(capsys, "demo", "--chips", 1)
-    assert "vocabulary sizes: encoder 8,000, decoder 640 (trained on the texts" in out
-    assert plan_of(capsys, "demo", "--chips", 1, "--data.decoder-vocab-size", 600)[0] == demo
-    other = plan_of(capsys, "demo", "--chips", 1, "--data.encoder-vocab-size", 1000, "--data.train", "texts.txt")[0]
-    assert other["decoder"] - demo["decoder"] == (8064 - 640) * 128
-    assert demo["encoder"] - other["encoder"] == (8000 - 1024) * 128
+
+    def planned(**changes):
+        config = with_(PRESETS["demo"][1], data=dataclasses.replace(PRESETS["demo"][1].data, **changes))
+        config, source = with_planned_vocabularies(config, "demo")
+        assert source.startswith("trained on the texts")
+        return config.model.encoder.vocab_size, config.model.decoder.vocab_size
+
+    assert planned() == planned(decoder_vocab_size=600) == (8000, 640)
+    assert planned(encoder_vocab_size=1000, train=Path("texts.txt")) == (1024, 8064)
 
 
-def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, tmp_path):
+def test_the_published_size_is_planned_with_the_published_vocabularies(tmp_path):
     """Vocabularies are rounded up to multiples of 64, as in a run: 21,128 becomes 21,184."""
-    published, out, _ = plan_of(capsys, "randeng-1b")
-    assert "vocabulary sizes: encoder 21,184, decoder 50,048 (published tokenizers; without --tokenizers, a run" in out
-    trained, out, _ = plan_of(capsys, "randeng-1b", "--data.decoder-vocab-size", 8000)
-    assert "vocabulary sizes: encoder 8,000, decoder 8,064 (trained on the texts" in out
-    assert published["decoder"] - trained["decoder"] == (50048 - 8064) * 1600
-    assert published["encoder"] - trained["encoder"] == (21184 - 8000) * 768
-    entries = make_vocab(tmp_path)
+
+    def planned(**changes):
+        config, source = with_planned_vocabularies(with_(RANDENG, **changes), "randeng-1b")
+        return config.model.encoder.vocab_size, config.model.decoder.vocab_size, source
+
+    published = "published tokenizers; without --tokenizers, a run trains its own"
+    assert planned() == (21184, 50048, published)
+    *trained, source = planned(data=dataclasses.replace(RANDENG.data, decoder_vocab_size=8000))
+    assert trained == [8000, 8064] and source.startswith("trained on the texts")
+    encoder_size = round_up(len(make_vocab(tmp_path)), 64)
     make_spiece(tmp_path, 300)
-    given, out, _ = plan_of(capsys, "randeng-1b", "--tokenizers", tmp_path)
-    assert f" (tokenizers in {tmp_path})\n" in out
-    assert published["decoder"] - given["decoder"] == (50048 - 320) * 1600
-    assert published["encoder"] - given["encoder"] == (21184 - round_up(len(entries), 64)) * 768
+    assert planned(tokenizers=tmp_path) == (encoder_size, 320, f"tokenizers in {tmp_path}")
     # A pretrained encoder and decoder each bring a tokenizer, as in a run.
     bert, xl = tmp_path / "bert", tmp_path / "xl"
     for folder, name in ((bert, "vocab.txt"), (xl, "spiece.model")):
         folder.mkdir()
         (folder / name).write_bytes((tmp_path / name).read_bytes())
-    pretrained, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert, "--init.decoder", xl)
-    assert f" (tokenizers in {bert} and {xl})\n" in out and pretrained == given
-    _, out, _ = plan_of(capsys, "randeng-1b", "--init.encoder", bert)
-    assert f", decoder 8,064 (one tokenizer from {bert}, the other trained on the texts" in out
-    assert main(["plan", "randeng-1b", "--tokenizers", str(tmp_path / "none")]) == 1
-    assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
+    both = planned(init=InitConfig(encoder=str(bert), decoder=str(xl)))
+    assert both == (encoder_size, 320, f"tokenizers in {bert} and {xl}")
+    *one, source = planned(init=InitConfig(encoder=str(bert)))
+    assert one == [encoder_size, 8064] and source.startswith(f"one tokenizer from {bert}, the other trained on")
+    with pytest.raises(InputError, match=f"{tmp_path / 'none' / 'vocab.txt'}: no such file"):
+        planned(tokenizers=tmp_path / "none")
 
 
 def test_warning_for_an_axis_that_shards_nothing(capsys):
-    argv = ["randeng-1b", "--chips", 128, "--mesh.fsdp", 128, "--batch-size", 128]
-    message = "davae plan: warning: --mesh.fsdp 128 does not divide the decoder's width 1600: "
-    assert plan_of(capsys, *argv)[2] == f"{message}those weights are replicated on every device\n"
-    _, _, err = plan_of(capsys, "randeng-1b", "--chips", 7, "--mesh.tensor", 7, "--mesh.data", 1, "--batch-size", 8)
-    assert "--mesh.tensor 7 divides none of the decoder's widths 1600, 6400 and 50048" in err and err.count("\n") == 1
-    assert plan_of(capsys, "randeng-1b", "--mesh.fsdp", 8, "--mesh.data", 1)[2] == ""
+    model = with_planned_vocabularies(RANDENG, "randeng-1b")[0].model
+    replicated = "those weights are replicated on every device"
+    warning = unsharded_weights(model, {"data": 1, "fsdp": 128, "tensor": 1})
+    assert warning == f"--mesh.fsdp 128 does not divide the decoder's width 1600: {replicated}"
+    warning = unsharded_weights(model, {"data": 1, "fsdp": 1, "tensor": 7})
+    assert "--mesh.tensor 7 divides none of the decoder's widths 1600, 6400 and 50048" in warning
+    assert unsharded_weights(model, {"data": 1, "fsdp": 8, "tensor": 1}) is None
+    small = ["--model.encoder.num-hidden-layers", 1, "--model.decoder.num-layers", 1]
+    _, _, err = plan_of(capsys, "randeng-1b", "--chips", 128, "--mesh.fsdp", 128, "--batch-size", 128, *small)
+    assert err.startswith("davae plan: warning: --mesh.fsdp 128 ") and err.count("\n") == 1
 
 
 def test_min_chips_of_any_number():
     """A batch of 24 divides by 3; odd batch sizes work too."""
-    config = with_(RANDENG, batch_size=24)
+    model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, hidden_size=160))
+    config = with_(model=model, batch_size=24)
     by_chips = {
-        n: sum(memory(config, mesh_of(n // math.gcd(n, 1600), math.gcd(n, 1600), 1, batch=24)).values())
+        n: sum(memory(config, mesh_of(n // math.gcd(n, 160), math.gcd(n, 160), 1, batch=24)).values())
         for n in (1, 2, 3, 4, 6, 8, 12, 24)
     }
-    for memory_of_chip in (30e9, 20e9, 13e9, 8e9):
-        chip = H200._replace(memory=memory_of_chip)
-        sufficient = [n for n, required in by_chips.items() if required <= 0.9 * memory_of_chip]
-        smallest = min_chips(config, chip)
-        assert (smallest and smallest[0]) == min(sufficient, default=None)
-    odd = with_(RANDENG, batch_size=25)
-    chips, mesh = min_chips(odd, H200._replace(memory=12e9))
-    assert chips in (5, 25) and mesh["fsdp"] == chips
-    split = with_(RANDENG, batch_size=5, mesh=MeshConfig(1, 1, 3))
+    assert len(set(by_chips.values())) == len(by_chips)
+    for required in by_chips.values():
+        chip = H200._replace(memory=1.001 * required / 0.9)
+        sufficient = [n for n, other in by_chips.items() if other <= 0.9 * chip.memory]
+        assert min_chips(config, chip)[0] == min(sufficient)
+    assert min_chips(config, H200._replace(memory=min(by_chips.values()))) is None
+    odd = with_(config, batch_size=25)
+    chips, mesh = min_chips(odd, H200._replace(memory=by_chips[6]))
+    assert chips in (5, 25) and mesh["fsdp"] == 5
+    split = with_(batch_size=5, mesh=MeshConfig(1, 1, 3))
     assert min_chips(split, H200)[0] == 3
 
 

@@ -486,7 +486,7 @@ sys.exit(train.main(argv))
 def train_on_a_full_disk(limit, *argv):
     """Trains in a process whose files may not grow past `limit` bytes. It reads compiled programs and writes none."""
     env = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
-    argv = [sys.executable, "-c", FULL_DISK, limit, *argv, *TINY, *SAME]
+    argv = [sys.executable, "-c", FULL_DISK, limit, *TINY, *SAME, *argv]
     return subprocess.run(list(map(str, argv)), cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -513,6 +513,8 @@ def test_a_disk_that_fills_while_logging(text_file, tmp_path):
 def test_no_pytorch_is_needed(text_file, tmp_path):
     argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *SAME]
     program = f"import sys, train; code = train.main({list(map(str, argv))}); "
-    program += "sys.exit(code or ', '.join({'torch', 'transformers', 'sklearn', 'pyarrow'} & sys.modules.keys()))"
+    program += (
+        "sys.exit(code or ', '.join({'torch', 'transformers', 'sklearn', 'pyarrow'} & sys.modules.keys()) or None)"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

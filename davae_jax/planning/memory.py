@@ -125,7 +125,7 @@ def activations(config: TrainConfig, rows: int, tensor: int) -> tuple[int, int, 
     return tuple(round(rows * per_row) for per_row in (base - encoder - decoder, encoder, decoder))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _residuals(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
     """Returns the arrays that `jax.vjp` of the objective saves, for TRACED_ROWS texts and these numbers of layers."""
     model = config.model
