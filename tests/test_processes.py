@@ -265,7 +265,7 @@ except InputError as e:
 
 
 def test_processes_that_do_not_come(text_file, tmp_path):  # noqa: F811
-    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", "--distributed.timeout", 5, *TINY]
+    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", "--distributed.timeout", 2, *TINY]
     where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", 2]
     codes, _, _ = finish([started(*argv, *where, "--distributed.process-id", 0, **PIPES)])
     assert codes[0] != 0 and not (tmp_path / "run").exists()
