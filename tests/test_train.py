@@ -45,8 +45,6 @@ SMALLEST = {
     "log.figures": 0,
 }
 TINY = [word for option, value in SMALLEST.items() for word in (f"--{option}", value)]
-
-
 # Options of most runs here, which therefore share their compiled programs.
 SAME = ["--steps", 8, "--adversarial.weight", 0.1]
 
@@ -158,7 +156,7 @@ def test_it_exports_to_the_published_layout(run, tmp_path, capsys):
 def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
     """Ended after 3 steps and begun again: every weight, both optimizers, every logged number, bit for bit."""
     whole, _ = run
-    options = ["--log.checkpoint", 3, "--log.samples", 4, "--adversarial.weight", 0.1, "--steps", 8]
+    options = [*SAME, "--log.checkpoint", 3, "--log.samples", 4]
     folder = tmp_path / "resumed"
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = started("--data.train", text_file, "--run-dir", folder, *TINY, *options, **quiet)
@@ -203,7 +201,7 @@ def test_a_damaged_checkpoint_is_set_aside(run, text_file, tmp_path, damage):
     shutil.copytree(whole, folder)
     newest = folder / "checkpoints" / "8"
     damage(data_file(newest))
-    options = ["--steps", 8, "--log.checkpoint", 3, "--log.samples", 4, "--adversarial.weight", 0.1]
+    options = [*SAME, "--log.checkpoint", 3, "--log.samples", 4]
     code, out, err = tiny(text_file, folder, *options)
     assert code == 0, err
     (line,) = [line for line in err.splitlines() if "resuming from" in line]
@@ -220,7 +218,7 @@ def test_no_checkpoint_is_left(run, text_file, tmp_path):
     checkpoints = sorted((folder / "checkpoints").iterdir())
     for checkpoint in checkpoints:
         data_file(checkpoint).unlink()
-    code, _, err = tiny(text_file, folder, "--steps", 8, "--adversarial.weight", 0.1)
+    code, _, err = tiny(text_file, folder, *SAME)
     (line,) = err.splitlines()
     assert code == 1 and line.startswith("train.py: error: ") and line.endswith("; no intact checkpoint remains")
     assert (
@@ -233,7 +231,7 @@ def test_killed_at_any_moment(run, text_file, tmp_path):
     """Killed again and again, while it saves every step; in the end nothing shows."""
     whole, _ = run
     folder = tmp_path / "killed"
-    options = ["--steps", 8, "--log.checkpoint", 1, "--log.samples", 4, "--adversarial.weight", 0.1]
+    options = [*SAME, "--log.checkpoint", 1, "--log.samples", 4]
     rng, kills = np.random.default_rng(0), 0
     while True:
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -278,7 +276,7 @@ def test_a_run_moves_to_another_mesh(run, text_file, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / "8")
-    options = ["--steps", 8, "--log.checkpoint", 3, "--adversarial.weight", 0.1]
+    options = [*SAME, "--log.checkpoint", 3]
     mesh = ["--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2]
     code, out, err = tiny(text_file, folder, *options, *mesh, devices=8)
     assert code == 0, err
@@ -300,7 +298,7 @@ def test_a_mesh_that_does_not_fit(text_file, tmp_path):
 
 def test_a_finished_run_says_so_again(run, text_file):
     folder, _ = run
-    options = ["--steps", 8, "--log.checkpoint", 3, "--adversarial.weight", 0.1]
+    options = [*SAME, "--log.checkpoint", 3]
     code, out, _ = tiny(text_file, folder, *options)
     assert code == 0 and "steps 8 to 8" in out and [row["step"] for row in metrics_of(folder)] == [2, 4, 6, 8]
 
@@ -419,7 +417,7 @@ def test_bad_texts(name, data, said, tmp_path):
 def test_another_config_in_the_same_folder(run, text_file):
     folder, _ = run
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
-    options = ["--steps", 8, "--beta.max", 0.5, "--log.every", 1, "--adversarial.weight", 0.1]
+    options = [*SAME, "--beta.max", 0.5, "--log.every", 1]
     code, _, err = tiny(text_file, folder, *options)
     assert code == 2
     changed = "beta.max (0.03, now 0.5)"
@@ -434,7 +432,7 @@ def test_other_texts_under_the_same_name(run, text_file):
     before = text_file.read_bytes()
     try:
         text_file.write_bytes(before + "又一句。\n".encode())
-        code, _, err = tiny(text_file, folder, "--steps", 8, "--adversarial.weight", 0.1)
+        code, _, err = tiny(text_file, folder, *SAME)
     finally:
         text_file.write_bytes(before)
     assert code == 2 and err.count("\n") == 1

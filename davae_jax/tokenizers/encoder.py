@@ -51,7 +51,11 @@ class EncoderTokenizer:
         self.size = len(vocabulary)
         self.unk_id = vocabulary.index("[UNK]")
         self.cls_id, self.sep_id, self.max_ids = cls_id, sep_id, max_ids
-        self._tokenizer = _load_wordpiece(path, vocabulary)
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        if len(ids) != len(vocabulary):
+            repeated = next(token for i, token in enumerate(vocabulary) if ids[token] != i)
+            raise InputError(f"{path}: the vocabulary repeats {repeated!r}; each token must be on one line")
+        self._tokenizer = _make_wordpiece(ids)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text as in the published program: at least four, at most `max_ids` + 2.
@@ -100,14 +104,10 @@ def read_vocabulary(path: Path) -> list[str]:
     return [token.removesuffix("\r") for token in vocabulary]
 
 
-def _load_wordpiece(path: Path, vocabulary: list[str]):
+def _make_wordpiece(ids: dict[str, int]):
     """Returns the tokenizer of bert-base-chinese: lower case, a token per Chinese character, [CLS] and [SEP] added."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    ids = {token: i for i, token in enumerate(vocabulary)}
-    if len(ids) != len(vocabulary):
-        repeated = next(token for i, token in enumerate(vocabulary) if ids[token] != i)
-        raise InputError(f"{path}: the vocabulary repeats {repeated!r}; each token must be on one line")
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
