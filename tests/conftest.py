@@ -21,10 +21,11 @@ import davae_jax
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever names no device runs on the first
 
 GOLDEN = Path(__file__).parent / "golden"
-LONGEST = [
-    *["test_train", "test_processes", "test_regularizers", "test_plan", "test_convert", "test_parity"],
-    *["test_train_step", "test_packing", "test_sharding", "test_golden_model", "test_lowering", "test_model"],
-    *["test_warm_start", "test_golden_generation", "test_prepare", "test_text", "test_compare", "test_metrics"],
+LONGEST = [  # first those whose slow tests take longest
+    *["test_processes", "test_readme", "test_train", "test_lowering", "test_compare", "test_sharding"],
+    *["test_train_step", "test_previous_version", "test_packing", "test_convert", "test_plan", "test_regularizers"],
+    *["test_golden_model", "test_parity", "test_model", "test_warm_start", "test_generation", "test_cli"],
+    *["test_golden_generation", "test_imports", "test_metrics", "test_long_texts", "test_prepare", "test_text"],
 ]
 
 

@@ -1,5 +1,6 @@
 """What is imported when: importing the package and asking for help must be quick, so neither imports JAX."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def test_public_names():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_help_of_train(preset):
     assert imported_by(f"import train; assert train.main(['{preset}', '--help']) == 0") == set()
+
+
+@pytest.mark.parametrize("program", ["train.py", *(f"convert/{path.name}" for path in (ROOT / "convert").glob("*.py"))])
+def test_programs_contain_nothing_but_a_call(program):
+    """They import the command line alone, so that no code of a run is outside of the package."""
+    body = ast.parse((ROOT / program).read_text(encoding="utf-8")).body
+    imported = [node.module for node in body if isinstance(node, ast.ImportFrom)]
+    assert all(module.startswith("davae_jax.cli.") for module in imported)
+    assert not any(isinstance(node, ast.Import | ast.FunctionDef | ast.ClassDef) for node in body)
 
 
 def test_help_of_davae():

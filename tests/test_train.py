@@ -1,10 +1,13 @@
 """`python train.py`: what a run leaves behind, that it resumes bit for bit, what it says when something is wrong."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +25,12 @@ import davae_jax
 from davae_jax import TextVAE
 from davae_jax.checkpoints.weights import flat_params
 from davae_jax.cli.main import main as davae
+from davae_jax.cli.train import parse_train
 from davae_jax.parallel import multihost
+from davae_jax.training import loop
+from davae_jax.training.hooks import Every
+from davae_jax.training.presets import DEMO
+from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") for b in "菜价人书" for c in "好坏多少贵新"]
@@ -62,9 +70,9 @@ def environment(devices=1):
     return {"XLA_FLAGS": compiler.QUICK} | os.environ | settings
 
 
-def started(*argv, devices=1, **kwargs):
-    """Starts train.py in a process of its own."""
-    argv = [sys.executable, ROOT / "train.py", *argv]
+def started(*argv, devices=1, python=(), **kwargs):
+    """Starts train.py in a process of its own; `python` are options of the interpreter."""
+    argv = [sys.executable, *python, ROOT / "train.py", *argv]
     kwargs = dict(cwd=ROOT) | kwargs
     return subprocess.Popen(list(map(str, argv)), env=environment(devices), text=True, **kwargs)
 
@@ -296,6 +304,31 @@ def test_a_mesh_that_does_not_fit(text_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_hooks_of_the_caller(text_file, tmp_path, monkeypatch):
+    """Called after every second step with that step's state; one at the end as well; by its position or its name."""
+    monkeypatch.setattr(multihost, "connect", lambda *_: None)
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *SAME]
+    _, config = parse_train(list(map(str, argv)))
+    even, third = [], []
+
+    def note(run, state, step):
+        assert run.folder == tmp_path / "run" and int(state.step) == step
+        even.append(step)
+
+    loop.train(config, [Every(2, note), Every(3, function=lambda *args: third.append(args[2]), at_end=True)])
+    assert (even, third) == ([2, 4, 6, 8], [3, 6, 8])
+    with pytest.raises(TypeError):  # a hook without an action is a mistake
+        Every(100)
+
+
+def test_a_run_without_a_folder(text_file):
+    config = dataclasses.replace(DEMO, data=dataclasses.replace(DEMO.data, train=text_file))
+    with pytest.raises(InputError, match="--run-dir"):
+        loop.train(config)
+
+
 def test_a_finished_run_says_so_again(run, text_file):
     folder, _ = run
     options = [*SAME, "--log.checkpoint", 3]
@@ -316,21 +349,41 @@ def test_a_packed_run(text_file, tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path / "packed")] == [2, 4]
 
 
-def test_interrupt_saves_and_says_how_to_go_on(text_file, tmp_path):
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def interrupted(text_file, tmp_path_factory):
+    """(folder, exit code, stderr, imported modules) of a run that is interrupted."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
     argv = ["--data.train", text_file, "--run-dir", folder, *TINY, "--steps", 100_000, "--log.checkpoint", 100_000]
+    python = ["-X", "importtime"]  # prints a line on stderr for each module
     # The tests may run as a shell's background job, which ignores interrupts and hands that on; SIGTERM it does not.
-    process = started(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (folder / "metrics.jsonl").exists():
-        time.sleep(0.02)
-    while process.poll() is None and not metrics_of(folder):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    with (folder.parent / "stderr").open("w+", encoding="utf-8") as stderr:
+        process = started(*argv, python=python, stdout=subprocess.DEVNULL, stderr=stderr)
+        while process.poll() is None and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        while process.poll() is None and not metrics_of(folder):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+        stderr.seek(0)
+        err = stderr.read()
+    imported = [line for line in err.splitlines() if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip() for line in imported}
+    err = "\n".join(line for line in err.splitlines() if line not in imported)
+    return folder, process.returncode, err, modules
+
+
+def test_interrupt_saves_and_says_how_to_go_on(interrupted):
+    folder, code, err, _ = interrupted
+    assert code == 130, err
     (step,) = [int(p.name) for p in (folder / "checkpoints").iterdir()]
     assert f"interrupted after step {step}; to resume: " in err and "train.py --data.train" in err
     assert f"--run-dir {folder}" in err
+
+
+def test_training_imports_nothing_it_does_not_need(interrupted):
+    *_, modules = interrupted
+    assert "jax" in modules
+    assert not modules & {"torch", "transformers", "sklearn", "pyarrow"}
 
 
 def test_signal_before_the_first_step(text_file, tmp_path):
@@ -448,7 +501,7 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["--stpes", "3"], "--stpes"),
         (["randeng-1b", "--beta.cycles", "0"], "--beta.cycles must be at least 1, not 0"),
         (["--optimizer.schedule", "linear"], "--optimizer.schedule"),
-        (["dmo"], "dmo"),
+        (["dmo"], "no preset 'dmo'; available: demo, randeng-1b"),
         (["--free-bits.target", "-1"], "--free-bits.target"),
         (["--seed", "-1"], "--seed must be an integer from 0 to 2³² − 1, not -1"),
         (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
@@ -470,29 +523,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_file, tmp_path):
     assert "the last good checkpoint is " in line and line.startswith("train.py: error: step ")
 
 
-FULL_DISK = """
-import resource, sys
-sys.path.insert(0, ".")
-import train
-limit, argv = int(sys.argv[1]), sys.argv[2:]
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # bytes of a file
-sys.exit(train.main(argv))
-"""
-
-
-def train_on_a_full_disk(limit, *argv):
-    """Trains in a process whose files may not grow past `limit` bytes. It reads compiled programs and writes none."""
-    env = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
-    argv = [sys.executable, "-c", FULL_DISK, limit, *TINY, *SAME, *argv]
-    return subprocess.run(list(map(str, argv)), cwd=ROOT, env=env, capture_output=True, text=True)
+@contextlib.contextmanager
+def full_disk(limit):
+    """Files of this process cannot grow past `limit` bytes. Compiled programs are read, but not written."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    seconds, (soft, hard) = jax.config.values[option], resource.getrlimit(resource.RLIMIT_FSIZE)
+    jax.config.update(option, 1000.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        jax.config.update(option, seconds)
 
 
 def test_a_full_disk(text_file, tmp_path):
     """No file may grow past 30 kB: the logs fit, a checkpoint does not."""
-    done = train_on_a_full_disk(30_000, "--data.train", text_file, "--run-dir", tmp_path / "run")
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.returncode == 1
+    with full_disk(30_000):
+        code, _, err = tiny(text_file, tmp_path / "run", *SAME)
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert code == 1
     assert line.startswith(f"train.py: error: {tmp_path / 'run' / 'checkpoints'}: step 8 cannot be saved (")
     assert line.endswith("the last complete checkpoint is none yet")
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [2, 4, 6, 8]
@@ -501,18 +551,9 @@ def test_a_full_disk(text_file, tmp_path):
 def test_a_disk_that_fills_while_logging(text_file, tmp_path):
     """No file may grow past 8 kB: tokenizers fit, TensorBoard's events do not for long."""
     folder = tmp_path / "run"
-    done = train_on_a_full_disk(8_000, "--data.train", text_file, "--run-dir", folder, "--log.every", 1)
-    (line,) = [line for line in done.stderr.splitlines() if "rror" in line]
-    assert done.returncode == 1
+    with full_disk(8_000):
+        code, _, err = tiny(text_file, folder, *SAME, "--log.every", 1)
+    (line,) = [line for line in err.splitlines() if "rror" in line]
+    assert code == 1
     assert line.startswith(f"train.py: error: {folder}") and "cannot be written (File too large)" in line
     assert line.endswith("the last complete checkpoint is none yet")
-
-
-def test_no_pytorch_is_needed(text_file, tmp_path):
-    argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *SAME]
-    program = f"import sys, train; code = train.main({list(map(str, argv))}); "
-    program += (
-        "sys.exit(code or ', '.join({'torch', 'transformers', 'sklearn', 'pyarrow'} & sys.modules.keys()) or None)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from davae_jax.cli.base import Command, parse_options
-from davae_jax.cli.train import add_plugin_options, naming_model_options
+from davae_jax.cli.train import add_plugin_options, naming_model_options, split_preset
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
-from davae_jax.utils.errors import InputError, check_options
+from davae_jax.utils.errors import check_options
 from davae_jax.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -46,12 +46,8 @@ class PlanCommand(Command):
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> PlanCommand | None:
-        argv = list(argv)
-        if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
-            raise InputError(f"no preset {argv[0]!r}; available: {', '.join(PRESETS)}", exit_code=2)
-        preset = "randeng-1b"
-        if argv and argv[0] in PRESETS:
-            preset = argv.pop(0)
+        words, (preset, argv) = len(argv), split_preset(argv, "randeng-1b")
+        if len(argv) < words:
             prog = f"{prog} {preset}"
         default = cls(config=add_plugin_options(argv, PRESETS[preset][1]), preset=preset)
         with naming_model_options():

@@ -15,7 +15,7 @@ from davae_jax.cli.base import exit_with, parse_options, run_cli
 from davae_jax.regularizers import check_registered, config_with_plugins, load_installed, load_plugin
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
-from davae_jax.utils.errors import ConfigError, OptionError
+from davae_jax.utils.errors import ConfigError, InputError, OptionError
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 
@@ -27,9 +27,9 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
 
     Raises:
       ParseError, OptionError: an option is unknown, cannot be read, or does not allow its value.
+      InputError: there is no such preset.
     """
-    argv = list(argv)
-    preset = argv.pop(0) if argv and argv[0] in PRESETS else "demo"
+    preset, argv = split_preset(argv, "demo")
     description, settings = PRESETS[preset]
     with naming_model_options():
         config = parse_options(
@@ -40,6 +40,19 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
             description=_describe(preset, description),
         )
     return None if config is None else (preset, config)
+
+
+def split_preset(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """Returns the preset that the first word names, or the default, and the remaining words.
+
+    Raises:
+      InputError: the first word is neither a preset nor an option (exit code 2).
+    """
+    if not argv or argv[0].startswith("-"):
+        return default, list(argv)
+    if argv[0] not in PRESETS:
+        raise InputError(f"no preset {argv[0]!r}; available: {', '.join(PRESETS)}", exit_code=2)
+    return argv[0], list(argv[1:])
 
 
 def add_plugin_options(argv: Sequence[str], default: TrainConfig) -> TrainConfig:

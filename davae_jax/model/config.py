@@ -64,7 +64,7 @@ class DecoderConfig:
     hidden_size: int = 1600
     num_attention_heads: int = 25
     embedding_dropout_prob: float = 0.1
-    attention_dropout_prob: float = 0.1
+    attention_dropout_prob: Hidden[float] = 0.1  # of the published file, whose program does not use it
     output_dropout_prob: float = 0.1
     max_sequence_length: Hidden[int] = 512
     max_memory_length: int = 512

@@ -1,10 +1,18 @@
 """Periodic actions of a run: samples, checkpoints, a profile. Hooks that the user passes are called in the same way.
 
-A hook is a callable with an attribute `every`; the simplest is `Every(100, function)`.
+To add an action of your own, pass it to `train`:
+
+    def print_norm(run, state, step):
+        print(step, optax.global_norm(state.params))
+
+    train(config, hooks=[Every(100, print_norm)])
+
+or derive a class from `Hook`.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 
@@ -21,7 +29,7 @@ from davae_jax.utils.errors import StepError
 
 
 @dataclasses.dataclass
-class Hook:
+class Hook(abc.ABC):
     """An action that is called after every `every` steps, with the state after that step.
 
     Before a hook is called, the values of all steps so far have been logged and checked to be finite. With several
@@ -29,20 +37,21 @@ class Hook:
     """
 
     every: int  # in steps; 0: never
-    at_end: bool = False  # also after the last step, and if the run is interrupted
+    at_end: bool = dataclasses.field(default=False, kw_only=True)  # also at the end, and if the run is interrupted
 
     def is_due(self, step: int, last: bool) -> bool:
         return (self.at_end and last) or (self.every > 0 and step % self.every == 0)
 
+    @abc.abstractmethod
     def __call__(self, run: Run, state: TrainState, step: int) -> None:
-        raise NotImplementedError
+        """Acts. Raises InputError to end the run with one line."""
 
 
 @dataclasses.dataclass
 class Every(Hook):
     """Calls `function(run, state, step)`."""
 
-    function: Callable[[Run, TrainState, int], None] = lambda run, state, step: None
+    function: Callable[[Run, TrainState, int], None]
 
     def __call__(self, run: Run, state: TrainState, step: int) -> None:
         self.function(run, state, step)

@@ -45,6 +45,7 @@ from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.state import TrainState, abstract_state
 from davae_jax.training.step import HeldOutLoss, TrainStep, make_held_out_loss, make_train_step
+from davae_jax.utils.errors import OptionError
 
 Tokenizers = tuple[EncoderTokenizer, DecoderTokenizer]
 
@@ -91,7 +92,8 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     Raises:
       InputError: an option, a file or a folder cannot be used.
     """
-    folder = config.run_dir
+    if (folder := config.run_dir) is None:
+        raise OptionError("--run-dir", "must name the folder of the run")
     mesh, corpus = run_on_all_processes(
         lambda: (make_mesh(config.mesh, config.batch_size, config.accumulate), load_corpus(config))
     )

@@ -23,7 +23,7 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.initial_state import INIT_FOLDER
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
-from davae_jax.utils.errors import InputError, OptionError
+from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import is_partial, remove_partial, write_json
 
 # Hashes in train.json, and the option that names the hashed file.
@@ -64,7 +64,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
         write_json(stored, values)
         remove_partial(path)
     except (OSError, json.JSONDecodeError) as e:
-        raise InputError(f"{path}: cannot be used as a run folder ({e})") from e
+        raise InputError(f"{path}: cannot be used as a run folder ({system_reason(e) or e})") from e
 
 
 def _remove_preparations(path: Path) -> None:
