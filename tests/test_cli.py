@@ -369,7 +369,7 @@ def failure(result, name="reconstruct") -> str:
 def test_bad_inputs(davae, model, tmp_path, monkeypatch):
     file = tmp_path / "texts.txt"
     file.write_bytes(b"abc\nd\xff\n")
-    assert failure(davae("reconstruct", *model, "--input", file)) == f"{file}: line 2 is not UTF-8"
+    assert failure(davae("reconstruct", *model, "--input", file)) == f"{file}: line 2: is not UTF-8"
     file.unlink()
     assert failure(davae("reconstruct", *model, "--input", file)) == f"{file}: No such file or directory"
     assert failure(davae("reconstruct", *model, "--input", tmp_path)) == f"{tmp_path}: Is a directory"

@@ -1,11 +1,15 @@
 """Reading texts, and the batches of every step."""
 
+import os
+import threading
+
 import jax
 import numpy as np
 import pytest
+from input_files import FORMATS, TEXTS, write_input, write_texts
 
 from davae_jax.data.batches import TextBatches
-from davae_jax.data.texts import read_texts
+from davae_jax.data.readers import METADATA_FILES, read_texts
 from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.errors import InputError
 
@@ -96,12 +100,46 @@ def test_lines_and_json_lines(tmp_path):
     assert read_texts(lines) == ["一", "", "二"]
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "folder"])
+def test_every_format_of_the_table(name, tmp_path):
+    """What `davae prepare` reads from a file is what a run reads from it."""
+    folder = tmp_path / "texts"
+    given = write_input(folder, name)
+    (path,) = [p for p in ([given] if given.is_file() else folder.iterdir()) if p.name not in METADATA_FILES]
+    assert read_texts(path) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.NDJSON", "a.JSON", "a.JsonL"])
+def test_a_suffix_in_any_case(name, tmp_path):
+    (tmp_path / name).write_text('{"text": "一"}\n', encoding="utf-8")
+    assert read_texts(tmp_path / name) == ["一"]
+
+
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=["一\n二\n".encode() * 50_000])
+    writer.start()
+    assert read_texts(tmp_path / "pipe") == ["一", "二"] * 50_000
+    writer.join()
+
+
+def test_a_file_without_a_known_suffix_is_text(tmp_path):
+    for name in ("texts", "texts.md"):
+        assert read_texts(write_texts(tmp_path / name, ["一", "二"])) == ["一", "二"]
+
+
+def test_a_table_without_the_column(tmp_path):
+    write_input(tmp_path / "texts", "parquet")
+    with pytest.raises(InputError, match="its columns are text, id; choose one with --field"):
+        read_texts(tmp_path / "texts" / "train-00000.parquet", "body")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
         ("a.txt", b"", "contains no text"),
         ("a.txt", b"\n \n", "contains no text"),
-        ("a.txt", b"ok\n\xff\xfe\n", "line 2 is not UTF-8"),
+        ("a.txt", b"ok\n\xff\xfe\n", "line 2: is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2: is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"t": "a"}\n', "line 2: has no field 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is not a string"),

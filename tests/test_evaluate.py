@@ -415,7 +415,11 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
         (["--html", "{tmp}/no/x"], 1, "{tmp}/no/x: cannot be written ({tmp}/no does not exist)"),
         (["--html", "{tmp}/x", "--json", "{tmp}/x"], 2, "--json and --html must be different files"),
         (["--data", "{tmp}/no"], 1, "{tmp}/no: cannot be read (No such file or directory)"),
-        (["--data", "{tmp}/t.txt", "--label", "x"], 2, "--label needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
+        (
+            ["--data", "{tmp}/t.txt", "--label", "x"],
+            2,
+            "--label needs uncompressed JSON Lines (.jsonl), not {tmp}/t.txt",
+        ),
         (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
         (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1: has no field 'text'"),
         (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2: has no field 'y'"),

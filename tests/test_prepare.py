@@ -21,7 +21,7 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 from davae_jax.cli.main import main
 from davae_jax.data import line_readers
 from davae_jax.data.prefetch import read_ahead
-from davae_jax.data.readers import split_into_slices
+from davae_jax.data.readers import find_files, split_into_slices
 from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permute
 from davae_jax.data.shard_index import merge_shards
 from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_
         shutil.copytree(tokenizer_folder, folder)
         (folder / "parts").mkdir()
         return ShardTask(
-            str(folder), 0, *split_into_slices(path, 2000), ShardSettings("text", 512, 512, False, 0.1, 2000)
+            str(folder), 0, *split_into_slices(path, 2000), ShardSettings(("text",), 512, 512, False, 0.1, 2000)
         )
 
     uninterrupted, continued = task("uninterrupted"), task("continued")
@@ -128,13 +128,96 @@ def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_
     assert [row for _, row in records_of(Path(continued.folder))] == trained
 
 
+def test_too_many_bad_lines(prepare, tmp_path):
+    """The first of them is named; with a larger bound, the same command completes."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}) for text in TEXTS[:98]]
+    path.write_text("\n".join([*lines[:5], "no", *lines[5:], "[]"]) + "\n", encoding="utf-8")
+    result = prepare(path)
+    assert result.code == 1 and not (result.folder / "manifest.json").exists()
+    assert f"error: {path}: line 6: is not JSON; 2 of 100 lines cannot be read" in result.err
+    assert "--max-bad 0.01" in result.err
+    assert prepare(path, max_bad=0.02).code == 0 and manifest_of(result.folder)["counts"]["texts"] == 98
+
+
+def test_an_array_of_documents_with_two_fields(prepare, tmp_path):
+    """As WuDao comes. The setting is stored, and another choice of fields is another preparation."""
+    rows = [{"uniqueKey": str(i), "title": TEXTS[i], "content": TEXTS[i + 1]} for i in range(100)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), encoding="utf-8")
+    fields = ["--field", "title", "--field", "content"]
+    result = prepare(tmp_path / "a.json", *fields)
+    assert result.code == 0 and manifest_of(result.folder)["counts"]["texts"] == 100
+    assert manifest_of(result.folder)["settings"]["field"] == ["title", "content"]
+    encoder, decoder = load_new_tokenizers(str(result.folder), 512)
+    found = sorted(list(row) for _, row in records_of(result.folder))
+    texts = [f"{row['title']}\n{row['content']}" for row in rows]
+    expected = tokenize(texts, encoder, decoder, max_length=512, source="")
+    assert found == sorted(map(list, expected.decoder_ids))
+    assert prepare(tmp_path / "a.json", *fields).code == 0
+    other = prepare(tmp_path / "a.json", "--field", "title")
+    assert other.code == 2 and "was prepared with other settings: fields" in other.err
+
+
+def test_an_option_given_twice_takes_both(prepare, tmp_path):
+    for name, texts in (("a.txt", TEXTS[:20]), ("b.txt", TEXTS[20:50])):
+        write_texts(tmp_path / name, texts)
+    result = prepare(tmp_path / "a.txt", "--input", tmp_path / "b.txt")
+    assert result.code == 0 and manifest_of(result.folder)["counts"]["texts"] == 50
+
+
+def test_links_in_a_folder_are_followed_once(tmp_path):
+    data, more = tmp_path / "data", tmp_path / "more"
+    for folder in (data, more):
+        folder.mkdir()
+        write_texts(folder / f"{folder.name}.txt")
+    (data / "link").symlink_to(more)
+    (data / "loop").symlink_to(data)
+    (more / "file.txt").symlink_to(data / "data.txt")
+    found = [str(path.relative_to(data)) for path in find_files([data])]
+    assert found == ["data.txt", "link/file.txt", "link/more.txt"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "b.txt").symlink_to("nowhere"),
+        lambda folder: write_texts(folder / "_b.txt"),
+        lambda folder: (folder / "_temporary").mkdir(),
+    ],
+    ids=["dangling link", "temporary file", "temporary folder"],
+)
+def test_a_folder_with_what_cannot_be_read_is_refused(spoil, tmp_path):
+    write_texts(tmp_path / "a.txt")
+    spoil(tmp_path)
+    with pytest.raises(InputError, match=r"(/b\.txt|/_b\.txt|/_temporary): ") as e:
+        find_files([tmp_path])
+    assert e.value.exit_code == 2
+
+
+def test_a_dataset_is_what_its_state_lists(tmp_path):
+    """`Dataset.map` leaves files beside it that contain the rows again."""
+    folder = write_input(tmp_path / "dataset", "arrow")
+    (data,) = folder.glob("*.arrow")
+    shutil.copy(data, folder / "cache-0123.arrow")
+    assert len(find_files([folder])) == 2  # an empty state
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": data.name}]}), encoding="utf-8")
+    assert find_files([folder]) == [data]
+
+
+def test_an_output_inside_the_input(prepare, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_texts(tmp_path / "data" / "a.txt")
+    result = prepare(tmp_path / "data", output=tmp_path / "data" / "out")
+    assert result.code == 2 and "--output" in result.err and not (tmp_path / "data" / "out").exists()
+
+
 def test_bad_lines_are_counted_and_listed(prepare, tmp_path):
     """Every line is blank, too long, or bad for one reason; line numbers count from the beginning of a file."""
     lines = [json.dumps({"text": text}) for text in TEXTS[:3]]
     bad = ["not json", '{"body": 1}', '{"text": 3}', '{"text": "\\ud83d"}', '["text"]']
     (tmp_path / "a.jsonl").write_text("\n".join([lines[0], *bad, "", lines[1], '{"text": " "}']), encoding="utf-8")
     (tmp_path / "b.jsonl").write_bytes(f"{lines[2]}\n".encode() + b"\xff\n" + json.dumps({"text": "很" * 600}).encode())
-    result = prepare(tmp_path / "b.jsonl", tmp_path / "a.jsonl")
+    result = prepare(tmp_path / "b.jsonl", tmp_path / "a.jsonl", max_bad=0.6)
     assert result.code == 0 and "2 blank, 1 too long, 6 bad lines (bad_lines.jsonl)" in result.out
     listed = [json.loads(line) for line in (result.folder / "bad_lines.jsonl").open(encoding="utf-8")]
     assert [(Path(b["file"]).name, b["line"], b["problem"]) for b in listed] == [
@@ -411,6 +494,76 @@ def test_missing_and_damaged_files_are_named(prepared, tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"contains no manifest.json; `davae prepare` writes it after the last shard"):
         Prepared(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[(key, None) for key in ("settings", "tokenizers", "dtype", "counts", "shards")],
+        *[("dtype", ">f8"), ("shards", [{}]), ("shards", [3]), ("shards", []), ("counts", []), ("tokenizers", {})],
+    ],
+)
+@pytest.mark.parametrize("remove", [True, False])
+def test_a_damaged_manifest_is_named(key, value, remove, prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest[key] = value
+    if remove:
+        del manifest[key]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(InputError) as e:
+        Prepared(folder)
+    assert str(e.value) == f"{folder / 'manifest.json'}: is damaged; copy or prepare the folder again"
+
+
+def test_a_shard_outside_of_the_folder_is_not_read(prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared.folder, folder)
+    text = (folder / "manifest.json").read_text(encoding="utf-8")
+    (folder / "manifest.json").write_text(text.replace("00000-0000", "../00000-0000"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"manifest.json: is damaged"):
+        Prepared(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
+def test_other_tokenizers_than_the_texts_were_prepared_with(name, prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared.folder, folder)
+    (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+    with pytest.raises(InputError, match=f"{name}: is not the file with which the texts were prepared"):
+        Prepared(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "held_out.jsonl", "order.npy", "lengths.npy", "00001-0000.npy"])
+def test_no_damage_gives_another_error(name, prepared, tmp_path):
+    """200 files with some bytes changed, removed or added: each is read, or refused with one line that names a file."""
+    folder, rng = tmp_path / "copy", np.random.default_rng(0)
+    shutil.copytree(prepared.folder, folder)
+    (folder / "held_out.jsonl").write_text('{"text": "一"}\n' * 20, encoding="utf-8")
+    intact, refused = (folder / name).read_bytes(), 0
+    for _ in range(200):
+        data = bytearray(intact)
+        for position in rng.integers(0, min(len(data), 400), rng.integers(1, 4)):
+            position %= len(data)
+            match rng.integers(3):
+                case 0:
+                    data[position] = rng.integers(256)
+                case 1:
+                    del data[position : position + rng.integers(1, 9)]
+                case _:
+                    data[position:position] = rng.bytes(3) if rng.integers(2) else b"9999999999"
+        (folder / name).write_bytes(data)
+        try:
+            opened = Prepared(folder)
+            opened.held_out()
+            opened.lengths()
+            opened.describe_lines([0, 100])
+            ShardBatches(opened, 8, pad_id=2, max_length=40).batch(0)
+        except InputError as e:
+            refused += 1
+            assert str(e).startswith(str(folder)) and "\n" not in str(e)
+    assert refused > 100
 
 
 # A run on them.

@@ -349,6 +349,13 @@ def test_other_processes_that_jax_does_not_find_are_an_error(variables, reason):
     assert e.value.exit_code == 2 and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_STEP_NUM_TASKS"])
+def test_a_variable_that_is_not_a_number(name):
+    with pytest.raises(InputError, match=name) as e:
+        check_alone({name: "abc"})
+    assert e.value.exit_code == 2
+
+
 def test_a_single_process_trains_alone():
     check_alone({})
     check_alone({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})

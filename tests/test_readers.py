@@ -1,17 +1,19 @@
 """Finding input files, splitting them into slices, and reading the slices."""
 
+import gzip
+import re
 import sys
 
 import pytest
 from input_files import TEXTS, write_input
 
 from davae_jax.data.line_readers import MAX_LINE_BYTES
-from davae_jax.data.readers import find_files, read_slice, split_into_slices
+from davae_jax.data.readers import find_files, read_slice, read_texts, split_into_slices
 from davae_jax.utils.errors import InputError
 
 
-def read_lines(slices, field="text"):
-    return [line for part in slices for chunk in read_slice(part, field) for line in chunk.lines]
+def read_lines(slices, *fields):
+    return [line for part in slices for chunk in read_slice(part, fields or ["text"]) for line in chunk.lines]
 
 
 @pytest.mark.parametrize("max_bytes", [1, 7, 100, 5000, 1 << 30])
@@ -40,6 +42,28 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path):
         (None, "is longer than 16 MiB"),
         ("two", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("一\n".encode("utf-16"), "is UTF-16, not UTF-8"),
+        ("\ufeff一\n".encode("utf-16-be"), "is UTF-16, not UTF-8"),
+        ("一\n".encode("utf-32"), "is UTF-32, not UTF-8"),
+        ("\ufeff一\n".encode("gb18030"), "is GB18030, not UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
+        (gzip.compress(b"text\n"), "compressed with gzip, but its name does not end in .gz"),
+        (b"PAR1" + bytes(20), "Parquet, but its name"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_other_kinds_of_files_are_recognized(data, message, name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    for read in (lambda: read_texts(path), lambda: read_lines(split_into_slices(path, 100))):
+        with pytest.raises(InputError, match=re.escape(message)) as e:
+            read()
+        assert str(e.value).startswith(f"{path}: ")
 
 
 def test_find_files(tmp_path):

@@ -870,6 +870,12 @@ def test_a_plugin_that_cannot_be_imported(tmp_path):
         parse_train(["--plugin", str(tmp_path / "bad.py")])
 
 
+def test_a_plugin_that_exits(tmp_path):
+    (tmp_path / "exit.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(InputError, match=r"exit.py: cannot be imported \(SystemExit: 0\)"):
+        parse_train(["--plugin", str(tmp_path / "exit.py")])
+
+
 def test_a_plugin_without_a_regularizer_is_warned_of(tmp_path, registry):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is @register missing\?"):

@@ -10,7 +10,7 @@ from davae_jax.evaluation.evaluate import Evaluation
 from davae_jax.model.latent import Posterior
 from davae_jax.reports import charts, html, projection, report
 from davae_jax.reports.charts import COLOURS, OTHER, assign_colours, format_ticks, ticks
-from davae_jax.reports.report import changes, nearest, read_log
+from davae_jax.reports.report import changes, nearest
 
 
 def test_changes():
@@ -116,10 +116,3 @@ def test_thin():
     actual = report.thin(range(10_001))
     assert (len(actual), actual[0], actual[-1]) == (2000, 0, 10_000)
     assert set(np.diff(actual)) == {5, 6}
-
-
-def test_an_incomplete_log_line_is_ignored(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
-    assert read_log(file) == [{"step": 1}, {"step": 2}]
-    assert read_log(tmp_path / "no") == []

@@ -12,6 +12,7 @@ from davae_jax.training.run.folder import open_run
 from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.locks import FolderLock
 
 TEXTS = [f"第{i}句。" for i in range(300)]
 
@@ -32,7 +33,8 @@ def of(train, valid=None, **changes):
 
 
 def opened(folder, config):
-    open_run(folder, config, load_corpus(config))
+    with FolderLock() as lock:
+        open_run(folder, config, load_corpus(config), lock)
 
 
 def begun(folder, config):
@@ -90,6 +92,17 @@ def test_pretrained_halves_may_move_but_not_go(config, tmp_path):
     folder = begun(tmp_path / "run", dataclasses.replace(config, init=init))
     opened(folder, dataclasses.replace(config, init=dataclasses.replace(init, encoder="elsewhere/bert")))
     assert refusal(folder, config) == "init.encoder (elsewhere/bert, now None)"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[]", b"null", b'{"data": 3}', b"[" * 100_000, b""])
+def test_damaged_settings_are_named(content, tmp_path, config):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "train.json").write_bytes(content)
+    with pytest.raises(InputError) as e:
+        opened(folder, config)
+    assert str(folder / "train.json") in str(e.value) and "\n" not in str(e.value)
+    assert (folder / "train.json").read_bytes() == content
 
 
 def test_before_the_first_checkpoint_all_may_change(config, tmp_path):

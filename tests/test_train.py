@@ -31,6 +31,7 @@ from davae_jax.training import loop
 from davae_jax.training.hooks import Every
 from davae_jax.training.presets import DEMO
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.locks import FolderLock
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"{a}{b}很{c}。" for a in ("饭店", "超市", "公园", "书店") for b in "菜价人书" for c in "好坏多少贵新"]
@@ -323,6 +324,16 @@ def test_hooks_of_the_caller(text_file, tmp_path, monkeypatch):
         Every(100)
 
 
+def test_a_folder_that_another_run_uses(run, text_file):
+    folder, _ = run
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    with FolderLock() as lock:
+        lock.acquire(folder)
+        code, out, err = tiny(text_file, folder, *SAME)
+    assert (code, out) == (1, "") and err == f"train.py: error: {folder}: another program is writing to this folder\n"
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
+
+
 def test_a_run_without_a_folder(text_file):
     config = dataclasses.replace(DEMO, data=dataclasses.replace(DEMO.data, train=text_file))
     with pytest.raises(InputError, match="--run-dir"):
@@ -450,7 +461,7 @@ TOO_LONG = "contains only blank texts and texts of more than 12 decoder tokens o
         ("missing.txt", None, "cannot be read (No such file or directory)"),
         ("empty.txt", b"", "contains no text"),
         ("blank.txt", b"\n  \n\n", "contains no text"),
-        ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3 is not UTF-8"),
+        ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3: is not UTF-8"),
         ("long.txt", ("很" * 300 + "\n").encode() * 3, TOO_LONG),
         ("longer.txt", ("很好" * 2000 + "\n").encode() * 3, TOO_LONG),  # more than SentencePiece takes, unless told
         ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', "line 2: has no field 'text'"),

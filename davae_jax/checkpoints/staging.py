@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zlib import crc32
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.utils.errors import InputError, system_reason
+from davae_jax.utils.locks import FolderLock
 
 
 @contextlib.contextmanager
@@ -25,20 +28,30 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
     """
     if dst.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; choose another folder, or use --overwrite")
-    target = dst.absolute()
+    target = dst.absolute().parent.resolve() / dst.name
+    if dst.is_symlink():
+        target = dst.resolve()
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise InputError(f"{dst}: contains the source {source}; choose another folder", exit_code=2)
     if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
         raise InputError(f"{dst}: contains files, but no checkpoint; only a checkpoint can be overwritten")
-    tag = secrets.token_hex(4)
-    staging = target.with_name(f".{target.name}.partial-{tag}")
-    old = target.with_name(f".{target.name}.old-{tag}")
+    overwritten = _identity(target)
+    # Not made from the name itself, which may be as long as the file system permits.
+    prefix, tag = f".{crc32(os.fsencode(target.name)):08x}", secrets.token_hex(4)
+    staging = target.with_name(f"{prefix}.partial-{tag}")
+    old = target.with_name(f"{prefix}.old-{tag}")
     created = [parent for parent in target.parents if not parent.exists()]
+    lock = FolderLock()
     try:
+        if target.parent.is_dir():
+            _remove_leftovers(target, prefix)
         staging.mkdir(parents=True)
+        lock.acquire(staging)
         yield staging
-        if target.exists():
+        if _identity(target) != overwritten:
+            raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
+        if overwritten:
             target.rename(old)
         staging.rename(target)
     except InputError:
@@ -50,6 +63,7 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         at_destination = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
         raise InputError(f"{dst}: cannot be written ({reason})" if at_destination else f"{file}: {reason}") from e
     finally:
+        lock.release()
         if old.exists() and not target.exists():  # interrupted between the two renames
             old.rename(target)
         for leftover in (staging, old):
@@ -57,6 +71,29 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         for parent in created:
             with contextlib.suppress(OSError):  # not empty: it contains the result
                 parent.rmdir()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns what tells a file or folder from another under the same name; None if there is none."""
+    try:
+        status = path.stat(follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_leftovers(target: Path, prefix: str) -> None:
+    """Removes what killed programs have left beside `target`.
+
+    A folder that was to be replaced is put back if the program was killed before the new one was in its place.
+    """
+    for leftover in (*target.parent.glob(f"{prefix}.old-*"), *target.parent.glob(f"{prefix}.partial-*")):
+        with contextlib.suppress(OSError, InputError), FolderLock() as lock:
+            lock.acquire(leftover)  # of a running program, it is locked
+            if ".old-" in leftover.name and not target.exists():
+                leftover.rename(target)
+            else:
+                _remove(leftover)
 
 
 def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
@@ -24,6 +25,10 @@ from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 @dataclasses.dataclass(kw_only=True)
 class Command:
     """The base class of every command. A subclass declares its options as fields and implements `run`."""
+
+    is_filter: ClassVar[bool] = False
+    """Whether the result is what the command prints: it then ends quietly when nobody reads on, as in `davae … | head`.
+    Every other command goes on without its output."""
 
     debug: bool = False
     """On an error, print the traceback as well."""
@@ -41,6 +46,40 @@ class Command:
 def option_hint(metavar: str, default: str) -> Any:
     """Returns an annotation for an option whose default is None: how its value and its default appear in the help."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+def join_repeated(argv: Sequence[str], options: Collection[str]) -> list[str]:
+    """Returns a command line in which each of these options, which take any number of values, is given once.
+
+    tyro would take the values of the last occurrence alone: "--input a --input b" becomes "--input a b".
+    """
+    names = [word.partition("=")[0].replace("_", "-") for word in argv]
+    if all(names.count(option) < 2 for option in options):
+        return list(argv)
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    current = None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in options:
+            current = values.setdefault(name.replace("_", "-"), [])
+            current += [value] if equals else []
+        elif current is not None and not re.match(r"-(-|[A-Za-z])", word):
+            current.append(word)
+        else:
+            current = None
+            rest.append(word)
+    return rest + [word for name, words in values.items() for word in (name, *words)]
+
+
+def _options_of_many_values(command: type) -> set[str]:
+    """Returns the options of a command that take any number of values in one occurrence."""
+    options = set()
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        base, *marks = (hint.__origin__, *hint.__metadata__) if get_origin(hint) is Annotated else (hint,)
+        if get_origin(base) is tuple and Ellipsis in get_args(base) and tyro.conf.UseAppendAction not in marks:
+            options.add(f"--{name.replace('_', '-')}")
+    return options
 
 
 class ParseError(InputError):
@@ -66,6 +105,8 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
       InputError: the dataclass does not allow a value. tyro would print this error in a frame and exit.
     """
     argv = replace_renamed(argv, prog)
+    if issubclass(command, Command):
+        argv = join_repeated(argv, _options_of_many_values(command))
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -124,8 +165,10 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int | None:
-        command = load().parse(argv, prog)
-        return command.run() if command else 0
+        cls = load()
+        with contextlib.nullcontext() if cls.is_filter else going_on_without_reader():
+            command = cls.parse(argv, prog)
+            return command.run() if command else 0
 
     return run_cli(work, prog, debug="--debug" in argv)
 
@@ -136,12 +179,16 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     def report(message: str, code: int) -> int:
         if debug:
             traceback.print_exc()
-        print(f"{prog}: error: {message}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # the exit code remains
+            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
         return code
 
     def show_warning(message, category, filename, lineno, file=None, line=None):
         print(f"{prog}: warning: {message}", file=sys.stderr)
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller; this opens it anew, under the same descriptor
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
         sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8 in every locale
     with warnings.catch_warnings():
@@ -162,10 +209,47 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             _stdout_is_broken()
             return 0
         except OSError as e:
+            if isinstance(e, FileNotFoundError) and not _has_working_folder():
+                return report("the working directory no longer exists", 1)
             name = e.filename or ("standard output" if _stdout_is_broken() else None)
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except Exception as e:
             return report(f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
+
+
+class _WithoutReader:
+    """A text stream that discards what is written after its reader has gone."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Redirects the stream to nowhere, what it has buffered included."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def going_on_without_reader() -> Iterator[None]:
+    """Lets work be completed when the reader of the program's output goes, as in `train.py | head`."""
+    out, err = _WithoutReader(sys.stdout), _WithoutReader(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 def exit_with(main: Callable[[], int]) -> None:
@@ -195,6 +279,14 @@ def _report_unraisable(unraisable: Any) -> None:
         repeat_interrupt()
     elif not (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception)):
         sys.__unraisablehook__(unraisable)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _stdout_is_broken() -> bool:

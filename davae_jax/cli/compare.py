@@ -16,7 +16,6 @@ evaluate`. Completed runs are skipped, and an interrupted run is resumed.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -43,6 +42,7 @@ from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_json, write_text
+from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
@@ -293,10 +293,9 @@ def _current_names(options: Sequence[str]) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Reads a JSON file that this command wrote. Returns None if it does not exist or is damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path) or None
+    except (OSError, InputError):
         return None
-    return values if isinstance(values, dict) and values else None
 
 
 def _run_python(argv: Sequence[Any], log: Path) -> None:

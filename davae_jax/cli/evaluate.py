@@ -13,12 +13,15 @@ from typing import Annotated, Literal, NamedTuple
 from tqdm import tqdm
 
 from davae_jax.cli.base import Command, option_hint
-from davae_jax.cli.text import check_output, write_whole
 from davae_jax.data import demo_corpus
-from davae_jax.data.texts import decode_lines, parse_json_text, read_texts
+from davae_jax.data.line_readers import DECOMPRESSORS
+from davae_jax.data.readers import find_format, read_texts
+from davae_jax.data.texts import decode_lines, parse_json_text
 from davae_jax.evaluation.table import format_table
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.utils.errors import InputError, OptionError, check_options
+from davae_jax.utils.files import check_output, to_json, write_output
+from davae_jax.utils.json_files import read_json_object
 
 
 @dataclass(kw_only=True)
@@ -96,10 +99,10 @@ class Evaluate(Command):
         measures = {"model": self.model, "data": data.source, "of": len(data.texts), **evaluation.measures}
         print(format_table(measures))
         if self.json:
-            write_whole(self.json, json.dumps(as_json(measures), indent=2, ensure_ascii=False) + "\n")
+            write_output(self.json, to_json(as_json(measures)))
         if self.html:
             with tqdm(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
-                write_whole(self.html, report(evaluation._replace(measures=measures), Path(self.model)))
+                write_output(self.html, report(evaluation._replace(measures=measures), Path(self.model)))
                 bar.update()
 
 
@@ -119,9 +122,11 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
       InputError: a line is invalid; the message names the file and the line.
       OptionError: a field or label is given, but the file is not JSON Lines.
     """
-    for option, is_given in (("--field", field is not None), ("--label", labels)):
-        if is_given and path.suffix not in (".jsonl", ".json"):
-            raise OptionError(option, f"needs JSON Lines (.jsonl); {path} has no fields")
+    input_format = find_format(path)
+    if field is not None and (input_format is None or input_format.name == "text"):
+        raise OptionError("--field", f"needs JSON Lines (.jsonl) or a table; {path} has no fields")
+    if labels and not (input_format and input_format.name == "json" and path.suffix.lower() not in DECOMPRESSORS):
+        raise OptionError("--label", f"needs uncompressed JSON Lines (.jsonl), not {path}")
     texts = read_texts(path, field or "text")
     lines = decode_lines(path.read_bytes(), str(path)) if labels else []
     classes = {
@@ -146,7 +151,7 @@ def read_label(line: str, field: str, location: str) -> str:
     if not isinstance(values[field], str):
         return str(values[field])
     try:
-        return parse_json_text(line, field)
+        return parse_json_text(line, [field])
     except ValueError as e:
         raise InputError(f"{location}: {e}") from None
 
@@ -158,7 +163,7 @@ def demo_texts(run: Path, labels: Sequence[str]) -> Data:
       OptionError: `run` is not a run of the demo, or a label is not one of its factors.
     """
     try:
-        is_demo_run = json.loads((run / "train.json").read_text(encoding="utf-8"))["data"]["train"] is None
+        is_demo_run = read_json_object(run / "train.json")["data"]["train"] is None
     except (OSError, ValueError, KeyError, TypeError):
         is_demo_run = False
     if not is_demo_run:

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from davae_jax.cli.text import GreedyCommand, posterior_means
-from davae_jax.data.texts import read_texts
+from davae_jax.data.readers import read_texts
 from davae_jax.utils.errors import OptionError
 
 

@@ -16,7 +16,7 @@ from davae_jax.parallel.chips import CHIPS
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
 from davae_jax.utils.errors import check_options
-from davae_jax.utils.files import write_json
+from davae_jax.utils.files import check_output, to_json, write_output
 
 if TYPE_CHECKING:
     from davae_jax.planning.plan import Plan
@@ -57,6 +57,8 @@ class PlanCommand(Command):
         from davae_jax.planning.plan import make_plan, with_planned_vocabularies
         from davae_jax.training.setup import unsharded_weights
 
+        if self.json:
+            check_output(self.json, "--json")
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
         config, tokenizers = with_planned_vocabularies(self.config, self.preset)
@@ -65,7 +67,7 @@ class PlanCommand(Command):
             warnings.warn(warning, stacklevel=2)
         print(format_plan(plan, tokenizers))
         if self.json:
-            write_json(self.json, to_dict(plan))
+            write_output(self.json, to_json(to_dict(plan)))
 
 
 def format_plan(plan: Plan, tokenizers: str) -> str:

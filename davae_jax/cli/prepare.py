@@ -34,8 +34,9 @@ class Prepare(Command):
     tokenizers: Annotated[Path | None, option_hint("DIR", "trained on a sample of the texts")] = None
     """Folder with spiece.model and vocab.txt."""
 
-    field: str = "text"
-    """JSON field or table column that contains the text."""
+    field: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("text",)
+    """JSON field or table column that contains the text. Several, such as a title and a body, are joined by line
+    feeds."""
 
     max_length: int = 512
     """Maximum number of decoder tokens per text, including bos and the end token; longer texts are dropped."""
@@ -56,6 +57,9 @@ class Prepare(Command):
     encoder_vocab_size: int = 8000
     """Vocabulary size of the encoder, if tokenizers are trained."""
 
+    max_bad: float = 0.01
+    """Largest fraction of lines that may be unreadable; with more, the command fails."""
+
     shard_size: Annotated[int | None, option_hint("MIB", "1/256 of the input, from 1 to 1024")] = None
     """Size of a shard, in MiB of text."""
 
@@ -68,8 +72,10 @@ class Prepare(Command):
         check_options(self, "", "decoder_vocab_size encoder_vocab_size", lambda n: n >= 10, "be at least 10")
         check_options(self, "", "shard_size workers", lambda n: n is None or n >= 1, "be at least 1")
         check_options(self, "", "held_out", lambda x: x is None or 0 <= x < 1, "be at least 0 and below 1")
+        check_options(self, "", "field", lambda names: len(names) > 0, "be given")
+        check_options(self, "", "max_bad", lambda x: 0 <= x <= 1, "be at least 0 and at most 1")
         settings = ShardSettings(
-            field=self.field,
+            fields=self.field,
             max_length=self.max_length,
             encoder_positions=self.encoder_positions,
             truncate=self.truncate,
@@ -77,7 +83,7 @@ class Prepare(Command):
             shard_size=self.shard_size and self.shard_size * MIB,
         )
         tokenizers = self.tokenizers or VocabularySizes(self.decoder_vocab_size, self.encoder_vocab_size)
-        counts = build_shards(self.input, self.output, settings, tokenizers, self.workers)
+        counts = build_shards(self.input, self.output, settings, tokenizers, self.workers, self.max_bad)
         dropped = describe_dropped(counts)
         print(
             f"{self.output}: {counts['texts']:,} texts, {counts['decoder_tokens']:,} decoder tokens, "

@@ -7,12 +7,11 @@ input.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -20,7 +19,7 @@ from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.texts import decode_lines
 from davae_jax.model.config import SAMPLING_SETTINGS, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
-from davae_jax.utils.files import write_text
+from davae_jax.utils.files import check_output, write_output
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -35,6 +34,8 @@ _GREEDY_FLOAT, _GREEDY_INT = (option_hint(kind, _GREEDY) for kind in ("FLOAT", "
 @dataclass(kw_only=True)
 class TextCommand(Command):
     """The base class of commands that generate texts."""
+
+    is_filter: ClassVar[bool] = True
 
     texts: Annotated[tyro.conf.Positional[tuple[str, ...]], option_hint("[TEXT ...]", "none")] = ()
     """Texts. If none is given, they are read from --input or standard input, one per line."""
@@ -147,32 +148,9 @@ class TextCommand(Command):
         """Writes the results as JSON Lines to --output or standard output."""
         text = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         if self.output:
-            write_whole(self.output, text)
+            write_output(self.output, text)
         else:
             sys.stdout.write(text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all. Raises InputError naming the file if it cannot be written."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device such as /dev/stdout must not be replaced
-            path.write_text(text, encoding="utf-8")
-            return
-        write_text(path.resolve(), text)  # for a link, replace the file that it points to
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror})") from e
-
-
-def check_output(path: Path, option: str = "--output") -> None:
-    """Raises InputError if a file cannot be written, so that the error comes before hours of work."""
-    folder = path.resolve().parent
-    is_special = path.exists() and not path.is_file()
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; {option} needs a file")
-    if not folder.is_dir():
-        raise InputError(f"{path}: cannot be written ({folder} does not exist)")
-    if not os.access(path if is_special else folder, os.W_OK):
-        raise InputError(f"{path}: cannot be written (Permission denied)")
 
 
 def _require_utf8(text: str, name: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from davae_jax.cli.base import exit_with, parse_options, run_cli
+from davae_jax.cli.base import exit_with, going_on_without_reader, parse_options, run_cli
 from davae_jax.regularizers import check_registered, config_with_plugins, load_installed, load_plugin
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = [arg for arg in argv if arg != "--debug"]  # on an error, prints the traceback as well
 
     def work() -> int:
-        with interrupt_on_signals():
+        with interrupt_on_signals(), going_on_without_reader():
             if (parsed := parse_train(options)) is None:
                 return 0
             from davae_jax.parallel.multihost import explain_lost_process  # imports JAX, which --help does not need

@@ -7,7 +7,6 @@ work after the last complete shard. When all shards exist, `shard_index.py` writ
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,11 +26,13 @@ from davae_jax.data.shard_writer import (
     load_new_tokenizers,
     write_shards,
 )
-from davae_jax.data.shards import MANIFEST, from_stored_names, to_stored_names
+from davae_jax.data.shards import MANIFEST, from_stored_names, read_manifest, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import file_sha256, is_partial, remove_partial, write_bytes, write_json
+from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
@@ -56,6 +57,7 @@ def build_shards(
     settings: ShardSettings,
     tokenizers: Path | VocabularySizes,
     workers: int | None = None,
+    max_bad: float = 0.01,
 ) -> dict[str, int]:
     """Tokenizes texts into shards, or completes the work of an interrupted call with the same arguments.
 
@@ -67,37 +69,56 @@ def build_shards(
       tokenizers: a folder with vocab.txt and spiece.model, or the sizes of tokenizers that are trained on a sample of
         the texts.
       workers: the number of worker processes, which does not change the result; None: one per core.
+      max_bad: the largest fraction of lines that may be unreadable.
 
     Returns:
       The counts in the manifest: texts, tokens, and dropped texts by reason.
 
     Raises:
-      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, or no text
-        remains.
-      OptionError: the output was made with other settings, or the texts have more characters than
-        `decoder_vocab_size`.
+      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, too many lines
+        are unreadable, or no text remains.
+      OptionError: the output was made with other settings or is inside an input folder, or the texts have more
+        characters than `decoder_vocab_size`.
     """
+    for path in inputs:
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            raise OptionError("--output", f"{output} is inside the input folder {path}; choose another folder")
     files = find_files(inputs)
     settings = _with_defaults(settings, sum(file.stat().st_size for file in files))
     stored = to_stored_names(
         {
             "inputs": _describe_inputs(files),
             **settings._asdict(),
+            "fields": settings.fields[0] if len(settings.fields) == 1 else list(settings.fields),
             "tokenizers": _describe_tokenizers(tokenizers),
         }
     )
-    _open_folder(output, stored)
+    with FolderLock() as lock:
+        _open_folder(output, stored, lock)
+        _build(output, stored, files, settings, tokenizers, workers, max_bad)
+    return read_manifest(output)["counts"]
+
+
+def _build(
+    output: Path,
+    stored: dict[str, Any],
+    files: Sequence[Path],
+    settings: ShardSettings,
+    tokenizers: Path | VocabularySizes,
+    workers: int | None,
+    max_bad: float,
+) -> None:
+    """Makes what an open folder still lacks of tokenizers, shards and manifest."""
     try:
         if not (output / MANIFEST).exists():
             slices = [file_slice for file in files for file_slice in split_into_slices(file, settings.shard_size)]
             _provide_tokenizers(output, tokenizers, slices, settings)
             tasks = [ShardTask(str(output), n, file_slice, settings) for n, file_slice in enumerate(slices)]
             _run_with_progress(tasks, workers or available_cores())
-            merge_shards(output, stored)
+            merge_shards(output, stored, max_bad)
     except OSError as e:  # of a file that is written; readers raise InputError
         raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
     shutil.rmtree(output / PARTS, ignore_errors=True)
-    return json.loads((output / MANIFEST).read_text(encoding="utf-8"))["counts"]
 
 
 def _with_defaults(settings: ShardSettings, input_bytes: int) -> ShardSettings:
@@ -137,22 +158,24 @@ def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:
 # ---- prepare.json
 
 
-def _open_folder(folder: Path, stored: dict[str, Any]) -> None:
-    """Makes the output folder, or checks that an existing one was made with the same settings.
+def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> None:
+    """Makes the output folder, or checks that an existing one was made with the same settings. Locks it.
 
     Args:
       stored: the content of prepare.json.
 
     Raises:
       OptionError: the folder was made with other settings, or contains other files.
-      InputError: the folder cannot be written.
+      InputError: the folder cannot be written, or another program is writing to it.
     """
     path = folder / SETTINGS
     try:
-        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(folder)
+        (folder / PARTS).mkdir(exist_ok=True)
         if path.exists():
             # Folders of the first versions do not have the setting "cut".
-            _check_settings(folder, {"cut": False} | json.loads(path.read_text(encoding="utf-8")), stored)
+            _check_settings(folder, {"cut": False} | read_json_object(path), stored)
         elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
             raise OptionError("--output", f"{folder} contains files, but no {SETTINGS}; choose another folder")
         write_json(path, stored)
@@ -186,9 +209,11 @@ def _provide_tokenizers(
     """Puts vocab.txt and spiece.model into the folder, copied or trained, unless they are already there."""
     missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
     if missing and isinstance(tokenizers, VocabularySizes):
-        texts = sample_texts(slices, settings.field, settings.held_out)
+        texts = sample_texts(slices, settings.fields, settings.held_out)
         if not texts:
-            raise InputError(f"{slices[0].file}: contains no text to train tokenizers on (--field {settings.field})")
+            raise InputError(
+                f"{slices[0].file}: contains no text to train tokenizers on (--field {' '.join(settings.fields)})"
+            )
         vocab = train_wordpiece(texts, tokenizers.encoder_vocab_size)
         spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size")
         for name, data in zip(TOKENIZER_FILES, (vocab, spiece), strict=True):
@@ -199,7 +224,7 @@ def _provide_tokenizers(
     load_new_tokenizers(str(folder), settings.encoder_positions)  # raises InputError if they are damaged
 
 
-def sample_texts(slices: list[FileSlice], field: str, held_out: float) -> list[str]:
+def sample_texts(slices: list[FileSlice], fields: Sequence[str], held_out: float) -> list[str]:
     """Returns texts from the beginning of every slice, without the held-out ones, to train tokenizers on.
 
     Their number and total size are bounded, to limit memory and time.
@@ -208,7 +233,7 @@ def sample_texts(slices: list[FileSlice], field: str, held_out: float) -> list[s
     sample = []
     for file_slice in slices:
         texts_left, bytes_left = texts_per_slice, bytes_per_slice
-        for chunk in read_slice(file_slice, field):
+        for chunk in read_slice(file_slice, fields):
             texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:texts_left]
             sample += [text for text in texts if not is_held_out(text, held_out)]
             texts_left, bytes_left = texts_left - len(texts), bytes_left - chunk.text_bytes

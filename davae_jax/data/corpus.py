@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from davae_jax.data import demo_corpus
+from davae_jax.data.readers import read_texts
 from davae_jax.data.shards import Prepared
-from davae_jax.data.texts import read_texts
 
 HELD_OUT_FRACTION = 0.01  # of the distinct training texts, if no file of held-out texts is given
 

@@ -1,4 +1,4 @@
-"""Reads files with one text per line, plain text or JSON Lines, optionally compressed.
+"""Reads files with one text per line, plain text or JSON Lines, or a JSON array, optionally compressed.
 
 Only a chunk of lines is in memory at a time, independently of the size of the file.
 """
@@ -7,15 +7,32 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from davae_jax.data.texts import parse_json_text
+from davae_jax.data.json_arrays import begins_array_of_objects, iterate_array
+from davae_jax.data.texts import join_fields, parse_json_text
 from davae_jax.utils.errors import InputError
 
 MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, to limit memory use
 CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
+
+
+RECODE = "not UTF-8; convert it, for example with iconv -f {0} -t UTF-8"
+SIGNS = {  # beginnings of files that are often given by mistake; the longer one of two comes first
+    b"\xff\xfe\x00\x00": "UTF-32, " + RECODE.format("UTF-32"),
+    b"\x00\x00\xfe\xff": "UTF-32, " + RECODE.format("UTF-32"),
+    b"\xff\xfe": "UTF-16, " + RECODE.format("UTF-16"),
+    b"\xfe\xff": "UTF-16, " + RECODE.format("UTF-16"),
+    b"\x84\x31\x95\x33": "GB18030, " + RECODE.format("GB18030"),
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; get it with git lfs pull",
+    b"\x1f\x8b": "compressed with gzip, but its name does not end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard, but its name does not end in .zst",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "Parquet, but its name does not end in .parquet",
+    b"ARROW1": "Arrow, but its name does not end in .arrow",
+}
 
 
 class FileSlice(NamedTuple):
@@ -47,17 +64,55 @@ class Chunk(NamedTuple):
     fraction_read: float  # of the slice, from 0 to 1
 
 
-def read_plain_lines(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
-    """Yields the lines of a slice of plain text; `field` is not used."""
+def read_plain_lines(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
+    """Yields the lines of a slice of plain text; `fields` are not used."""
     return _read_lines(file_slice, None)
 
 
-def read_json_lines(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
-    """Yields the texts in `field` of each line of a slice of JSON Lines."""
-    return _read_lines(file_slice, field)
+def read_json(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
+    """Yields the texts in the fields of each line of a slice of JSON Lines, or of each object of a JSON array."""
+    if file_slice.start == 0 and is_json_array(Path(file_slice.file)):
+        return _read_array(file_slice, fields)
+    return _read_lines(file_slice, fields)
 
 
-def _read_lines(file_slice: FileSlice, field: str | None) -> Iterator[Chunk]:
+def is_json_array(path: Path) -> bool:
+    """Returns whether a file of JSON is one array of objects, as WuDao and many others come, and not JSON Lines."""
+    if not path.is_file():  # a pipe, which can be read once
+        return False
+    with path.open("rb") as raw, _decompress(raw, path) as file:
+        return begins_array_of_objects(file.read(4096))
+
+
+def check_beginning(path: Path) -> None:
+    """Raises InputError if a file begins as one does that is neither text nor JSON in UTF-8."""
+    if not path.is_file():  # a pipe, which can be read once
+        return
+    with path.open("rb") as raw, _decompress(raw, path) as file:
+        head = file.read(32)
+    for sign, kind in SIGNS.items():
+        if head.startswith(sign):
+            raise InputError(f"{path}: is {kind}")
+
+
+def _read_array(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
+    path = Path(file_slice.file)
+    lines, text_bytes = [], 0
+    with path.open("rb") as raw, _decompress(raw, path) as file:
+        for values in iterate_array(file, MAX_LINE_BYTES):
+            try:
+                lines.append(Line(join_fields(values, fields)))
+            except ValueError as e:
+                lines.append(Line(None, str(e)))
+            text_bytes += len((lines[-1].text or "").encode())
+            if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
+                yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
+                lines, text_bytes = [], 0
+    if lines:
+        yield Chunk(lines, text_bytes, 1.0)
+
+
+def _read_lines(file_slice: FileSlice, fields: Sequence[str] | None) -> Iterator[Chunk]:
     path = Path(file_slice.file)
     with path.open("rb") as raw, _decompress(raw, path) as file:
         lines, text_bytes, at_start_of_file = [], 0, file_slice.start == 0
@@ -65,7 +120,7 @@ def _read_lines(file_slice: FileSlice, field: str | None) -> Iterator[Chunk]:
             if at_start_of_file and data is not None:
                 data = data.removeprefix(b"\xef\xbb\xbf")
             at_start_of_file = False
-            lines.append(parse_line(data, field))
+            lines.append(parse_line(data, fields))
             text_bytes += len(data or b"")
             if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
                 yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
@@ -74,12 +129,12 @@ def _read_lines(file_slice: FileSlice, field: str | None) -> Iterator[Chunk]:
             yield Chunk(lines, text_bytes, 1.0)
 
 
-def parse_line(data: bytes | None, field: str | None) -> Line:
+def parse_line(data: bytes | None, fields: Sequence[str] | None) -> Line:
     """Returns the text of one line.
 
     Args:
       data: the line without its line feed; None for one longer than MAX_LINE_BYTES.
-      field: the field that contains the text, if the line is JSON; None for plain text.
+      fields: the fields that contain the text, if the line is JSON; None for plain text.
     """
     if data is None:
         return Line(None, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -87,10 +142,10 @@ def parse_line(data: bytes | None, field: str | None) -> Line:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         return Line(None, "is not UTF-8")
-    if field is None:
+    if fields is None:
         return Line(text)
     try:
-        return Line(parse_json_text(text, field))
+        return Line(parse_json_text(text, fields))
     except ValueError as e:
         return Line(None, str(e))
 

@@ -1,17 +1,28 @@
-"""Finds the input files of `davae prepare`, splits them into slices, and reads a slice.
+"""Reads files of texts: whole, for a run, or in slices, for `davae prepare`.
 
-`FORMATS` is the table of supported formats; add a format there.
+`FORMATS` is the table of the formats that all commands read; add a format there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from davae_jax.data.line_readers import DECOMPRESSORS, Chunk, FileSlice, read_json_lines, read_plain_lines
+from davae_jax.data.line_readers import (
+    DECOMPRESSORS,
+    Chunk,
+    FileSlice,
+    check_beginning,
+    is_json_array,
+    read_json,
+    read_plain_lines,
+)
 from davae_jax.data.table_readers import parquet_slice_bounds, read_arrow, read_parquet
 from davae_jax.utils.errors import InputError, first_line
 
@@ -23,29 +34,34 @@ def byte_slice_bounds(path: Path, max_bytes: int) -> list[int]:
     return [size * i // n for i in range(n + 1)]
 
 
+def json_slice_bounds(path: Path, max_bytes: int) -> list[int]:
+    """Returns the byte offsets at which slices begin, followed by the size of the file; an array is one slice."""
+    return [0, path.stat().st_size] if is_json_array(path) else byte_slice_bounds(path, max_bytes)
+
+
 class InputFormat(NamedTuple):
     """A format of input files.
 
     Attributes:
       name: the name in messages; all files of a folder must have the same format.
-      read: yields the texts of a slice of a file, given the slice and the name of the field or column.
+      read: yields the texts of a slice of a file, given the slice and the names of the fields or columns.
       slice_bounds: returns the beginnings of a file's slices and the end of the last one, given the file and the
         maximum number of bytes per slice; None for a format that can only be read from its beginning.
       compressible: whether a suffix of `DECOMPRESSORS` may follow that of the format.
     """
 
     name: str
-    read: Callable[[FileSlice, str], Iterator[Chunk]]
+    read: Callable[[FileSlice, Sequence[str]], Iterator[Chunk]]
     slice_bounds: Callable[[Path, int], list[int]] | None = None
     compressible: bool = False
 
 
-_JSON_LINES = InputFormat("json", read_json_lines, byte_slice_bounds, compressible=True)
+_JSON = InputFormat("json", read_json, json_slice_bounds, compressible=True)
 FORMATS = {
     ".txt": InputFormat("text", read_plain_lines, byte_slice_bounds, compressible=True),
-    ".jsonl": _JSON_LINES,
-    ".json": _JSON_LINES,
-    ".ndjson": _JSON_LINES,
+    ".jsonl": _JSON,
+    ".json": _JSON,
+    ".ndjson": _JSON,
     ".parquet": InputFormat("parquet", read_parquet, parquet_slice_bounds),
     ".arrow": InputFormat("arrow", read_arrow),
 }
@@ -73,8 +89,7 @@ def find_format(path: Path) -> InputFormat | None:
 def find_files(paths: Sequence[Path]) -> list[Path]:
     """Returns the given files and the files in the given folders, sorted by path.
 
-    A folder contributes all files of one format, in its subfolders too, except hidden files and the metadata of a
-    Hugging Face dataset.
+    A folder contributes all files of one format, in its subfolders too (`_walk`).
 
     Raises:
       InputError: a path does not exist, a file has an unknown suffix, or a folder contains no file of a supported
@@ -94,12 +109,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _files_in(folder: Path) -> set[Path]:
-    formats = {
-        path: find_format(path)
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in METADATA_FILES
-        if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    }
+    formats = {path: find_format(path) for path in _walk(folder)}
     files = {path for path, input_format in formats.items() if input_format}
     names = sorted({formats[path].name for path in files})
     if not names:
@@ -111,6 +121,82 @@ def _files_in(folder: Path) -> set[Path]:
     return files
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files of a folder and its subfolders, except hidden ones and the metadata of a Hugging Face dataset.
+
+    Links are followed, each folder once.
+
+    Raises:
+      InputError: a folder cannot be read, a link leads nowhere, or a name marks a temporary file. None of them may be
+        missing from the texts unnoticed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})", exit_code=2)
+
+    visited = set()
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        status = os.stat(name)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(subfolder for subfolder in folders if not subfolder.startswith("."))
+        listed = _listed_in_state(Path(name))
+        for file in sorted([*folders, *files]):
+            path = Path(name) / file
+            if file.startswith(".") or file in METADATA_FILES or (listed is not None and file not in listed):
+                continue
+            if not path.exists():
+                raise InputError(f"{path}: the link leads nowhere", exit_code=2)
+            if file.startswith("_") and (path.is_dir() or find_format(path)):
+                reason = "is not read, because names with _ mark temporary files; rename it, or remove it"
+                raise InputError(f"{path}: {reason}", exit_code=2)
+            if path.is_file():
+                yield path
+
+
+def _listed_in_state(folder: Path) -> set[str] | None:
+    """Returns the files of a dataset that the `datasets` library saved; None if the folder is none.
+
+    Other files of such a folder, cache-*.arrow, contain the same rows again.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {entry["filename"] for entry in state["_data_files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def read_texts(path: Path, field: str = "text") -> list[str]:
+    """Returns all texts of a file that fits in memory. A blank line gives an empty string.
+
+    A file with an unknown suffix, or none, is plain text.
+
+    Args:
+      field: the field of JSON Lines, or the column of a table, that contains the text.
+
+    Raises:
+      InputError: the file cannot be read or contains no text, or a line is not UTF-8, is too long or lacks a string in
+        this field; the message contains the line number.
+    """
+    input_format = find_format(path) or FORMATS[".txt"]
+    texts = []
+    with _naming_file(path):
+        if input_format.compressible:
+            check_beginning(path)
+        is_table = input_format.slice_bounds is parquet_slice_bounds
+        start, end = (0, input_format.slice_bounds(path, sys.maxsize)[-1]) if is_table else (0, None)
+        for chunk in input_format.read(FileSlice(str(path), start, end, path.stat().st_size), [field]):
+            for text, problem in chunk.lines:
+                if problem:
+                    raise InputError(f"{path}: line {len(texts) + 1}: {problem}")
+                texts.append(text)
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{path}: contains no text")
+    return texts
+
+
 def split_into_slices(path: Path, max_bytes: int) -> list[FileSlice]:
     """Returns the slices of a file, of about `max_bytes` each if the format can be split.
 
@@ -120,6 +206,8 @@ def split_into_slices(path: Path, max_bytes: int) -> list[FileSlice]:
     with _naming_file(path):
         size = path.stat().st_size
         slice_bounds = find_format(path).slice_bounds
+        if find_format(path).compressible:
+            check_beginning(path)
         if slice_bounds is None or path.suffix.lower() in DECOMPRESSORS:
             return [FileSlice(str(path), 0, None, size)]
         bounds = slice_bounds(path, max_bytes)
@@ -130,15 +218,15 @@ def split_into_slices(path: Path, max_bytes: int) -> list[FileSlice]:
     ]
 
 
-def read_slice(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
-    """Yields all lines of a slice in chunks; the rows of a table are its lines.
+def read_slice(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
+    """Yields all lines of a slice in chunks; the rows of a table and the objects of a JSON array are its lines.
 
     Raises:
-      InputError: the file cannot be read, is damaged, or is a table without a string column `field`.
+      InputError: the file cannot be read, is damaged, or is a table that lacks a column of strings.
     """
     path = Path(file_slice.file)
     with _naming_file(path):
-        yield from find_format(path).read(file_slice, field)
+        yield from find_format(path).read(file_slice, fields)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import numpy as np
 
 from davae_jax.data.batches import Batch, pad_batch
 from davae_jax.data.shards import Prepared
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.arrays import read_array, read_array_header
+from davae_jax.utils.errors import InputError
 from davae_jax.utils.shapes import round_up
 
 
@@ -107,7 +108,7 @@ class PreparedTexts:
           InputError: no text is short enough, or one is too long for the encoder.
         """
         paths = [prepared.folder / f"{shard['name']}.npy" for shard in prepared.shards]
-        sizes = np.concatenate([np.load(path)[:, 1:] for path in paths]).astype(np.int64)
+        sizes = np.concatenate([read_array(path, 2)[:, 1:] for path in paths]).astype(np.int64)
         self._records = np.flatnonzero(sizes[:, 1] <= max_length)
         if not len(self._records):
             raise InputError(f"{prepared.folder}: contains no text of at most {max_length} tokens")
@@ -126,14 +127,9 @@ class _Column:
     """A vector in a .npy file, read a few entries at a time. A memory-mapped file would count as used memory."""
 
     def __init__(self, path: Path, n: int):
-        try:
-            self._file = path.open("rb")
-            np.lib.format.read_magic(self._file)
-            shape, _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
-        self._begin = self._file.tell()
-        if shape != (n,) or path.stat().st_size != self._begin + n * self._dtype.itemsize:
+        shape, self._dtype, self._begin = read_array_header(path, 1)
+        self._file = path.open("rb")
+        if shape != (n,):
             raise InputError(f"{path}: does not match the manifest; copy or prepare it again")
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:

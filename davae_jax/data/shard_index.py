@@ -18,8 +18,11 @@ from davae_jax.data.shard_writer import (
 )
 from davae_jax.data.shards import FORMAT, MANIFEST
 from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
+from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.json_lines import iterate_json_lines
 
 COUNTED = ("lines", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens")
 
@@ -32,14 +35,15 @@ class _Statistics(NamedTuple):
     bad_lines: list[dict[str, Any]]
 
 
-def merge_shards(folder: Path, settings: dict[str, Any]) -> None:
+def merge_shards(folder: Path, settings: dict[str, Any], max_bad: float = 0.01) -> None:
     """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and finally the manifest.
 
     Args:
       settings: the content of prepare.json, which the manifest repeats.
+      max_bad: the largest fraction of lines that may be unreadable.
 
     Raises:
-      InputError: the shards contain no text.
+      InputError: the shards contain no text, or too many lines are unreadable.
     """
     names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
     counts, shards, bad_lines = _read_statistics(folder, names)
@@ -51,6 +55,10 @@ def merge_shards(folder: Path, settings: dict[str, Any]) -> None:
     if not shards:
         reason = describe_dropped(counts) or "contains no text"
         raise InputError(f"{', '.join(settings['inputs'])}: {reason}; no text remains")
+    if counts["bad"] > max_bad * counts["lines"]:
+        first = "{file}: line {line}: {problem}".format(**bad_lines[0])
+        share = f"{counts['bad']:,} of {counts['lines']:,} lines cannot be read"
+        raise InputError(f"{first}; {share} ({folder / 'bad_lines.jsonl'}), more than --max-bad {max_bad:g}")
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
     manifest = {
@@ -69,7 +77,7 @@ def _read_statistics(folder: Path, names: list[str]) -> _Statistics:
     file, slice_number = None, 0
     lines_before, lines_in_slice = 0, 0  # lines of the file before the slice, and of the slice in the shards so far
     for name in names:
-        stats = json.loads((folder / PARTS / f"{name}.json").read_text(encoding="utf-8"))
+        stats = read_json_object(folder / PARTS / f"{name}.json")
         if stats["number"] != slice_number:
             slice_number, lines_before, lines_in_slice = stats["number"], lines_before + lines_in_slice, 0
         if stats["file"] != file:
@@ -89,11 +97,10 @@ def _write_held_out(folder: Path, names: list[str]) -> int:
     """Writes the held-out texts, each once, in the order of their hashes. Returns their number."""
     texts = {}
     for name in names:
-        with (folder / PARTS / f"{name}.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                text = json.loads(line)["text"]
-                # Reversed, because the first bytes decide what is held out and are therefore small.
-                texts[text_hash(text)[::-1]] = text
+        for line in iterate_json_lines(folder / PARTS / f"{name}.jsonl"):
+            text = line.values["text"]
+            # Reversed, because the first bytes decide what is held out and are therefore small.
+            texts[text_hash(text)[::-1]] = text
     with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:
         out.writelines(held_out_line(texts[key]) for key in sorted(texts))
     return len(texts)
@@ -110,7 +117,7 @@ def _write_order(folder: Path, shards: list[dict[str, Any]]) -> None:
         np.lib.format.write_array_header_1_0(out, header)
         data_start, first_record = out.tell(), 0
         for shard in shards:
-            decoder_lengths = np.load(folder / f"{shard['name']}.npy")[:, 2]
+            decoder_lengths = read_array(folder / f"{shard['name']}.npy", 2)[:, 2]
             order = np.argsort(decoder_lengths, kind="stable")
             lengths, starts = np.unique(decoder_lengths[order], return_index=True)
             for length, records in zip(lengths, np.split(order, starts[1:]), strict=True):
@@ -127,7 +134,7 @@ def _count_lengths(folder: Path, shards: list[dict[str, Any]]) -> tuple[np.ndarr
     """Returns, by number of decoder ids, the number of texts and their largest number of encoder ids."""
     counts, longest = np.zeros(1, np.int64), np.zeros(1, np.int64)
     for shard in shards:
-        _, encoder_lengths, decoder_lengths = np.load(folder / f"{shard['name']}.npy").T
+        _, encoder_lengths, decoder_lengths = read_array(folder / f"{shard['name']}.npy", 2).T
         missing = max(0, int(decoder_lengths.max()) + 1 - len(counts))
         counts, longest = np.pad(counts, (0, missing)), np.pad(longest, (0, missing))
         counts += np.bincount(decoder_lengths, minlength=len(counts))

@@ -27,6 +27,7 @@ from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
+from davae_jax.utils.json_files import read_json_object
 
 PARTS = "parts"  # the folder of the shards' statistics, removed when all shards are written
 MAX_BAD_LINES = 1000  # maximum number of bad lines that are listed, per shard and for the whole input
@@ -36,7 +37,7 @@ class ShardSettings(NamedTuple):
     """The settings that determine the contents of the shards.
 
     Attributes:
-      field: the field of JSON Lines, or the column of a table, that contains the text.
+      fields: the fields of JSON, or the columns of a table, that contain the text; several are joined by line feeds.
       max_length: the maximum number of decoder ids of a text, bos and the end token included; longer texts are dropped.
       encoder_positions: the number of positions of the model's encoder; texts of more encoder ids are dropped.
       truncate: keep texts that are too long for the encoder only, and truncate their encoder ids.
@@ -44,7 +45,7 @@ class ShardSettings(NamedTuple):
       shard_size: bytes of text after which a shard ends.
     """
 
-    field: str
+    fields: tuple[str, ...]
     max_length: int
     encoder_positions: int
     truncate: bool
@@ -108,13 +109,13 @@ def write_shards(task: ShardTask, report_progress: Callable[[float], Any] = lamb
             report_progress(size * (chunk.fraction_read - fraction_read))
             fraction_read = chunk.fraction_read
 
-    chunks = with_progress(read_slice(task.file_slice, task.settings.field))
+    chunks = with_progress(read_slice(task.file_slice, task.settings.fields))
     first_line_number = 1  # of the next shard, within the slice
     for part in itertools.count():
         name = f"{task.number:05}-{part:04}"
         stats_file = Path(task.folder) / PARTS / f"{name}.json"
         if stats_file.exists():
-            stats = json.loads(stats_file.read_text(encoding="utf-8"))
+            stats = read_json_object(stats_file)
             if not stats["last"]:
                 for _ in itertools.islice(chunks, stats["chunks"]):
                     pass

@@ -21,7 +21,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import json
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,17 +29,23 @@ from typing import Any
 
 import numpy as np
 
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.utils.arrays import read_array
+from davae_jax.utils.errors import InputError, first_line, system_reason
+from davae_jax.utils.files import file_sha256
+from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.json_lines import iterate_json_lines
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 # Names of settings in prepare.json and the manifest that differ from those in the code: name → stored name.
-STORED_NAMES = {"truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
+STORED_NAMES = {"fields": "field", "truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
 # ArrayRecord stores records in groups of 16, which share a header of 40 bytes and an entry in the index; a read takes
 # one group. General compression of the ids would save a tenth of the space and take five times as long.
 WRITER_OPTIONS = "group_size:16,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 THREADS = 4  # number of threads that prefetch batches
+MAX_IDS = 1 << 20  # of a text, if a manifest does not say how long its texts are
 MAX_HELD_OUT_TEXTS = 10_000  # maximum number of texts of held_out.jsonl that a training run uses
 
 
@@ -92,24 +98,16 @@ class Prepared:
         """Opens a folder.
 
         Raises:
-          InputError: there is no manifest of this version, or a shard is missing or does not have the size in the
-            manifest.
+          InputError: there is no manifest of this version, a shard is missing or does not have the size in the
+            manifest, or a tokenizer has changed.
         """
         self.folder = folder
-        path = folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(
-                f"{folder}: contains no {MANIFEST}; `davae prepare` writes it after the last shard"
-            ) from None
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise InputError(f"{path}: is not a manifest of this version; prepare the texts again")
-        self.manifest: dict[str, Any] = manifest
-        self.shards: list[dict] = manifest["shards"]
-        self.dtype = np.dtype(manifest["dtype"])
+        self.manifest: dict[str, Any] = read_manifest(folder)
+        self.shards: list[dict] = self.manifest["shards"]
+        self.dtype = np.dtype(self.manifest["dtype"])
+        for name, digest in self.manifest["tokenizers"].items():
+            if file_sha256(folder / name) != digest:
+                raise InputError(f"{folder / name}: is not the file with which the texts were prepared; copy it again")
         for shard in self.shards:
             _check_size(folder / f"{shard['name']}.arrayrecord", shard["bytes"])
         self._first_records = [0, *itertools.accumulate(shard["texts"] for shard in self.shards)]
@@ -154,7 +152,7 @@ class Prepared:
         for i in sorted(records):
             n, i = self._locate(i)
             shard = self.shards[n]
-            line = np.load(self.folder / f"{shard['name']}.npy", mmap_mode="r")[i, 0]
+            line = read_array(self.folder / f"{shard['name']}.npy", 2, mapped=True)[i, 0]
             lines.setdefault(shard["file"], []).append(shard["line"] + int(line))
         return "; ".join(f"lines {', '.join(map(str, numbers))} of {file}" for file, numbers in lines.items())
 
@@ -176,10 +174,13 @@ class Prepared:
           InputError: no text has at most `max_length` decoder ids.
         """
         path = self.folder / "lengths.npy"
-        try:
-            lengths, counts, longest = np.load(path).T
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+        table = read_array(path, 2).astype(np.int64)
+        settings = from_stored_names(self.manifest["settings"])
+        bounds = (settings.get("max_length", MAX_IDS), len(self), settings.get("encoder_positions", MAX_IDS))
+        is_intact = table.shape[1] == 3 and (table > 0).all() and (table <= bounds).all()
+        if not is_intact or (np.diff(table[:, 0]) <= 0).any() or table[:, 1].sum() != len(self):
+            raise InputError(f"{path}: is damaged; copy or prepare it again")
+        lengths, counts, longest = table.T
         n = len(lengths) if max_length is None else np.searchsorted(lengths, max_length, side="right")
         if not n:
             raise InputError(f"{self.folder}: contains no text of at most {max_length} tokens")
@@ -188,11 +189,44 @@ class Prepared:
     def held_out(self) -> list[str]:
         """Returns the held-out texts, at most MAX_HELD_OUT_TEXTS of them."""
         path = self.folder / "held_out.jsonl"
+        texts = []
         try:
-            with path.open(encoding="utf-8") as file:
-                return [json.loads(line)["text"] for line in itertools.islice(file, MAX_HELD_OUT_TEXTS)]
-        except (OSError, ValueError, KeyError) as e:
-            raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+            for line in itertools.islice(iterate_json_lines(path), MAX_HELD_OUT_TEXTS):
+                text = (line.values or {}).get("text")
+                if not isinstance(text, str):
+                    raise InputError(f"{path}: line {line.number} is damaged; copy or prepare the folder again")
+                texts.append(text)
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({system_reason(e)})") from None
+        return texts
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a prepared folder.
+
+    Raises InputError if there is none of this version, or it is damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = read_json_object(path)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: contains no {MANIFEST}; `davae prepare` writes it after the last shard") from None
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path}: is not a manifest of this version; prepare the texts again")
+    try:
+        shards, counts, tokenizers = manifest["shards"], manifest["counts"], manifest["tokenizers"]
+        intact = manifest["dtype"] in ("<u2", "<u4") and isinstance(manifest["settings"], dict) and len(shards) > 0
+        intact &= all(type(count) is int and count >= 0 for count in counts.values()) and "too_long" in counts
+        intact &= set(tokenizers) == set(TOKENIZER_FILES) and all(isinstance(x, str) for x in tokenizers.values())
+        for shard in shards:
+            intact &= re.fullmatch(r"\d+-\d+", shard["name"]) is not None
+            intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes", "line"))
+            intact &= isinstance(shard["sha256"], str) and isinstance(shard["file"], str)
+    except (KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise InputError(f"{path}: is damaged; copy or prepare the folder again")
+    return manifest
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -5,7 +5,7 @@ Only a batch of rows (of Parquet, a row group) is in memory at a time, independe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,23 @@ def parquet_slice_bounds(path: Path, max_bytes: int) -> list[int]:
     return bounds if bounds[-1] == metadata.num_row_groups > 0 else [*bounds, metadata.num_row_groups]
 
 
-def read_parquet(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
-    """Yields the texts of a slice, row by row. Raises InputError if there is no string column `field`."""
+def read_parquet(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
+    """Yields the texts of a slice, row by row. Raises InputError if one of the columns is missing or has no strings."""
     path = Path(file_slice.file)
     file = _open_parquet(path)
-    _check_column(file.schema_arrow, path, field)
+    _check_columns(file.schema_arrow, path, fields)
     groups = range(file_slice.start, file_slice.end)
     total_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
     rows_read = 0
-    for batch in file.iter_batches(batch_size=CHUNK_LINES, row_groups=groups, columns=[field]):
+    for batch in file.iter_batches(batch_size=CHUNK_LINES, row_groups=groups, columns=[*fields]):
         rows_read += batch.num_rows
-        yield _chunk(batch.column(field), rows_read / total_rows)
+        yield _chunk([batch.column(field) for field in fields], rows_read / total_rows)
 
 
-def read_arrow(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
+def read_arrow(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
     """Yields the texts of an Arrow file, in the file format or in the stream format that the `datasets` library writes.
 
-    Raises InputError if there is no string column `field`.
+    Raises InputError if one of the columns is missing or has no strings.
     """
     path = Path(file_slice.file)
     try:
@@ -58,11 +58,11 @@ def read_arrow(file_slice: FileSlice, field: str) -> Iterator[Chunk]:
         else:
             raw.seek(0)
             reader = batches = pyarrow.ipc.open_stream(raw)
-        _check_column(reader.schema, path, field)
+        _check_columns(reader.schema, path, fields)
         for batch in batches:
             for start in range(0, batch.num_rows, CHUNK_LINES):
-                column = batch.column(field).slice(start, CHUNK_LINES)
-                yield _chunk(column, min(1.0, raw.tell() / file_slice.size))
+                columns = [batch.column(field).slice(start, CHUNK_LINES) for field in fields]
+                yield _chunk(columns, min(1.0, raw.tell() / file_slice.size))
 
 
 def _open_parquet(path: Path) -> Any:
@@ -73,20 +73,36 @@ def _open_parquet(path: Path) -> Any:
     return ParquetFile(path)
 
 
-def _check_column(schema: Any, path: Path, field: str) -> None:
-    if field not in schema.names:
-        raise InputError(
-            f"{path}: has no column {field!r}; its columns are {', '.join(schema.names)}; choose one with --field"
-        )
-    kind = schema.field(field).type
-    if "string" not in str(getattr(kind, "value_type", kind)):
-        raise InputError(f"{path}: the column {field!r} contains {kind}, not strings")
+def _check_columns(schema: Any, path: Path, fields: Sequence[str]) -> None:
+    import pyarrow
+
+    types = pyarrow.types
+    for field in fields:
+        if schema.names.count(field) != 1:
+            number = "several columns" if field in schema.names else "no column"
+            raise InputError(
+                f"{path}: has {number} {field!r}; its columns are {', '.join(schema.names)}; choose one with --field"
+            )
+        kind = schema.field(field).type
+        values = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
+            raise InputError(f"{path}: the column {field!r} contains {kind}, not strings")
 
 
-def _chunk(column: Any, fraction_read: float) -> Chunk:
+def _chunk(columns: Sequence[Any], fraction_read: float) -> Chunk:
     import pyarrow
 
     # As bytes, because a column may contain bytes that are not UTF-8.
-    cells = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
-    lines = [Line(None, "contains no text") if cell is None else parse_line(cell, None) for cell in cells]
-    return Chunk(lines, sum(len(cell or b"") for cell in cells), fraction_read)
+    cells = [column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist() for column in columns]
+    rows = list(zip(*cells))
+    lines = [_row(row) for row in rows]
+    return Chunk(lines, sum(len(cell or b"") for row in rows for cell in row), fraction_read)
+
+
+def _row(cells: Sequence[bytes | None]) -> Line:
+    """Returns the text of a row: its cells that are not blank, joined by line feeds."""
+    if None in cells:
+        return Line(None, "contains no text")
+    if len(cells) > 1:
+        cells = [b"\n".join(cell for cell in cells if cell.strip())]
+    return parse_line(cells[0], None)

@@ -1,48 +1,40 @@
-"""Reads the texts of a file that fits in memory."""
+"""Decodes lines of text and of JSON Lines."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 from davae_jax.utils.errors import InputError
 
-JSON_LINES_SUFFIXES = (".jsonl", ".json")
 
-
-def read_texts(path: Path, field: str = "text") -> list[str]:
-    """Returns the text of every line: the line itself, or its field in JSON Lines. A blank line gives an empty string.
+def parse_json_text(line: str, fields: Sequence[str]) -> str:
+    """Returns the text in the fields of a line of JSON Lines; an empty string for a blank line.
 
     Raises:
-      InputError: the file cannot be read or contains no text, or a line is not UTF-8 or lacks a string in this field;
-        the message contains the line number.
+      ValueError: the line is not JSON or lacks a string in one of the fields.
     """
     try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    texts = decode_lines(data, str(path))
-    if path.suffix in JSON_LINES_SUFFIXES:
-        for i, line in enumerate(texts):
-            try:
-                texts[i] = parse_json_text(line, field)
-            except ValueError as e:
-                raise InputError(f"{path}: line {i + 1}: {e}") from None
-    if not any(text.strip() for text in texts):
-        raise InputError(f"{path}: contains no text")
-    return texts
-
-
-def parse_json_text(line: str, field: str) -> str:
-    """Returns the text in a field of a line of JSON Lines; an empty string for a blank line.
-
-    Raises:
-      ValueError: the line is not JSON or lacks a string in this field.
-    """
-    try:
-        text = json.loads(line)[field] if line.strip() else ""
+        values = json.loads(line) if line.strip() else dict.fromkeys(fields, "")
     except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
+    return join_fields(values, fields)
+
+
+def join_fields(values: Any, fields: Sequence[str]) -> str:
+    """Returns the texts in the fields of a JSON object, those that are not blank, joined by line feeds.
+
+    Raises:
+      ValueError: a field is missing, or is not a string.
+    """
+    texts = [_text_of(values, field) for field in fields]
+    return texts[0] if len(texts) == 1 else "\n".join(text for text in texts if text.strip())
+
+
+def _text_of(values: Any, field: str) -> str:
+    try:
+        text = values[field]
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"has no field {field!r}") from None
     if not isinstance(text, str):
@@ -68,5 +60,5 @@ def decode_lines(data: bytes, name: str) -> list[str]:
         try:
             texts.append(line.removesuffix(b"\r").decode("utf-8"))
         except UnicodeDecodeError:
-            raise InputError(f"{name}: line {number} is not UTF-8") from None
+            raise InputError(f"{name}: line {number}: is not UTF-8") from None
     return texts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
 from davae_jax.utils.files import write_json
+from davae_jax.utils.json_files import read_json_object
 
 # A field without an option on the command line of train.py: the tokenizers or another option determine it.
 T_ = TypeVar("T_")
@@ -191,14 +191,9 @@ class DAVAEConfig:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a config.json. Raises InputError naming the file if it is missing or does not contain a JSON object."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json_object(Path(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder needs its config.json") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: does not contain a JSON object")
-    return values
 
 
 # Fields that a config.json must have: those that determine the shape of a tensor, and the length of the memory.

@@ -24,19 +24,31 @@ def mpi_size_and_rank(environ: Mapping[str, str]) -> tuple[int, int] | None:
     """Returns the number of processes and the rank of this one, or None if no MPI launcher has set them."""
     for size, rank in MPI_VARIABLES:
         if size in environ and rank in environ:
-            return int(environ[size]), int(environ[rank])
+            return _number(environ, size), _number(environ, rank)
     return None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    """Returns the value of a variable; None if it is missing or empty. Raises InputError if it is not a number."""
+    if not (value := environ.get(name)):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"the environment variable {name} is {value!r}, not a number", exit_code=2) from None
 
 
 def check_alone(environ: Mapping[str, str]) -> None:
     """Raises InputError (exit code 2) if the environment indicates other processes; call it if JAX found none."""
     for size, rank in (*MPI_VARIABLES, SLURM_VARIABLES):
-        if int(environ.get(size) or 1) > 1:
+        if (_number(environ, size) or 1) > 1:
             mpi = (size, rank) in MPI_VARIABLES and rank in environ
             options = "--distributed.coordinator HOST:PORT" if mpi else OPTIONS
             raise InputError(f"{size} is {environ[size]}, but JAX found no other processes; set {options}", exit_code=2)
-    if int(rank := environ.get("PMIX_RANK") or 0) > 0:
-        raise InputError(f"PMIX_RANK is {rank}, but JAX found no other processes; set {OPTIONS}", exit_code=2)
+    if (_number(environ, "PMIX_RANK") or 0) > 0:
+        raise InputError(
+            f"PMIX_RANK is {environ['PMIX_RANK']}, but JAX found no other processes; set {OPTIONS}", exit_code=2
+        )
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         raise InputError(
             f"JOB_COMPLETION_INDEX is {environ['JOB_COMPLETION_INDEX']}, but JAX cannot query Kubernetes for the "
@@ -56,6 +68,6 @@ def local_devices(environ: Mapping[str, str]) -> list[int] | None:
         return None
     for size, rank in LOCAL_MPI_VARIABLES:
         if size in environ and rank in environ:
-            return [] if environ[size] == "1" else [int(environ[rank])]
+            return [] if environ[size] == "1" else [_number(environ, rank)]
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
     return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None

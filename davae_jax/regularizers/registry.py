@@ -105,7 +105,7 @@ def load_plugin(path: Path) -> None:
         spec.loader.exec_module(module)
     except InputError as e:
         raise InputError(f"{path}: {e}", exit_code=e.exit_code) from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(f"{path}: cannot be imported ({type(e).__name__}: {first_line(e)})") from e
     if before == REGISTRY:
         warnings.warn(f"--plugin {path}: registers no regularizer; is @register missing?", stacklevel=2)
@@ -120,7 +120,7 @@ def load_installed() -> None:
         try:
             cls = entry_point.load()
             REGISTRY.setdefault(cls.name, cls)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             reason = f"{type(e).__name__}: {first_line(e)}"
             warnings.warn(f"regularizer {entry_point.name} of {entry_point.value}: {reason}", stacklevel=2)
 

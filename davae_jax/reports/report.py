@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from davae_jax.evaluation.table import sections
 from davae_jax.evaluation.text_metrics import edit_distance, words, words_and_spaces
 from davae_jax.reports import charts, projection
 from davae_jax.reports.html import Figure, render
+from davae_jax.utils.json_lines import read_log_lines
 
 MAX_TEXTS = 6  # in each list of reconstructions, and in the list of neighbours
 MAX_NEIGHBOURS, MAX_INTERPOLATIONS, MAX_SAMPLES = 4, 4, 24
@@ -147,10 +147,11 @@ def class_legend(colours: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def training_curves(run: Path) -> list[Figure]:
     """Draws the metrics logged during training; returns [] if `run` is not a run folder."""
-    logs = {"training": read_log(run / "metrics.jsonl"), "held-out": read_log(run / "held_out.jsonl")}
+    files = {"training": run / "metrics.jsonl", "held-out": run / "held_out.jsonl"}
+    logs = {name: [line.values for line in read_log_lines(file)] for name, file in files.items()}
     figures = []
     for key, title in CURVES.items():
-        logged = {name: [line for line in log if key in line] for name, log in logs.items()}
+        logged = {name: [line for line in log if isinstance(line.get(key), int | float)] for name, log in logs.items()}
         thinned = {name: thin(log) for name, log in logged.items() if log}
         if not thinned:
             continue
@@ -168,21 +169,6 @@ def training_curves(run: Path) -> list[Figure]:
 def thin(log: Sequence[Any]) -> list[Any]:
     """Returns at most `MAX_POINTS` evenly spaced entries, including the first and the last."""
     return [log[i] for i in np.linspace(0, len(log) - 1, min(len(log), MAX_POINTS)).round().astype(int)]
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """Reads the complete lines of a run's log. The last line may be incomplete. Returns [] if there is no such file."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 # Texts.

@@ -25,6 +25,7 @@ from davae_jax.training.setup import Run, set_up
 from davae_jax.training.state import TrainState
 from davae_jax.training.step import Logs
 from davae_jax.utils.errors import StepError
+from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.signals import StopRequest
 
 
@@ -45,20 +46,21 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> TrainResult:
       InputError: an option or an input cannot be used, or a loss or gradient is not finite.
     """
     started = time.perf_counter()
-    run, state = set_up(config)
-    announce(run, state)
-    try:
-        with StopRequest() as stop, run.checkpoints, run.log:
-            result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
-    except StepError:
-        disconnect()  # all processes raise it; connected, the first to end would abort the others
-        raise
-    if not result.interrupted and config.log.figures and run.corpus.held_out:
+    with FolderLock() as lock:
+        run, state = set_up(config, lock)
+        announce(run, state)
         try:
-            evaluate(run, result.state, started)
-        except KeyboardInterrupt:  # the trained model is saved; started again, the run evaluates it
-            return result._replace(interrupted=True)
-    return result
+            with StopRequest() as stop, run.checkpoints, run.log:
+                result = take_steps(run, state, [*hooks, *default_hooks(config)], stop)
+        except StepError:
+            disconnect()  # all processes raise it; connected, the first to end would abort the others
+            raise
+        if not result.interrupted and config.log.figures and run.corpus.held_out:
+            try:
+                evaluate(run, result.state, started)
+            except KeyboardInterrupt:  # the trained model is saved; started again, the run evaluates it
+                return result._replace(interrupted=True)
+        return result
 
 
 def take_steps(run: Run, state: TrainState, hooks: Sequence[Hook], stop: StopRequest) -> TrainResult:

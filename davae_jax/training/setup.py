@@ -46,6 +46,7 @@ from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.state import TrainState, abstract_state
 from davae_jax.training.step import HeldOutLoss, TrainStep, make_held_out_loss, make_train_step
 from davae_jax.utils.errors import OptionError
+from davae_jax.utils.locks import FolderLock
 
 Tokenizers = tuple[EncoderTokenizer, DecoderTokenizer]
 
@@ -84,8 +85,8 @@ class Run:
         return vae
 
 
-def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
-    """Reads the texts, opens the run folder and returns the run with its first state, new or restored.
+def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
+    """Reads the texts, opens and locks the run folder and returns the run with its first state, new or restored.
 
     The texts are read, and errors in them raised, before any file is written.
 
@@ -100,7 +101,7 @@ def set_up(config: TrainConfig) -> tuple[Run, TrainState]:
     check_same_on_all_processes("the options", digest_settings(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
-    run_on_process_zero(lambda: _prepare_folder(config, folder, corpus))
+    run_on_process_zero(lambda: _prepare_folder(config, folder, corpus, lock))
     model = run_on_all_processes(lambda: model_config(config, folder))
     if is_warm_start(config):
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
@@ -160,8 +161,8 @@ def load_corpus(config: TrainConfig) -> Corpus:
     return read_corpus(config.data.train, config.data.valid, config.data.field)
 
 
-def _prepare_folder(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
-    open_run(folder, config, corpus)
+def _prepare_folder(config: TrainConfig, folder: Path, corpus: Corpus, lock: FolderLock) -> None:
+    open_run(folder, config, corpus, lock)
     prepare_tokenizers(config, folder, corpus)
 
 

@@ -75,7 +75,7 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
             raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from davae_jax.utils.errors import InputError
 
@@ -20,7 +21,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     If the block raises, the temporary file is removed and `path` is unchanged.
     """
-    file = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not made from the name itself, which may be as long as the file system permits.
+    file = path.with_name(f".{crc32(os.fsencode(path.name)):08x}.{os.getpid()}.partial")
     try:
         yield file
         file.replace(path)
@@ -42,7 +44,44 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes values as indented JSON, as `atomic_write` does."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(values))
+
+
+def check_output(path: Path, option: str = "--output") -> None:
+    """Raises InputError if a file that the user names cannot be written, so that the error comes before the work."""
+    try:
+        folder = path.resolve().parent
+        is_special = path.exists() and not path.is_file()
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; {option} needs a file")
+        if not folder.is_dir():
+            raise InputError(f"{path}: cannot be written ({folder} does not exist)")
+        if not os.access(path if is_special else folder, os.W_OK):
+            raise InputError(f"{path}: cannot be written (Permission denied)")
+    except (OSError, RuntimeError) as e:  # a name that is too long; a loop of links, in Python 3.11 and 3.12
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+
+
+def write_output(path: Path, text: str) -> None:
+    """Writes a file that the user names, so that it appears complete or not at all.
+
+    A link is followed. A pipe or a device, such as /dev/stdout, is written to and not replaced.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_text(path.resolve(), text)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def to_json(values: Any) -> str:
+    """Returns values as indented JSON that ends with a line feed."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def is_partial(path: Path) -> bool:

@@ -24,6 +24,8 @@ TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def restart_with_huge_pages() -> None:
     """Starts this program anew with `SETTINGS`, as the same process; returns if that is useless or has been done.
 
+    Call it before anything is printed.
+
     It is useless without glibc or transparent huge pages. An environment that contains one of the settings, even an
     empty one, is left as it is.
     """
@@ -32,8 +34,6 @@ def restart_with_huge_pages() -> None:
     try:
         if "[never]" in TRANSPARENT_HUGE_PAGES.read_text(encoding="ascii"):
             return
-        sys.stdout.flush()
-        sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | SETTINGS)
     except OSError:  # no such kernel feature, or the program cannot be started by this path: trains as it is
         return

@@ -11,7 +11,6 @@ profile/         a profiler trace, if --profile-steps is given
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,22 @@ from davae_jax.training.initial_state import INIT_FOLDER
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import is_partial, remove_partial, write_json
+from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.locks import FolderLock
 
 # Hashes in train.json, and the option that names the hashed file.
 CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
 
 
-def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Makes a run folder, or checks that an existing one can be continued.
+def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) -> None:
+    """Makes a run folder, or checks that an existing one can be continued. Locks it.
 
     Texts, tokenizers and plugins are compared by their contents, not by their paths. Without a checkpoint, the
     settings may differ: the run then starts from the beginning.
 
     Raises:
       InputError: the folder was made with another config (exit code 2; the message names the options), contains
-        other files, or cannot be written.
+        other files, is used by another program, or cannot be written.
     """
     stored = path / "train.json"
     try:
@@ -47,10 +48,16 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
         if config.plugin:
             values["digest_of_plugins"] = [plugin_digest(plugin) for plugin in config.plugin]
         path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(path)
         if stored.exists():
-            old = upgrade_settings(json.loads(stored.read_text(encoding="utf-8")))
-            changed = changed_options(old, values) + changed_tokenizers(config, path)
-            if changed or differences(old, values):
+            old = read_json_object(stored)
+            try:
+                old = upgrade_settings(old)
+                changed = changed_options(old, values) + changed_tokenizers(config, path)
+                is_other = bool(changed or differences(old, values))
+            except (KeyError, TypeError, AttributeError):
+                raise InputError(f"{stored}: is damaged; restore it, or choose another folder") from None
+            if is_other:
                 if not complete_checkpoints(path):
                     _remove_preparations(path)
                 elif changed:
@@ -63,7 +70,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus) -> None:
             )
         write_json(stored, values)
         remove_partial(path)
-    except (OSError, json.JSONDecodeError) as e:
+    except OSError as e:
         raise InputError(f"{path}: cannot be used as a run folder ({system_reason(e) or e})") from e
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.training.run.rates import Rates, Work
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import write_text
+from davae_jax.utils.files import write_bytes
+from davae_jax.utils.json_lines import read_log_lines
 
 
 class RunLog:
@@ -131,13 +132,13 @@ class RunLog:
 
 
 class JsonLinesFile:
-    """A file of JSON objects, one per line, each with its step. Opening it removes the lines after `last_step`."""
+    """A file of JSON objects, one per line, each with its step.
+
+    Opening it removes the lines after `last_step`, and damaged lines with a warning.
+    """
 
     def __init__(self, path: Path, last_step: int):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        # A line without a line feed is incomplete, because the run was killed while writing it.
-        retained_lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        write_text(path, "".join(retained_lines))
+        write_bytes(path, b"".join(line.data for line in read_log_lines(path) if line.values["step"] <= last_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:

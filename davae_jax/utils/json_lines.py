@@ -1,0 +1,53 @@
+"""Reads the JSON Lines files that this project writes: logs of runs and held-out texts.
+
+Only the byte "\\n" ends a line. A text may contain U+2028 and other characters at which `str.splitlines` splits.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class JsonLine(NamedTuple):
+    number: int  # from 1
+    data: bytes  # with its line feed
+    values: dict[str, Any] | None  # None: the line is damaged or incomplete
+
+
+def iterate_json_lines(path: Path) -> Iterator[JsonLine]:
+    """Yields every line of a file. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            yield JsonLine(number, data, _parse(data))
+
+
+def read_log_lines(path: Path) -> list[JsonLine]:
+    """Returns the lines of a run's log, each an object with an integer "step"; [] if there is no such file.
+
+    Other lines are skipped with one warning. They are what a killed run, a full disk or a crash of the system leaves,
+    and must not keep a run from being resumed.
+    """
+    if not path.exists():
+        return []
+    intact, damaged = [], []
+    for line in iterate_json_lines(path):
+        (intact if line.values and type(line.values.get("step")) is int else damaged).append(line)
+    if damaged:
+        others = f" and {len(damaged) - 1} others are" if damaged[1:] else " is"
+        warnings.warn(f"{path}: line {damaged[0].number}{others} damaged and ignored", stacklevel=2)
+    return intact
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    """Returns the object of a line, or None if it is damaged or has no line feed."""
+    if not data.endswith(b"\n"):
+        return None
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,57 @@
+"""Keeps two programs from writing to one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from davae_jax.utils.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class FolderLock:
+    """The operating system's lock of a folder. It ends with the process at the latest, even if that is killed.
+
+        with FolderLock() as lock:
+            lock.acquire(folder)
+            …
+
+    No file is made. Where a file system has no locks, two programs are not kept apart.
+    """
+
+    def __init__(self):
+        self._descriptor: int | None = None
+
+    def acquire(self, folder: Path) -> None:
+        """Locks an existing folder. Raises InputError if another program, or another lock, has locked it."""
+        if fcntl is None:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"{folder}: another program is writing to this folder") from None
+        except OSError:  # the file system has no locks
+            os.close(descriptor)
+        else:
+            self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Unlocks the folder, if it is locked."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.release()

@@ -1,0 +1,40 @@
+"""Files that the user names: links are followed, devices are written to, and the longest names work."""
+
+import os
+
+import pytest
+
+from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import check_output, write_output
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    for text in ("first", "second"):
+        check_output(tmp_path / "link")
+        write_output(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text(encoding="utf-8") == text
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    check_output(tmp_path / "pipe")
+    write_output(tmp_path / "pipe", "文")
+    assert os.read(reader, 10).decode() == "文" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "文" * 85], ids=["ASCII", "Chinese"])
+def test_a_name_of_255_bytes(name, tmp_path):
+    check_output(tmp_path / name)
+    write_output(tmp_path / name, "x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path, tmp_path / "no" / "file", tmp_path / ("n" * 256), tmp_path / "loop"):
+        with pytest.raises(InputError) as e:
+            check_output(path, "--json")
+        assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)

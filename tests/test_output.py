@@ -1,0 +1,70 @@
+"""What programs do when nobody reads their output, or it is closed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WORK = """
+import sys
+from pathlib import Path
+from davae_jax.cli.base import going_on_without_reader, run_cli
+
+def work():
+    with going_on_without_reader():
+        for stream in (sys.stdout, sys.stderr):
+            for i in range(20_000):
+                print("a line", i, file=stream)
+            stream.flush()
+        Path("done").touch()
+
+sys.exit(run_cli(work, "program"))
+"""
+FILTER = """
+import sys
+from davae_jax.cli.base import run_cli
+sys.exit(run_cli(lambda: [print("a line", i) for i in range(20_000)] and None, "program"))
+"""
+
+
+def run_without_reader(code, cwd):
+    """Runs a program whose standard output and error are pipes that nobody reads. Returns its exit code."""
+    pipes = [os.pipe() for _ in range(2)]
+    for reader, _ in pipes:
+        os.close(reader)
+    (out, err), env = (writer for _, writer in pipes), os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], stdout=out, stderr=err, cwd=cwd, env=env).returncode
+
+
+def test_work_goes_on_without_a_reader(tmp_path):
+    assert run_without_reader(WORK, tmp_path) == 0 and (tmp_path / "done").exists()
+
+
+def test_a_filter_ends_quietly():
+    """As `davae generate … | head -1` does."""
+    command = [sys.executable, "-c", FILTER]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "a line 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("--steps 0", 2)])
+def test_closed_streams(closed, arguments, code):
+    command = f'"$0" train.py {arguments} {closed}'
+    done = subprocess.run(["bash", "-c", command, sys.executable], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_a_working_folder_that_is_gone(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = f'rmdir "$PWD"; exec "$0" -P {ROOT / "train.py"} --data.train t.txt'
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = ["bash", "-c", program, sys.executable]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,125 @@
+"""Folders that appear complete or not at all, and locks: nothing that another program or the user made is lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+
+from davae_jax.checkpoints.staging import staged_folder
+from davae_jax.utils.errors import InputError
+from davae_jax.utils.locks import FolderLock
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(dst, text="new", **options):
+    with staged_folder(dst, **{"overwrite": False} | options) as staging:
+        (staging / "config.json").write_text(text, encoding="utf-8")
+
+
+def contents(folder):
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_folder_that_appears_meanwhile_is_left(tmp_path):
+    dst = tmp_path / "dst"
+    with pytest.raises(InputError, match="another program") as e, staged_folder(dst, overwrite=False) as staging:
+        (staging / "config.json").touch()
+        dst.mkdir()
+        (dst / "mine.txt").write_text("mine", encoding="utf-8")
+    assert str(e.value).startswith(f"{dst}: ") and contents(dst) == {"mine.txt": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+
+
+def test_a_folder_that_is_exchanged_meanwhile_is_left(tmp_path):
+    dst = tmp_path / "dst"
+    write(dst, "old")
+    with pytest.raises(InputError, match="another program"), staged_folder(dst, overwrite=True) as staging:
+        (staging / "config.json").touch()
+        dst.rename(tmp_path / "moved")
+        dst.mkdir()
+        (dst / "mine.txt").write_text("mine", encoding="utf-8")
+    assert contents(dst) == {"mine.txt": "mine"} and contents(tmp_path / "moved") == {"config.json": "old"}
+
+
+def test_a_link_is_followed(tmp_path):
+    write(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == {"config.json": "new"}
+
+
+def test_a_name_of_255_bytes(tmp_path):
+    write(tmp_path / ("n" * 255))
+    assert contents(tmp_path / ("n" * 255)) == {"config.json": "new"}
+
+
+def leftovers(folder, name, kind):
+    path = folder / f".{crc32(name.encode()):08x}.{kind}-0123abcd"
+    path.mkdir()
+    (path / "config.json").write_text("left", encoding="utf-8")
+    return path
+
+
+def test_what_killed_programs_left_is_removed(tmp_path):
+    left, foreign = leftovers(tmp_path, "dst", "partial"), leftovers(tmp_path, "other", "partial")
+    with FolderLock() as lock:
+        lock.acquire(left)  # a program that still runs
+        write(tmp_path / "dst")
+        assert left.exists()
+    write(tmp_path / "dst", overwrite=True)
+    assert not left.exists() and foreign.exists()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    """The old folder has been set aside, and the new one is not yet in its place."""
+    leftovers(tmp_path, "dst", "old")
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "dst", overwrite=True):
+        raise RuntimeError
+    assert contents(tmp_path / "dst") == {"config.json": "left"}
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from davae_jax.utils.locks import FolderLock
+lock = FolderLock()
+lock.acquire(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        with pytest.raises(InputError, match="another program is writing") as e:
+            FolderLock().acquire(tmp_path)
+        assert str(e.value).startswith(f"{tmp_path}: ")
+    finally:
+        process.kill()
+        process.wait()
+    with FolderLock() as lock:
+        lock.acquire(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_preparations_of_one_folder(tmp_path):
+    from davae_jax.cli.main import main
+
+    (tmp_path / "texts.txt").write_text("".join(f"第{i}句。\n" for i in range(100)), encoding="utf-8")
+    out = tmp_path / "out"
+    out.mkdir()
+    argv = ["prepare", "--input", tmp_path / "texts.txt", "--output", out, "--workers", 1, "--shard-size", 1]
+    argv = [*map(str, argv), "--decoder-vocab-size", "60", "--encoder-vocab-size", "60"]
+    with FolderLock() as lock:
+        lock.acquire(out)
+        assert main(argv) == 1
+    assert list(out.iterdir()) == []
+    assert main(argv) == 0
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["counts"]["texts"] > 90
