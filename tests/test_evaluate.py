@@ -420,7 +420,11 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
             2,
             "--label needs uncompressed JSON Lines (.jsonl), not {tmp}/t.txt",
         ),
-        (["--data", "{tmp}/t.txt", "--field", "x"], 2, "--field needs JSON Lines (.jsonl); {tmp}/t.txt has no fields"),
+        (
+            ["--data", "{tmp}/t.txt", "--field", "x"],
+            2,
+            "--field needs JSON Lines (.jsonl) or a table; {tmp}/t.txt has no fields",
+        ),
         (["--data", "{tmp}/t.jsonl"], 1, "{tmp}/t.jsonl: line 1: has no field 'text'"),
         (["--data", "{tmp}/t.jsonl", "--field", "t", "--label", "y"], 1, "{tmp}/t.jsonl: line 2: has no field 'y'"),
         (

@@ -53,6 +53,13 @@ def test_all_damaged_lines_are_counted_in_one_warning(tmp_path):
     assert [str(w.message) for w in warned] == [f"{path}: line 1 and 2 others are damaged and ignored"]
 
 
+def test_a_log_that_grows(tmp_path, recwarn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1) + line(2) + b'{"st')
+    assert [row.number for row in read_log_lines(path, may_grow=True)] == [1, 2]
+    assert not recwarn.list
+
+
 def test_opening_a_log_removes_what_comes_after_its_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2) + line(3))

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import resource
 import sys
 
 import pytest
@@ -64,6 +65,21 @@ def test_other_kinds_of_files_are_recognized(data, message, name, tmp_path):
         with pytest.raises(InputError, match=re.escape(message)) as e:
             read()
         assert str(e.value).startswith(f"{path}: ")
+
+
+def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path):
+    """A few kilobytes stand for a line of 256 MiB."""
+    zstandard = pytest.importorskip("zstandard")
+    path, before = tmp_path / "a.txt.zst", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
+        for _ in range(256):
+            writer.write(bytes(1 << 20))
+        writer.write("\n一\n".encode())
+    assert path.stat().st_size < 100_000
+    (long, text) = read_lines(split_into_slices(path, 1 << 30))
+    assert (long.problem, text.text) == ("is longer than 16 MiB", "一")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in KiB
+    assert grown < 120 << 10
 
 
 def test_find_files(tmp_path):

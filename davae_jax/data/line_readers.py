@@ -179,6 +179,8 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def _fraction_read(raw: BinaryIO, file_slice: FileSlice) -> float:
+    if not raw.seekable():  # a pipe
+        return 0.0
     end = file_slice.size if file_slice.end is None else file_slice.end
     return min(1.0, (raw.tell() - file_slice.start) / max(1, end - file_slice.start))
 
@@ -212,6 +214,10 @@ def missing_package(file: Any, package: str) -> InputError:
     return InputError(f"{file}: reading it needs the package {package}: pip install 'davae-jax[data]'")
 
 
+# Four bytes of a malicious file can stand for 128 KiB, and zstandard returns at once all that these bytes stand for.
+ZSTD_READ_BYTES = 1 << 10
+
+
 class _ZstdStream(io.RawIOBase):
     """The decompressed bytes of all frames of a file.
 
@@ -228,7 +234,7 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._decompressed:
-            compressed = self._compressed or self._raw.read(1 << 17)
+            compressed = self._compressed or self._raw.read(ZSTD_READ_BYTES)
             self._compressed = b""
             if not compressed:
                 if self._inside_frame:

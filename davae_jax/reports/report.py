@@ -148,7 +148,7 @@ def class_legend(colours: Mapping[str, str]) -> list[tuple[str, str]]:
 def training_curves(run: Path) -> list[Figure]:
     """Draws the metrics logged during training; returns [] if `run` is not a run folder."""
     files = {"training": run / "metrics.jsonl", "held-out": run / "held_out.jsonl"}
-    logs = {name: [line.values for line in read_log_lines(file)] for name, file in files.items()}
+    logs = {name: [line.values for line in read_log_lines(file, may_grow=True)] for name, file in files.items()}
     figures = []
     for key, title in CURVES.items():
         logged = {name: [line for line in log if isinstance(line.get(key), int | float)] for name, log in logs.items()}

@@ -25,17 +25,22 @@ def iterate_json_lines(path: Path) -> Iterator[JsonLine]:
             yield JsonLine(number, data, _parse(data))
 
 
-def read_log_lines(path: Path) -> list[JsonLine]:
+def read_log_lines(path: Path, *, may_grow: bool = False) -> list[JsonLine]:
     """Returns the lines of a run's log, each an object with an integer "step"; [] if there is no such file.
 
     Other lines are skipped with one warning. They are what a killed run, a full disk or a crash of the system leaves,
     and must not keep a run from being resumed.
+
+    Args:
+      may_grow: the run may be writing the file, so that no warning is given of an incomplete last line.
     """
     if not path.exists():
         return []
     intact, damaged = [], []
     for line in iterate_json_lines(path):
         (intact if line.values and type(line.values.get("step")) is int else damaged).append(line)
+    if may_grow and damaged and not damaged[-1].data.endswith(b"\n"):
+        damaged.pop()
     if damaged:
         others = f" and {len(damaged) - 1} others are" if damaged[1:] else " is"
         warnings.warn(f"{path}: line {damaged[0].number}{others} damaged and ignored", stacklevel=2)
