@@ -21,6 +21,7 @@ from tokenizer_fixtures import CLS_ID, LINE_SEPARATOR_ENTRY, SEP_ID, make_spiece
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
+from davae_jax.tokenizers.training import SPECIAL_TOKENS, train_wordpiece
 from davae_jax.utils.errors import InputError
 
 PIECES = 300
@@ -221,6 +222,20 @@ def test_the_ids_are_those_of_transformers(folder, encoder):
     texts = ["", *characters, *(characters[i : i + 300] for i in range(0, len(characters), 300))]
     texts += ["".join(rng.choice(alphabet, rng.integers(1, 30))) for _ in range(300)]
     assert [ids[1:-1] for ids in encoder.encode(texts)] == [ids[: encoder.max_ids] for ids in bert(texts)["input_ids"]]
+
+
+@pytest.mark.parametrize("size", [60, 200, 2000])
+def test_training_gives_the_same_vocabulary_again(size):
+    """Words with many equally frequent pairs, and more characters than the smallest vocabulary has room for."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(900)]
+    texts = [f"{' '.join(words[i : i + 5])}{chr(0x4E00 + i % 80)}" for i in range(0, 900, 5)]
+    vocabularies = [train_wordpiece(texts, size) for _ in range(4)]
+    assert vocabularies[0] and set(vocabularies) == {vocabularies[0]}
+    tokens = vocabularies[0].decode().split("\n")[:-1]
+    assert len(tokens) == len(set(tokens)) and tokens[:5] == SPECIAL_TOKENS
+    if size >= 200:
+        assert len(tokens) <= size and {*"abcdefgh", *(f"##{c}" for c in "abcdefgh")} < set(tokens)
 
 
 def test_a_folder_instead_of_a_file(tmp_path):

@@ -143,14 +143,30 @@ def test_a_run_leaves_what_it_should(run):
     assert f"davae generate --model {folder} " in following
 
 
-def test_every_command_reads_the_run(run, capsys):
+def test_every_command_reads_the_run(run, capsys, tmp_path):
     folder, _ = run
     vae = TextVAE.from_pretrained(folder)
     assert vae.reconstruct(TEXTS[:2]) == TextVAE.from_pretrained(str(folder)).reconstruct(TEXTS[:2])
     newest = TextVAE.from_pretrained(folder / "checkpoints" / "8")
     assert vae.reconstruct(TEXTS[:2]) == newest.reconstruct(TEXTS[:2])
+    (tmp_path / "link").symlink_to(folder / "checkpoints" / "8")
+    assert vae.reconstruct(TEXTS[:2]) == TextVAE.from_pretrained(tmp_path / "link").reconstruct(TEXTS[:2])
+    exported = str(tmp_path / "exported")
+    options = ["--format", "safetensors", "--dtype", "float32"]
+    assert davae(["export", str(folder / "checkpoints" / "8"), exported, *options]) == 0
+    assert vae.reconstruct(TEXTS[:2]) == TextVAE.from_pretrained(exported).reconstruct(TEXTS[:2])
+    capsys.readouterr()
     assert davae(["generate", "--model", str(folder), TEXTS[0]]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == TEXTS[0]
+
+
+def test_a_model_in_a_folder_called_checkpoints(tiny_checkpoint, tmp_path):
+    """A folder is judged by its contents."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(tiny_checkpoint, folder)
+    vaes = [TextVAE.from_pretrained(source) for source in (tiny_checkpoint, folder)]
+    texts = [vae.sample(2, seed=1, max_length=5) for vae in vaes]
+    assert texts[0] == texts[1]
 
 
 def test_it_exports_to_the_published_layout(run, tmp_path, capsys):
@@ -338,6 +354,17 @@ def test_a_run_without_a_folder(text_file):
     config = dataclasses.replace(DEMO, data=dataclasses.replace(DEMO.data, train=text_file))
     with pytest.raises(InputError, match="--run-dir"):
         loop.train(config)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
+def test_a_run_without_its_tokenizer(name, run, text_file, tmp_path):
+    """Another one may not be trained in its place: the weights belong to its ids."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    (folder / name).unlink()
+    code, _, err = tiny(text_file, folder, *SAME)
+    assert code == 1 and err.startswith(f"train.py: error: {folder / name}: is missing") and err.count("\n") == 1
+    assert not (folder / name).exists()
 
 
 def test_a_finished_run_says_so_again(run, text_file):

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
-from davae_jax.checkpoints.torch_file import TORCH_FILES
+from davae_jax.checkpoints.torch_file import INDEX_SUFFIX, TORCH_FILES
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 
-DOWNLOADED_FILES = [CONFIG_FILE, *TORCH_FILES, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
+PARTS = ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", f"*{INDEX_SUFFIX}"]
+DOWNLOADED_FILES = [CONFIG_FILE, *TORCH_FILES, *PARTS, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
 
 
 def resolve_source(source: str | Path) -> Path:

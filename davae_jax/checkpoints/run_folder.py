@@ -23,15 +23,22 @@ def weights_path(folder: Path) -> Path | None:
     run.
     """
     if config_folder(folder) != folder:
-        return folder
+        return folder.resolve()
     if (folder / PARAMS_FOLDER).is_dir():
         return folder / PARAMS_FOLDER
     return max(complete_checkpoints(folder), key=lambda path: int(path.name), default=None)
 
 
 def config_folder(folder: Path) -> Path:
-    """Returns the folder of config.json and the tokenizers: `folder`, or the run that the checkpoint belongs to."""
-    return folder.absolute().parent.parent if folder.absolute().parent.name == CHECKPOINTS_FOLDER else folder
+    """Returns the folder of config.json and the tokenizers: `folder`, or the run that the checkpoint belongs to.
+
+    What a folder is shows in its contents; `folder` may be a link, and a model may be in a folder called "checkpoints".
+    """
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    parent = folder.resolve().parent
+    is_checkpoint = parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists()
+    return parent.parent if is_checkpoint else folder
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, name_table
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, weights_path
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, config_folder, weights_path
 from davae_jax.checkpoints.staging import copy_files, staged_folder
 from davae_jax.checkpoints.weights import load_weights, stored_metadata, stored_shapes
 from davae_jax.model.config import DAVAEConfig
@@ -42,7 +42,7 @@ def export(
       InputError: `src` is not a converted or trained checkpoint, `dst` exists, or a value is too large for `dtype`.
     """
     folder, dst = resolve_source(src), Path(dst)
-    config = DAVAEConfig.from_json(folder / CONFIG_FILE)
+    config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
     if not weights_path(folder):
         raise InputError(
             f"{folder}: contains no {PARAMS_FOLDER}/; only converted or trained checkpoints can be exported"
@@ -55,7 +55,7 @@ def export(
             torch_file.write_bin(staging / "pytorch_model.bin", state)
         if format in ("safetensors", "both"):
             torch_file.write_safetensors(staging / "model.safetensors", state)
-        copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
+        copy_files([CONFIG_FILE, *TOKENIZER_FILES], config_folder(folder), staging)
     return dst
 
 

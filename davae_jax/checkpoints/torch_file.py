@@ -1,19 +1,27 @@
-"""Reads and writes PyTorch checkpoints as NumPy arrays: memory-mapped, and without running code of a pickle."""
+"""Reads and writes PyTorch checkpoints as NumPy arrays: memory-mapped, and without running code of a pickle.
+
+A damaged file is not taken for weights: the CRC-32 of every part of a zip file is checked, and the layout rules of
+safetensors, which has no sums (https://huggingface.co/docs/safetensors, "Format").
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.json_files import read_json_object
 
 TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors does not need PyTorch
 SAFETENSORS_DTYPES = {
@@ -26,34 +34,67 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+INDEX_SUFFIX = ".index.json"  # of the index of a checkpoint in several files
+MAX_HEADER_BYTES = 100_000_000  # of safetensors, as the format prescribes
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
 def find_weights_file(folder: Path) -> Path:
     """Returns the weights file of a folder: model.safetensors, else pytorch_model.bin. A file is returned as it is.
 
+    Of a checkpoint in several files, it is their index.
+
     Raises:
-      InputError: the folder has neither.
+      InputError: the folder has none of them.
     """
     if folder.is_file():
         return folder
     for name in TORCH_FILES:
-        if (folder / name).is_file():
-            return folder / name
+        for path in (folder / name, folder / f"{name}{INDEX_SUFFIX}"):
+            if path.is_file():
+                return path
     raise InputError(f"{folder}: contains no {' and no '.join(TORCH_FILES)}")
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Returns every tensor of a checkpoint by name, memory-mapped: a page is read when it is touched.
 
+    Args:
+      path: a file that `find_weights_file` returns.
+
     Raises:
-      InputError: the file is truncated, is not a checkpoint, or is a pickle that would run code (which is not run).
+      InputError: the file is damaged, is not a checkpoint, or is a pickle that would run code (which is not run).
     """
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_parts(path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if unprintable := [name for name in state if not name.isprintable()]:
+        raise InputError(f"{path}: contains a tensor with an unprintable name, {unprintable[0]!r}")
+    return state
+
+
+def _read_parts(index: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a checkpoint in several files, which the index assigns to the files."""
+    files = read_json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{index}: lacks a weight_map from tensors to files")
+    state: dict[str, np.ndarray] = {}
+    for file in sorted(set(files.values())):
+        part = index.parent / file
+        if Path(file).name != file or not part.is_file():
+            raise InputError(f"{index}: names {file!r}, which is not in its folder")
+        tensors = read_tensors(part)
+        expected = {name for name, other in files.items() if other == file}
+        if different := sorted(expected ^ tensors.keys()):
+            problem = "lacks" if different[0] in expected else "contains"
+            raise InputError(f"{part}: {problem} {different[0]}, against {index.name}")
+        state |= tensors
+    return state
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(f"reading {path.name}")
+    _check_sums(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols; real problems are raised
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
@@ -77,6 +118,24 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         except (TypeError, RuntimeError) as e:  # sparse, quantized, float8: not supported by NumPy
             raise InputError(f"{path}: {name} cannot be read: {tensor.dtype}, {tensor.layout}") from e
     return arrays
+
+
+def _check_sums(path: Path) -> None:
+    """Checks the CRC-32 of each part of a zip file, which PyTorch does not. Other files are left to PyTorch."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as file:
+            packed = [entry.filename for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            damaged = packed[0] if packed else file.testzip()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    except Exception as e:  # zipfile raises BadZipFile, RuntimeError, NotImplementedError and more
+        raise InputError(f"{path}: cannot be read: it is truncated or damaged ({first_line(e)})") from None
+    if packed:
+        raise InputError(f"{path}: cannot be read: its part {packed[0]!r} is compressed, as PyTorch never writes it")
+    if damaged:
+        raise InputError(f"{path}: cannot be read: its part {damaged!r} is damaged (its CRC-32 differs)")
 
 
 def _why_unreadable(path: Path) -> str:
@@ -108,20 +167,57 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
-            if header_size > path.stat().st_size:
-                raise ValueError("header too long")
-            header = json.loads(file.read(header_size))
+            data_size = path.stat().st_size - 8 - header_size
+            if data_size < 0 or header_size > MAX_HEADER_BYTES:
+                raise ValueError("the header is too long")
+            header = json.loads(file.read(header_size).decode("utf-8"), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("the header is no object")
         header.pop("__metadata__", None)
-        data = np.memmap(path, np.uint8, mode="r", offset=8 + header_size)
-        state = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if end > len(data):
-                raise ValueError("data too short")
-            state[name] = data[begin:end].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        return state
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read: it is truncated or not in the safetensors format") from e
+        data = np.memmap(path, np.uint8, mode="r", offset=8 + header_size) if data_size else np.zeros(0, np.uint8)
+        spans = {name: _span(name, entry) for name, entry in header.items()}
+        position = 0
+        for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+            if begin != position:
+                raise ValueError(f"the data of {name!r} do not begin where those before end")
+            position = end
+        if position != data_size:
+            raise ValueError(f"the tensors take {position} bytes, but there are {data_size}")
+        return {
+            name: data[slice(*spans[name])].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items()
+        }
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
+        reason = f" ({first_line(e)})" if type(e) is ValueError else ""
+        raise InputError(f"{path}: cannot be read: it is damaged or not in the safetensors format{reason}") from e
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of a JSON text. Raises ValueError if a name occurs twice."""
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in the header")
+    return values
+
+
+def _span(name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the bytes of a tensor, from begin to end.
+
+    Raises:
+      InputError: the dtype is not supported.
+      ValueError: the entry is not as the format requires.
+    """
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise InputError(f"{name!r} has the dtype {entry['dtype']!r}; supported: {', '.join(SAFETENSORS_DTYPES)}")
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *shape)):
+        raise ValueError(f"{name!r} has no valid shape or offsets")
+    if end - begin != math.prod(shape) * np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]).itemsize:
+        raise ValueError(f"the data of {name!r} do not fit its shape")
+    return begin, end
 
 
 def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
-from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
 
@@ -116,7 +116,7 @@ def flat_params(model: nnx.Module) -> FlatParams:
 
 def _checkpointable_name(path: Path) -> str:
     """Returns the name of the weights in an Orbax checkpoint; those of a run also contain optimizer states."""
-    return PARAMS_FOLDER if path.parent.name == CHECKPOINTS_FOLDER else "AUTO"
+    return "AUTO" if path.name == PARAMS_FOLDER else PARAMS_FOLDER
 
 
 def _metadata(path: Path):

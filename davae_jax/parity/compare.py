@@ -50,7 +50,7 @@ from tqdm import tqdm
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
 from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
-from davae_jax.checkpoints.run_folder import CONFIG_FILE
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, split
@@ -154,7 +154,7 @@ def compare(
     """
     folder = resolve_source(src)
     twin_folder = folder if against is None else resolve_source(against)
-    config, twin_config = (DAVAEConfig.from_json(f / CONFIG_FILE) for f in (folder, twin_folder))
+    config, twin_config = (DAVAEConfig.from_json(config_folder(f) / CONFIG_FILE) for f in (folder, twin_folder))
     if name_table(config) != name_table(twin_config):
         raise InputError(f"{folder} and {twin_folder}: tensor shapes differ according to their {CONFIG_FILE}")
     if batch_size < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from davae_jax.utils.errors import InputError, OptionError, first_line
@@ -14,17 +15,30 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
     """Returns the content of a vocab.txt with at most `vocab_size` tokens, the special ones included.
 
-    As in BERT, every Chinese character is a separate word.
+    As in BERT, every Chinese character is a separate word. The same texts give the same bytes.
     """
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer(lowercase=True)
+    texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
+    # The library breaks ties in the order of a hash table, which differs between processes. There are none left if it
+    # need not choose between characters, and knows beforehand the ids of those that continue a word.
+    characters, continuing = Counter(), set()
+    for run, count in Counter(run for text in texts for run in text.split()).items():
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(run):
+            characters.update(dict.fromkeys(word, count))
+            continuing.update(word[1:])
+    rare = sorted(characters, key=lambda character: (-characters[character], character))[vocab_size:]
+    if rare:
+        remove = dict.fromkeys(map(ord, rare))
+        texts = [text.translate(remove) for text in texts]
+        continuing.difference_update(rare)
     tokenizer.train_from_iterator(
         texts,
         vocab_size=vocab_size,
         limit_alphabet=vocab_size,  # the default keeps only the 1,000 most frequent characters
         min_frequency=1,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in sorted(continuing))],
         show_progress=False,
     )
     vocabulary = tokenizer.get_vocab()

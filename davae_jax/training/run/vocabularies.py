@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from davae_jax.checkpoints.hub import resolve_source
+from davae_jax.checkpoints.run_folder import complete_checkpoints
 from davae_jax.data.corpus import Corpus
 from davae_jax.model.config import DAVAEConfig, EncoderConfig
 from davae_jax.tokenizers.decoder import count_pieces
@@ -14,7 +15,7 @@ from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.training.config import DataConfig, TrainConfig
-from davae_jax.utils.errors import OptionError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_bytes
 from davae_jax.utils.shapes import round_up
 
@@ -29,7 +30,8 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
     corpus, in this order.
 
     Raises:
-      InputError: the given folder has no tokenizers, or not those that the texts were prepared with.
+      InputError: the given folder has no tokenizers, or not those that the texts were prepared with; or the run has
+        checkpoints, but lacks one of the two files.
     """
     trainers = (
         partial(train_wordpiece, vocab_size=config.data.encoder_vocab_size),
@@ -39,6 +41,8 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
     for name, pretrained_source, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
         if (folder / name).is_file():
             continue
+        if complete_checkpoints(folder):
+            raise InputError(f"{folder / name}: is missing, and the checkpoints of this run cannot be used without it")
         source = config.tokenizers or (resolve_source(pretrained_source) if pretrained_source else None)
         if corpus.prepared:
             _check_same_file(corpus.prepared.folder / name, source and source / name)
