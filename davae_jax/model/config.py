@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -13,6 +14,10 @@ import tyro
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
 from davae_jax.utils.files import write_json
 from davae_jax.utils.json_files import read_json_object
+
+# Bounds of what a config.json may ask for, far above any model: a damaged file must not make a program build for hours.
+LAYERS, MAX_LAYERS = ("num_layers", "num_hidden_layers"), 1000
+MAX_SIZE = 1 << 24  # of widths, vocabularies, positions
 
 # A field without an option on the command line of train.py: the tokenizers or another option determine it.
 T_ = TypeVar("T_")
@@ -87,8 +92,9 @@ class DecoderConfig:
         if not 0 <= self.latent_initializer_scale < math.inf:
             reason = f"is {self.latent_initializer_scale}; it must be 0 or more and finite"
             raise ConfigError("decoder", "latent_initializer_scale", reason)
-        if self.max_memory_length < 0:
-            raise ConfigError("decoder", "max_memory_length", f"is {self.max_memory_length}; it cannot be negative")
+        if not 0 <= self.max_memory_length <= MAX_SIZE:
+            reason = f"is {reprlib.repr(self.max_memory_length)}; it must be in [0, {MAX_SIZE}]"
+            raise ConfigError("decoder", "max_memory_length", reason)
         _require_positive_eps("decoder", self)
         if self.extra.get("relative_encoding", True) is not True:
             raise ConfigError("decoder", "relative_encoding", "must be true; other decoders are not supported")
@@ -254,7 +260,7 @@ def _convert(value, kind: type, section: str, name: str):
         return value
     if kind is str and isinstance(value, str):
         return value
-    raise ConfigError(section, name, f"is {value!r}, not of type {kind.__name__}")
+    raise ConfigError(section, name, f"is {reprlib.repr(value)}, not of type {kind.__name__}")
 
 
 def _to_dict(config) -> dict[str, Any]:
@@ -270,8 +276,11 @@ def _to_dict(config) -> dict[str, Any]:
 
 def _require_positive(section: str, config, names: str) -> None:
     for name in names.split():
-        if getattr(config, name) < 1:
-            raise ConfigError(section, name, f"is {getattr(config, name)}; it must be at least 1")
+        value, largest = getattr(config, name), MAX_LAYERS if name in LAYERS else MAX_SIZE
+        if value < 1:
+            raise ConfigError(section, name, f"is {value}; it must be at least 1")
+        if value > largest:
+            raise ConfigError(section, name, f"is {reprlib.repr(value)}; it must be at most {largest}")
 
 
 def _require_positive_eps(section: str, config) -> None:
@@ -289,8 +298,8 @@ def _require_ids(config, names: str) -> None:
     # Ids are not compared with the vocabulary sizes here, because a model without tokenizers may have a smaller
     # vocabulary than the published ids. Tokenizers are compared with the model when they are loaded.
     for name in names.split():
-        if getattr(config, name) < 0:
-            raise ConfigError("", name, f"is {getattr(config, name)}; an id cannot be negative")
+        if not 0 <= getattr(config, name) < 1 << 31:
+            raise ConfigError("", name, f"is {reprlib.repr(getattr(config, name))}; an id must be in [0, 2³¹)")
 
 
 def _require_heads_divide(section: str, config) -> None:
