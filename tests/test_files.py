@@ -1,6 +1,9 @@
 """Files that the user names: links are followed, devices are written to, and the longest names work."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,14 @@ def test_a_pipe_is_written_to(tmp_path):
     write_output(tmp_path / "pipe", "文")
     assert os.read(reader, 10).decode() == "文" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_the_file_of_standard_output_is_not_replaced(tmp_path):
+    program = "import sys; from pathlib import Path; from davae_jax.utils.files import write_output; print('first'); "
+    program += "write_output(Path('/dev/stdout'), 'second\\n'); print('third')"
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", program], stdout=log, check=True, cwd=Path(__file__).parent.parent)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "first\nsecond\nthird\n"
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "文" * 85], ids=["ASCII", "Chinese"])

@@ -41,6 +41,15 @@ def test_it_starts_anew_once(tmp_path, has_huge_pages):
     assert rest == f"{['a b', '中']} {huge_pages.SETTINGS}"
 
 
+def test_it_starts_anew_once_even_if_the_environment_is_lost(has_huge_pages, monkeypatch):
+    """As on a system that does not trust the environment."""
+    monkeypatch.setattr(huge_pages.sys, "_xoptions", {huge_pages.RESTARTED: True})
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started anew"))
+    for name in huge_pages.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    huge_pages.restart_with_huge_pages()
+
+
 @pytest.mark.parametrize("name", huge_pages.SETTINGS)
 def test_settings_of_the_user_are_kept(tmp_path, name):
     _, rest = output_of(tmp_path, **{name: ""})

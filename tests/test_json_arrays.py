@@ -77,6 +77,33 @@ def test_a_blank_field_is_left_out_of_the_text(tmp_path):
     assert [line.text for line in chunk.lines] == ["一", "", "二\n三"]
 
 
+def test_numbers_at_the_end_of_what_was_read(monkeypatch):
+    data = json.dumps([{"a": 1}, 123456, -1.5e3, True, None, 7]).encode()
+    for read_bytes in range(1, 20):
+        monkeypatch.setattr(json_arrays, "READ_BYTES", read_bytes)
+        assert values(data) == [{"a": 1}, 123456, -1500.0, True, None, 7]
+
+
+def test_bytes_that_are_not_utf_8_spoil_their_object_alone(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "\xff"}, {"text": "b"}]')
+    (chunk,) = read_slice(*split_into_slices(tmp_path / "a.json", 1000), ["text"])
+    assert [line.text for line in chunk.lines] == ["a", None, "b"]
+
+
+def test_lines_that_are_arrays_are_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('[{"text": "a"}]\n{"text": "b"}\n', encoding="utf-8")
+    chunks = [chunk for part in split_into_slices(path, 1000) for chunk in read_slice(part, ["text"])]
+    assert [line.text for chunk in chunks for line in chunk.lines] == [None, "b"]
+
+
+def test_of_several_fields_some_may_be_missing(tmp_path):
+    rows = [{"t": None, "c": "一"}, {"c": "二"}, {"t": "三"}, {"t": None}, {"t": 3, "c": "四"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    (chunk,) = read_slice(*split_into_slices(tmp_path / "a.json", 1000), ["t", "c"])
+    assert [line.text for line in chunk.lines] == ["一", "二", "三", None, None]
+
+
 def test_bad_objects_are_bad_lines_and_a_bad_file_is_named(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "一"}, {"body": 1}, {"text": 3}, 4, {"text": "二"}]', encoding="utf-8")

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Output to a pipe is buffered, unless the environment says otherwise.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 WORK = """
 import sys
 from pathlib import Path
-from davae_jax.cli.base import going_on_without_reader, run_cli
+from davae_jax.cli.base import exit_with, going_on_without_reader, run_cli
 
 def work():
     with going_on_without_reader():
@@ -20,8 +22,19 @@ def work():
                 print("a line", i, file=stream)
             stream.flush()
         Path("done").touch()
+        return 130
 
-sys.exit(run_cli(work, "program"))
+exit_with(lambda: run_cli(work, "program"))
+"""
+FAILS = """
+from davae_jax.cli.base import exit_with, run_cli
+from davae_jax.utils.errors import InputError
+
+def work():
+    {print}
+    raise {error}
+
+exit_with(lambda: run_cli(work, "program"))
 """
 FILTER = """
 import sys
@@ -35,12 +48,31 @@ def run_without_reader(code, cwd):
     pipes = [os.pipe() for _ in range(2)]
     for reader, _ in pipes:
         os.close(reader)
-    (out, err), env = (writer for _, writer in pipes), os.environ | {"PYTHONPATH": str(ROOT)}
+    (out, err), env = (writer for _, writer in pipes), ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], stdout=out, stderr=err, cwd=cwd, env=env).returncode
 
 
 def test_work_goes_on_without_a_reader(tmp_path):
-    assert run_without_reader(WORK, tmp_path) == 0 and (tmp_path / "done").exists()
+    assert run_without_reader(WORK, tmp_path) == 130 and (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("output", ["pass", "print('a line')"])
+@pytest.mark.parametrize(
+    ("error", "code"), [("InputError('wrong', exit_code=2)", 2), ("KeyboardInterrupt", 130), ("ValueError('wrong')", 1)]
+)
+def test_the_exit_code_of_an_error_without_a_reader(output, error, code, tmp_path):
+    assert run_without_reader(FAILS.format(print=output, error=error), tmp_path) == code
+
+
+def test_a_full_disk_is_reported_when_the_work_is_done(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    command, env = [sys.executable, "-c", WORK.replace("return 130", "")], ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        run = dict(cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, **run)
+    assert (tmp_path / "done").exists() and done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "program: error: standard output: No space left on device"
 
 
 def test_a_filter_ends_quietly():
@@ -64,7 +96,7 @@ def test_a_working_folder_that_is_gone(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
     program = f'rmdir "$PWD"; exec "$0" -P {ROOT / "train.py"} --data.train t.txt'
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = ["bash", "-c", program, sys.executable]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """Folders that appear complete or not at all, and locks: nothing that another program or the user made is lost."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from zlib import crc32
 import pytest
 
 from davae_jax.checkpoints.staging import staged_folder
+from davae_jax.utils import locks
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.locks import FolderLock
 
@@ -58,7 +60,8 @@ def test_a_name_of_255_bytes(tmp_path):
 
 
 def leftovers(folder, name, kind):
-    path = folder / f".{crc32(name.encode()):08x}.{kind}-0123abcd"
+    host = crc32(socket.gethostname().encode())
+    path = folder / f".{crc32(name.encode()):08x}.{host:08x}.{kind}-0123abcd"
     path.mkdir()
     (path / "config.json").write_text("left", encoding="utf-8")
     return path
@@ -72,6 +75,47 @@ def test_what_killed_programs_left_is_removed(tmp_path):
         assert left.exists()
     write(tmp_path / "dst", overwrite=True)
     assert not left.exists() and foreign.exists()
+
+
+@pytest.mark.parametrize("dst", [".", "", "../here", "./"])
+def test_the_working_folder_itself(dst, tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        folder.mkdir()
+        (folder / "config.json").write_text("old", encoding="utf-8")
+    monkeypatch.chdir(here)
+    write(Path(dst), overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "here"]
+    assert contents(here) == {"config.json": "new"} and contents(beside) == {"config.json": "old"}
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "dst").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="is a file"):
+        write(tmp_path / "dst", overwrite=True)
+    assert contents(tmp_path) == {"dst": "mine"}
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?"])
+def test_a_path_that_orbax_cannot_read_is_refused(name, tmp_path):
+    with pytest.raises(InputError, match="choose another folder"):
+        write(tmp_path / name / "dst")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_nothing_of_another_program_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    left = leftovers(tmp_path, "dst", "partial")
+    write(tmp_path / "dst")
+    assert left.exists()
+
+
+def test_after_a_kill_between_the_two_renames_the_same_command_succeeds(tmp_path):
+    leftovers(tmp_path, "dst", "old")
+    write(tmp_path / "dst", overwrite=True)
+    assert contents(tmp_path / "dst") == {"config.json": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
@@ -26,34 +27,39 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
       InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or files that are not a
         checkpoint, or it cannot be written.
     """
-    if dst.exists() and not overwrite:
+    target = dst.resolve()
+    # Not made from the name itself, which may be as long as the file system permits. A lock tells whether a folder's
+    # program still runs on this machine only, so the name tells the machine.
+    prefix = f".{crc32(os.fsencode(target.name)):08x}.{crc32(socket.gethostname().encode()):08x}"
+    if target.parent.is_dir():
+        _remove_leftovers(target, prefix)
+    if target.exists() and not overwrite:
         raise InputError(f"{dst}: exists already; choose another folder, or use --overwrite")
-    target = dst.absolute().parent.resolve() / dst.name
-    if dst.is_symlink():
-        target = dst.resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{dst}: is a file, not a folder")
+    check_path(target)
     for source in sources:
-        if source.resolve().is_relative_to(target.resolve()):
+        if source.resolve().is_relative_to(target):
             raise InputError(f"{dst}: contains the source {source}; choose another folder", exit_code=2)
-    if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).exists():
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
         raise InputError(f"{dst}: contains files, but no checkpoint; only a checkpoint can be overwritten")
     overwritten = _identity(target)
-    # Not made from the name itself, which may be as long as the file system permits.
-    prefix, tag = f".{crc32(os.fsencode(target.name)):08x}", secrets.token_hex(4)
-    staging = target.with_name(f"{prefix}.partial-{tag}")
-    old = target.with_name(f"{prefix}.old-{tag}")
+    tag, is_placed = secrets.token_hex(4), False
+    staging, old = target.with_name(f"{prefix}.partial-{tag}"), target.with_name(f"{prefix}.old-{tag}")
     created = [parent for parent in target.parents if not parent.exists()]
-    lock = FolderLock()
+    lock, old_lock = FolderLock(), FolderLock()
     try:
-        if target.parent.is_dir():
-            _remove_leftovers(target, prefix)
         staging.mkdir(parents=True)
         lock.acquire(staging)
         yield staging
         if _identity(target) != overwritten:
             raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
         if overwritten:
+            if target.is_dir():
+                old_lock.acquire(target)
             target.rename(old)
         staging.rename(target)
+        is_placed = True
     except InputError:
         raise
     except Exception as e:
@@ -64,10 +70,12 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         raise InputError(f"{dst}: cannot be written ({reason})" if at_destination else f"{file}: {reason}") from e
     finally:
         lock.release()
-        if old.exists() and not target.exists():  # interrupted between the two renames
+        if not is_placed and old.exists() and not target.exists():  # interrupted between the two renames
             old.rename(target)
-        for leftover in (staging, old):
-            _remove(leftover)
+        _remove(staging)
+        if is_placed:
+            _remove(old)
+        old_lock.release()
         for parent in created:
             with contextlib.suppress(OSError):  # not empty: it contains the result
                 parent.rmdir()
@@ -89,11 +97,18 @@ def _remove_leftovers(target: Path, prefix: str) -> None:
     """
     for leftover in (*target.parent.glob(f"{prefix}.old-*"), *target.parent.glob(f"{prefix}.partial-*")):
         with contextlib.suppress(OSError, InputError), FolderLock() as lock:
-            lock.acquire(leftover)  # of a running program, it is locked
+            if not lock.acquire(leftover):  # whether its program still runs is unknown
+                continue
             if ".old-" in leftover.name and not target.exists():
                 leftover.rename(target)
             else:
                 _remove(leftover)
+
+
+def check_path(folder: Path) -> None:
+    """Raises InputError if Orbax, which takes paths for patterns, could not read back what it writes to a folder."""
+    if found := [character for character in "[]*?" if character in str(folder.absolute())]:
+        raise InputError(f"{folder}: checkpoints cannot be read from a path with {found[0]}; choose another folder")
 
 
 def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -53,9 +54,11 @@ def join_repeated(argv: Sequence[str], options: Collection[str]) -> list[str]:
 
     tyro would take the values of the last occurrence alone: "--input a --input b" becomes "--input a b".
     """
+    end = argv.index("--") if "--" in argv else len(argv)
+    argv, positional = argv[:end], list(argv[end:])
     names = [word.partition("=")[0].replace("_", "-") for word in argv]
     if all(names.count(option) < 2 for option in options):
-        return list(argv)
+        return [*argv, *positional]
     rest: list[str] = []
     values: dict[str, list[str]] = {}
     current = None
@@ -69,7 +72,7 @@ def join_repeated(argv: Sequence[str], options: Collection[str]) -> list[str]:
         else:
             current = None
             rest.append(word)
-    return rest + [word for name, words in values.items() for word in (name, *words)]
+    return rest + [word for name, words in values.items() for word in (name, *words)] + positional
 
 
 def _options_of_many_values(command: type) -> set[str]:
@@ -176,21 +179,22 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
 def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -> int:
     """Calls `work` and returns its exit code. An error or a warning becomes one line on standard error."""
 
+    def say(message: str) -> None:
+        print(f"{prog}: {message}", file=_WithoutReader(sys.stderr), flush=True)
+
     def report(message: str, code: int) -> int:
         if debug:
             traceback.print_exc()
-        with contextlib.suppress(BrokenPipeError):  # the exit code remains
-            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+        say(f"error: {message}")
         return code
 
     def show_warning(message, category, filename, lineno, file=None, line=None):
-        print(f"{prog}: warning: {message}", file=sys.stderr)
+        say(f"warning: {message}")
 
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller; this opens it anew, under the same descriptor
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    _open_closed_streams()
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
         sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8 in every locale
+    code = 0
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)
@@ -203,11 +207,11 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
         except InputError as e:
             return report(str(e), e.exit_code)
         except KeyboardInterrupt:
-            print(f"{prog}: interrupted", file=sys.stderr)
+            say("interrupted")
             return INTERRUPTED
         except BrokenPipeError:  # `davae … | head`
             _stdout_is_broken()
-            return 0
+            return code
         except OSError as e:
             if isinstance(e, FileNotFoundError) and not _has_working_folder():
                 return report("the working directory no longer exists", 1)
@@ -218,27 +222,35 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
 
 
 class _WithoutReader:
-    """A text stream that discards what is written after its reader has gone."""
+    """A text stream that discards what is written after its reader has gone, or after another error.
+
+    Attributes:
+      error: the error, unless it means that there is no reader.
+    """
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        self._stream, self.error = stream, None
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._discard()
+        except OSError as e:
+            self._discard(e)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
+        except OSError as e:
+            self._discard(e)
 
-    def _discard(self) -> None:
+    def _discard(self, error: OSError) -> None:
         """Redirects the stream to nowhere, what it has buffered included."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+            self.error = error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -246,10 +258,31 @@ class _WithoutReader:
 
 @contextlib.contextmanager
 def going_on_without_reader() -> Iterator[None]:
-    """Lets work be completed when the reader of the program's output goes, as in `train.py | head`."""
+    """Lets work be completed when the reader of the program's output goes, as in `train.py | head`.
+
+    Raises:
+      OSError: standard output could not be written for another reason, such as a full disk; at the end of the work.
+    """
     out, err = _WithoutReader(sys.stdout), _WithoutReader(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        out.flush()
+        err.flush()
+    if out.error:
+        raise OSError(out.error.errno, out.error.strerror, "standard output")
+
+
+def _open_closed_streams() -> None:
+    """Opens standard output and error anew if the caller has closed them, so that no other file gets their number."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def exit_with(main: Callable[[], int]) -> None:
@@ -261,8 +294,9 @@ def exit_with(main: Callable[[], int]) -> None:
     sys.unraisablehook = _report_unraisable
     code = main()
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -42,7 +42,9 @@ from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import write_json, write_text
+from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
@@ -79,7 +81,12 @@ class Compare(Command):
     def run(self) -> int:
         """Reads the study and runs it. Returns the exit code."""
         study = read_study(self.study)
-        with interrupt_on_signals():  # an interrupted training run saves a checkpoint
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"{self.output}: cannot be used as the output folder ({e.strerror})") from None
+        with FolderLock() as lock, interrupt_on_signals():  # an interrupted training run saves a checkpoint
+            lock.acquire(self.output)
             return self.compare(study)
 
     def compare(self, study: Study) -> int:
@@ -301,7 +308,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _run_python(argv: Sequence[Any], log: Path) -> None:
     """Runs Python with these arguments and appends its output to a log."""
     # The seeds of a setting run the same programs, so they share a compilation cache.
-    env = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED_FOLDER)} | os.environ
+    env = SETTINGS | {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED_FOLDER)} | os.environ
     words = [sys.executable, *map(str, argv)]
     with log.open("a", encoding="utf-8") as file:
         # Starts a new session, so that an interrupt from the terminal reaches only this process, which forwards it.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data import demo_corpus
-from davae_jax.data.line_readers import DECOMPRESSORS
+from davae_jax.data.line_readers import DECOMPRESSORS, is_json_array
 from davae_jax.data.readers import find_format, read_texts
 from davae_jax.data.texts import decode_lines, parse_json_text
 from davae_jax.evaluation.table import format_table
@@ -125,7 +125,8 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
     input_format = find_format(path)
     if field is not None and (input_format is None or input_format.name == "text"):
         raise OptionError("--field", f"needs JSON Lines (.jsonl) or a table; {path} has no fields")
-    if labels and not (input_format and input_format.name == "json" and path.suffix.lower() not in DECOMPRESSORS):
+    is_json = input_format is not None and input_format.name == "json" and path.suffix.lower() not in DECOMPRESSORS
+    if labels and (not is_json or is_json_array(path)):
         raise OptionError("--label", f"needs uncompressed JSON Lines (.jsonl), not {path}")
     texts = read_texts(path, field or "text")
     lines = decode_lines(path.read_bytes(), str(path)) if labels else []

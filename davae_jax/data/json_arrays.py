@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 READ_BYTES = 1 << 20
 BLANK = re.compile(r"[ \t\n\r]*")
+END_OF_NUMBER = re.compile(r"[ \t\n\r,\]}]")
 DECODER = json.JSONDecoder()
 
 
@@ -19,7 +20,7 @@ def begins_array_of_objects(head: bytes) -> bool:
 
 
 def iterate_array(file: BinaryIO, max_bytes: int) -> Iterator[Any]:
-    """Yields the values of an array in UTF-8.
+    """Yields the values of an array. Bytes that are not UTF-8 become lone surrogates.
 
     Args:
       max_bytes: the largest size of a value.
@@ -50,7 +51,7 @@ class _Source:
     """The text of a file, of which a part is in memory."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
+        self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._text, self._position = "", 0
 
     def peek(self) -> str:
@@ -71,13 +72,20 @@ class _Source:
     def take_value(self, max_bytes: int) -> Any:
         """Returns and consumes a JSON value. Raises ValueError if there is none, or it is too large."""
         self.peek()
+        at_end = False
         while True:
             try:
-                value, self._position = DECODER.raw_decode(self._text, self._position)
-                return value
+                value, end = DECODER.raw_decode(self._text, self._position)
             except ValueError:  # perhaps it continues
                 if len(self._text) - self._position > max_bytes or not self._read():
                     raise
+                continue
+            is_whole = isinstance(value, dict | list | str) or END_OF_NUMBER.match(self._text, end)
+            if not is_whole and not at_end and len(self._text) - self._position <= max_bytes:
+                at_end = not self._read()  # more digits may follow
+                continue
+            self._position = end
+            return value
 
     def _read(self) -> bool:
         """Reads on. Returns False at the end of the file.

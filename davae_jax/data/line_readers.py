@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -81,7 +82,20 @@ def is_json_array(path: Path) -> bool:
     if not path.is_file():  # a pipe, which can be read once
         return False
     with path.open("rb") as raw, _decompress(raw, path) as file:
-        return begins_array_of_objects(file.read(4096))
+        head = file.read(1 << 16)
+    if not begins_array_of_objects(head):
+        return False
+    first_line, *others = head.split(b"\n", 1)
+    names_lines = not any(suffix.lower() == ".json" for suffix in path.suffixes[-2:])
+    return not (names_lines and others and _is_json(first_line))  # JSON Lines, of which each line is an array
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def check_beginning(path: Path) -> None:

@@ -97,8 +97,10 @@ def _write_held_out(folder: Path, names: list[str]) -> int:
     """Writes the held-out texts, each once, in the order of their hashes. Returns their number."""
     texts = {}
     for name in names:
-        for line in iterate_json_lines(folder / PARTS / f"{name}.jsonl"):
-            text = line.values["text"]
+        path = folder / PARTS / f"{name}.jsonl"
+        for line in iterate_json_lines(path):
+            if not isinstance(text := (line.values or {}).get("text"), str):
+                raise InputError(f"{path}: line {line.number} is damaged; prepare into a new folder")
             # Reversed, because the first bytes decide what is held out and are therefore small.
             texts[text_hash(text)[::-1]] = text
     with atomic_write(folder / "held_out.jsonl") as file, file.open("w", encoding="utf-8") as out:

@@ -100,9 +100,8 @@ def _chunk(columns: Sequence[Any], fraction_read: float) -> Chunk:
 
 
 def _row(cells: Sequence[bytes | None]) -> Line:
-    """Returns the text of a row: its cells that are not blank, joined by line feeds."""
-    if None in cells:
+    """Returns the text of a row: its cells, of several those that are neither null nor blank, joined by line feeds."""
+    texts = [cell for cell in cells if cell is not None]
+    if not texts:
         return Line(None, "contains no text")
-    if len(cells) > 1:
-        cells = [b"\n".join(cell for cell in cells if cell.strip())]
-    return parse_line(cells[0], None)
+    return parse_line(texts[0] if len(cells) == 1 else b"\n".join(text for text in texts if text.strip()), None)

@@ -23,11 +23,15 @@ def parse_json_text(line: str, fields: Sequence[str]) -> str:
 
 
 def join_fields(values: Any, fields: Sequence[str]) -> str:
-    """Returns the texts in the fields of a JSON object, those that are not blank, joined by line feeds.
+    """Returns the texts in the fields of a JSON object, joined by line feeds.
+
+    Of several fields, those that are blank, null or missing are left out, unless all are missing.
 
     Raises:
-      ValueError: a field is missing, or is not a string.
+      ValueError: the object lacks the fields, or one of them is not a string.
     """
+    if len(fields) > 1 and isinstance(values, dict):
+        fields = [field for field in fields if values.get(field) is not None] or fields[:1]
     texts = [_text_of(values, field) for field in fields]
     return texts[0] if len(texts) == 1 else "\n".join(text for text in texts if text.strip())
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,28 @@ def check_output(path: Path, option: str = "--output") -> None:
 def write_output(path: Path, text: str) -> None:
     """Writes a file that the user names, so that it appears complete or not at all.
 
-    A link is followed. A pipe or a device, such as /dev/stdout, is written to and not replaced.
+    A link is followed. A pipe, a device, or the file that standard output goes to is written to and not replaced.
 
     Raises:
       InputError: it cannot be written.
     """
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and _is_standard_output(path):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        elif path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
         else:
             write_text(path.resolve(), text)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # a stream without a file
+        return False
 
 
 def to_json(values: Any) -> str:

@@ -18,22 +18,23 @@ SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": KEEP,
     "MALLOC_TRIM_THRESHOLD_": KEEP,
 }
+RESTARTED = "davae_restarted"  # marks the second start; the environment may lose its marks
 TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
     """Starts this program anew with `SETTINGS`, as the same process; returns if that is useless or has been done.
 
-    Call it before anything is printed.
-
     It is useless without glibc or transparent huge pages. An environment that contains one of the settings, even an
-    empty one, is left as it is.
+    empty one, is left as it is, and so is a program in a debugger. Call it before anything is printed.
     """
-    if any(name in os.environ for name in SETTINGS) or platform.libc_ver()[0] != "glibc":
+    has_begun = RESTARTED in sys._xoptions or sys.gettrace() or not sys.executable or not Path(sys.argv[0]).is_file()
+    if has_begun or any(name in os.environ for name in SETTINGS) or platform.libc_ver()[0] != "glibc":
         return
     try:
         if "[never]" in TRANSPARENT_HUGE_PAGES.read_text(encoding="ascii"):
             return
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | SETTINGS)
+        argv = [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]]
+        os.execve(sys.executable, argv, os.environ | SETTINGS)
     except OSError:  # no such kernel feature, or the program cannot be started by this path: trains as it is
         return

@@ -28,20 +28,25 @@ class FolderLock:
     def __init__(self):
         self._descriptor: int | None = None
 
-    def acquire(self, folder: Path) -> None:
-        """Locks an existing folder. Raises InputError if another program, or another lock, has locked it."""
+    def acquire(self, folder: Path) -> bool:
+        """Locks an existing folder. Returns whether it is locked: False if its file system has no locks.
+
+        Raises:
+          InputError: another program, or another lock, has locked it.
+        """
         if fcntl is None:
-            return
+            return False
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(f"{folder}: another program is writing to this folder") from None
-        except OSError:  # the file system has no locks
+        except OSError:
             os.close(descriptor)
-        else:
-            self._descriptor = descriptor
+            return False
+        self._descriptor = descriptor
+        return True
 
     def release(self) -> None:
         """Unlocks the folder, if it is locked."""

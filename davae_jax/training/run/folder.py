@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, complete_checkpoints
+from davae_jax.checkpoints.staging import check_path
 from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
@@ -47,6 +48,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
         if config.plugin:
             values["digest_of_plugins"] = [plugin_digest(plugin) for plugin in config.plugin]
+        check_path(path)
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(path)
         if stored.exists():
