@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -110,32 +110,37 @@ def check_beginning(path: Path) -> None:
 
 
 def _read_array(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
-    path = Path(file_slice.file)
-    lines, text_bytes = [], 0
-    with path.open("rb") as raw, _decompress(raw, path) as file:
+    def parse_all(file: BinaryIO) -> Iterator[tuple[Line, int]]:
         for values in iterate_array(file, MAX_LINE_BYTES):
             try:
-                lines.append(Line(join_fields(values, fields)))
+                line = Line(join_fields(values, fields))
             except ValueError as e:
-                lines.append(Line(None, str(e)))
-            text_bytes += len((lines[-1].text or "").encode())
-            if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
-                yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
-                lines, text_bytes = [], 0
-    if lines:
-        yield Chunk(lines, text_bytes, 1.0)
+                line = Line(None, str(e))
+            yield line, len((line.text or "").encode())
+
+    return _in_chunks(file_slice, parse_all)
 
 
 def _read_lines(file_slice: FileSlice, fields: Sequence[str] | None) -> Iterator[Chunk]:
-    path = Path(file_slice.file)
-    with path.open("rb") as raw, _decompress(raw, path) as file:
-        lines, text_bytes, at_start_of_file = [], 0, file_slice.start == 0
+    def parse_all(file: BinaryIO) -> Iterator[tuple[Line, int]]:
+        at_start_of_file = file_slice.start == 0
         for data in _lines_in(file_slice, file):
             if at_start_of_file and data is not None:
                 data = data.removeprefix(b"\xef\xbb\xbf")
             at_start_of_file = False
-            lines.append(parse_line(data, fields))
-            text_bytes += len(data or b"")
+            yield parse_line(data, fields), len(data or b"")
+
+    return _in_chunks(file_slice, parse_all)
+
+
+def _in_chunks(file_slice: FileSlice, parse_all: Callable[[BinaryIO], Iterator[tuple[Line, int]]]) -> Iterator[Chunk]:
+    """Yields what `parse_all` yields for the slice's decompressed file, lines and their sizes in bytes, in chunks."""
+    path = Path(file_slice.file)
+    with path.open("rb") as raw, _decompress(raw, path) as file:
+        lines, text_bytes = [], 0
+        for line, size in parse_all(file):
+            lines.append(line)
+            text_bytes += size
             if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
                 yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
                 lines, text_bytes = [], 0

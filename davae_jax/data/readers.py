@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from davae_jax.data.line_readers import (
 )
 from davae_jax.data.table_readers import parquet_slice_bounds, read_arrow, read_parquet
 from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.json_files import read_json_object
 
 
 def byte_slice_bounds(path: Path, max_bytes: int) -> list[int]:
@@ -162,9 +162,8 @@ def _listed_in_state(folder: Path) -> set[str] | None:
     Other files of such a folder, cache-*.arrow, contain the same rows again.
     """
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return {entry["filename"] for entry in state["_data_files"]}
-    except (OSError, ValueError, LookupError, TypeError):
+        return {entry["filename"] for entry in read_json_object(folder / "state.json")["_data_files"]}
+    except (OSError, InputError, LookupError, TypeError):
         return None
 
 
