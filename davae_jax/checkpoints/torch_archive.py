@@ -28,6 +28,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 LEGACY_VERSION = 1001  # torch.serialization.PROTOCOL_VERSION
 MAX_VERSION = 10  # kMaxSupportedFileFormatVersion in caffe2/serialize/versions.h
+KNOWN_FLAGS = 0x808  # of a zip file's part: its sizes follow after it; its name is UTF-8
 MAX_DIRECTORY_BYTES = 1 << 23  # of a zip file; an entry takes about 100
 # Views can overlap or repeat elements, so that their sizes add up to more than the file's.
 MAX_EXPANSION, MIN_EXPANDED_BYTES = 8, 1 << 26
@@ -93,7 +94,7 @@ def _read_zip(path: Path) -> tuple[Any, Bytes]:
         return data[slice(*span)].tobytes() if span else None
 
     version, byteorder = part("version", 16) or b"", part("byteorder", 16) or b"little"
-    if not version.strip().isdigit() or not 1 <= int(version) <= MAX_VERSION:
+    if not version.removesuffix(b"\n").isdigit() or not 1 <= int(version) <= MAX_VERSION:
         raise InputError(f"cannot be read: the version of its format is {version!r}, not 1 to {MAX_VERSION}")
     if byteorder not in (b"little", b"big"):
         raise InputError(f"cannot be read: its byte order is {byteorder!r}")
@@ -135,11 +136,13 @@ def _zip_parts(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], file_size: int) -> None:
-    """Checks what PyTorch always writes: uncompressed parts with different names, which do not overlap."""
+    """Checks what PyTorch always writes: plain uncompressed parts with different names, which do not overlap."""
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             name = shown(entry.filename)
             raise InputError(f"cannot be read: its part {name} is compressed, as PyTorch never writes it")
+        if entry.flag_bits & ~KNOWN_FLAGS or entry.volume:
+            raise InputError(f"cannot be read: its part {shown(entry.filename)} is encrypted or elsewhere")
     if sum(entry.file_size for entry in entries) > file_size:
         raise InputError("cannot be read: its parts overlap")
     if len({entry.filename.lower() for entry in entries}) < len(entries):  # PyTorch does not distinguish the case
