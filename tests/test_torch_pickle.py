@@ -1,6 +1,7 @@
 """Files of torch.save, read without PyTorch and held against it; none of them runs anything."""
 
 import io
+import json
 import pickle
 import struct
 import sys
@@ -28,7 +29,7 @@ from torch_files import (
 
 from davae_jax.checkpoints import torch_archive
 from davae_jax.checkpoints.torch_archive import read_torch
-from davae_jax.checkpoints.torch_file import read_tensors
+from davae_jax.checkpoints.torch_file import find_weights_file, read_tensors
 from davae_jax.checkpoints.torch_pickle import PickleMachine
 from davae_jax.utils.errors import InputError
 
@@ -380,6 +381,27 @@ def test_compressed_and_overlapping_parts(path):
     at = file.rindex(struct.pack("<I", second) + b"archive/data/1")
     file[at : at + 4] = struct.pack("<I", first)
     refusal(path, bytes(file))
+
+
+@pytest.mark.parametrize("offset, value", [(8, 1), (34, 1), (38, 0x10)], ids=["encrypted", "elsewhere", "a folder"])
+def test_marks_of_a_part(offset, value, path):
+    """In the directory. PyTorch gives uninitialised memory for the data of a folder."""
+    file = bytearray(saved(KINDS["one"]))
+    name = file.rindex(b"archive/data/0")  # 46 bytes after the entry's beginning
+    file[name - 46 + offset] |= value
+    assert "archive/data/0" in refusal(path, bytes(file))
+
+
+def test_parts_of_both_formats_by_their_index(tmp_path):
+    state = KINDS["dtypes"] | {"last": torch.ones(2)}
+    files = {name: f"pytorch_model-0000{1 + (name == 'last')}-of-00002.bin" for name in state}
+    for file, options in zip(sorted(set(files.values())), ({}, OLD_FORMAT)):
+        part = {name: tensor for name, tensor in state.items() if files[name] == file}
+        (tmp_path / file).write_bytes(saved(part, **options))
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}), encoding="utf-8")
+    assert find_weights_file(tmp_path) == index
+    assert_same_state(read_tensors(index), state)
 
 
 def test_damage_in_the_old_format(path):

@@ -29,6 +29,7 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serializatio
 LEGACY_VERSION = 1001  # torch.serialization.PROTOCOL_VERSION
 MAX_VERSION = 10  # kMaxSupportedFileFormatVersion in caffe2/serialize/versions.h
 KNOWN_FLAGS = 0x808  # of a zip file's part: its sizes follow after it; its name is UTF-8
+FOLDER = 0x10  # an attribute of a part; PyTorch gives memory with any content for one
 MAX_DIRECTORY_BYTES = 1 << 23  # of a zip file; an entry takes about 100
 # Views can overlap or repeat elements, so that their sizes add up to more than the file's.
 MAX_EXPANSION, MIN_EXPANDED_BYTES = 8, 1 << 26
@@ -141,8 +142,8 @@ def _check_entries(entries: list[zipfile.ZipInfo], file_size: int) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             name = shown(entry.filename)
             raise InputError(f"cannot be read: its part {name} is compressed, as PyTorch never writes it")
-        if entry.flag_bits & ~KNOWN_FLAGS or entry.volume:
-            raise InputError(f"cannot be read: its part {shown(entry.filename)} is encrypted or elsewhere")
+        if entry.flag_bits & ~KNOWN_FLAGS or entry.volume or entry.external_attr & FOLDER:
+            raise InputError(f"cannot be read: its part {shown(entry.filename)} is encrypted, elsewhere or a folder")
     if sum(entry.file_size for entry in entries) > file_size:
         raise InputError("cannot be read: its parts overlap")
     if len({entry.filename.lower() for entry in entries}) < len(entries):  # PyTorch does not distinguish the case
