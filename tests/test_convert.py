@@ -223,6 +223,13 @@ def write_zip(path):
 
 
 OLD_FORMAT = dict(_use_new_zipfile_serialization=False)
+
+
+def cut_old_format(path):
+    torch.save(random_state(TINY), path, **OLD_FORMAT)
+    truncate(path, path.stat().st_size // 2)
+
+
 # Case → (function of the file and of the folder that hostile code would create, part of the error message)
 DAMAGES = {
     "half": (lambda f, m: truncate(f, f.stat().st_size // 2), "truncated or damaged"),
@@ -230,11 +237,11 @@ DAMAGES = {
     "empty": (lambda f, m: truncate(f, 0), "it is empty"),
     "text": (lambda f, m: f.write_text("not a checkpoint\n" * 100), "not in torch.save's zip format"),
     "pointer": (lambda f, m: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS"),
-    "old format": (lambda f, m: torch.save(random_state(TINY), f, **OLD_FORMAT), "format from before 1.6"),
-    "other zip": (lambda f, m: write_zip(f), "truncated or damaged"),
+    "half, old format": (lambda f, m: cut_old_format(f), "truncated or damaged"),
+    "other zip": (lambda f, m: write_zip(f), "data.pkl"),
     "code": (lambda f, m: torch.save({"weight": Hostile(m)}, f), "could execute code"),
-    "code, old format": (lambda f, m: torch.save({"weight": Hostile(m)}, f, **OLD_FORMAT), "format from before 1.6"),
-    "code, protocol 4": (lambda f, m: torch.save({"w": Hostile(m)}, f, pickle_protocol=4), "more than tensors"),
+    "code, old format": (lambda f, m: torch.save({"weight": Hostile(m)}, f, **OLD_FORMAT), "could execute code"),
+    "code, protocol 4": (lambda f, m: torch.save({"w": Hostile(m)}, f, pickle_protocol=4), "protocol 4"),
     "bare code": (lambda f, m: f.write_bytes(pickle.dumps(Hostile(m))), "not in torch.save's zip format"),
     "list": (lambda f, m: torch.save([torch.zeros(3)], f), "contains a list, not a dict of tensors"),
     "nested": (
@@ -551,28 +558,37 @@ import sys
 sys.modules["torch"] = None  # `import torch` raises ImportError, and nobody finds it installed
 import numpy as np
 import davae_jax
+from davae_jax.checkpoints.from_torch import convert
+from davae_jax.checkpoints.to_torch import export
 from davae_jax.utils.errors import InputError
-converted, safetensors, published = sys.argv[1:]
+converted, *others = sys.argv[1:]
 vae = davae_jax.TextVAE.from_pretrained(converted)
 (text,) = vae.simulate_batch(["今天天气很好"], max_length=4)
 assert isinstance(text, str)
-other = davae_jax.from_pretrained(safetensors)
 ids = np.asarray(vae.encoder_ids(["今天天气很好"]))
-assert np.array_equal(vae.model.encode(ids).mean, other.encode(ids).mean)
+for folder in others:
+    model = davae_jax.from_pretrained(folder)
+    assert np.array_equal(vae.model.encode(ids).mean, model.encode(ids).mean)
+convert(others[-1], others[-1] + "-converted")
 try:
-    davae_jax.from_pretrained(published)
+    export(converted, converted + "-exported")
 except InputError as e:
-    assert "PyTorch" in str(e) and "\\n" not in str(e), e
+    assert "pytorch_model.bin" in str(e) and "PyTorch" in str(e), e
 else:
-    raise AssertionError("read without PyTorch")
+    raise AssertionError("written without PyTorch")
 print("fine")
 """
 
 
 def test_no_pytorch_is_needed(texts, converted, tmp_path):
-    export(converted("texts"), tmp_path / "safetensors", format="safetensors")
-    run = python("-c", WITHOUT_TORCH, converted("texts"), tmp_path / "safetensors", texts)
+    """Except to export pytorch_model.bin."""
+    published, folder = tmp_path / "published", tmp_path / "own"
+    shutil.copytree(texts, published)
+    shutil.copytree(converted("texts"), folder)
+    export(folder, tmp_path / "safetensors", format="safetensors")
+    run = python("-c", WITHOUT_TORCH, folder, tmp_path / "safetensors", published)
     assert run.stdout == "fine\n", run.stderr
+    assert_same(stored(tmp_path / "published-converted"), stored(folder))
 
 
 ON_A_MESH = """

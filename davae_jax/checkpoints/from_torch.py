@@ -1,4 +1,4 @@
-"""Converts a published PyTorch checkpoint into a folder that `davae_jax.from_pretrained` reads without PyTorch.
+"""Converts a published PyTorch checkpoint into a folder of Orbax weights, which `davae_jax.from_pretrained` reads.
 
     python -m convert.from_torch SRC DST
 

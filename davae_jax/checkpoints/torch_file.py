@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import re
 import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from davae_jax.checkpoints.torch_archive import read_torch
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.json_files import read_json_object
 
-TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors does not need PyTorch
+TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 SAFETENSORS_DTYPES = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
@@ -36,7 +33,6 @@ SAFETENSORS_DTYPES = {
 }
 INDEX_SUFFIX = ".index.json"  # of the index of a checkpoint in several files
 MAX_HEADER_BYTES = 100_000_000  # of safetensors, as the format prescribes
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
 def find_weights_file(folder: Path) -> Path:
@@ -67,7 +63,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """
     if path.name.endswith(INDEX_SUFFIX):
         return _read_parts(path)
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if unprintable := [name for name in state if not name.isprintable()]:
         raise InputError(f"{path}: contains a tensor with an unprintable name, {unprintable[0]!r}")
     return state
@@ -90,75 +86,6 @@ def _read_parts(index: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{part}: {problem} {different[0]}, against {index.name}")
         state |= tensors
     return state
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    torch = _torch(f"reading {path.name}")
-    _check_sums(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; real problems are raised
-            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError as e:
-        if requested := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e)):
-            name = requested[1] or requested[2]
-            raise InputError(f"{path}: rejected: the pickle references {name}, which could execute code") from e
-        raise InputError(f"{path}: rejected: the pickle is damaged or contains more than tensors") from e
-    except Exception as e:  # PyTorch raises RuntimeError, EOFError, OSError and more for damaged files
-        raise InputError(f"{path}: cannot be read: {_why_unreadable(path)}") from e
-    if not isinstance(state, Mapping):
-        raise InputError(f"{path}: contains a {type(state).__name__}, not a dict of tensors")
-    if not_tensors := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(f"{path}: contains values that are not tensors: {', '.join(not_tensors)}")
-    if not_strings := [repr(name) for name in state if not isinstance(name, str)]:
-        raise InputError(f"{path}: contains tensors whose names are not strings: {', '.join(not_strings)}")
-    arrays = {}
-    for name, tensor in state.items():
-        try:
-            arrays[name] = _as_numpy(tensor)
-        except (TypeError, RuntimeError) as e:  # sparse, quantized, float8: not supported by NumPy
-            raise InputError(f"{path}: {name} cannot be read: {tensor.dtype}, {tensor.layout}") from e
-    return arrays
-
-
-def _check_sums(path: Path) -> None:
-    """Checks the CRC-32 of each part of a zip file, which PyTorch does not. Other files are left to PyTorch."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as file:
-            packed = [entry.filename for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-            damaged = packed[0] if packed else file.testzip()
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except Exception as e:  # zipfile raises BadZipFile, RuntimeError, NotImplementedError and more
-        raise InputError(f"{path}: cannot be read: it is truncated or damaged ({first_line(e)})") from None
-    if packed:
-        raise InputError(f"{path}: cannot be read: its part {packed[0]!r} is compressed, as PyTorch never writes it")
-    if damaged:
-        raise InputError(f"{path}: cannot be read: its part {damaged!r} is damaged (its CRC-32 differs)")
-
-
-def _why_unreadable(path: Path) -> str:
-    """Returns the reason why PyTorch cannot read a file, judging by its first bytes."""
-    with open(path, "rb") as file:
-        start = file.read(32)
-    if not start:
-        return "it is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if start.startswith(LEGACY_MAGIC):
-        return "it is in PyTorch's format from before 1.6; load it there and torch.save it with a later version"
-    if not start.startswith(b"PK\x03\x04"):
-        return "it is not in torch.save's zip format"
-    return "it is truncated or damaged"
-
-
-def _as_numpy(tensor) -> np.ndarray:
-    import torch
-
-    if tensor.dtype == torch.bfloat16:  # torch.Tensor.numpy() does not support bfloat16
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.detach().numpy()
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -222,7 +149,10 @@ def _span(name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
 
 def write_bin(path: Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes pytorch_model.bin in torch.save's zip format, as published."""
-    torch = _torch("writing pytorch_model.bin")
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"writing {path.name} needs PyTorch: pip install 'davae-jax[torch]'") from None
     torch.save({name: as_torch(array) for name, array in state.items()}, path)
 
 
@@ -253,12 +183,3 @@ def is_finite(array: np.ndarray) -> bool:
 def is_float(array: np.ndarray) -> bool:
     """Returns whether the dtype is floating point, bfloat16 included."""
     return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
-
-
-def _torch(purpose: str):
-    """Imports PyTorch, which is optional. Raises InputError if it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise InputError(f"{purpose} needs PyTorch: pip install 'davae-jax[torch]'") from None
-    return torch

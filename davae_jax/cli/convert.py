@@ -1,4 +1,4 @@
-"""`davae convert`: converts a published PyTorch checkpoint to a folder that davae-jax reads without PyTorch."""
+"""`davae convert`: converts a published PyTorch checkpoint to a folder of Orbax weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from davae_jax.cli.base import Command
 
 @dataclass(kw_only=True)
 class Convert(Command):
-    """Converts a published PyTorch checkpoint to a folder that davae_jax.from_pretrained reads without PyTorch."""
+    """Converts a published PyTorch checkpoint to a folder of Orbax weights, which davae_jax.from_pretrained reads."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Folder with config.json and pytorch_model.bin or model.safetensors, or a Hugging Face repo id."""
