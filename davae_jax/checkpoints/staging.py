@@ -74,7 +74,7 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
             old.rename(target)
         _remove(staging)
         if is_placed:
-            _remove(old)
+            _remove_old(old)
         old_lock.release()
         for parent in created:
             with contextlib.suppress(OSError):  # not empty: it contains the result
@@ -95,14 +95,24 @@ def _remove_leftovers(target: Path, prefix: str) -> None:
 
     A folder that was to be replaced is put back if the program was killed before the new one was in its place.
     """
-    for leftover in (*target.parent.glob(f"{prefix}.old-*"), *target.parent.glob(f"{prefix}.partial-*")):
+    for leftover in [
+        path for kind in ("old", "partial", "removed") for path in target.parent.glob(f"{prefix}.{kind}-*")
+    ]:
         with contextlib.suppress(OSError, InputError), FolderLock() as lock:
             if not lock.acquire(leftover):  # whether its program still runs is unknown
                 continue
             if ".old-" in leftover.name and not target.exists():
                 leftover.rename(target)
+            elif ".old-" in leftover.name:
+                _remove_old(leftover)
             else:
                 _remove(leftover)
+
+
+def _remove_old(old: Path) -> None:
+    """Removes a folder that was replaced, under a name by which its remains would not be put back after a kill."""
+    with contextlib.suppress(OSError):
+        _remove(old.rename(old.with_name(old.name.replace(".old-", ".removed-"))))
 
 
 def check_path(folder: Path) -> None:
