@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -17,15 +17,23 @@ from davae_jax.utils.locks import FolderLock
 
 
 @contextlib.contextmanager
-def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+def staged_folder(
+    dst: Path, *, overwrite: bool, sources: Sequence[Path] = (), read_back: Callable[[Path], list[str]] | None = None
+) -> Iterator[Path]:
     """Yields an empty folder next to `dst` that is renamed to `dst` on success and removed on failure or interrupt.
 
     With `overwrite`, an older `dst` is removed only after the new folder is complete. Parents that were created for
     `dst` are removed on failure too. The path is absolute, which Orbax needs.
 
+    Args:
+      dst: the folder to make.
+      overwrite: replace `dst` if it exists.
+      sources: folders that must not be inside of `dst`.
+      read_back: opens the new folder again before it is renamed, and returns its problems, a line for each.
+
     Raises:
       InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or files that are not a
-        checkpoint, or it cannot be written.
+        checkpoint, it cannot be written, or it has problems when it is read back.
     """
     target = dst.resolve()
     # Not made from the name itself, which may be as long as the file system permits. A lock tells whether a folder's
@@ -52,6 +60,8 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         staging.mkdir(parents=True)
         lock.acquire(staging)
         yield staging
+        if read_back and (problems := read_back(staging)):
+            raise InputError(f"{dst}: is not what was written: {problems[0].replace(str(staging), str(dst))}")
         if _identity(target) != overwritten:
             raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
         if overwritten:

@@ -10,7 +10,6 @@ process of several checks all files, because each array is stored whole.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import numpy as np
 
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.files import write_json
-from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.json_files import json_sum, read_json_object
 
 SUMS_FILE = "sums.json"  # in the folder of the parameters: {"arrays": …, "files": …, "sum": …}
 BLOCK = 1 << 20  # bytes that are read at a time
@@ -47,11 +46,6 @@ def array_sum(array: np.ndarray) -> int:
     flat = np.ascontiguousarray(array).reshape(-1)
     unsigned = {1: np.uint8, 2: np.uint16}.get(flat.dtype.itemsize, np.uint32)
     return int(flat.view(unsigned).sum(dtype=np.uint32))
-
-
-def json_sum(values: Any) -> int:
-    """Returns the CRC-32 of JSON values, whatever the order of their keys."""
-    return crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def write_sums(folder: Path, arrays: Mapping[str, int]) -> None:

@@ -21,6 +21,7 @@ from davae_jax.utils.errors import InputError, first_line
 FlatParams = dict[str, Any]  # "decoder.layers.3.qkv_weight" → array
 INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
 SUMS = "sums"  # key of the metadata: of a run's checkpoint, the sums of its arrays; of parameters, the file of the sums
+EXTRA_STATE, EXTRA_STATE_SUM = "remembered", "remembered_sum"  # further keys of a run's checkpoint
 READ_BYTES = 1 << 28  # of arrays that `iterate_arrays` reads together
 
 
@@ -86,7 +87,7 @@ def stored_shapes(path: Path) -> dict[str, Any]:
 
 
 def stored_metadata(path: Path) -> dict[str, Any]:
-    """Returns the metadata that `save_weights` wrote."""
+    """Returns the metadata that were written with the checkpoint."""
     return _metadata(path).custom_metadata or {}
 
 

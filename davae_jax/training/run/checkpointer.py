@@ -22,15 +22,13 @@ from jax.experimental import multihost_utils
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, STATE_ITEM, complete_checkpoints
-from davae_jax.checkpoints.sums import array_sums, json_sum
-from davae_jax.checkpoints.weights import SUMS, flatten, nest
+from davae_jax.checkpoints.sums import array_sums
+from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest
 from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
-
-# Keys of the metadata besides SUMS.
-EXTRA_STATE, EXTRA_STATE_SUM = "remembered", "remembered_sum"
+from davae_jax.utils.json_files import json_sum
 
 
 class Checkpoints:
