@@ -26,7 +26,7 @@ from davae_jax.checkpoints.run_folder import (
     config_folder,
     is_step,
 )
-from davae_jax.checkpoints.sums import SUMS_FILE
+from davae_jax.checkpoints.sums import SUMS_FILE, file_problems
 from davae_jax.checkpoints.torch_file import INDEX_SUFFIX, TORCH_FILES, read_tensors
 from davae_jax.checkpoints.weights import stored_shapes
 from davae_jax.data.check_prepared import prepared_problems
@@ -164,9 +164,13 @@ def _log_problems(path: Path, *, may_grow: bool) -> list[str]:
 
 def _check_converted(folder: Path) -> tuple[dict[str, Any], list[str]]:
     params = folder / PARAMS_FOLDER
-    has_sums = (params / SUMS_FILE).exists()
     damaged = converted_problems(folder)
-    sums = ("wrong" if damaged else "right") if has_sums else "none; an earlier version converted the model"
+    if (params / SUMS_FILE).exists():
+        sums = "wrong" if file_problems(params) else "right"
+    elif any(problem.startswith(f"{params / SUMS_FILE}: ") for problem in damaged):
+        sums = "missing"
+    else:
+        sums = "none; an earlier version wrote the model"
     return {"parameters": _stored_parameters(params), "sums": sums}, damaged
 
 

@@ -49,7 +49,13 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
     with quiet_orbax():
         paths = (run / CHECKPOINTS_FOLDER).glob("*")
-        return [path for path in paths if is_step(path.name) and ocp.is_orbax_checkpoint(path.absolute())]
+        steps = [path for path in paths if is_step(path.name) and _has_files(path / PARAMS_FOLDER)]
+        return [path for path in steps if ocp.is_orbax_checkpoint(path.absolute())]
+
+
+def _has_files(folder: Path) -> bool:
+    """Returns whether a folder contains a file, at any depth. Orbax takes an empty folder for a checkpoint."""
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 def is_step(name: str) -> bool:

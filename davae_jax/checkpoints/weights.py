@@ -199,6 +199,7 @@ def _metadata(path: Path, item: str | None = None):
             raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
     custom = metadata.custom_metadata or {}
     if metadata.metadata is None or not isinstance(custom, dict):
+        check_files(path)
         raise InputError(f"{path}: not a complete checkpoint")
     if custom.get(SUMS) == SUMS_FILE and not (path / SUMS_FILE).is_file():
         raise InputError(f"{path / SUMS_FILE}: is missing; copy the folder again")

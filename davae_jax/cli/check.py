@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,7 @@ class Check(Command):
 
         import jax
 
+        logging.getLogger("asyncio").disabled = True  # of a damaged checkpoint it reports every read that fails
         jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
         from davae_jax.checkpoints.check_folder import check_folder
 
