@@ -1,6 +1,7 @@
 """Damage is named: by `davae check`, when weights are loaded, and when what was written is read back."""
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -45,7 +46,7 @@ def check(tmp_path, capsys):
     """Runs `davae check`. Returns the exit code, the kind of the first folder, its state and its damage."""
 
     def call(*folders):
-        before = {path: path.stat().st_mtime_ns for folder in folders for path in [folder, *folder.rglob("*")]}
+        before = {path: path.lstat().st_mtime_ns for folder in folders for path in [folder, *folder.rglob("*")]}
         report = tmp_path / "report.json"
         code = main(["check", *map(str, folders), "--json", str(report)])
         out, err = capsys.readouterr()
@@ -54,7 +55,7 @@ def check(tmp_path, capsys):
         assert [line for v in values for line in v["damaged"]] == [
             line.removeprefix("  damaged: ") for line in out.splitlines() if line.startswith("  damaged: ")
         ]
-        assert before == {path: path.stat().st_mtime_ns for folder in folders for path in [folder, *folder.rglob("*")]}
+        assert before == {path: path.lstat().st_mtime_ns for folder in folders for path in [folder, *folder.rglob("*")]}
         return code, values[0]["kind"], values[0]["state"], values[0]["damaged"]
 
     return call
@@ -388,7 +389,24 @@ def test_a_name_with_a_line_feed_stays_in_its_line(tmp_path, capsys):
     assert all(line.startswith((str(tmp_path), "  ")) for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_links_pipes_and_folders_in_place_of_files(model, check, tmp_path):
+    """They are named, and a pipe, which nobody writes to, is not opened."""
+    for make in (
+        os.mkfifo,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.symlink_to(path.name),
+        Path.mkdir,
+    ):
+        (model / "vocab.txt").unlink()
+        make(model / "vocab.txt")
+        code, _, _, damaged = check(model)
+        assert code == 1 and damaged[0].startswith(f"{model / 'vocab.txt'}: ")
+        if (model / "vocab.txt").is_dir():
+            (model / "vocab.txt").rmdir()
+            (model / "vocab.txt").touch()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "x" * 5000])
 def test_a_path_that_is_no_folder(name, model, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["check", str(model), str(tmp_path / name)]) == 2

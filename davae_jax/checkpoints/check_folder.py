@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +58,12 @@ class Report(NamedTuple):
 def check_folder(folder: Path) -> Report:
     """Checks every file of an existing folder that the project can judge."""
     kind, check = _kind(folder)
-    state, damaged = check(folder)
-    state |= {"bytes": _size(folder), "in use by another program": "yes" if is_locked(_owner(folder)) else "no"}
+    if check is _check_unknown:
+        return Report(folder, kind, *check(folder))
+    size, special = _walk(folder)
+    # Pipes are not opened: a reader would wait for ever.
+    state, damaged = ({}, special) if special else check(folder)
+    state |= {"bytes": size, "in use by another program": "yes" if is_locked(config_folder(folder)) else "no"}
     return Report(folder, kind, state, damaged)
 
 
@@ -83,11 +88,6 @@ def _kind(folder: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Any], lis
     return "nothing that davae-jax made", _check_unknown
 
 
-def _owner(folder: Path) -> Path:
-    """Returns the folder whose lock a program that writes to `folder` holds."""
-    return config_folder(folder)
-
-
 def _check_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     run = config_folder(folder)
     config, damaged = read_config(run)
@@ -104,7 +104,8 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
     state: dict[str, Any] = {}
     try:
         settings = read_json_object(folder / RUN_SETTINGS)
-        state["steps of the run"] = settings.get("steps")
+        state["steps of the run"] = settings.get("steps", "unknown")
+        damaged += [] if type(settings.get("steps")) is int else [f"{folder / RUN_SETTINGS}: is damaged"]
     except FileNotFoundError:
         damaged.append(f"{folder / RUN_SETTINGS}: is missing, without which the run cannot be resumed")
     except InputError as e:
@@ -125,6 +126,8 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
             damaged += problems
     if (folder / INIT_FOLDER).is_dir():
         damaged += converted_problems(folder / INIT_FOLDER)
+    if (checkpoints := folder / CHECKPOINTS_FOLDER).exists() and not checkpoints.is_dir():
+        damaged.append(f"{checkpoints}: is not a folder")
     locked = is_locked(folder)
     state["leftovers"], incomplete = _leftovers(folder, {path.name for path in complete})
     damaged += [] if locked else incomplete
@@ -227,13 +230,23 @@ def _stored_parameters(path: Path) -> int | str:
         return "unknown"
 
 
-def _size(folder: Path) -> int:
-    """Returns the number of bytes of the files in a folder, links to folders excluded."""
-    size = 0
+def _walk(folder: Path) -> tuple[int, list[str]]:
+    """Returns the number of bytes of the files in a folder, and a line for each entry that is no file or folder.
+
+    Such entries are links to nothing, pipes and devices. Links to files count as the file, links to folders are not
+    followed.
+    """
+    size, special = 0, []
     for parent, _, names in os.walk(folder):
-        for name in names:
+        for path in (os.path.join(parent, name) for name in names):
             try:
-                size += os.stat(os.path.join(parent, name)).st_size
-            except OSError:  # removed meanwhile, or a dangling link
+                status = os.stat(path)
+            except OSError as e:
+                if os.path.lexists(path):  # otherwise it was removed meanwhile
+                    special.append(f"{path}: cannot be read ({e.strerror})")
                 continue
-    return size
+            if stat.S_ISREG(status.st_mode):
+                size += status.st_size
+            else:
+                special.append(f"{path}: is not a file")
+    return size, special

@@ -84,7 +84,10 @@ def published_problems(folder: Path, state: Mapping[str, np.ndarray] | None = No
     config, problems = read_config(folder)
     problems += tokenizer_problems(folder, config)
     names = [name + suffix for name in torch_file.TORCH_FILES for suffix in ("", torch_file.INDEX_SUFFIX)]
-    for path in [folder / name for name in names if (folder / name).is_file()]:
+    for path in [folder / name for name in names if (folder / name).exists()]:
+        if not path.is_file():
+            problems.append(f"{path}: is not a file")
+            continue
         try:
             tensors = torch_file.read_tensors(path)
             if config:

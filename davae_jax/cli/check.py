@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,8 +37,7 @@ class Check(Command):
         if not self.folders:
             raise OptionError("FOLDER", "is required")
         for folder in self.folders:
-            if not folder.is_dir():
-                raise OptionError("FOLDER", f"{folder}: {'is a file' if folder.exists() else 'no such folder'}")
+            _check_is_folder(folder)
         if self.json:
             check_output(self.json, "--json")
 
@@ -54,6 +54,14 @@ class Check(Command):
         if self.json:
             write_output(self.json, to_json([report._asdict() | {"folder": str(report.folder)} for report in reports]))
         return int(any(report.damaged for report in reports))
+
+
+def _check_is_folder(folder: Path) -> None:
+    """Raises OptionError unless a path is a folder that can be read."""
+    try:
+        os.listdir(folder)
+    except OSError as e:
+        raise OptionError("FOLDER", f"{folder}: {e.strerror}") from None
 
 
 def format_report(report: Report) -> str:

@@ -86,7 +86,8 @@ def _settings_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     path = folder / SETTINGS
     try:
         stored, expected = (from_stored_names(values) for values in (read_json_object(path), manifest["settings"]))
-        if differing := [name for name in expected.keys() & stored.keys() if stored[name] != expected[name]]:
+        stored = {"truncate": False} | stored  # as in folders of the first versions
+        if differing := [name for name in expected if stored.get(name) != expected[name]]:
             yield f"{path}: differs from {MANIFEST} in {', '.join(sorted(differing))}"
     except FileNotFoundError:
         yield f"{path}: is missing"
