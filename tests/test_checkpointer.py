@@ -42,7 +42,7 @@ def test_an_array_that_is_not_what_was_saved(tmp_path, capsys, monkeypatch):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state_at(1))
         wrong = {name: jnp.uint32(1) for name in ("step", "params.encoder.layers.0.weight")}
-        monkeypatch.setattr("davae_jax.training.run.checkpointer._checksums", lambda arrays: wrong)
+        monkeypatch.setattr("davae_jax.training.run.checkpointer.array_sums", lambda arrays: wrong)
         checkpoints.save(state_at(2))
     monkeypatch.undo()
     state, extra_state = Checkpoints(tmp_path, keep=2).restore(like(state_at(0)))

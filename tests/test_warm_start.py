@@ -133,7 +133,7 @@ def drawn_in_groups(monkeypatch):
 
     def stand_in(config, paths, seed):
         groups.append(paths)
-        return {path: np.zeros(1, np.float32) for path in paths}
+        return {row.path: np.zeros(row.model_shape, np.float32) for row in name_table(config) if row.path in paths}
 
     monkeypatch.setattr("davae_jax.checkpoints.warm_start.initialize_weights", stand_in)
     return groups

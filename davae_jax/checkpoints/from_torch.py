@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from davae_jax.checkpoints.check_weights import converted_problems
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_names import BUFFERS, NameRow
 from davae_jax.checkpoints.published_state import checked_name_table, read_published_state
@@ -36,7 +37,7 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
     config = DAVAEConfig.from_json(folder / CONFIG_FILE)
     if all((folder / name).is_file() for name in TOKENIZER_FILES):
         load_tokenizers(folder, config)
-    with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
+    with staged_folder(dst, overwrite=overwrite, sources=[folder], read_back=converted_problems) as staging:
         state = read_published_state(folder)
         table = checked_name_table(state, config, find_weights_file(folder))
         buffers = [buffer for buffer, name in BUFFERS.items() if name in state]

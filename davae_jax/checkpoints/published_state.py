@@ -31,7 +31,11 @@ def read_published_weights(folder: Path, config: DAVAEConfig) -> Iterator[tuple[
 def read_published_state(folder: Path) -> dict[str, np.ndarray]:
     """Returns the file's tensors by their published names; of a sibling model, only those of its text VAE."""
     path = torch_file.find_weights_file(folder)
-    state = torch_file.read_tensors(path)
+    return select_text_vae(torch_file.read_tensors(path), path)
+
+
+def select_text_vae(state: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    """Returns a file's tensors, or those of the text VAE if the file is a sibling model's. `path` is the file."""
     text_vae = {
         name.removeprefix("vae_model."): array for name, array in state.items() if name.startswith(SIBLING_PREFIX)
     }

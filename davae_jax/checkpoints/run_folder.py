@@ -2,11 +2,12 @@
 
 A converted checkpoint contains config.json, the tokenizers' files and `params/`, an Orbax checkpoint of the weights.
 A run folder contains config.json, the tokenizers' files and `checkpoints/STEP/`, an Orbax checkpoint for each saved
-step, whose item "params" is the weights.
+step, whose item "params" is the weights, and whose item "state" is the rest of the train state.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
@@ -14,6 +15,7 @@ from davae_jax.checkpoints.orbax_logging import quiet_orbax
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
 CHECKPOINTS_FOLDER = "checkpoints"
+STATE_ITEM = "state"
 
 
 def weights_path(folder: Path) -> Path | None:
@@ -47,4 +49,15 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
     with quiet_orbax():
         paths = (run / CHECKPOINTS_FOLDER).glob("*")
-        return [path for path in paths if path.name.isdigit() and ocp.is_orbax_checkpoint(path.absolute())]
+        steps = [path for path in paths if is_step(path.name) and _has_files(path / PARAMS_FOLDER)]
+        return [path for path in steps if ocp.is_orbax_checkpoint(path.absolute())]
+
+
+def _has_files(folder: Path) -> bool:
+    """Returns whether a folder contains a file, at any depth. Orbax takes an empty folder for a checkpoint."""
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
+def is_step(name: str) -> bool:
+    """Returns whether a folder of this name is the checkpoint of a step."""
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -17,15 +17,23 @@ from davae_jax.utils.locks import FolderLock
 
 
 @contextlib.contextmanager
-def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+def staged_folder(
+    dst: Path, *, overwrite: bool, sources: Sequence[Path] = (), read_back: Callable[[Path], list[str]] | None = None
+) -> Iterator[Path]:
     """Yields an empty folder next to `dst` that is renamed to `dst` on success and removed on failure or interrupt.
 
     With `overwrite`, an older `dst` is removed only after the new folder is complete. Parents that were created for
     `dst` are removed on failure too. The path is absolute, which Orbax needs.
 
+    Args:
+      dst: the folder to make.
+      overwrite: replace `dst` if it exists.
+      sources: folders that must not be inside of `dst`.
+      read_back: opens the new folder again before it is renamed, and returns its problems, a line for each.
+
     Raises:
       InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or files that are not a
-        checkpoint, or it cannot be written.
+        checkpoint, it cannot be written, or it has problems when it is read back.
     """
     target = dst.resolve()
     # Not made from the name itself, which may be as long as the file system permits. A lock tells whether a folder's
@@ -52,6 +60,8 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
         staging.mkdir(parents=True)
         lock.acquire(staging)
         yield staging
+        if read_back and (problems := read_back(staging)):
+            raise InputError(f"{dst}: is not what was written: {problems[0].replace(str(staging), str(dst))}")
         if _identity(target) != overwritten:
             raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
         if overwritten:
@@ -74,7 +84,7 @@ def staged_folder(dst: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -
             old.rename(target)
         _remove(staging)
         if is_placed:
-            _remove(old)
+            _remove_old(old)
         old_lock.release()
         for parent in created:
             with contextlib.suppress(OSError):  # not empty: it contains the result
@@ -95,14 +105,24 @@ def _remove_leftovers(target: Path, prefix: str) -> None:
 
     A folder that was to be replaced is put back if the program was killed before the new one was in its place.
     """
-    for leftover in (*target.parent.glob(f"{prefix}.old-*"), *target.parent.glob(f"{prefix}.partial-*")):
+    for leftover in [
+        path for kind in ("old", "partial", "removed") for path in target.parent.glob(f"{prefix}.{kind}-*")
+    ]:
         with contextlib.suppress(OSError, InputError), FolderLock() as lock:
             if not lock.acquire(leftover):  # whether its program still runs is unknown
                 continue
             if ".old-" in leftover.name and not target.exists():
                 leftover.rename(target)
+            elif ".old-" in leftover.name:
+                _remove_old(leftover)
             else:
                 _remove(leftover)
+
+
+def _remove_old(old: Path) -> None:
+    """Removes a folder that was replaced, under a name by which its remains would not be put back after a kill."""
+    with contextlib.suppress(OSError):
+        _remove(old.rename(old.with_name(old.name.replace(".old-", ".removed-"))))
 
 
 def check_path(folder: Path) -> None:

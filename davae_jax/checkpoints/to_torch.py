@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from davae_jax.checkpoints import torch_file
+from davae_jax.checkpoints.check_weights import published_problems
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, name_table
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, config_folder, weights_path
@@ -49,8 +50,11 @@ def export(
         )
     if not config.decoder.latent_every_layer:
         raise InputError(f"{folder}: decoder.latent_every_layer is false; the published program does not support this")
-    with staged_folder(dst, overwrite=overwrite, sources=[folder]) as staging:
-        state = published_state(folder, config, np.dtype(dtype))
+    state: dict[str, np.ndarray] = {}
+    with staged_folder(
+        dst, overwrite=overwrite, sources=[folder], read_back=lambda staging: published_problems(staging, state)
+    ) as staging:
+        state |= published_state(folder, config, np.dtype(dtype))
         if format in ("bin", "both"):
             torch_file.write_bin(staging / "pytorch_model.bin", state)
         if format in ("safetensors", "both"):

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from davae_jax.checkpoints import torch_file
+from davae_jax.checkpoints.check_weights import converted_problems
 from davae_jax.checkpoints.from_torch import write_params
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
@@ -111,11 +112,12 @@ def warm_start(
         raise OptionError("--encoder", "or --decoder is required")
     if latent_size is not None and latent_size < 1:
         raise OptionError("--latent-size", f"must be at least 1, not {latent_size}")
-    sources = {"encoder": encoder, "decoder": decoder}
-    folders = {component: resolve_source(source) for component, source in sources.items() if source is not None}
+    given = {"encoder": encoder, "decoder": decoder}
+    folders = {component: resolve_source(source) for component, source in given.items() if source is not None}
     davae_config = _combined_config(folders, config, latent_size)
     dst = Path(dst)
-    with staged_folder(dst, overwrite=overwrite, sources=[*folders.values()]) as staging:
+    sources = [*folders.values()]
+    with staged_folder(dst, overwrite=overwrite, sources=sources, read_back=converted_problems) as staging:
         table = name_table(davae_config)
         source_weights = _read_sources(folders, table)
         arrays: FlatParams = {

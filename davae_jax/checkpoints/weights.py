@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
 
 FlatParams = dict[str, Any]  # "decoder.layers.3.qkv_weight" → array
 INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
+SUMS = "sums"  # key of the metadata: of a run's checkpoint, the sums of its arrays; of parameters, the file of the sums
+EXTRA_STATE, EXTRA_STATE_SUM = "remembered", "remembered_sum"  # further keys of a run's checkpoint
+READ_BYTES = 1 << 28  # of arrays that `iterate_arrays` reads together
 
 
 def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
     """Reads an Orbax checkpoint of weights into the targets' dtypes and shardings.
 
-    The result lacks `decoder.inv_freq` if the checkpoint does.
+    The result lacks `decoder.inv_freq` if the checkpoint does. Sums are checked if the checkpoint has them.
 
     Raises:
-      InputError: the checkpoint is incomplete, its arrays do not fit the targets, or values are not finite.
+      InputError: the checkpoint is incomplete or damaged, its arrays do not fit the targets, or values are not finite.
     """
     from orbax.checkpoint import v1 as ocp
 
-    stored = stored_shapes(path)
+    check_files(path)
+    stored, sums = stored_shapes(path), _run_sums(path)
     targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
     problems = [f"{p} is missing" for p in targets if p not in stored]
     problems += [f"{p} is unexpected" for p in stored if p not in targets]
@@ -42,13 +49,31 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
         raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     with quiet_orbax():
         try:
-            arrays = flatten(ocp.load(path.absolute(), nest(targets), checkpointable_name=_checkpointable_name(path)))
+            read = {p: _stored(t, stored[p].dtype) for p, t in targets.items()} if sums else targets
+            arrays = flatten(ocp.load(path.absolute(), nest(read), checkpointable_name=_checkpointable_name(path)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
+    if sums:
+        found = jax.device_get(array_sums(arrays))
+        if differing := [p for p in found if int(found[p]) != sums.get(f"{PARAMS_FOLDER}.{p}")]:
+            raise InputError(f"{path}: checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
+        for p, t in targets.items():
+            arrays[p] = arrays[p].astype(t.dtype)  # one at a time, so that no second copy of all is in memory
     if not_finite := [p for p, finite in _are_finite(arrays).items() if not finite]:
         arrays_contain = "1 array contains" if len(not_finite) == 1 else f"{len(not_finite)} arrays contain"
         raise InputError(f"{path}: {arrays_contain} NaN or infinity: {', '.join(not_finite)}")
     return arrays
+
+
+def _stored(target: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    """Returns a target with the stored dtype, whose bits were summed."""
+    return jax.ShapeDtypeStruct(target.shape, dtype, sharding=target.sharding)
+
+
+def _run_sums(path: Path) -> dict[str, int] | None:
+    """Returns the sums of the arrays of a run's checkpoint; None if the folder is no such checkpoint or has none."""
+    sums = stored_metadata(path).get(SUMS)
+    return sums if isinstance(sums, dict) else None
 
 
 @jax.jit
@@ -62,8 +87,48 @@ def stored_shapes(path: Path) -> dict[str, Any]:
 
 
 def stored_metadata(path: Path) -> dict[str, Any]:
-    """Returns the metadata that `save_weights` wrote."""
+    """Returns the metadata that were written with the checkpoint."""
     return _metadata(path).custom_metadata or {}
+
+
+def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each array of an Orbax checkpoint with its path, in the stored dtype and in memory.
+
+    A few arrays are read together. Not more than READ_BYTES, or the largest array, is in memory at a time.
+
+    Args:
+      item: the name of the arrays in the checkpoint, "AUTO" if they are all that it contains.
+
+    Raises:
+      InputError: the checkpoint cannot be read.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    stored = _metadata(path, item).metadata
+    is_nested = any(isinstance(value, Mapping) for value in stored.values())
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    for group in _read_groups(flatten(stored)):
+        targets = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in group.items()}
+        with context, quiet_orbax():
+            try:
+                loaded = ocp.load(path.absolute(), nest(targets) if is_nested else targets, checkpointable_name=item)
+            except Exception as e:  # Orbax and TensorStore raise many types for damaged files
+                raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
+        yield from flatten(loaded).items()
+
+
+def _read_groups(stored: FlatParams) -> Iterator[FlatParams]:
+    group: FlatParams = {}
+    size = 0
+    for name, leaf in stored.items():
+        n = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if group and size + n > READ_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = leaf
+        size += n
+    yield group
 
 
 def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, Any]) -> None:
@@ -73,12 +138,15 @@ def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, A
     """
     from orbax.checkpoint import v1 as ocp
 
+    sums: dict[str, int] = {}
     context = ocp.Context()
     context.array.saving.use_compression = False
     with context, quiet_orbax():
         for group in groups:
-            ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata)
+            sums |= {name: array_sum(np.asarray(array)) for name, array in group.items()}
+            ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata | {SUMS: SUMS_FILE})
         ocp.partial.finalize(path.absolute())
+    write_sums(path, sums)
 
 
 def flatten(params: Params) -> FlatParams:
@@ -119,14 +187,20 @@ def _checkpointable_name(path: Path) -> str:
     return "AUTO" if path.name == PARAMS_FOLDER else PARAMS_FOLDER
 
 
-def _metadata(path: Path):
+def _metadata(path: Path, item: str | None = None):
+    """Returns Orbax's metadata of the weights, or of another item. Raises InputError if they cannot be read."""
     from orbax.checkpoint import v1 as ocp
 
     with quiet_orbax():
         try:
-            metadata = ocp.metadata(path.absolute(), _checkpointable_name(path))
+            metadata = ocp.metadata(path.absolute(), item or _checkpointable_name(path))
         except Exception as e:  # not a checkpoint, or an incomplete one
+            check_files(path)  # names the file that is missing or damaged
             raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
-    if metadata.metadata is None:
+    custom = metadata.custom_metadata or {}
+    if metadata.metadata is None or not isinstance(custom, dict):
+        check_files(path)
         raise InputError(f"{path}: not a complete checkpoint")
+    if custom.get(SUMS) == SUMS_FILE and not (path / SUMS_FILE).is_file():
+        raise InputError(f"{path / SUMS_FILE}: is missing; copy the folder again")
     return metadata

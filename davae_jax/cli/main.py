@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
         _command("plan", "PlanCommand"),
     ),
     "prepare": ("tokenize texts into shards for training", _command("prepare", "Prepare")),
+    "check": ("tell what folders are and whether their files are whole", _command("check", "Check")),
     "convert": ("convert a published PyTorch checkpoint to davae-jax", _command("convert", "Convert")),
     "export": ("write a checkpoint in the published PyTorch layout", _command("export", "Export")),
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _command("parity", "Parity")),

@@ -26,7 +26,7 @@ from davae_jax.data.shard_writer import (
     load_new_tokenizers,
     write_shards,
 )
-from davae_jax.data.shards import MANIFEST, from_stored_names, read_manifest, to_stored_names
+from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, read_manifest, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
@@ -36,7 +36,6 @@ from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
-SETTINGS = "prepare.json"
 # Maximum number of texts and bytes for training tokenizers; they are taken from the beginning of every slice.
 TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26
 # The default fraction of held-out texts, and their maximum size in bytes, which lowers the fraction for large inputs.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from davae_jax.data.check_prepared import prepared_problems
 from davae_jax.data.shard_writer import (
     MAX_BAD_LINES,
     PARTS,
@@ -16,7 +17,7 @@ from davae_jax.data.shard_writer import (
     stored_id_dtype,
     text_hash,
 )
-from davae_jax.data.shards import FORMAT, MANIFEST
+from davae_jax.data.shards import FORMAT, MANIFEST, manifest_sum
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError
@@ -43,7 +44,7 @@ def merge_shards(folder: Path, settings: dict[str, Any], max_bad: float = 0.01) 
       max_bad: the largest fraction of lines that may be unreadable.
 
     Raises:
-      InputError: the shards contain no text, or too many lines are unreadable.
+      InputError: the shards contain no text, too many lines are unreadable, or a file is not what was written.
     """
     names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
     counts, shards, bad_lines = _read_statistics(folder, names)
@@ -61,6 +62,7 @@ def merge_shards(folder: Path, settings: dict[str, Any], max_bad: float = 0.01) 
         raise InputError(f"{first}; {share} ({folder / 'bad_lines.jsonl'}), more than --max-bad {max_bad:g}")
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
+    written = ["order.npy", "lengths.npy", "held_out.jsonl", "bad_lines.jsonl", *(f"{s['name']}.npy" for s in shards)]
     manifest = {
         "format": FORMAT,
         "settings": settings,
@@ -68,8 +70,24 @@ def merge_shards(folder: Path, settings: dict[str, Any], max_bad: float = 0.01) 
         "dtype": stored_id_dtype(*load_new_tokenizers(str(folder), settings["encoder_positions"])).str,
         "counts": counts,
         "shards": shards,
+        "files": {name: file_sha256(folder / name) for name in written},
     }
+    _read_back(folder, manifest)
+    manifest["sum"] = manifest_sum(manifest)
     write_json(folder / MANIFEST, manifest)
+
+
+def _read_back(folder: Path, manifest: dict[str, Any]) -> None:
+    """Reads the folder before its manifest is written.
+
+    Raises InputError if a file is not what was written. A damaged shard is written again by the next call.
+    """
+    problems = prepared_problems(folder, manifest)
+    for shard in manifest["shards"]:
+        if any(problem.startswith(f"{folder / shard['name']}.") for problem in problems):
+            (folder / PARTS / f"{shard['name']}.json").unlink(missing_ok=True)
+    if problems:
+        raise InputError(f"{problems[0]}; the same command writes it again")
 
 
 def _read_statistics(folder: Path, names: list[str]) -> _Statistics:

@@ -1,6 +1,7 @@
 """Reads the records of a folder made by `davae prepare`, which contains these files:
 
-manifest.json              settings, counts, hashes of the tokenizers, and the list of shards; written last
+manifest.json              settings, counts, hashes of all files but prepare.json, the list of shards, and a sum of the
+                           manifest itself; written last
 prepare.json               the settings; written first
 vocab.txt, spiece.model    the tokenizers, which a training run copies
 NAME.arrayrecord           a shard: one record per text
@@ -33,10 +34,10 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import file_sha256
-from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.json_files import json_sum, read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 
-MANIFEST = "manifest.json"
+MANIFEST, SETTINGS = "manifest.json", "prepare.json"
 FORMAT = 1
 # Names of settings in prepare.json and the manifest that differ from those in the code: name → stored name.
 STORED_NAMES = {"fields": "field", "truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
@@ -138,7 +139,7 @@ class Prepared:
             # The time of `read([i])` grows with the size of the shard; `seek` and `read` take microseconds.
             with self._locks[n]:
                 if self._readers[n] is None:
-                    self._readers[n] = _open(path)
+                    self._readers[n] = open_shard(path)
                 reader = self._readers[n]
                 reader.seek(i)
                 record = reader.read()
@@ -222,11 +223,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             intact &= re.fullmatch(r"\d+-\d+", shard["name"]) is not None
             intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes", "line"))
             intact &= isinstance(shard["sha256"], str) and isinstance(shard["file"], str)
+        intact &= manifest_sum(manifest) == manifest.get("sum", manifest_sum(manifest))
+        intact &= all("/" not in name and isinstance(x, str) for name, x in manifest.get("files", {}).items())
     except (KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
         raise InputError(f"{path}: is damaged; copy or prepare the folder again")
     return manifest
+
+
+def manifest_sum(manifest: dict[str, Any]) -> int:
+    """Returns the sum that a manifest has of itself; those of earlier versions have none."""
+    return json_sum({key: value for key, value in manifest.items() if key != "sum"})
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -238,7 +246,8 @@ def _check_size(path: Path, expected: int) -> None:
         raise InputError(f"{path}: has {size} bytes, but the manifest gives {expected}; copy or prepare it again")
 
 
-def _open(path: Path) -> Any:
+def open_shard(path: Path) -> Any:
+    """Returns ArrayRecord's reader of a shard, which raises errors of several types."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=1 << 15)

@@ -77,7 +77,8 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" [tensorstore_spec=")[0]  # a page of settings
 
 
 def system_reason(error: Exception) -> str | None:

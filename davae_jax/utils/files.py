@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +106,28 @@ def remove_partial(folder: Path) -> None:
     """Removes the temporary files that killed programs have left in a folder."""
     for path in filter(is_partial, folder.iterdir()):
         path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, so that after a kill it is there with all its files, or not there under its name.
+
+    Raises OSError if it cannot be renamed.
+    """
+    hidden = folder.with_name(f".{crc32(os.fsencode(folder.name)):08x}.removed-{secrets.token_hex(4)}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_removed(parent: Path) -> None:
+    """Removes what killed programs have left of folders that `remove_folder` was removing."""
+    for path in parent.iterdir():
+        if is_removed(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_removed(path: Path) -> bool:
+    """Returns whether a folder is one that `remove_folder` was removing."""
+    return re.fullmatch(r"\.[0-9a-f]{8}\.removed-[0-9a-f]{8}", path.name) is not None
 
 
 def file_sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from davae_jax.utils.errors import InputError, first_line
 
@@ -35,3 +36,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: does not contain a JSON object")
     return values
+
+
+def json_sum(values: Any) -> int:
+    """Returns the CRC-32 of JSON values, whatever the order of their keys."""
+    return crc32(json.dumps(values, sort_keys=True).encode())

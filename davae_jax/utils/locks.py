@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+RETRIES, RETRY_SECONDS = 3, 0.1  # so that `is_locked`, which takes a lock for a moment, keeps nobody out
 
 
 class FolderLock:
@@ -38,7 +42,14 @@ class FolderLock:
             return False
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for retries_left in reversed(range(RETRIES)):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not retries_left:
+                        raise
+                    time.sleep(RETRY_SECONDS)
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(f"{folder}: another program is writing to this folder") from None
@@ -60,3 +71,22 @@ class FolderLock:
 
     def __exit__(self, *exception: Any) -> None:
         self.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Returns whether another program, or another lock, has locked a folder. Writes nothing and keeps nobody out."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False

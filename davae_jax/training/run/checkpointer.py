@@ -1,7 +1,8 @@
 """Saves and restores a run's checkpoints: a folder for each saved step, written while training continues.
 
 A checkpoint contains `params` (the weights, which every `davae` command reads) and `state` (the rest of `TrainState`).
-Its metadata contain a checksum of every array, to detect damage that the file format does not detect.
+Its metadata contain a checksum of every array, to detect damage that the file format does not detect. Old checkpoints
+are renamed before they are removed, so that one that is listed has all its files whenever the program is killed.
 """
 
 from __future__ import annotations
@@ -17,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
-from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, complete_checkpoints
-from davae_jax.checkpoints.weights import flatten, nest
+from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, STATE_ITEM, complete_checkpoints
+from davae_jax.checkpoints.sums import array_sums
+from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest
 from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, system_reason
-
-REST = "state"  # the name, in a checkpoint, of everything that is not weights
-# The metadata's keys.
-CHECKSUMS, EXTRA_STATE = "sums", "remembered"
+from davae_jax.utils.files import remove_folder, remove_removed
+from davae_jax.utils.json_files import json_sum
 
 
 class Checkpoints:
@@ -77,18 +76,19 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        checksums = {name: int(value) for name, value in jax.device_get(_checksums(_leaves(state))).items()}
-        metadata = {CHECKSUMS: checksums, EXTRA_STATE: copy.deepcopy(extra_state)}
+        checksums = {name: int(value) for name, value in jax.device_get(array_sums(_leaves(state))).items()}
+        metadata = {SUMS: checksums, EXTRA_STATE: copy.deepcopy(extra_state), EXTRA_STATE_SUM: json_sum(extra_state)}
         comparable = held_out_loss is not None and math.isfinite(held_out_loss)
         metrics = {"held_out_loss": held_out_loss} if comparable else None
         self._saving = step
         with self._save_errors(), quiet_orbax():
-            self._response = self._open().save_checkpointables_async(
+            checkpointer = self._open()
+            if is_process_zero() and self.path(step).exists():  # incomplete, or it would have been restored
+                remove_folder(self.path(step))
+            self._response = checkpointer.save_checkpointables_async(
                 step, _checkpointables(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
             )
-            if self._on_complete is not None:
-                path, on_complete = self.path(step), self._on_complete
-                self._response.on_complete(lambda _: on_complete(path))
+            self._response.on_complete(lambda _: self._complete(step))
 
     def wait(self) -> None:
         """Waits until the save in progress, if any, is complete. Raises InputError if it failed."""
@@ -97,6 +97,24 @@ class Checkpoints:
         with self._save_errors(), quiet_orbax():
             self._response.result()
         self.step, self._saving = self._saving, None
+
+    def _complete(self, step: int) -> None:
+        """Reports a complete checkpoint and removes those that it makes superfluous. Called on one of Orbax's threads.
+
+        Orbax itself would remove their files one by one under the checkpoint's name.
+        """
+        if self._on_complete is not None:
+            self._on_complete(self.path(step))
+        if not is_process_zero():
+            return
+        checkpoints = [c for c in self._checkpointer.checkpoints if self.path(c.step).exists()]
+        losses = {c.step: c.metrics["held_out_loss"] for c in checkpoints if c.metrics}
+        kept = sorted(c.step for c in checkpoints)[-self._keep :] + [
+            min(losses, key=lambda s: (losses[s], -s), default=step)
+        ]
+        for old in {c.step for c in checkpoints}.difference(kept):
+            with contextlib.suppress(OSError):  # it is tried again after the next save
+                remove_folder(self.path(old))
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any]:
         """Returns the newest intact checkpoint's state, with the shardings of `like`, and its extra state.
@@ -160,28 +178,27 @@ class Checkpoints:
                 metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             raise _Damaged(f"cannot be read ({first_line(e)})") from e
-        loaded = {f"params.{name}": leaf for name, leaf in flatten(items[PARAMS_FOLDER]).items()} | items[REST]
+        loaded = {f"params.{name}": leaf for name, leaf in flatten(items[PARAMS_FOLDER]).items()} | items[STATE_ITEM]
         loaded = {name: loaded[name] for name in _leaves(like)}
-        saved, checksums = metadata.get(CHECKSUMS, {}), jax.device_get(_checksums(loaded))
+        saved, checksums = metadata.get(SUMS, {}), jax.device_get(array_sums(loaded))
         if differing := [name for name in checksums if int(checksums[name]) != saved.get(name)]:
             raise _Damaged(f"checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
-        return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), metadata[EXTRA_STATE]
+        extra_state = metadata.get(EXTRA_STATE)
+        if metadata.get(EXTRA_STATE_SUM, json_sum(extra_state)) != json_sum(extra_state):
+            raise _Damaged("checksum mismatch in the extra state")
+        return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), extra_state
 
     def _open(self):
         """Returns Orbax's checkpointer, which is made on the first call."""
         from orbax.checkpoint import v1 as ocp
 
         if self._checkpointer is None:
-            policies = ocp.training.preservation_policies
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics["held_out_loss"],
-                reverse=True,  # Orbax keeps the last in order, and the lowest loss is the best
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
+            folder = self.run.absolute() / CHECKPOINTS_FOLDER
+            if is_process_zero() and folder.is_dir():
+                remove_removed(folder)
             self._checkpointer = ocp.training.Checkpointer(
-                self.run.absolute() / CHECKPOINTS_FOLDER,
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
+                folder,
+                preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # `_complete` removes old ones
                 cleanup_tmp_directories=True,
             )
         return self._checkpointer
@@ -212,17 +229,6 @@ def _unused_path(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-@jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns each array's sum of its values' bits, modulo 2³², which does not depend on the sharding."""
-
-    def bits(x):
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(bits, arrays)
-
-
 def _step(path: Path) -> int:
     return int(path.name)
 
@@ -230,7 +236,7 @@ def _step(path: Path) -> int:
 def _checkpointables(state: TrainState) -> dict[str, Any]:
     """Returns the two items of a checkpoint: the weights as nested dicts, the rest of the state by path."""
     rest = {name: leaf for name, leaf in _leaves(state).items() if not name.startswith("params.")}
-    return {PARAMS_FOLDER: nest(flatten(state.params)), REST: rest}
+    return {PARAMS_FOLDER: nest(flatten(state.params)), STATE_ITEM: rest}
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:

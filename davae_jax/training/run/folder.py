@@ -11,7 +11,6 @@ profile/         a profiler trace, if --profile-steps is given
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.initial_state import INIT_FOLDER
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
-from davae_jax.utils.files import is_partial, remove_partial, write_json
+from davae_jax.utils.files import is_partial, remove_folder, remove_partial, remove_removed, write_json
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 
@@ -72,6 +71,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
             )
         write_json(stored, values)
         remove_partial(path)
+        remove_removed(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be used as a run folder ({system_reason(e) or e})") from e
 
@@ -80,7 +80,8 @@ def _remove_preparations(path: Path) -> None:
     """Removes tokenizers, config and initial checkpoint of an earlier start; no checkpoint may depend on them."""
     for name in (CONFIG_FILE, *TOKENIZER_FILES):
         (path / name).unlink(missing_ok=True)
-    shutil.rmtree(path / INIT_FOLDER, ignore_errors=True)
+    if (path / INIT_FOLDER).exists():
+        remove_folder(path / INIT_FOLDER)
 
 
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
