@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.locks import FolderLock
 
@@ -103,12 +103,6 @@ def _remove_leftovers(target: Path, prefix: str) -> None:
                 leftover.rename(target)
             else:
                 _remove(leftover)
-
-
-def check_path(folder: Path) -> None:
-    """Raises InputError if Orbax, which takes paths for patterns, could not read back what it writes to a folder."""
-    if found := [character for character in "[]*?" if character in str(folder.absolute())]:
-        raise InputError(f"{folder}: checkpoints cannot be read from a path with {found[0]}; choose another folder")
 
 
 def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
 
@@ -122,6 +122,7 @@ def _checkpointable_name(path: Path) -> str:
 def _metadata(path: Path):
     from orbax.checkpoint import v1 as ocp
 
+    check_path(path)
     with quiet_orbax():
         try:
             metadata = ocp.metadata(path.absolute(), _checkpointable_name(path))

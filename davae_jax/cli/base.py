@@ -20,6 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
 
@@ -193,7 +194,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
 
     _open_closed_streams()
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8 in every locale
+        sys.stdout.reconfigure(**TEXT_ENCODING)  # JSON Lines are UTF-8 in every locale
     code = 0
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
@@ -282,7 +283,7 @@ def _open_closed_streams() -> None:
             if nowhere != number:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
-            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(number, "w", **TEXT_ENCODING, closefd=False))  # noqa: SIM115
 
 
 def exit_with(main: Callable[[], int]) -> None:

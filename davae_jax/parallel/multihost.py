@@ -129,7 +129,8 @@ def _encode_outcome(error: BaseException | None) -> np.ndarray:
     else:
         code, message = 1, f"{type(error).__name__}: {first_line(error)}"
     return np.frombuffer(
-        (bytes([code]) + message.encode(errors="replace"))[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"), np.uint8
+        (bytes([code]) + message.encode(errors="backslashreplace"))[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"),
+        np.uint8,
     )
 
 

@@ -15,6 +15,10 @@ from zlib import crc32
 
 from davae_jax.utils.errors import InputError
 
+# How texts are written that may contain names of files. A byte of a name that is not UTF-8 is a lone surrogate in
+# Python; it is written as \udcXX, which in JSON is the escape that `json.loads` turns back into it.
+TEXT_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -40,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text as `atomic_write` does."""
     with atomic_write(path) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, **TEXT_ENCODING)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -63,6 +67,14 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
 
 
+def check_utf8_path(path: Path) -> None:
+    """Raises InputError if a path is not UTF-8: libraries in C++ that open files by their names cannot take it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: the name is not UTF-8; rename the file or folder") from None
+
+
 def write_output(path: Path, text: str) -> None:
     """Writes a file that the user names, so that it appears complete or not at all.
 
@@ -76,7 +88,7 @@ def write_output(path: Path, text: str) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
         elif path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, **TEXT_ENCODING)
         else:
             write_text(path.resolve(), text)
     except OSError as e:

@@ -20,7 +20,7 @@ import numpy as np
 from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.training.run.rates import Rates, Work
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import write_bytes
+from davae_jax.utils.files import TEXT_ENCODING, write_bytes
 from davae_jax.utils.json_lines import read_log_lines
 
 
@@ -139,7 +139,7 @@ class JsonLinesFile:
 
     def __init__(self, path: Path, last_step: int):
         write_bytes(path, b"".join(line.data for line in read_log_lines(path) if line.values["step"] <= last_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", **TEXT_ENCODING)
 
     def write(self, values: dict[str, Any]) -> None:
         print(json.dumps(values, ensure_ascii=False), file=self._file, flush=True)
