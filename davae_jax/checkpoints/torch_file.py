@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.files import check_utf8_path
 from davae_jax.utils.json_files import read_json_object
 
 TORCH_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference: safetensors does not need PyTorch
@@ -94,6 +95,7 @@ def _read_parts(index: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(f"reading {path.name}")
+    check_utf8_path(path)
     _check_sums(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols; real problems are raised

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,35 @@ TEXT_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 @contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks it, as one of a write to a full disk does."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OSError(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e  # NumPy's have a message only
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yields a new folder for temporary files that is removed at the end.
+
+    Raises:
+      InputError: files cannot be written there; the message names TMPDIR.
+    """
+    parent = None
+    try:
+        parent = tempfile.gettempdir()
+        with tempfile.TemporaryDirectory(prefix=prefix) as name:
+            yield Path(name)
+    except OSError as e:
+        if e.filename is not None and not (parent and Path(os.fsdecode(e.filename)).is_relative_to(parent)):
+            raise
+        raise InputError(f"TMPDIR {parent or ''}: temporary files cannot be written ({e.strerror or e})") from e
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary file in the folder of `path`, which replaces `path` at the end of the `with` block.
 
@@ -29,8 +60,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     # Not made from the name itself, which may be as long as the file system permits.
     file = path.with_name(f".{crc32(os.fsencode(path.name)):08x}.{os.getpid()}.partial")
     try:
-        yield file
-        file.replace(path)
+        with naming_file(path):
+            yield file
+            file.replace(path)
     finally:
         file.unlink(missing_ok=True)
 
