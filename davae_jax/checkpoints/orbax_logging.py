@@ -1,4 +1,4 @@
-"""Silences Orbax's warnings about its own internals."""
+"""Silences Orbax's log, which is about its own internals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Silences Orbax's log within the context: each save and load logs warnings that no user can act on."""
+    """Silences Orbax's log within the context: each save and load logs warnings that no user can act on.
+
+    The errors that its threads and tasks log stay silent afterwards too: a save goes on in the background, and if it
+    fails, each of them logs the error that waiting for the save raises.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_orbax)  # once; adding it again does nothing
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -17,3 +23,8 @@ def quiet_orbax() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Returns whether a record is to be logged: neither Orbax nor a task of Orbax has logged it."""
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

@@ -13,6 +13,7 @@ from zlib import crc32
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path
 from davae_jax.utils.errors import InputError, system_reason
+from davae_jax.utils.files import write_bytes
 from davae_jax.utils.locks import FolderLock
 
 
@@ -109,7 +110,7 @@ def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
     """Copies the files that the source has."""
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
+            write_bytes(staging / name, (source / name).read_bytes())
 
 
 def _remove(path: Path) -> None:
