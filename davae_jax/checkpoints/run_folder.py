@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
+from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import check_utf8_path
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
@@ -43,6 +45,13 @@ def config_folder(folder: Path) -> Path:
     return parent.parent if is_checkpoint else folder
 
 
+def check_path(folder: Path) -> None:
+    """Raises InputError if Orbax, which takes paths for patterns, cannot read checkpoints below a folder."""
+    check_utf8_path(folder.absolute())
+    if found := [character for character in "[]*?" if character in str(folder.absolute())]:
+        raise InputError(f"{folder}: checkpoints cannot be read from a path with {found[0]}; choose another folder")
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, in no particular order; each folder's name is its step."""
     from orbax.checkpoint import v1 as ocp
@@ -50,6 +59,8 @@ def complete_checkpoints(run: Path) -> list[Path]:
     with quiet_orbax():
         paths = (run / CHECKPOINTS_FOLDER).glob("*")
         steps = [path for path in paths if is_step(path.name) and _has_files(path / PARAMS_FOLDER)]
+        if steps:
+            check_path(run)
         return [path for path in steps if ocp.is_orbax_checkpoint(path.absolute())]
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path
 from davae_jax.utils.errors import InputError, system_reason
+from davae_jax.utils.files import write_bytes
 from davae_jax.utils.locks import FolderLock
 
 
@@ -125,17 +126,11 @@ def _remove_old(old: Path) -> None:
         _remove(old.rename(old.with_name(old.name.replace(".old-", ".removed-"))))
 
 
-def check_path(folder: Path) -> None:
-    """Raises InputError if Orbax, which takes paths for patterns, could not read back what it writes to a folder."""
-    if found := [character for character in "[]*?" if character in str(folder.absolute())]:
-        raise InputError(f"{folder}: checkpoints cannot be read from a path with {found[0]}; choose another folder")
-
-
 def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
     """Copies the files that the source has."""
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
+            write_bytes(staging / name, (source / name).read_bytes())
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path
 from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
@@ -191,6 +191,7 @@ def _metadata(path: Path, item: str | None = None):
     """Returns Orbax's metadata of the weights, or of another item. Raises InputError if they cannot be read."""
     from orbax.checkpoint import v1 as ocp
 
+    check_path(path)
     with quiet_orbax():
         try:
             metadata = ocp.metadata(path.absolute(), item or _checkpointable_name(path))

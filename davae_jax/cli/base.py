@@ -19,7 +19,9 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from davae_jax.cli.renamed import replace_renamed
+from davae_jax.parallel.backend import backend_problem
 from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
 
@@ -193,7 +195,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
 
     _open_closed_streams()
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON Lines are UTF-8 in every locale
+        sys.stdout.reconfigure(**TEXT_ENCODING)  # JSON Lines are UTF-8 in every locale
     code = 0
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
@@ -205,7 +207,8 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
         except ParseError as e:
             return e.exit_code
         except InputError as e:
-            return report(str(e), e.exit_code)
+            is_explained = e.__cause__ is None or isinstance(e.__cause__, (InputError, OSError))
+            return report((None if is_explained else backend_problem(e)) or str(e), e.exit_code)
         except KeyboardInterrupt:
             say("interrupted")
             return INTERRUPTED
@@ -218,7 +221,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             name = e.filename or ("standard output" if _stdout_is_broken() else None)
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except Exception as e:
-            return report(f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
+            return report(backend_problem(e) or f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
 
 
 class _WithoutReader:
@@ -282,7 +285,7 @@ def _open_closed_streams() -> None:
             if nowhere != number:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
-            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(number, "w", **TEXT_ENCODING, closefd=False))  # noqa: SIM115
 
 
 def exit_with(main: Callable[[], int]) -> None:

@@ -122,6 +122,8 @@ def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str
     from davae_jax.training.loop import train
 
     config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
+    if waiting := multihost.describe_waiting(config.distributed):
+        print(waiting, flush=True)
     multihost.connect(config.distributed)
     result = train(config)
     if result.interrupted:

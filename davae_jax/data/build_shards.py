@@ -30,7 +30,7 @@ from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, read_ma
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
-from davae_jax.utils.files import file_sha256, is_partial, remove_partial, write_bytes, write_json
+from davae_jax.utils.files import check_utf8_path, file_sha256, is_partial, remove_partial, write_bytes, write_json
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
@@ -168,6 +168,7 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> None
       InputError: the folder cannot be written, or another program is writing to it.
     """
     path = folder / SETTINGS
+    check_utf8_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(folder)

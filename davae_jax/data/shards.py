@@ -33,7 +33,7 @@ import numpy as np
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
-from davae_jax.utils.files import file_sha256
+from davae_jax.utils.files import check_utf8_path, file_sha256
 from davae_jax.utils.json_files import json_sum, read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 
@@ -208,6 +208,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises InputError if there is none of this version, or it is damaged.
     """
     path = folder / MANIFEST
+    check_utf8_path(folder)
     try:
         manifest = read_json_object(path)
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from typing import Any
 
 from davae_jax.data.line_readers import CHUNK_LINES, Chunk, FileSlice, Line, missing_package, parse_line
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import check_utf8_path
 
 
 def parquet_slice_bounds(path: Path, max_bytes: int) -> list[int]:
@@ -51,6 +52,7 @@ def read_arrow(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
         import pyarrow
     except ImportError:
         raise missing_package(path, "pyarrow") from None
+    check_utf8_path(path)
     with pyarrow.OSFile(str(path)) as raw:  # a memory-mapped file would count as memory of the process
         if raw.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(raw)
@@ -70,6 +72,7 @@ def _open_parquet(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise missing_package(path, "pyarrow") from None
+    check_utf8_path(path)
     return ParquetFile(path)
 
 

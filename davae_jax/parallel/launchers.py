@@ -5,6 +5,8 @@ JAX reads most of them itself (`jax.distributed.initialize`); this module handle
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Mapping
 
@@ -55,6 +57,35 @@ def check_alone(environ: Mapping[str, str]) -> None:
             f"other pods: pip install '.[k8s]', or set {OPTIONS}",
             exit_code=2,
         )
+
+
+def started_by_hand(environ: Mapping[str, str]) -> str | None:
+    """Returns why this process of a Slurm job trains alone, or None if it is one of the tasks of a step.
+
+    In an interactive step (`salloc` with a shell on the node, `srun --pty bash`) a program that is started from the
+    shell inherits the shell's variables. JAX takes SLURM_NTASKS for the number of processes and would wait for them.
+
+    It is alone in two cases: the step has one task, whatever the size of the job; or the step has a pseudo-terminal, of
+    which Slurm runs only the first task's shell, and that shell has started this process as a job of its own, not in
+    the process group of the task, as a script does.
+    """
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if tasks == 1 and (_number(environ, "SLURM_NTASKS") or 1) > 1:
+        return f"SLURM_NTASKS is {environ['SLURM_NTASKS']}, but SLURM_STEP_NUM_TASKS is 1"
+    task = _number(environ, "SLURM_TASK_PID")
+    if (tasks or 1) > 1 and "SLURM_PTY_PORT" in environ and task is not None:
+        with contextlib.suppress(OSError):  # the task is on another machine, or has ended
+            if task != os.getpid() and os.getpgid(task) != os.getpgrp():
+                return f"SLURM_STEP_NUM_TASKS is {tasks}, but the step is interactive (SLURM_PTY_PORT)"
+    return None
+
+
+def expected_processes(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Returns the launcher's variable with the number of processes that JAX will wait for, and the number, if any."""
+    for name, marker in (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri")):
+        if marker in environ and (n := _number(environ, name) or 1) > 1:
+            return name, n
+    return None
 
 
 def local_devices(environ: Mapping[str, str]) -> list[int] | None:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from davae_jax.parallel.config import DistributedConfig
-from davae_jax.parallel.launchers import OPTIONS, check_alone, local_devices
+from davae_jax.parallel.launchers import OPTIONS, check_alone, expected_processes, local_devices, started_by_hand
 from davae_jax.utils.errors import InputError, first_line
 
 Params = dict[str, Any]
@@ -42,6 +42,12 @@ def connect(config: DistributedConfig) -> None:
         to reach them (exit code 2).
     """
     coordinator, num_processes, process_id = config.resolve(os.environ)
+    if coordinator is None and (reason := started_by_hand(os.environ)):
+        warnings.warn(
+            f"{reason}: trains alone; to train with all tasks, start the program with srun, or set {OPTIONS}",
+            stacklevel=2,
+        )
+        return
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
     if coordinator is not None and process_id == 0:
         _check_port_is_free(coordinator)
@@ -69,6 +75,17 @@ def connect(config: DistributedConfig) -> None:
             if "JOB_COMPLETION_INDEX" in os.environ:
                 raise InputError(f"Kubernetes: {first_line(e)}; or set {OPTIONS}") from e
         check_alone(os.environ)
+
+
+def describe_waiting(config: DistributedConfig) -> str | None:
+    """Returns a line that says which processes `connect` waits for and how long; None if it waits for none."""
+    coordinator, num_processes, process_id = config.resolve(os.environ)
+    limit = f"at most {config.timeout} s (--distributed.timeout)"
+    if coordinator is not None and num_processes > 1:
+        return f"process {process_id} waits for {num_processes} processes at {coordinator}, {limit}"
+    if coordinator is None and not started_by_hand(os.environ) and (expected := expected_processes(os.environ)):
+        return f"waiting for {expected[1]} processes ({expected[0]}), {limit}"
+    return None
 
 
 def _check_port_is_free(coordinator: str) -> None:
@@ -129,7 +146,8 @@ def _encode_outcome(error: BaseException | None) -> np.ndarray:
     else:
         code, message = 1, f"{type(error).__name__}: {first_line(error)}"
     return np.frombuffer(
-        (bytes([code]) + message.encode(errors="replace"))[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"), np.uint8
+        (bytes([code]) + message.encode(errors="backslashreplace"))[:OUTCOME_BYTES].ljust(OUTCOME_BYTES, b"\0"),
+        np.uint8,
     )
 
 

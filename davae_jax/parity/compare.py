@@ -38,7 +38,6 @@ from __future__ import annotations
 import gc
 import itertools
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -69,6 +68,7 @@ from davae_jax.parity.module_values import (
     twin_values,
 )
 from davae_jax.utils.errors import InputError, OptionError
+from davae_jax.utils.files import temporary_folder
 
 Dtype = Literal["float32", "bfloat16"]
 ZERO_GRADIENTS = "gradient of key and relative biases"
@@ -171,8 +171,8 @@ def compare(
         bar.set_description(name)
         bar.update()
 
-    with bar, tempfile.TemporaryDirectory(prefix="davae-parity-") as scratch:
-        gradient_folder = Path(scratch) if gradients else None
+    with bar, temporary_folder("davae-parity-") as scratch:
+        gradient_folder = scratch if gradients else None
         twin = twin_values(twin_folder, twin_config, inputs, gradient_folder, report_progress)
         gc.collect()
         report_progress("JAX: weights")

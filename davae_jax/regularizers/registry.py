@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def load_plugin(path: Path) -> None:
     if not path.is_file():
         raise OptionError("--plugin", f"{path}: no such file")
     # The module's name depends on the path alone, so importing a file again replaces its regularizers.
-    name = f"davae_jax_plugin_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
+    name = f"davae_jax_plugin_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise OptionError("--plugin", f"{path}: not a Python file")

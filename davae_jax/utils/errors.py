@@ -88,4 +88,4 @@ def system_reason(error: Exception) -> str | None:
     # TensorStore, safetensors and PyTorch raise their own exceptions when the disk is full.
     if code := re.search(r"os_error_code='(\d+)'|os error (\d+)", str(error)):
         return os.strerror(int(code[1] or code[2]))
-    return "is the disk full?" if "inline_container" in str(error) else None
+    return "is the disk full?" if re.search("inline_container|iostream error", str(error)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,12 +11,46 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from davae_jax.utils.errors import InputError
+
+# How texts are written that may contain names of files. A byte of a name that is not UTF-8 is a lone surrogate in
+# Python; it is written as \udcXX, which in JSON is the escape that `json.loads` turns back into it.
+TEXT_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks it, as one of a write to a full disk does."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OSError(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e  # NumPy's have a message only
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yields a new folder for temporary files that is removed at the end.
+
+    Raises:
+      InputError: files cannot be written there; the message names TMPDIR.
+    """
+    parent = None
+    try:
+        parent = tempfile.gettempdir()
+        with tempfile.TemporaryDirectory(prefix=prefix) as name:
+            yield Path(name)
+    except OSError as e:
+        if e.filename is not None and not (parent and Path(os.fsdecode(e.filename)).is_relative_to(parent)):
+            raise
+        raise InputError(f"TMPDIR {parent or ''}: temporary files cannot be written ({e.strerror or e})") from e
 
 
 @contextlib.contextmanager
@@ -27,8 +62,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     # Not made from the name itself, which may be as long as the file system permits.
     file = path.with_name(f".{crc32(os.fsencode(path.name)):08x}.{os.getpid()}.partial")
     try:
-        yield file
-        file.replace(path)
+        with naming_file(path):
+            yield file
+            file.replace(path)
     finally:
         file.unlink(missing_ok=True)
 
@@ -42,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text as `atomic_write` does."""
     with atomic_write(path) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, **TEXT_ENCODING)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -65,6 +101,14 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
 
 
+def check_utf8_path(path: Path) -> None:
+    """Raises InputError if a path is not UTF-8: libraries in C++ that open files by their names cannot take it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: the name is not UTF-8; rename the file or folder") from None
+
+
 def write_output(path: Path, text: str) -> None:
     """Writes a file that the user names, so that it appears complete or not at all.
 
@@ -78,7 +122,7 @@ def write_output(path: Path, text: str) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
         elif path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, **TEXT_ENCODING)
         else:
             write_text(path.resolve(), text)
     except OSError as e:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_exit
 from typing import Any
@@ -33,7 +35,7 @@ def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any],
       workers: the number of processes; with 1, the tasks run in this process.
 
     Raises:
-      InputError: a worker process was killed. An exception in a worker is raised here.
+      InputError: the worker processes cannot be started, or one was killed. An exception in a worker is raised here.
     """
     if min(workers, len(tasks)) == 1:
         for task in tasks:
@@ -41,12 +43,23 @@ def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any],
         return
     # "spawn", because a forked process would not have the threads of the libraries that are imported here.
     context = multiprocessing.get_context("spawn")
-    progress, stop = context.Value("d", 0.0), context.Event()
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), context, initializer=_initialize_worker, initargs=(progress, stop)
-    )
+    with contextlib.ExitStack() as cleanup:
+        try:
+            progress, stop = context.Value("d", 0.0), context.Event()
+            pool = ProcessPoolExecutor(
+                min(workers, len(tasks)), context, initializer=_initialize_worker, initargs=(progress, stop)
+            )
+            cleanup.callback(pool.shutdown, cancel_futures=True)
+            cleanup.callback(stop.set)
+            pending = {pool.submit(_work_in_process, work, task) for task in tasks}
+        except OSError as e:
+            raise InputError(f"--workers {workers}: {_why_not_started(e)}") from e
+        _wait_for(pending, progress, bar)
+
+
+def _wait_for(pending: set[Future], progress: Any, bar: tqdm) -> None:
+    """Shows the progress until all tasks are done. Raises the first exception of a task."""
     try:
-        pending = {pool.submit(_work_in_process, work, task) for task in tasks}
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(progress.value - bar.n)
@@ -54,9 +67,18 @@ def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any],
                 future.result()
     except BrokenProcessPool:
         raise InputError("a worker process was killed (out of memory?); repeat the command to resume") from None
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+
+
+def _why_not_started(error: OSError) -> str:
+    """Explains an error at the start of worker processes, which share memory and locks by files in /dev/shm."""
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError:
+        temporary = "a folder for temporary files"
+    return (
+        f"worker processes cannot be started ({error.strerror or error}); they need space in /dev/shm and in "
+        f"{temporary} (TMPDIR), and may not be too many; make space, or use --workers 1"
+    )
 
 
 class _Stopped(Exception):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -209,9 +208,6 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
-            # The run ends here: errors of Orbax's other threads and tasks would only follow this one.
-            for name in ("absl", "asyncio"):
-                logging.getLogger(name).disabled = True
             reason = system_reason(e) or first_line(e)
             raise InputError(
                 f"{self.run / CHECKPOINTS_FOLDER}: step {self._saving} cannot be saved ({reason}); "

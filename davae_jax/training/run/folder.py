@@ -14,8 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, complete_checkpoints
-from davae_jax.checkpoints.staging import check_path
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path, complete_checkpoints
 from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES

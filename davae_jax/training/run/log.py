@@ -20,7 +20,7 @@ import numpy as np
 from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.training.run.rates import Rates, Work
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import write_bytes
+from davae_jax.utils.files import TEXT_ENCODING, naming_file, write_bytes
 from davae_jax.utils.json_lines import read_log_lines
 
 
@@ -139,13 +139,16 @@ class JsonLinesFile:
 
     def __init__(self, path: Path, last_step: int):
         write_bytes(path, b"".join(line.data for line in read_log_lines(path) if line.values["step"] <= last_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("a", **TEXT_ENCODING)
 
     def write(self, values: dict[str, Any]) -> None:
-        print(json.dumps(values, ensure_ascii=False), file=self._file, flush=True)
+        with naming_file(self._path):
+            print(json.dumps(values, ensure_ascii=False), file=self._file, flush=True)
 
     def close(self) -> None:
-        self._file.close()
+        with naming_file(self._path):
+            self._file.close()
 
 
 class EventsFile:
@@ -160,7 +163,8 @@ class EventsFile:
 
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"  # as TensorBoard names it
-        self._file = open(folder / name, "wb")  # noqa: SIM115 (closed by `close`)
+        self._path = folder / name
+        self._file = open(self._path, "wb")  # noqa: SIM115 (closed by `close`)
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
@@ -193,5 +197,6 @@ class EventsFile:
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-        self._file.flush()
+        with naming_file(self._path):
+            self._records.write(event.SerializeToString())
+            self._file.flush()

@@ -1,0 +1,44 @@
+"""Explains why JAX cannot start on this machine, by the environment variables that configure it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from davae_jax.utils.errors import first_line
+
+# The variables that decide which devices JAX looks for.
+DEVICE_VARIABLES = (
+    *("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "JAX_CUDA_VISIBLE_DEVICES"),
+    *("JAX_ROCM_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "XLA_FLAGS"),
+)
+
+
+def backend_problem(error: Exception, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns why JAX cannot be imported or has no devices, after an error of a program.
+
+    JAX looks for devices when it first needs one, which may be anywhere in a program, and its errors are of many types:
+    if a platform's hardware is missing, an AssertionError without a message.
+
+    Returns:
+      A line that names the environment variables; None if JAX works, or the program has not used it.
+    """
+    if "jax" in sys.modules:
+        import jax
+
+        try:
+            jax.devices()
+        except Exception as e:
+            error = e
+        else:
+            foreign = [name for name in environ if name.startswith("JAX_") and not environ[name].isprintable()]
+            return f"{foreign[0]}={environ[foreign[0]]}: {first_line(error)}" if foreign else None
+    elif not any(name.startswith("jax.") for name in sys.modules):  # they remain after an import that failed
+        return None
+    reason = first_line(error) if str(error).strip() else "its plugin is not installed, or there is no such device"
+    names = [name for name in environ if name in DEVICE_VARIABLES]
+    # JAX's settings are named like their variables, in lower case.
+    names += [name for name in environ if name.startswith("JAX_") and name.lower() in reason.lower()]
+    settings = ", ".join(f"{name}={environ[name]}" for name in dict.fromkeys(names)) or "JAX_PLATFORMS is not set"
+    return f"JAX cannot start ({settings}): {reason}"
