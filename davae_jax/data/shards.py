@@ -4,8 +4,8 @@ manifest.json              settings, counts, hashes of the tokenizers, and the l
 prepare.json               the settings; written first
 vocab.txt, spiece.model    the tokenizers, which a training run copies
 NAME.arrayrecord           a shard: one record per text
-NAME.npy                   uint32 [texts, 3], a row per record of the shard: the line of the text in its slice of the
-                           input file, its number of encoder ids, and its number of decoder ids
+NAME.npy                   uint32 [texts, 3], a row per record of the shard: the line of the text in the shard's part of
+                           the input, its number of encoder ids, and its number of decoder ids
 order.npy                  the indices of all records, counted over all shards, sorted by number of decoder ids
 lengths.npy                [lengths, 3], a row per number of decoder ids that occurs: this number, the number of such
                            texts, and the largest number of encoder ids among them
@@ -22,19 +22,20 @@ import bisect
 import hashlib
 import itertools
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from davae_jax.data.file_lines import describe_lines, files_of
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import file_sha256
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
+from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -111,9 +112,7 @@ class Prepared:
         for shard in self.shards:
             _check_size(folder / f"{shard['name']}.arrayrecord", shard["bytes"])
         self._first_records = [0, *itertools.accumulate(shard["texts"] for shard in self.shards)]
-        self._readers: list[Any] = [None] * len(self.shards)
-        self._locks = [threading.Lock() for _ in self.shards]
-        _allow_open_files(len(self.shards) + 256)
+        self._readers = OpenFiles(self._open, allow_open_files(len(self.shards)))
 
     def __len__(self) -> int:
         return self._first_records[-1]
@@ -136,10 +135,7 @@ class Prepared:
         path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
         try:
             # The time of `read([i])` grows with the size of the shard; `seek` and `read` take microseconds.
-            with self._locks[n]:
-                if self._readers[n] is None:
-                    self._readers[n] = _open(path)
-                reader = self._readers[n]
+            with self._readers.use(n) as reader:
                 reader.seek(i)
                 record = reader.read()
             return decode_record(record, self.dtype)
@@ -152,9 +148,16 @@ class Prepared:
         for i in sorted(records):
             n, i = self._locate(i)
             shard = self.shards[n]
-            line = read_array(self.folder / f"{shard['name']}.npy", 2, mapped=True)[i, 0]
-            lines.setdefault(shard["file"], []).append(shard["line"] + int(line))
-        return "; ".join(f"lines {', '.join(map(str, numbers))} of {file}" for file, numbers in lines.items())
+            number = read_array(self.folder / f"{shard['name']}.npy", 2, mapped=True)[i, 0]
+            file, line = files_of(shard).locate(int(number))
+            lines.setdefault(file, []).append(line)
+        return describe_lines(lines)
+
+    def _open(self, n: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
+        return ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=1 << 15)
 
     def _locate(self, i: int) -> tuple[int, int]:
         """Returns the index of the shard that contains record i, and the record's index in that shard."""
@@ -220,9 +223,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         intact &= set(tokenizers) == set(TOKENIZER_FILES) and all(isinstance(x, str) for x in tokenizers.values())
         for shard in shards:
             intact &= re.fullmatch(r"\d+-\d+", shard["name"]) is not None
-            intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes", "line"))
-            intact &= isinstance(shard["sha256"], str) and isinstance(shard["file"], str)
-    except (KeyError, TypeError, AttributeError):
+            intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes"))
+            files, first_lines = files_of(shard)
+            intact &= all(type(line) is int for line in first_lines) and first_lines == sorted(first_lines)
+            intact &= first_lines[0] <= 1 and all(isinstance(text, str) for text in (shard["sha256"], *files))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         intact = False
     if not intact:
         raise InputError(f"{path}: is damaged; copy or prepare the folder again")
@@ -236,21 +241,3 @@ def _check_size(path: Path, expected: int) -> None:
         raise InputError(f"{path}: a shard of the manifest cannot be read ({e.strerror})") from None
     if size != expected:
         raise InputError(f"{path}: has {size} bytes, but the manifest gives {expected}; copy or prepare it again")
-
-
-def _open(path: Path) -> Any:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    return ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=1 << 15)
-
-
-def _allow_open_files(n: int) -> None:
-    """Raises the limit of open files, often 1024, to n if the system permits it, because each shard is an open file."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < n:
-        new_limit = n if hard == resource.RLIM_INFINITY else min(n, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, new_limit), hard))
