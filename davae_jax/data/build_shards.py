@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from davae_jax.data.bad_lines import BadLineLimit
 from davae_jax.data.encodings import UTF_8
+from davae_jax.data.file_lines import name_files
 from davae_jax.data.line_readers import FileSlice
 from davae_jax.data.readers import find_files, read_slice, split_into_slices
 from davae_jax.data.shard_index import merge_shards
@@ -30,7 +31,7 @@ from davae_jax.data.shard_writer import (
     load_new_tokenizers,
     write_shards,
 )
-from davae_jax.data.shards import MANIFEST, from_stored_names, read_manifest, to_stored_names
+from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, read_manifest, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
@@ -40,7 +41,6 @@ from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
-SETTINGS = "prepare.json"
 SHARED = "shared"  # the setting in prepare.json that says that small files share shards; absent in earlier versions
 MAX_FILES = 10_000  # maximum number of files that share a shard
 # Maximum number of texts and bytes for training tokenizers; they are taken from the beginning of every slice.
@@ -269,12 +269,11 @@ def _provide_tokenizers(
     missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
     if missing and isinstance(tokenizers, VocabularySizes):
         texts = sample_texts(slices, settings.fields, settings.held_out)
+        source = name_files(list(dict.fromkeys(file_slice.file for file_slice in slices)))
         if not texts:
-            raise InputError(
-                f"{slices[0].file}: contains no text to train tokenizers on (--field {' '.join(settings.fields)})"
-            )
+            raise InputError(f"{source}: no text to train tokenizers on (--field {' '.join(settings.fields)})")
         vocab = train_wordpiece(texts, tokenizers.encoder_vocab_size)
-        spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size")
+        spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size", source=source)
         for name, data in zip(TOKENIZER_FILES, (vocab, spiece), strict=True):
             write_bytes(folder / name, data)
     else:

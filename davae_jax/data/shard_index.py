@@ -54,11 +54,11 @@ def merge_shards(folder: Path, settings: dict[str, Any], limit: BadLineLimit) ->
     for name in set(names) - {shard["name"] for shard in shards}:  # without texts
         for suffix in ("arrayrecord", "npy"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    if limit.is_exceeded(counts["lines"], counts["bad"]):
+        raise limit.error(BadLine(**bad_lines[0]), counts["lines"], counts["bad"], str(folder / "bad_lines.jsonl"))
     if not shards:
         reason = describe_dropped(counts) or "contains no text"
         raise InputError(f"{name_files(list(settings['inputs']))}: {reason}; no text remains")
-    if limit.is_exceeded(counts["lines"], counts["bad"]):
-        raise limit.error(BadLine(**bad_lines[0]), counts["lines"], counts["bad"], str(folder / "bad_lines.jsonl"))
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
     manifest = {

@@ -37,7 +37,7 @@ from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
-MANIFEST = "manifest.json"
+SETTINGS, MANIFEST = "prepare.json", "manifest.json"
 FORMAT = 1
 # Names of settings in prepare.json and the manifest that differ from those in the code: name → stored name.
 STORED_NAMES = {"fields": "field", "truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
@@ -202,6 +202,12 @@ class Prepared:
         except OSError as e:
             raise InputError(f"{path}: cannot be read ({system_reason(e)})") from None
         return texts
+
+
+def is_prepared(folder: Path) -> bool:
+    """Returns whether `davae prepare` made a folder, perhaps not to the end."""
+    has_manifest = (folder / MANIFEST).is_file() and any(folder.glob("*.arrayrecord"))
+    return has_manifest or (folder / SETTINGS).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

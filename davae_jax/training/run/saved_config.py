@@ -24,6 +24,8 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 # Settings that had another name in earlier versions: old name → current name.
 RENAMED_SETTINGS = {"data.pieces": "data.decoder_vocab_size", "data.entries": "data.encoder_vocab_size"}
+# Settings of the texts that had one value in earlier versions and now may have several.
+SEVERAL_VALUES = {"train", "valid", "field"}
 
 
 def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +35,9 @@ def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         (section, old_name), (_, new_name) = old.split("."), new.split(".")
         if old_name in values.get(section, {}):
             values[section][new_name] = values[section].pop(old_name)
+    for name in SEVERAL_VALUES & values.get("data", {}).keys():
+        if isinstance(value := values["data"][name], str):
+            values["data"][name] = [value]
     return values
 
 
@@ -53,7 +58,7 @@ def digest_settings(config: TrainConfig) -> str:
 
 
 # Settings that do not change the results. Plugins are compared by their contents (`training.run.folder.open_run`).
-NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
+NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin", "data.max_bad")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
