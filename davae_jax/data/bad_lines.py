@@ -50,9 +50,8 @@ class BadLineLimit(NamedTuple):
 
     def error(self, first: BadLine, lines: int, bad: int, where: str = "") -> InputError:
         """Returns the error of an input with too many bad lines. where: the file that lists them."""
+        is_encoding = first.problem.startswith("is not UTF")
+        hint = f"; {self.option.replace('max-bad', 'encoding')} names another encoding" if is_encoding else ""
         share = f"{bad:,} of {lines:,} lines cannot be read{where and f' ({where})'}"
-        if first.problem.startswith("is not UTF"):
-            share += f"; {self.option.replace('max-bad', 'encoding')} names another encoding"
-        return InputError(
-            f"{first.file}: line {first.line}: {first.problem}; {share}; more than {self.option} {self.max_bad:g}"
-        )
+        limit = f"more than {self.option} {self.max_bad:g}"
+        return InputError(f"{first.file}: line {first.line}: {first.problem}; {share}, {limit}{hint}")

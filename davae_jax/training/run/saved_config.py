@@ -19,13 +19,18 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     regularizers = active(config.regularizers)
     values["regularizers"] = {name: dataclasses.asdict(regularizer) for name, regularizer in regularizers.items()}
+    for name in SEVERAL_VALUES:
+        if len(values["data"][name] or ()) == 1:
+            values["data"][name] = values["data"][name][0]
     return json.loads(json.dumps(values, default=str))
+
+
+# Settings of the texts that may have several values. A single one is stored as such, as by earlier versions.
+SEVERAL_VALUES = ("train", "valid", "field")
 
 
 # Settings that had another name in earlier versions: old name → current name.
 RENAMED_SETTINGS = {"data.pieces": "data.decoder_vocab_size", "data.entries": "data.encoder_vocab_size"}
-# Settings of the texts that had one value in earlier versions and now may have several.
-SEVERAL_VALUES = {"train", "valid", "field"}
 
 
 def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,9 +40,6 @@ def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         (section, old_name), (_, new_name) = old.split("."), new.split(".")
         if old_name in values.get(section, {}):
             values[section][new_name] = values[section].pop(old_name)
-    for name in SEVERAL_VALUES & values.get("data", {}).keys():
-        if isinstance(value := values["data"][name], str):
-            values["data"][name] = [value]
     return values
 
 
