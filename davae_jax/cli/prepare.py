@@ -27,7 +27,7 @@ class Prepare(Command):
     input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")]
     """Files of plain text with one text per line (.txt), JSON Lines (.jsonl, .json, .ndjson), Parquet (.parquet) or
     Arrow (.arrow). Plain text and JSON Lines may be compressed (.gz, .zst). A folder, such as a Hugging Face dataset,
-    is replaced by the files in it, which must have the same format."""
+    is replaced by the files in it, which must have the same format. Small files share a shard."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the result."""
