@@ -13,7 +13,7 @@ from input_files import TEXTS
 from test_prepare import SETTINGS, manifest_of, records_of, tokenizer_folder  # noqa: F401
 
 from davae_jax.cli.train import parse_train
-from davae_jax.data import bad_lines, shard_writer
+from davae_jax.data import bad_lines, line_readers, shard_writer
 from davae_jax.data.bad_lines import BadLineLimit
 from davae_jax.data.build_shards import build_shards, group_slices
 from davae_jax.data.corpus import read_corpus
@@ -23,6 +23,7 @@ from davae_jax.data.shard_writer import ShardTask, load_new_tokenizers, write_sh
 from davae_jax.data.shards import Prepared
 from davae_jax.data.tokenize import tokenize
 from davae_jax.utils.errors import InputError, OptionError
+from davae_jax.utils.files import write_json
 from davae_jax.utils.open_files import MIN_OPEN, OTHER_FILES, OpenFiles, allow_open_files
 
 TEXTS = [*TEXTS[:60], "二\u2028三\u0085四"]
@@ -221,6 +222,42 @@ def test_many_small_files_make_few_shards(tokenizer_folder, tmp_path):  # noqa: 
     assert {f.name: f.read_bytes() for f in (tmp_path / "one").iterdir()} == {
         f.name: f.read_bytes() for f in (tmp_path / "two").iterdir()
     }
+
+
+def test_several_shards_of_several_files(tokenizer_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Files that turn out to be longer than a shard. The work is stopped at every write, and continued."""
+    monkeypatch.setattr(line_readers, "CHUNK_LINES", 7)
+    data, lines = tmp_path / "data", []
+    data.mkdir()
+    for i in range(6):
+        path, texts = data / f"{i}.txt.gz", TEXTS[i : i + 9] * i
+        path.write_bytes(gzip.compress("\n".join(texts).encode()))
+        lines += [(path, n, text) for n, text in enumerate(texts, 1)]
+    settings, writes = SETTINGS._replace(shard_size=900), [0]
+
+    def stop_at_a_write(path, values):
+        writes[0] -= 1
+        if writes[0] == 0:
+            raise KeyboardInterrupt
+        write_json(path, values)
+
+    build_shards([data], tmp_path / "whole", settings, tokenizer_folder, workers=1)
+    monkeypatch.setattr(shard_writer, "write_json", stop_at_a_write)
+    for stop in range(1, 20):
+        writes[0] = 1 + stop % 2
+        try:
+            build_shards([data], tmp_path / "out", settings, tokenizer_folder, workers=1)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out" / "manifest.json").exists()
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest == manifest_of(tmp_path / "whole") and len(manifest["shards"]) > 4
+    assert any(shard.get("files", [["", 1]])[0][1] > 1 for shard in manifest["shards"])
+    prepared, (_, decoder) = Prepared(tmp_path / "out"), load_new_tokenizers(str(tokenizer_folder), 512)
+    assert len(prepared) == len(lines)
+    for i, (path, n, text) in enumerate(lines):
+        assert prepared.describe_lines([i]) == f"lines {n} of {path}"
+        assert prepared[i][1].tolist()[1:-1] == decoder.encode(text)[:-1]
 
 
 def test_work_that_an_earlier_version_began_is_continued_its_way(tokenizer_folder, tmp_path, monkeypatch):  # noqa: F811

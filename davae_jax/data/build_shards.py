@@ -35,8 +35,8 @@ from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, read_ma
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
-from davae_jax.utils.files import file_sha256, is_partial, remove_partial, write_bytes, write_json
-from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.files import file_sha256, is_partial, remove_partial, to_json, write_bytes, write_json
+from davae_jax.utils.json_files import MAX_BYTES, read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
@@ -93,6 +93,8 @@ def build_shards(
     input_bytes = sum(file.stat().st_size for file in files)
     settings = _with_defaults(settings, input_bytes)
     stored = _settings_to_store(files, settings, tokenizers)
+    if len(to_json(stored)) > MAX_BYTES // 3:  # the manifest contains the names again, for the shards
+        raise InputError(f"{name_files(files)}: too many files; put several of them into one")
     with FolderLock() as lock:
         stored = _open_folder(output, stored, lock)
         limit = BadLineLimit(max_bad, input_bytes)
