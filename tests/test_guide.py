@@ -29,7 +29,7 @@ def test_a_training_command(launcher, options, monkeypatch):
         monkeypatch.setenv("PMI_SIZE", "4")
         monkeypatch.setenv("PMI_RANK", "0")
     preset, config = parse_train(shlex.split(options))
-    assert str(config.data.train).rpartition("/")[2] == "prepared"
+    assert str(config.data.train[0]).rpartition("/")[2] == "prepared"
     assert preset == "randeng-1b" or config.model.latent_size == 32
     assert config.logits_chunk < config.data.max_length - 1 or preset == "demo"  # never the logits of a whole text
 

@@ -20,6 +20,8 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
 from davae_jax.data import line_readers
+from davae_jax.data.bad_lines import BadLineLimit
+from davae_jax.data.build_shards import build_shards
 from davae_jax.data.prefetch import read_ahead
 from davae_jax.data.readers import find_files, split_into_slices
 from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permute
@@ -35,6 +37,7 @@ from davae_jax.training.setup import load_corpus, make_batches, truncation_misma
 from davae_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
+SETTINGS = ShardSettings(("text",), 512, 512, False, 0.0, None)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +110,7 @@ def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_
         shutil.copytree(tokenizer_folder, folder)
         (folder / "parts").mkdir()
         return ShardTask(
-            str(folder), 0, *split_into_slices(path, 2000), ShardSettings(("text",), 512, 512, False, 0.1, 2000)
+            str(folder), 0, split_into_slices(path, 2000), ShardSettings(("text",), 512, 512, False, 0.1, 2000)
         )
 
     uninterrupted, continued = task("uninterrupted"), task("continued")
@@ -119,7 +122,7 @@ def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_
         file.unlink()
     write_shards(continued)
     for task in (uninterrupted, continued):
-        merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512})
+        merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512}, BadLineLimit(0.01, 0))
     assert manifest_of(Path(uninterrupted.folder)) == manifest_of(Path(continued.folder))
     held_out = Prepared(Path(uninterrupted.folder)).held_out()
     expected = tokenize(TEXTS, *load_new_tokenizers(uninterrupted.folder, 512), max_length=512, source="")
@@ -267,11 +270,27 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_killed_and_started_again_gives_the_same_bytes(prepare, tokenizer_folder, tmp_path):
-    files = [write_texts(tmp_path / f"{i:02}.txt", sentences(1000, seed=i)) for i in range(8)]
-    command = [sys.executable, "-m", "davae_jax.cli", "prepare", "--input", *files, "--tokenizers", tokenizer_folder]
-    command += ["--output", tmp_path / "killed", "--workers", 2, "--held-out", 0]
-    killed = subprocess.Popen(list(map(str, command)), env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT)
+BUILD = """
+import sys
+from pathlib import Path
+from davae_jax.data.build_shards import build_shards
+from davae_jax.data.shard_writer import ShardSettings
+if __name__ == "__main__":
+    data, output, tokenizers = map(Path, sys.argv[1:])
+    build_shards([data], output, ShardSettings(("text",), 512, 512, False, 0.0, 60_000), tokenizers, workers=2)
+"""
+
+
+def test_killed_and_started_again_gives_the_same_bytes(tokenizer_folder, tmp_path):
+    """Of eight shards, each has the texts of several files."""
+    data, settings = tmp_path / "data", SETTINGS._replace(shard_size=60_000)
+    data.mkdir()
+    for i in range(24):
+        write_texts(data / f"{i:02}.txt", sentences(500, seed=i))
+    (tmp_path / "build.py").write_text(BUILD, encoding="utf-8")
+    command = [sys.executable, tmp_path / "build.py", data, tmp_path / "killed", tokenizer_folder]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT)
     while len(list((tmp_path / "killed").glob("parts/*.json"))) < 3:
         assert killed.poll() is None
         time.sleep(0.02)
@@ -280,8 +299,9 @@ def test_killed_and_started_again_gives_the_same_bytes(prepare, tokenizer_folder
     assert not (tmp_path / "killed" / "manifest.json").exists()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.arrayrecord")}
     assert len(before) >= 3
-    assert prepare(*files, output=tmp_path / "killed").code == 0
-    assert prepare(*files, output=tmp_path / "whole").code == 0
+    for name in ("killed", "whole"):
+        build_shards([data], tmp_path / name, settings, tokenizer_folder, workers=1)
+    assert all(len(shard["files"]) > 1 for shard in manifest_of(tmp_path / "whole")["shards"])
     unchanged = sum(path.stat().st_mtime_ns == when for path, when in before.items())
     assert unchanged >= 3  # a shard without statistics is written again
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -371,10 +391,11 @@ def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):
 
 @pytest.fixture(scope="session")
 def prepared(tokenizer_folder, tmp_path_factory):
+    """Two shards: of two small files and of a larger one."""
     folder = tmp_path_factory.mktemp("prepared")
     files = [write_texts(folder / f"{i}.txt", sentences(n, seed=i)) for i, n in enumerate((100, 3, 144))]
-    argv = ["prepare", "--input", *files, "--output", folder / "out", "--tokenizers", tokenizer_folder]
-    assert main([*map(str, argv), "--workers", "1", "--held-out", "0"]) == 0
+    settings = SETTINGS._replace(shard_size=files[2].stat().st_size)
+    build_shards(files, folder / "out", settings, tokenizer_folder, workers=1)
     return Prepared(folder / "out")
 
 
@@ -490,7 +511,7 @@ def test_missing_and_damaged_files_are_named(prepared, tmp_path):
         Prepared(folder)
     shard.write_bytes(bytes(len(data)))
     with pytest.raises(InputError, match=r"00001-0000.arrayrecord: record 1 cannot be read \("):
-        Prepared(folder)[101]
+        Prepared(folder)[104]
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"contains no manifest.json; `davae prepare` writes it after the last shard"):
         Prepared(folder)
@@ -558,7 +579,7 @@ def test_no_damage_gives_another_error(name, prepared, tmp_path):
             opened = Prepared(folder)
             opened.held_out()
             opened.lengths()
-            opened.describe_lines([0, 100])
+            opened.describe_lines([0, 104])
             ShardBatches(opened, 8, pad_id=2, max_length=40).batch(0)
         except InputError as e:
             refused += 1

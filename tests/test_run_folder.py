@@ -58,19 +58,19 @@ def refusal(folder, config):
 
 def test_texts_may_move(config, tmp_path):
     valid = write(tmp_path / "valid.txt", TEXTS[:5])
-    folder = begun(tmp_path / "run", of(config.data.train, valid))
+    folder = begun(tmp_path / "run", of(config.data.train[0], valid))
     opened(folder, of(write(tmp_path / "elsewhere" / "t.txt"), write(tmp_path / "elsewhere" / "v.txt", TEXTS[:5])))
     assert json.loads((folder / "train.json").read_text())["data"]["train"] == str(tmp_path / "elsewhere" / "t.txt")
 
 
 def test_other_contents_name_the_option(config, tmp_path):
     valid = write(tmp_path / "valid.txt", TEXTS[:5])
-    folder = begun(tmp_path / "run", of(config.data.train, valid))
+    folder = begun(tmp_path / "run", of(config.data.train[0], valid))
     write(valid, TEXTS[:4])
-    assert refusal(folder, of(config.data.train, valid)) == "data.valid (other contents)"
+    assert refusal(folder, of(config.data.train[0], valid)) == "data.valid (other contents)"
     write(valid, TEXTS[:5])
-    write(config.data.train, TEXTS[1:])
-    assert refusal(folder, of(config.data.train, valid)) == "data.train (other contents)"
+    write(config.data.train[0], TEXTS[1:])
+    assert refusal(folder, of(config.data.train[0], valid)) == "data.train (other contents)"
 
 
 def test_tokenizers_are_compared_with_those_of_the_run(config, tmp_path):
@@ -149,7 +149,7 @@ def test_a_start_that_was_killed_at_its_first_write(config, tmp_path, capsys):
 
 
 def prepared(config, output):
-    argv = ["--input", config.data.train, "--output", output, "--workers", 1]
+    argv = ["--input", *config.data.train, "--output", output, "--workers", 1]
     argv += ["--decoder-vocab-size", 60, "--encoder-vocab-size", 80]
     assert main(["prepare", *map(str, argv)]) == 0
 

@@ -44,7 +44,7 @@ def test_too_few_pieces_name_the_option(config, tmp_path):
 def test_held_out_texts_are_never_trained_on(config):
     """All copies of a text are kept apart, and every other line is trained on, under its own number."""
     corpus = load_corpus(config)
-    lines = config.data.train.read_text(encoding="utf-8").splitlines()
+    lines = config.data.train[0].read_text(encoding="utf-8").splitlines()
     assert len(corpus.held_out) == 3  # 1 % of 300
     assert not set(corpus.held_out) & set(corpus.train)
     assert corpus.train == [lines[i - 1] for i in corpus.lines]

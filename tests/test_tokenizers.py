@@ -12,6 +12,7 @@ import random
 import socket
 import time
 import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tokenizer_fixtures import CLS_ID, LINE_SEPARATOR_ENTRY, SEP_ID, make_spiece
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
-from davae_jax.tokenizers.training import SPECIAL_TOKENS, train_wordpiece
+from davae_jax.tokenizers.training import SPECIAL_TOKENS, train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError
 
 PIECES = 300
@@ -525,3 +526,40 @@ def test_published_extra_ids(published_decoder):
 def test_published_clean_up(known):
     assert [clean_up(text) for text in known["filter_in"]] == known["filter_out"]
     assert len(known["filter_in"]) == 11
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["▅a", "b▅"], [" ", "  "], ["▁▁", " ▁"], ["\n", "\r"], []],
+    ids=["boundary", "blanks", "marks of blanks", "line ends", "none"],
+)
+def test_texts_that_no_tokenizer_can_be_trained_on_are_named(texts):
+    with pytest.raises(InputError) as e:
+        train_sentencepiece(texts, 100, option="--size", source="a.txt")
+    assert str(e.value).startswith("a.txt: ") and "INTERNAL" not in str(e.value) and "--tokenizers" in str(e.value)
+
+
+def test_texts_that_training_leaves_out_are_counted(tmp_path):
+    """Their other characters are unknown to the tokenizer, as if the texts were not there."""
+    with pytest.warns(UserWarning, match=r"^a\.txt: 2 of 4 texts contain U\+2585"):
+        model = train_sentencepiece(["ab", "▅cd", "ba", "▅"], 100, option="--size", source="a.txt")
+    assert model == train_sentencepiece(["ab", "ba"], 100, option="--size")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_failure_of_training_is_one_line(seed):
+    """Of short texts from characters that tokenizers treat in their own ways, and few."""
+    rng, pool = (
+        np.random.default_rng(seed),
+        [*" \t\n\r\0▁▅\u3000a\x01\ufeff\u200b\ue000\u2028\uffff\ufffd\x85\xa0😀", "<s>", "<unk>"],
+    )
+    for _ in range(100):
+        characters = rng.choice(pool, rng.integers(1, 4))
+        texts = ["".join(rng.choice(characters, rng.integers(1, 6))) for _ in range(rng.integers(1, 5))]
+        train_wordpiece(texts, 30)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                train_sentencepiece(texts, int(rng.integers(10, 60)), option="--size", source="a.txt")
+        except InputError as e:
+            assert str(e).startswith(("a.txt: ", "--size ")) and "\n" not in str(e) and "INTERNAL" not in str(e)

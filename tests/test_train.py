@@ -479,6 +479,7 @@ def test_signal_during_the_evaluation(text_file, tmp_path, monkeypatch):
     assert err.startswith("interrupted after step ") and "--run-dir" in err
 
 
+BAD = "1 of {} lines cannot be read, more than --data.max-bad 0.01"
 TOO_LONG = "contains only blank texts and texts of more than 12 decoder tokens or 128 encoder tokens"
 
 
@@ -488,10 +489,14 @@ TOO_LONG = "contains only blank texts and texts of more than 12 decoder tokens o
         ("missing.txt", None, "cannot be read (No such file or directory)"),
         ("empty.txt", b"", "contains no text"),
         ("blank.txt", b"\n  \n\n", "contains no text"),
-        ("latin.txt", b"ok\nok\n\xe9t\xe9\n", "line 3: is not UTF-8"),
+        (
+            "latin.txt",
+            b"ok\nok\n\xe9t\xe9\n",
+            f"line 3: is not UTF-8; {BAD.format(3)}; --data.encoding names another encoding",
+        ),
         ("long.txt", ("很" * 300 + "\n").encode() * 3, TOO_LONG),
         ("longer.txt", ("很好" * 2000 + "\n").encode() * 3, TOO_LONG),  # more than SentencePiece takes, unless told
-        ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', "line 2: has no field 'text'"),
+        ("bad.jsonl", b'{"text": "a"}\n{"tex": "b"}\n', f"line 2: has no field 'text'; {BAD.format(2)}"),
     ],
 )
 def test_bad_texts(name, data, said, tmp_path):

@@ -77,13 +77,30 @@ def join_repeated(argv: Sequence[str], options: Collection[str]) -> list[str]:
     return rest + [word for name, words in values.items() for word in (name, *words)] + positional
 
 
-def _options_of_many_values(command: type) -> set[str]:
-    """Returns the options of a command that take any number of values in one occurrence."""
+def remove_options(argv: Sequence[str], options: Collection[str]) -> list[str]:
+    """Returns a command line without these options and their values."""
+    kept, removing = [], False
+    for word in argv:
+        if word.startswith("--"):
+            removing = word.partition("=")[0].replace("_", "-") in options
+        if not removing:
+            kept.append(word)
+    return kept
+
+
+def options_of_many_values(command: type, prefix: str = "--") -> set[str]:
+    """Returns the options of a dataclass and its sections that take any number of values in one occurrence."""
     options = set()
     for name, hint in get_type_hints(command, include_extras=True).items():
         base, *marks = (hint.__origin__, *hint.__metadata__) if get_origin(hint) is Annotated else (hint,)
-        if get_origin(base) is tuple and Ellipsis in get_args(base) and tyro.conf.UseAppendAction not in marks:
-            options.add(f"--{name.replace('_', '-')}")
+        option = f"{prefix}{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(base):
+            has_prefix = all(getattr(mark, "prefix_name", None) is not False for mark in marks)
+            options |= options_of_many_values(base, f"{option}." if has_prefix else prefix)
+        elif tyro.conf.UseAppendAction not in marks:
+            types = (base, *get_args(base))  # perhaps a union with None
+            if any(get_origin(kind) is tuple and Ellipsis in get_args(kind) for kind in types):
+                options.add(option)
     return options
 
 
@@ -110,8 +127,7 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
       InputError: the dataclass does not allow a value. tyro would print this error in a frame and exit.
     """
     argv = replace_renamed(argv, prog)
-    if issubclass(command, Command):
-        argv = join_repeated(argv, _options_of_many_values(command))
+    argv = join_repeated(argv, options_of_many_values(command))
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):

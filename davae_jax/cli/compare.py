@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from davae_jax.cli.base import Command
+from davae_jax.cli.base import Command, options_of_many_values, remove_options
 from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.renamed import RENAMED_OPTIONS
 from davae_jax.cli.train import parse_train
@@ -148,7 +148,7 @@ def read_study(path: Path) -> Study:
         values = _read_toml(path)
         common = _split_words(values.get("train", ""), "train")
         settings = _check_settings(values.get("settings", {}))
-        options = {name: common + _split_words(words, f"settings.{name}") for name, words in settings.items()}
+        options = {name: _override(common, _split_words(words, f"settings.{name}")) for name, words in settings.items()}
         configs = {name: _train_config(name, words) for name, words in options.items()}
         evaluate = _split_words(values.get("evaluate", ""), "evaluate")
         _check_evaluate(evaluate)
@@ -231,6 +231,14 @@ def _check_evaluate(options: list[str]) -> None:
         raise _StudyError(f"evaluate: {e}") from None
     if parsed is None:
         raise _StudyError("evaluate: must not contain --help")
+
+
+def _override(common: list[str], further: list[str]) -> list[str]:
+    """Returns the common options with further ones, which take their place if they have the same names.
+
+    Of most options the last occurrence counts; the values of those with several, such as --data.train, would be joined.
+    """
+    return remove_options(common, options_of_many_values(TrainConfig) & _option_names(further)) + further
 
 
 def _option_names(words: list[str]) -> set[str]:

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data import demo_corpus
+from davae_jax.data.encodings import UTF_8, check_encoding
 from davae_jax.data.line_readers import DECOMPRESSORS, is_json_array
-from davae_jax.data.readers import find_format, read_texts
-from davae_jax.data.texts import decode_lines, parse_json_text
+from davae_jax.data.readers import find_format, read_lines, read_texts
+from davae_jax.data.texts import parse_json_text
 from davae_jax.evaluation.table import format_table
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.utils.errors import InputError, OptionError, check_options
@@ -36,10 +37,13 @@ class Evaluate(Command):
     """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
     data: Annotated[Path | None, option_hint("FILE", "for a demo run, its held-out texts")] = None
-    """Texts that were not used for training: UTF-8, one per line, or JSON Lines (.jsonl, .json)."""
+    """Texts that were not used for training: a file with one text per line, or any that `davae prepare` reads."""
 
-    field: Annotated[str | None, option_hint("FIELD", "text")] = None
-    """JSON field that contains the text."""
+    field: Annotated[tuple[str, ...], option_hint("FIELD ...", "text")] = ()
+    """JSON field or table column that contains the text; several are joined by line feeds."""
+
+    encoding: str = UTF_8
+    """Encoding of the texts, such as gb18030: any text encoding of Python."""
 
     label: Annotated[tuple[str, ...], option_hint("FIELD", "none; for a demo run, all factors")] = ()
     """JSON fields with class labels, used for linear probes and to colour the report's projections."""
@@ -83,7 +87,11 @@ class Evaluate(Command):
                 check_output(path, option)
         if self.json and self.html and self.json.resolve() == self.html.resolve():
             raise OptionError("--json", "and --html must be different files")
-        data = read_data(self.data, self.field, self.label) if self.data else demo_texts(Path(self.model), self.label)
+        encoding = check_encoding(self.encoding)
+        if self.data:
+            data = read_data(self.data, self.field, self.label, encoding)
+        else:
+            data = demo_texts(Path(self.model), self.label)
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype, mesh=mesh)
         vae.batch_size, vae.progress = self.batch_size, sys.stderr.isatty()
@@ -115,7 +123,7 @@ class Data(NamedTuple):
     source: str  # name of the texts in messages
 
 
-def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
+def read_data(path: Path, fields: Sequence[str], labels: Sequence[str], encoding: str = UTF_8) -> Data:
     """Reads the texts of a file, and the labels from JSON Lines.
 
     Raises:
@@ -123,13 +131,13 @@ def read_data(path: Path, field: str | None, labels: Sequence[str]) -> Data:
       OptionError: a field or label is given, but the file is not JSON Lines.
     """
     input_format = find_format(path)
-    if field is not None and (input_format is None or input_format.name == "text"):
+    if fields and (input_format is None or input_format.name == "text"):
         raise OptionError("--field", f"needs JSON Lines (.jsonl) or a table; {path} has no fields")
     is_json = input_format is not None and input_format.name == "json" and path.suffix.lower() not in DECOMPRESSORS
-    if labels and (not is_json or is_json_array(path)):
+    if labels and (not is_json or is_json_array(path, encoding)):
         raise OptionError("--label", f"needs uncompressed JSON Lines (.jsonl), not {path}")
-    texts = read_texts(path, field or "text")
-    lines = decode_lines(path.read_bytes(), str(path)) if labels else []
+    texts = read_texts(path, fields or "text", encoding)
+    lines = read_lines(path, encoding) if labels else []
     classes = {
         name: [read_label(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels
     }

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from davae_jax.cli.text import GreedyCommand, posterior_means
+from davae_jax.data.encodings import check_encoding
 from davae_jax.data.readers import read_texts
 from davae_jax.utils.errors import OptionError
 
@@ -24,10 +25,10 @@ class Attribute(GreedyCommand):
     """
 
     having: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """File of texts with the attribute, one per line."""
+    """File of texts with the attribute, in any format that `davae prepare` reads."""
 
     lacking: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """File of texts without the attribute, one per line."""
+    """File of texts without the attribute."""
 
     strength: tuple[float, ...] = (1.0,)
     """One or several factors of the attribute vector, after the texts; negative factors weaken the attribute."""
@@ -37,7 +38,10 @@ class Attribute(GreedyCommand):
         check_numbers(self.strength, "--strength")
 
     def results(self) -> list[dict]:
-        having, lacking = ([text for text in read_texts(file) if text.strip()] for file in (self.having, self.lacking))
+        having, lacking = (
+            [text for text in read_texts(file, encoding=check_encoding(self.encoding)) if text.strip()]
+            for file in (self.having, self.lacking)
+        )
         texts, label = self.read()
         vae = self.load("example {}".format)
         direction = vae.attribute_vector(having, lacking)

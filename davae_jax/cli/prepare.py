@@ -10,9 +10,10 @@ import tyro
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.build_shards import MIB, VocabularySizes, build_shards
+from davae_jax.data.encodings import UTF_8, check_encoding
 from davae_jax.data.shard_index import describe_dropped
 from davae_jax.data.shard_writer import ShardSettings
-from davae_jax.utils.errors import check_options
+from davae_jax.utils.errors import VOCAB_SIZES, check_options
 
 
 @dataclass(kw_only=True)
@@ -26,7 +27,7 @@ class Prepare(Command):
     input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")]
     """Files of plain text with one text per line (.txt), JSON Lines (.jsonl, .json, .ndjson), Parquet (.parquet) or
     Arrow (.arrow). Plain text and JSON Lines may be compressed (.gz, .zst). A folder, such as a Hugging Face dataset,
-    is replaced by the files in it, which must have the same format."""
+    is replaced by the files in it, which must have the same format. Small files share a shard."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the result."""
@@ -37,6 +38,9 @@ class Prepare(Command):
     field: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("text",)
     """JSON field or table column that contains the text. Several, such as a title and a body, are joined by line
     feeds."""
+
+    encoding: str = UTF_8
+    """Encoding of text and JSON, such as gb18030 or utf-16: any text encoding of Python."""
 
     max_length: int = 512
     """Maximum number of decoder tokens per text, including bos and the end token; longer texts are dropped."""
@@ -58,7 +62,7 @@ class Prepare(Command):
     """Vocabulary size of the encoder, if tokenizers are trained."""
 
     max_bad: float = 0.01
-    """Largest fraction of lines that may be unreadable; with more, the command fails."""
+    """Largest fraction of lines that may be unreadable. With more the command fails, before the end if it is clear."""
 
     shard_size: Annotated[int | None, option_hint("MIB", "1/256 of the input, from 1 to 1024")] = None
     """Size of a shard, in MiB of text."""
@@ -69,10 +73,10 @@ class Prepare(Command):
     def run(self) -> None:
         check_options(self, "", "max_length", lambda n: n >= 3, "be at least 3")
         check_options(self, "", "encoder_positions", lambda n: n >= 5, "be at least 5")
-        check_options(self, "", "decoder_vocab_size encoder_vocab_size", lambda n: n >= 10, "be at least 10")
+        check_options(self, "", "decoder_vocab_size encoder_vocab_size", *VOCAB_SIZES)
         check_options(self, "", "shard_size workers", lambda n: n is None or n >= 1, "be at least 1")
         check_options(self, "", "held_out", lambda x: x is None or 0 <= x < 1, "be at least 0 and below 1")
-        check_options(self, "", "field", lambda names: len(names) > 0, "be given")
+        check_options(self, "", "field", lambda names: 0 < len(set(names)) == len(names), "be given, each once")
         check_options(self, "", "max_bad", lambda x: 0 <= x <= 1, "be at least 0 and at most 1")
         settings = ShardSettings(
             fields=self.field,
@@ -81,6 +85,7 @@ class Prepare(Command):
             truncate=self.truncate,
             held_out=self.held_out,
             shard_size=self.shard_size and self.shard_size * MIB,
+            encoding=check_encoding(self.encoding),
         )
         tokenizers = self.tokenizers or VocabularySizes(self.decoder_vocab_size, self.encoder_vocab_size)
         counts = build_shards(self.input, self.output, settings, tokenizers, self.workers, self.max_bad)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from davae_jax.cli.base import Command, option_hint
+from davae_jax.data.encodings import UTF_8, check_encoding
 from davae_jax.data.texts import decode_lines
 from davae_jax.model.config import SAMPLING_SETTINGS, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
@@ -47,7 +48,10 @@ class TextCommand(Command):
     """Folder with spiece.model and vocab.txt."""
 
     input: Annotated[Path | None, option_hint("FILE", "standard input")] = None
-    """UTF-8 file with one text per line."""
+    """File with one text per line."""
+
+    encoding: str = UTF_8
+    """Encoding of the input, such as gb18030: any text encoding of Python."""
 
     output: Annotated[Path | None, option_hint("FILE", "standard output")] = None
     """JSON Lines file for the results; it appears when it is complete."""
@@ -95,6 +99,7 @@ class TextCommand(Command):
         allowed = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # for those that are not given
         settings = allowed | {name: value for name, value in self.sampling().items() if name in allowed}
         _naming_the_option(lambda: check_sampling(**settings))
+        check_encoding(self.encoding)
         if self.texts and self.input:
             raise OptionError("--input", "cannot be given together with texts")
         for number, text in enumerate(self.texts, 1):
@@ -125,7 +130,7 @@ class TextCommand(Command):
             raise OptionError("--input", "or texts must be given")
         name = str(self.input or "standard input")
         data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
-        return decode_lines(data, name), f"{name}: line {{}}".format
+        return decode_lines(data, name, check_encoding(self.encoding)), f"{name}: line {{}}".format
 
     def read_groups(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
         """Returns groups of n texts, and a function that names the group of the i-th text in messages.

@@ -1,12 +1,14 @@
 """Tokenizes texts into shards, which a training run reads in any order (`shards.py` describes the files).
 
-The input files are split into slices, and worker processes write the shards of each slice (`shard_writer.py`). A
-shard and its statistics are renamed to their final names when they are complete, so the same call resumes interrupted
-work after the last complete shard. When all shards exist, `shard_index.py` writes the manifest.
+Large input files are split into slices, small ones are put together, and worker processes write the shards of each of
+these tasks (`shard_writer.py`). A shard and its statistics are renamed to their final names when they are complete, so
+the same call resumes interrupted work after the last complete shard. When all shards exist, `shard_index.py` writes the
+manifest.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,6 +17,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from davae_jax.data.bad_lines import BadLineLimit
+from davae_jax.data.encodings import UTF_8
+from davae_jax.data.file_lines import name_files
 from davae_jax.data.line_readers import FileSlice
 from davae_jax.data.readers import find_files, read_slice, split_into_slices
 from davae_jax.data.shard_index import merge_shards
@@ -30,12 +35,22 @@ from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, read_ma
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
-from davae_jax.utils.files import check_utf8_path, file_sha256, is_partial, remove_partial, write_bytes, write_json
-from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.files import (
+    check_utf8_path,
+    file_sha256,
+    is_partial,
+    remove_partial,
+    to_json,
+    write_bytes,
+    write_json,
+)
+from davae_jax.utils.json_files import MAX_BYTES, read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
+SHARED = "shared"  # the setting in prepare.json that says that small files share shards; absent in earlier versions
+MAX_FILES = 10_000  # maximum number of files that share a shard
 # Maximum number of texts and bytes for training tokenizers; they are taken from the beginning of every slice.
 TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26
 # The default fraction of held-out texts, and their maximum size in bytes, which lowers the fraction for large inputs.
@@ -83,19 +98,35 @@ def build_shards(
         if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
             raise OptionError("--output", f"{output} is inside the input folder {path}; choose another folder")
     files = find_files(inputs)
-    settings = _with_defaults(settings, sum(file.stat().st_size for file in files))
-    stored = to_stored_names(
-        {
-            "inputs": _describe_inputs(files),
-            **settings._asdict(),
-            "fields": settings.fields[0] if len(settings.fields) == 1 else list(settings.fields),
-            "tokenizers": _describe_tokenizers(tokenizers),
-        }
-    )
+    input_bytes = sum(file.stat().st_size for file in files)
+    settings = _with_defaults(settings, input_bytes)
+    stored = _settings_to_store(files, settings, tokenizers)
+    if len(to_json(stored)) > MAX_BYTES // 3:  # the manifest contains the names again, for the shards
+        raise InputError(f"{name_files(files)}: too many files; put several of them into one")
     with FolderLock() as lock:
-        _open_folder(output, stored, lock)
-        _build(output, stored, files, settings, tokenizers, workers, max_bad)
+        stored = _open_folder(output, stored, lock)
+        limit = BadLineLimit(max_bad, input_bytes)
+        _build(output, stored, files, settings, tokenizers, workers or available_cores(), limit)
     return read_manifest(output)["counts"]
+
+
+def _settings_to_store(
+    files: Sequence[Path], settings: ShardSettings, tokenizers: Path | VocabularySizes
+) -> dict[str, Any]:
+    """Returns the content of prepare.json.
+
+    Settings that earlier versions did not have are left out if they have no effect, so that their folders stay as they
+    are.
+    """
+    values = {
+        "inputs": _describe_inputs(files),
+        **settings._asdict(),
+        "fields": settings.fields[0] if len(settings.fields) == 1 else list(settings.fields),
+        "tokenizers": _describe_tokenizers(tokenizers),
+    }
+    if settings.encoding == UTF_8:
+        del values["encoding"]
+    return to_stored_names(values | {SHARED: True})
 
 
 def _build(
@@ -104,20 +135,43 @@ def _build(
     files: Sequence[Path],
     settings: ShardSettings,
     tokenizers: Path | VocabularySizes,
-    workers: int | None,
-    max_bad: float,
+    workers: int,
+    limit: BadLineLimit,
 ) -> None:
     """Makes what an open folder still lacks of tokenizers, shards and manifest."""
     try:
         if not (output / MANIFEST).exists():
-            slices = [file_slice for file in files for file_slice in split_into_slices(file, settings.shard_size)]
-            _provide_tokenizers(output, tokenizers, slices, settings)
-            tasks = [ShardTask(str(output), n, file_slice, settings) for n, file_slice in enumerate(slices)]
-            _run_with_progress(tasks, workers or available_cores())
-            merge_shards(output, stored, max_bad)
+            slices = [split_into_slices(file, settings.shard_size, settings.encoding) for file in files]
+            _provide_tokenizers(output, tokenizers, list(itertools.chain(*slices)), settings)
+            parts = group_slices(slices, settings.shard_size if SHARED in stored else -1)
+            tasks = [ShardTask(str(output), n, part, settings, limit) for n, part in enumerate(parts)]
+            _run_with_progress(tasks, workers)
+            merge_shards(output, stored, limit)
     except OSError as e:  # of a file that is written; readers raise InputError
         raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
     shutil.rmtree(output / PARTS, ignore_errors=True)
+
+
+def group_slices(slices: Sequence[Sequence[FileSlice]], max_bytes: int) -> list[list[FileSlice]]:
+    """Returns the parts of the input that become shards of their own.
+
+    Small files share a part of at most `max_bytes` and `MAX_FILES`; a file of several slices has a part for each.
+
+    Args:
+      slices: the slices of each file.
+      max_bytes: negative if no files share a part.
+    """
+    parts: list[list[FileSlice]] = []
+    room = -1  # bytes that may be added to the last part
+    for of_file in slices:
+        total = sum(file_slice.size for file_slice in of_file)
+        if len(of_file) == 1 and total <= room and len(parts[-1]) < MAX_FILES:
+            parts[-1] += of_file
+            room -= total
+        else:
+            parts += [[file_slice] for file_slice in of_file]
+            room = max_bytes - total if len(of_file) == 1 else -1
+    return parts
 
 
 def _with_defaults(settings: ShardSettings, input_bytes: int) -> ShardSettings:
@@ -147,21 +201,24 @@ def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
 
 
 def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:
-    total = sum(task.file_slice.size for task in tasks)
+    total = sum(file_slice.size for task in tasks for file_slice in task.slices)
     with tqdm(
         total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False
     ) as bar:
-        run_tasks(write_shards, tasks, workers, bar)
+        run_tasks(write_shards, tasks, workers, bar, counts=2)
 
 
 # ---- prepare.json
 
 
-def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> None:
+def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict[str, Any]:
     """Makes the output folder, or checks that an existing one was made with the same settings. Locks it.
 
     Args:
       stored: the content of prepare.json.
+
+    Returns:
+      The same; without `SHARED` if an earlier version, whose shards contain one file each, began the work.
 
     Raises:
       OptionError: the folder was made with other settings, or contains other files.
@@ -174,13 +231,16 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> None
         lock.acquire(folder)
         (folder / PARTS).mkdir(exist_ok=True)
         if path.exists():
-            # Folders of the first versions do not have the setting "cut".
-            _check_settings(folder, {"cut": False} | read_json_object(path), stored)
+            old = read_json_object(path)
+            if SHARED not in old and _has_shards(folder):
+                del stored[SHARED]
+            _check_settings(folder, old, stored)
         elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
             raise OptionError("--output", f"{folder} contains files, but no {SETTINGS}; choose another folder")
         write_json(path, stored)
         for parent in (folder, folder / PARTS):
             remove_partial(parent)
+        return stored
     except (OSError, ValueError) as e:
         if isinstance(e, InputError):
             raise
@@ -189,15 +249,25 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> None
 
 def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises OptionError if settings have changed and shards exist. If none exist, removes the tokenizers."""
-    changed = changed_settings(from_stored_names(old), from_stored_names(new))
+    # Folders of earlier versions, or of the default, do not have these settings.
+    changed = changed_settings(
+        from_stored_names(old),
+        from_stored_names(new),
+        defaults={"truncate": False, "encoding": UTF_8},
+        ignored=[SHARED],
+    )
     if not changed:
         return
-    if (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json")):
+    if _has_shards(folder):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; choose another folder"
         raise OptionError("--output", f"{folder} {reason}")
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def _has_shards(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or any((folder / PARTS).glob("*.json"))
 
 
 # ---- tokenizers
@@ -210,12 +280,11 @@ def _provide_tokenizers(
     missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
     if missing and isinstance(tokenizers, VocabularySizes):
         texts = sample_texts(slices, settings.fields, settings.held_out)
+        source = name_files(list(dict.fromkeys(file_slice.file for file_slice in slices)))
         if not texts:
-            raise InputError(
-                f"{slices[0].file}: contains no text to train tokenizers on (--field {' '.join(settings.fields)})"
-            )
+            raise InputError(f"{source}: no text to train tokenizers on (--field {' '.join(settings.fields)})")
         vocab = train_wordpiece(texts, tokenizers.encoder_vocab_size)
-        spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size")
+        spiece = train_sentencepiece(texts, tokenizers.decoder_vocab_size, option="--decoder-vocab-size", source=source)
         for name, data in zip(TOKENIZER_FILES, (vocab, spiece), strict=True):
             write_bytes(folder / name, data)
     else:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+import warnings
+from array import array
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from davae_jax.data import demo_corpus
-from davae_jax.data.readers import read_texts
-from davae_jax.data.shards import Prepared
+from davae_jax.data.bad_lines import BadLine, BadLineLimit
+from davae_jax.data.encodings import UTF_8
+from davae_jax.data.file_lines import FileLines, name_files
+from davae_jax.data.readers import find_files, read_file
+from davae_jax.data.shards import Prepared, is_prepared
+from davae_jax.utils.errors import InputError, OptionError
 
 HELD_OUT_FRACTION = 0.01  # of the distinct training texts, if no file of held-out texts is given
 
@@ -21,8 +27,9 @@ class Corpus(NamedTuple):
     held_out: list[str]
     grammar: Container[str] | None  # the sentences of the demo's grammar; None for other texts
     analogy: list[str]  # three texts a, b, c for the analogy among the examples
-    source: str  # the file's name, for messages
-    lines: np.ndarray  # the line of each training text in that file, from 1
+    source: str  # the names of the files, for messages
+    lines: np.ndarray  # the line of each training text, counted over all files, from 1
+    files: FileLines | None = None  # the files of these lines
     prepared: Prepared | None = None
 
     @property
@@ -41,31 +48,89 @@ class Corpus(NamedTuple):
         return (self.held_out or self.train or [""])[0]
 
 
-def read_corpus(train: Path | None, valid: Path | None = None, field: str = "text") -> Corpus:
+def read_corpus(
+    train: Sequence[Path] | None,
+    valid: Sequence[Path] | None = None,
+    fields: Sequence[str] = ("text",),
+    encoding: str = UTF_8,
+    max_bad: float = 0.01,
+) -> Corpus:
     """Reads the texts of a run.
 
     Args:
-      train: a file of texts, a folder made by `davae prepare`, or None for the demo's corpus.
-      valid: a file of held-out texts; None: some training texts are held out.
-      field: name of the text in a line of JSON Lines.
+      train: files and folders of texts, a folder made by `davae prepare`, or None for the demo's corpus.
+      valid: files and folders of held-out texts; None: some training texts are held out.
+      fields: of JSON, or columns of a table, that contain the text; several are joined by line feeds.
+      encoding: of text and JSON.
+      max_bad: the largest fraction of lines that may be unreadable.
 
     Raises:
       InputError: a file or folder cannot be used.
     """
     if train is None:
         return _demo_corpus()
-    held_out = None if valid is None else _drop_blank(read_texts(valid, field))
-    if train.is_dir():
-        prepared = Prepared(train)
+    held_out = None if valid is None else _load_texts(valid, fields, encoding, max_bad).texts
+    if any(map(is_prepared, train)):
+        if len(train) > 1:
+            folder = next(filter(is_prepared, train))
+            raise OptionError(
+                "--data.train", f"{folder}: was made by davae prepare and cannot be mixed with other texts"
+            )
+        prepared = Prepared(train[0])
         held_out = _drop_blank(prepared.held_out()) if held_out is None else held_out
-        return Corpus([], held_out, None, _first_three(held_out), str(train), np.zeros(0, int), prepared)
-    texts = read_texts(train, field)
-    lines = np.flatnonzero([bool(text.strip()) for text in texts]) + 1
+        return Corpus([], held_out, None, _first_three(held_out), str(train[0]), np.zeros(0, int), prepared=prepared)
+    source = name_files(train)
+    texts, lines, files = _load_texts(train, fields, encoding, max_bad)
     if held_out is None:
-        held_out = _choose_held_out([texts[i - 1] for i in lines])
-        held_out_texts = set(held_out)
-        lines = np.array([i for i in lines if texts[i - 1] not in held_out_texts])
-    return Corpus([texts[i - 1] for i in lines], held_out, None, _first_three(held_out), str(train), lines)
+        held_out = _choose_held_out(texts)
+        distinct = set(held_out)
+        kept = [i for i, text in enumerate(texts) if text not in distinct]
+        texts, lines = [texts[i] for i in kept], lines[kept]
+    return Corpus(texts, held_out, None, _first_three(held_out), source, lines, files)
+
+
+class _Texts(NamedTuple):
+    """The texts of several files, without blank ones; the number of the line of each; the files of these lines."""
+
+    texts: list[str]
+    lines: np.ndarray
+    files: FileLines
+
+
+def _load_texts(paths: Sequence[Path], fields: Sequence[str], encoding: str, max_bad: float) -> _Texts:
+    """Reads texts as `davae prepare` does, into memory.
+
+    Raises:
+      InputError: a file cannot be read, there is no text, or too many lines cannot be read.
+    """
+    paths = find_files(paths, any_suffix=True)
+    limit = BadLineLimit(max_bad, sum(path.stat().st_size for path in paths if path.is_file()), "--data.max-bad")
+    texts, numbers, files = [], array("q"), FileLines([], [])
+    lines, first_bad, bad, bytes_before = 0, None, 0, 0
+    for path in paths:
+        files.files.append(str(path))
+        files.first_lines.append(lines + 1)
+        size = path.stat().st_size if path.is_file() else 0
+        for chunk in read_file(path, fields, encoding):
+            for text, problem in chunk.lines:
+                lines += 1
+                if problem:
+                    bad += 1
+                    first_bad = first_bad or BadLine(*files.locate(lines), problem)
+                elif text.strip():
+                    texts.append(text)
+                    numbers.append(lines)
+            if first_bad and limit.will_be_exceeded(lines, bad, bytes_before + size * chunk.fraction_read):
+                raise limit.error(first_bad, lines, bad, "the rest has not been read")
+        bytes_before += size
+    if first_bad and limit.is_exceeded(lines, bad):
+        raise limit.error(first_bad, lines, bad)
+    if not texts:
+        raise InputError(f"{name_files(paths)}: contains no text")
+    if first_bad:
+        others = f"; {bad:,} of {lines:,} lines cannot be read and are left out"
+        warnings.warn("{}: line {}: {}".format(*first_bad) + others, stacklevel=2)
+    return _Texts(texts, np.array(numbers), files)
 
 
 def _demo_corpus() -> Corpus:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from davae_jax.data.encodings import HEAD_BYTES, UTF_8, check_head, recode
 from davae_jax.data.json_arrays import begins_array_of_objects, iterate_array
 from davae_jax.data.texts import join_fields, parse_json_text
 from davae_jax.utils.errors import InputError
@@ -20,34 +21,19 @@ MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, to limit mem
 CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
 
 
-RECODE = "not UTF-8; convert it, for example with iconv -f {0} -t UTF-8"
-SIGNS = {  # beginnings of files that are often given by mistake; the longer one of two comes first
-    b"\xff\xfe\x00\x00": "UTF-32, " + RECODE.format("UTF-32"),
-    b"\x00\x00\xfe\xff": "UTF-32, " + RECODE.format("UTF-32"),
-    b"\xff\xfe": "UTF-16, " + RECODE.format("UTF-16"),
-    b"\xfe\xff": "UTF-16, " + RECODE.format("UTF-16"),
-    b"\x84\x31\x95\x33": "GB18030, " + RECODE.format("GB18030"),
-    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; get it with git lfs pull",
-    b"\x1f\x8b": "compressed with gzip, but its name does not end in .gz",
-    b"\x28\xb5\x2f\xfd": "compressed with Zstandard, but its name does not end in .zst",
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"PAR1": "Parquet, but its name does not end in .parquet",
-    b"ARROW1": "Arrow, but its name does not end in .arrow",
-}
-
-
 class FileSlice(NamedTuple):
     """A contiguous range of an input file, which one worker reads.
 
     The unit of `start` and `end` depends on the format: bytes for lines (a slice has the lines that begin in it), row
-    groups for Parquet. `end` is None for a format that can only be read from its beginning; the slice is then the
-    entire file.
+    groups for Parquet. `end` is None for a file that can only be read from its beginning; the slice is then the entire
+    file.
     """
 
     file: str
     start: int
     end: int | None
     size: int  # bytes of the file that the slice covers, for the progress bar
+    encoding: str = UTF_8  # of text and JSON
 
 
 class Line(NamedTuple):
@@ -72,17 +58,17 @@ def read_plain_lines(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[C
 
 def read_json(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
     """Yields the texts in the fields of each line of a slice of JSON Lines, or of each object of a JSON array."""
-    if file_slice.start == 0 and is_json_array(Path(file_slice.file)):
+    if file_slice.start == 0 and is_json_array(Path(file_slice.file), file_slice.encoding):
         return _read_array(file_slice, fields)
     return _read_lines(file_slice, fields)
 
 
-def is_json_array(path: Path) -> bool:
+def is_json_array(path: Path, encoding: str = UTF_8) -> bool:
     """Returns whether a file of JSON is one array of objects, as WuDao and many others come, and not JSON Lines."""
     if not path.is_file():  # a pipe, which can be read once
         return False
-    with path.open("rb") as raw, _decompress(raw, path) as file:
-        head = file.read(1 << 16)
+    with path.open("rb") as raw, _decompress(raw, path) as file, recode(file, encoding) as text:
+        head = text.read(1 << 16)
     if not begins_array_of_objects(head):
         return False
     first_line, *others = head.split(b"\n", 1)
@@ -98,15 +84,12 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def check_beginning(path: Path) -> None:
-    """Raises InputError if a file begins as one does that is neither text nor JSON in UTF-8."""
+def check_beginning(path: Path, encoding: str = UTF_8) -> None:
+    """Raises InputError if a file begins as one does that is neither text nor JSON in this encoding."""
     if not path.is_file():  # a pipe, which can be read once
         return
     with path.open("rb") as raw, _decompress(raw, path) as file:
-        head = file.read(32)
-    for sign, kind in SIGNS.items():
-        if head.startswith(sign):
-            raise InputError(f"{path}: is {kind}")
+        check_head(file.read(HEAD_BYTES), str(path), encoding)
 
 
 def _read_array(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
@@ -128,17 +111,17 @@ def _read_lines(file_slice: FileSlice, fields: Sequence[str] | None) -> Iterator
             if at_start_of_file and data is not None:
                 data = data.removeprefix(b"\xef\xbb\xbf")
             at_start_of_file = False
-            yield parse_line(data, fields), len(data or b"")
+            yield parse_line(data, fields, file_slice.encoding), len(data or b"")
 
     return _in_chunks(file_slice, parse_all)
 
 
 def _in_chunks(file_slice: FileSlice, parse_all: Callable[[BinaryIO], Iterator[tuple[Line, int]]]) -> Iterator[Chunk]:
-    """Yields what `parse_all` yields for the slice's decompressed file, lines and their sizes in bytes, in chunks."""
+    """Yields what `parse_all` yields for the slice's decompressed file in UTF-8, lines and their sizes, in chunks."""
     path = Path(file_slice.file)
-    with path.open("rb") as raw, _decompress(raw, path) as file:
+    with path.open("rb") as raw, _decompress(raw, path) as file, recode(file, file_slice.encoding) as text:
         lines, text_bytes = [], 0
-        for line, size in parse_all(file):
+        for line, size in parse_all(text):
             lines.append(line)
             text_bytes += size
             if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
@@ -148,19 +131,20 @@ def _in_chunks(file_slice: FileSlice, parse_all: Callable[[BinaryIO], Iterator[t
             yield Chunk(lines, text_bytes, 1.0)
 
 
-def parse_line(data: bytes | None, fields: Sequence[str] | None) -> Line:
+def parse_line(data: bytes | None, fields: Sequence[str] | None, encoding: str = UTF_8) -> Line:
     """Returns the text of one line.
 
     Args:
-      data: the line without its line feed; None for one longer than MAX_LINE_BYTES.
+      data: the line in UTF-8, without its line feed; None for one longer than MAX_LINE_BYTES.
       fields: the fields that contain the text, if the line is JSON; None for plain text.
+      encoding: the encoding that the line had, for messages.
     """
     if data is None:
         return Line(None, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return Line(None, "is not UTF-8")
+        return Line(None, f"is not {encoding.upper()}")
     if fields is None:
         return Line(text)
     try:

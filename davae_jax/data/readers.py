@@ -9,10 +9,11 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from davae_jax.data.encodings import UTF_8
 from davae_jax.data.line_readers import (
     DECOMPRESSORS,
     Chunk,
@@ -86,10 +87,13 @@ def find_format(path: Path) -> InputFormat | None:
     return None if input_format and compressed and not input_format.compressible else input_format
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the given files and the files in the given folders, sorted by path.
+def find_files(paths: Sequence[Path], *, any_suffix: bool = False) -> list[Path]:
+    """Returns the given files and the files in the given folders, each once, sorted by path.
 
     A folder contributes all files of one format, in its subfolders too (`_walk`).
+
+    Args:
+      any_suffix: a given file with an unknown suffix, a pipe for example, is plain text.
 
     Raises:
       InputError: a path does not exist, a file has an unknown suffix, or a folder contains no file of a supported
@@ -99,6 +103,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             files |= _files_in(path)
+        elif any_suffix:
+            files.add(path)
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder", exit_code=2)
         elif find_format(path) is None:
@@ -167,49 +173,64 @@ def _listed_in_state(folder: Path) -> set[str] | None:
         return None
 
 
-def read_texts(path: Path, field: str = "text") -> list[str]:
+def read_texts(path: Path, fields: str | Sequence[str] = "text", encoding: str = UTF_8) -> list[str]:
     """Returns all texts of a file that fits in memory. A blank line gives an empty string.
 
     A file with an unknown suffix, or none, is plain text.
 
     Args:
-      field: the field of JSON Lines, or the column of a table, that contains the text.
+      fields: the field of JSON, or the column of a table, that contains the text; several are joined by line feeds.
 
     Raises:
-      InputError: the file cannot be read or contains no text, or a line is not UTF-8, is too long or lacks a string in
-        this field; the message contains the line number.
+      InputError: the file cannot be read or contains no text, or a line is not in this encoding, is too long or lacks a
+        string in these fields; the message contains the line number.
     """
-    input_format = find_format(path) or FORMATS[".txt"]
-    texts = []
-    with _naming_file(path):
-        if input_format.compressible:
-            check_beginning(path)
-        is_table = input_format.slice_bounds is parquet_slice_bounds
-        start, end = (0, input_format.slice_bounds(path, sys.maxsize)[-1]) if is_table else (0, None)
-        for chunk in input_format.read(FileSlice(str(path), start, end, path.stat().st_size), [field]):
-            for text, problem in chunk.lines:
-                if problem:
-                    raise InputError(f"{path}: line {len(texts) + 1}: {problem}")
-                texts.append(text)
+    fields = [fields] if isinstance(fields, str) else fields
+    texts = list(_strictly(path, read_file(path, fields, encoding)))
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: contains no text")
     return texts
 
 
-def split_into_slices(path: Path, max_bytes: int) -> list[FileSlice]:
-    """Returns the slices of a file, of about `max_bytes` each if the format can be split.
+def read_lines(path: Path, encoding: str = UTF_8) -> list[str]:
+    """Returns all lines of a file of plain text or JSON Lines. Raises InputError as `read_texts` does."""
+    with _naming_file(path):
+        chunks = read_plain_lines(FileSlice(str(path), 0, None, path.stat().st_size, encoding), ())
+        return list(_strictly(path, chunks))
+
+
+def _strictly(path: Path, chunks: Iterable[Chunk]) -> Iterator[str]:
+    """Yields the texts of a file. Raises InputError at the first line that cannot be read."""
+    lines = (line for chunk in chunks for line in chunk.lines)
+    for number, (text, problem) in enumerate(lines, 1):
+        if problem:
+            raise InputError(f"{path}: line {number}: {problem}")
+        yield text
+
+
+def read_file(path: Path, fields: Sequence[str], encoding: str = UTF_8) -> Iterator[Chunk]:
+    """Yields all lines of a file in chunks, as `read_slice` does. A file with an unknown suffix is plain text."""
+    for file_slice in split_into_slices(path, sys.maxsize, encoding):
+        yield from read_slice(file_slice, fields)
+
+
+def split_into_slices(path: Path, max_bytes: int, encoding: str = UTF_8) -> list[FileSlice]:
+    """Returns the slices of a file, of about `max_bytes` each if it can be split.
 
     Raises:
-      InputError: the file cannot be read.
+      InputError: the file cannot be read, or is recognized as one of another encoding or kind.
     """
+    input_format = _format_of(path)
     with _naming_file(path):
         size = path.stat().st_size
-        slice_bounds = find_format(path).slice_bounds
-        if find_format(path).compressible:
-            check_beginning(path)
-        if slice_bounds is None or path.suffix.lower() in DECOMPRESSORS:
-            return [FileSlice(str(path), 0, None, size)]
-        bounds = slice_bounds(path, max_bytes)
+        if input_format.compressible:
+            check_beginning(path, encoding)
+        compressed_or_recoded = input_format.compressible and (
+            path.suffix.lower() in DECOMPRESSORS or encoding != UTF_8  # of UTF-16, say, a line can begin at any byte
+        )
+        if input_format.slice_bounds is None or compressed_or_recoded or not path.is_file():
+            return [FileSlice(str(path), 0, None, size, encoding)]
+        bounds = input_format.slice_bounds(path, max_bytes)
     total = max(1, bounds[-1] - bounds[0])
     return [
         FileSlice(str(path), start, end, round(size * (end - start) / total))
@@ -225,7 +246,11 @@ def read_slice(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
     """
     path = Path(file_slice.file)
     with _naming_file(path):
-        yield from find_format(path).read(file_slice, fields)
+        yield from _format_of(path).read(file_slice, fields)
+
+
+def _format_of(path: Path) -> InputFormat:
+    return find_format(path) or FORMATS[".txt"]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from davae_jax.data.bad_lines import BadLine, BadLineLimit
 from davae_jax.data.check_prepared import prepared_problems
+from davae_jax.data.file_lines import FileLines, files_of, name_files
 from davae_jax.data.shard_writer import (
     MAX_BAD_LINES,
     PARTS,
@@ -36,30 +38,28 @@ class _Statistics(NamedTuple):
     bad_lines: list[dict[str, Any]]
 
 
-def merge_shards(folder: Path, settings: dict[str, Any], max_bad: float = 0.01) -> None:
+def merge_shards(folder: Path, settings: dict[str, Any], limit: BadLineLimit) -> None:
     """Writes bad_lines.jsonl, held_out.jsonl, order.npy and lengths.npy, and finally the manifest.
 
     Args:
       settings: the content of prepare.json, which the manifest repeats.
-      max_bad: the largest fraction of lines that may be unreadable.
+      limit: of unreadable lines.
 
     Raises:
       InputError: the shards contain no text, too many lines are unreadable, or a file is not what was written.
     """
-    names = sorted(path.stem for path in (folder / PARTS).glob("*.json"))
+    names = sorted((path.stem for path in (folder / PARTS).glob("*.json")), key=_numbers)
     counts, shards, bad_lines = _read_statistics(folder, names)
     lines = [json.dumps(bad_line, ensure_ascii=False) + "\n" for bad_line in bad_lines]
     write_text(folder / "bad_lines.jsonl", "".join(lines))
     for name in set(names) - {shard["name"] for shard in shards}:  # without texts
         for suffix in ("arrayrecord", "npy"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    if limit.is_exceeded(counts["lines"], counts["bad"]):
+        raise limit.error(BadLine(**bad_lines[0]), counts["lines"], counts["bad"], str(folder / "bad_lines.jsonl"))
     if not shards:
         reason = describe_dropped(counts) or "contains no text"
-        raise InputError(f"{', '.join(settings['inputs'])}: {reason}; no text remains")
-    if counts["bad"] > max_bad * counts["lines"]:
-        first = "{file}: line {line}: {problem}".format(**bad_lines[0])
-        share = f"{counts['bad']:,} of {counts['lines']:,} lines cannot be read"
-        raise InputError(f"{first}; {share} ({folder / 'bad_lines.jsonl'}), more than --max-bad {max_bad:g}")
+        raise InputError(f"{name_files(list(settings['inputs']))}: {reason}; no text remains")
     counts["held_out_distinct"] = _write_held_out(folder, names)
     _write_order(folder, shards)
     written = ["order.npy", "lengths.npy", "held_out.jsonl", "bad_lines.jsonl", *(f"{s['name']}.npy" for s in shards)]
@@ -90,25 +90,42 @@ def _read_back(folder: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{problems[0]}; the same command writes it again")
 
 
+def _numbers(name: str) -> list[int]:
+    """Returns the numbers of the task and of the shard in a shard's name."""
+    return [int(number) for number in name.split("-")]
+
+
 def _read_statistics(folder: Path, names: list[str]) -> _Statistics:
     counts, shards, bad_lines = dict.fromkeys(COUNTED, 0), [], []
-    file, slice_number = None, 0
-    lines_before, lines_in_slice = 0, 0  # lines of the file before the slice, and of the slice in the shards so far
+    file, task_number = None, 0  # the last file of the last shard
+    lines_before, lines_in_task = 0, 0  # lines of the file before the task, and of the task in the shards so far
     for name in names:
         stats = read_json_object(folder / PARTS / f"{name}.json")
-        if stats["number"] != slice_number:
-            slice_number, lines_before, lines_in_slice = stats["number"], lines_before + lines_in_slice, 0
-        if stats["file"] != file:
-            file, lines_before = stats["file"], 0
-        lines_in_slice += stats["lines"]
+        if not stats["lines"]:
+            continue
+        files, first_lines = files_of(stats)
+        if stats["number"] != task_number:
+            # Only a task of one slice can continue a file.
+            lines_before = lines_before + lines_in_task if files[:1] == [file] else 0
+            task_number, lines_in_task = stats["number"], 0
+        file = files[-1]
+        lines_in_task += stats["lines"]
         for key in counts:
             counts[key] += stats[key]
+        located = FileLines(files, [line - lines_before for line in first_lines])
         for number, problem in stats["bad_lines"][: MAX_BAD_LINES - len(bad_lines)]:
-            bad_lines.append({"file": file, "line": lines_before + number, "problem": problem})
+            bad_lines.append(BadLine(*located.locate(number), problem)._asdict())
         if stats["texts"]:
-            shard = {key: stats[key] for key in ("texts", "bytes", "sha256", "file")}
-            shards.append(shard | {"name": name, "line": lines_before})
+            shard = {key: stats[key] for key in ("texts", "bytes", "sha256")} | {"name": name}
+            shards.append(shard | _describe_files(located))
     return _Statistics(counts, shards, bad_lines)
+
+
+def _describe_files(files: FileLines) -> dict[str, Any]:
+    """Returns the entries of a shard in the manifest that `files_of` reads."""
+    if len(files.files) == 1 and files.first_lines[0] <= 1:
+        return {"file": files.files[0], "line": 1 - files.first_lines[0]}
+    return {"files": [list(pair) for pair in zip(*files, strict=True)]}
 
 
 def _write_held_out(folder: Path, names: list[str]) -> int:

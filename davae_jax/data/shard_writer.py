@@ -1,8 +1,8 @@
-"""Writes the shards of one slice of the input.
+"""Writes the shards of one task: of a slice of a large file, or of several small files.
 
-A slice becomes one shard, or several if its file cannot be split before it is read. For every shard, `parts/` contains
-NAME.json, its statistics, and NAME.jsonl, its held-out texts. The statistics are written last: a shard that has them is
-complete and is not written again.
+A task becomes one shard, or several if a file that cannot be split turns out to be long. For every shard, `parts/`
+contains NAME.json, its statistics, and NAME.jsonl, its held-out texts. The statistics are written last: a shard that
+has them is complete and is not written again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from davae_jax.data.bad_lines import BadLine, BadLineLimit
+from davae_jax.data.encodings import UTF_8
+from davae_jax.data.file_lines import files_of
 from davae_jax.data.line_readers import Chunk, FileSlice
 from davae_jax.data.readers import read_slice
 from davae_jax.data.shards import WRITER_OPTIONS, encode_record, id_dtype
@@ -28,6 +31,7 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
 from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.worker_pool import ReportProgress
 
 PARTS = "parts"  # the folder of the shards' statistics, removed when all shards are written
 MAX_BAD_LINES = 1000  # maximum number of bad lines that are listed, per shard and for the whole input
@@ -43,6 +47,7 @@ class ShardSettings(NamedTuple):
       truncate: keep texts that are too long for the encoder only, and truncate their encoder ids.
       held_out: the fraction of distinct texts to hold out, 0 ≤ held_out < 1.
       shard_size: bytes of text after which a shard ends.
+      encoding: the encoding of text and JSON.
     """
 
     fields: tuple[str, ...]
@@ -51,15 +56,30 @@ class ShardSettings(NamedTuple):
     truncate: bool
     held_out: float | None
     shard_size: int | None
+    encoding: str = UTF_8
 
 
 class ShardTask(NamedTuple):
-    """A slice of the input, with everything that a worker process needs to write its shards."""
+    """A part of the input, with everything that a worker process needs to write its shards.
+
+    Attributes:
+      slices: one slice of a file, or several whole files. Their lines are counted from the first line of the first.
+      limit: of bad lines, judged while the shards are written; None: not judged.
+    """
 
     folder: str
     number: int
-    file_slice: FileSlice
+    slices: Sequence[FileSlice]
     settings: ShardSettings
+    limit: BadLineLimit | None = None
+
+
+class TaskChunk(NamedTuple):
+    """Consecutive lines of a file of a task."""
+
+    file: str
+    first_line: int  # of the file, among the lines of the task
+    chunk: Chunk
 
 
 @functools.cache
@@ -95,42 +115,81 @@ def held_out_line(text: str) -> str:
     return json.dumps({"text": text}, ensure_ascii=False) + "\n"
 
 
-def write_shards(task: ShardTask, report_progress: Callable[[float], Any] = lambda n: None) -> None:
-    """Writes the shards of a slice that are not complete yet.
+def write_shards(task: ShardTask, report_progress: ReportProgress = lambda *numbers: [*numbers]) -> None:
+    """Writes the shards of a task that are not complete yet.
 
-    `report_progress(n)` is called after every n bytes of the input file.
+    Args:
+      report_progress: called with the numbers of bytes of the input, of lines and of bad lines that have been read
+        since the last call. Returns the totals of all tasks, by which the limit of bad lines is judged.
+
+    Raises:
+      InputError: an input cannot be read, a shard cannot be written, or there are too many bad lines.
     """
-    size, fraction_read = task.file_slice.size, 0.0
-
-    def with_progress(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        nonlocal fraction_read
-        for chunk in chunks:
-            yield chunk
-            report_progress(size * (chunk.fraction_read - fraction_read))
-            fraction_read = chunk.fraction_read
-
-    chunks = with_progress(read_slice(task.file_slice, task.settings.fields))
-    first_line_number = 1  # of the next shard, within the slice
-    for part in itertools.count():
-        name = f"{task.number:05}-{part:04}"
-        stats_file = Path(task.folder) / PARTS / f"{name}.json"
-        if stats_file.exists():
-            stats = read_json_object(stats_file)
-            if not stats["last"]:
-                for _ in itertools.islice(chunks, stats["chunks"]):
-                    pass
-        else:
-            stats, chunks = _write_shard(name, chunks, first_line_number, task)
-            write_json(stats_file, stats)
+    complete = _complete_parts(task)
+    lines, bad_lines, chunks_read = (sum(stats[key] for stats in complete) for key in ("lines", "bad", "chunks"))
+    if complete and complete[-1]["last"]:
+        totals = report_progress(sum(file_slice.size for file_slice in task.slices), lines, bad_lines)
+        _judge(task, totals, max(complete, key=lambda stats: stats["bad"]))
+        return
+    chunks = _read_chunks(task, report_progress)
+    for _ in itertools.islice(chunks, chunks_read):
+        pass
+    for part in itertools.count(len(complete)):
+        stats, chunks = _write_shard(_part_name(task, part), chunks, lines + 1, task)
+        write_json(_stats_file(task, part), stats)
         if stats["last"]:
             break
-        first_line_number += stats["lines"]
-    report_progress(size * (1.0 - fraction_read))
+        lines += stats["lines"]
+
+
+def _complete_parts(task: ShardTask) -> list[dict[str, Any]]:
+    """Returns the statistics of the task's shards that are complete."""
+    files = (_stats_file(task, part) for part in itertools.count())
+    return [read_json_object(file) for file in itertools.takewhile(Path.exists, files)]
+
+
+def _part_name(task: ShardTask, part: int) -> str:
+    return f"{task.number:05}-{part:04}"
+
+
+def _stats_file(task: ShardTask, part: int) -> Path:
+    return Path(task.folder) / PARTS / f"{_part_name(task, part)}.json"
+
+
+def _read_chunks(task: ShardTask, report_progress: ReportProgress) -> Iterator[TaskChunk]:
+    """Yields all lines of a task. After each chunk, progress is reported and the limit of bad lines judged."""
+    first_line = 1
+    for file_slice in task.slices:
+        fraction_read, lines = 0.0, 0
+        for chunk in read_slice(file_slice, task.settings.fields):
+            yield TaskChunk(file_slice.file, first_line, chunk)
+            bad = [[lines + n, problem] for n, (_, problem) in enumerate(chunk.lines, 1) if problem]
+            newly_read = file_slice.size * (chunk.fraction_read - fraction_read)
+            totals = report_progress(newly_read, len(chunk.lines), len(bad))
+            _judge(task, totals, {"files": [[file_slice.file, 1]], "bad_lines": bad})
+            fraction_read, lines = chunk.fraction_read, lines + len(chunk.lines)
+        report_progress(file_slice.size * (1.0 - fraction_read), 0, 0)
+        first_line += lines
+
+
+def _judge(task: ShardTask, totals: list[float], stats: dict[str, Any]) -> None:
+    """Raises InputError if the lines read so far, by all processes, show that too many are bad.
+
+    stats: statistics with an example, if they contain a bad line.
+    """
+    bytes_read, lines, bad = totals
+    if task.limit is None or not stats["bad_lines"] or not task.limit.will_be_exceeded(lines, bad, bytes_read):
+        return
+    number, problem = stats["bad_lines"][0]
+    file, line = files_of(stats).locate(number)
+    start = task.slices[0].start
+    problem += f" (the line number counts from byte {start:,} of the file)" if start else ""
+    raise task.limit.error(BadLine(file, line, problem), int(lines), int(bad), "the rest has not been read")
 
 
 def _write_shard(
-    name: str, chunks: Iterator[Chunk], first_line_number: int, task: ShardTask
-) -> tuple[dict[str, Any], Iterator[Chunk]]:
+    name: str, chunks: Iterator[TaskChunk], first_line_number: int, task: ShardTask
+) -> tuple[dict[str, Any], Iterator[TaskChunk]]:
     """Writes one shard of the next chunks. Returns its statistics and the remaining chunks."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -142,7 +201,7 @@ def _write_shard(
             writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
             try:
                 for chunk in chunks:
-                    for record in texts.records(chunk):
+                    for record in texts.records(*chunk):
                         writer.write(record)
                     if texts.text_bytes >= task.settings.shard_size or not writer.ok():
                         break
@@ -180,13 +239,15 @@ class _ShardTexts:
         self.stats: dict[str, Any] = dict.fromkeys(
             ("lines", "chunks", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens"), 0
         )
-        self.stats |= dict(file=task.file_slice.file, number=task.number, bad_lines=[])
+        self.stats |= dict(files=[], number=task.number, bad_lines=[])
         self.held_out: dict[str, None] = {}
         self.text_bytes = 0
 
-    def records(self, chunk: Chunk) -> Iterator[bytes]:
-        """Yields the records of the chunk's texts that belong into the shard, and updates the statistics."""
-        settings = self._settings
+    def records(self, file: str, first_line: int, chunk: Chunk) -> Iterator[bytes]:
+        """Yields the records of a `TaskChunk`'s texts that belong into the shard, and updates the statistics."""
+        settings, files = self._settings, self.stats["files"]
+        if [file, first_line] not in files[-1:]:
+            files.append([file, first_line])
         numbers, texts = self._usable_texts(chunk)
         rows = encode_texts(texts, self._encoder, self._decoder, settings.max_length, settings.truncate)
         for number, text, row in zip(numbers, texts, rows, strict=True):
@@ -203,7 +264,7 @@ class _ShardTexts:
         self.text_bytes += chunk.text_bytes
 
     def _usable_texts(self, chunk: Chunk) -> tuple[list[int], list[str]]:
-        """Returns the texts that are neither bad nor blank, preceded by their line numbers in the slice."""
+        """Returns the texts that are neither bad nor blank, preceded by their line numbers in the task."""
         numbers, texts, stats = [], [], self.stats
         for number, (text, problem) in enumerate(chunk.lines, self._first_line_number + stats["lines"]):
             if problem:
@@ -218,7 +279,7 @@ class _ShardTexts:
         return numbers, texts
 
     def table(self) -> np.ndarray:
-        """Returns uint32 [texts, 3]: line in the slice, number of encoder ids, number of decoder ids."""
+        """Returns uint32 [texts, 3]: line in the task, number of encoder ids, number of decoder ids."""
         return np.array(self._table, np.uint32).reshape(-1, 3)
 
 

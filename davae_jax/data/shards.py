@@ -5,8 +5,8 @@ manifest.json              settings, counts, hashes of all files but prepare.jso
 prepare.json               the settings; written first
 vocab.txt, spiece.model    the tokenizers, which a training run copies
 NAME.arrayrecord           a shard: one record per text
-NAME.npy                   uint32 [texts, 3], a row per record of the shard: the line of the text in its slice of the
-                           input file, its number of encoder ids, and its number of decoder ids
+NAME.npy                   uint32 [texts, 3], a row per record of the shard: the line of the text in the shard's part of
+                           the input, its number of encoder ids, and its number of decoder ids
 order.npy                  the indices of all records, counted over all shards, sorted by number of decoder ids
 lengths.npy                [lengths, 3], a row per number of decoder ids that occurs: this number, the number of such
                            texts, and the largest number of encoder ids among them
@@ -23,19 +23,20 @@ import bisect
 import hashlib
 import itertools
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from davae_jax.data.file_lines import describe_lines, files_of
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import check_utf8_path, file_sha256
 from davae_jax.utils.json_files import json_sum, read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
+from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
 MANIFEST, SETTINGS = "manifest.json", "prepare.json"
 FORMAT = 1
@@ -112,9 +113,7 @@ class Prepared:
         for shard in self.shards:
             _check_size(folder / f"{shard['name']}.arrayrecord", shard["bytes"])
         self._first_records = [0, *itertools.accumulate(shard["texts"] for shard in self.shards)]
-        self._readers: list[Any] = [None] * len(self.shards)
-        self._locks = [threading.Lock() for _ in self.shards]
-        _allow_open_files(len(self.shards) + 256)
+        self._readers = OpenFiles(self._open, allow_open_files(len(self.shards)))
 
     def __len__(self) -> int:
         return self._first_records[-1]
@@ -137,10 +136,7 @@ class Prepared:
         path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
         try:
             # The time of `read([i])` grows with the size of the shard; `seek` and `read` take microseconds.
-            with self._locks[n]:
-                if self._readers[n] is None:
-                    self._readers[n] = open_shard(path)
-                reader = self._readers[n]
+            with self._readers.use(n) as reader:
                 reader.seek(i)
                 record = reader.read()
             return decode_record(record, self.dtype)
@@ -153,9 +149,13 @@ class Prepared:
         for i in sorted(records):
             n, i = self._locate(i)
             shard = self.shards[n]
-            line = read_array(self.folder / f"{shard['name']}.npy", 2, mapped=True)[i, 0]
-            lines.setdefault(shard["file"], []).append(shard["line"] + int(line))
-        return "; ".join(f"lines {', '.join(map(str, numbers))} of {file}" for file, numbers in lines.items())
+            number = read_array(self.folder / f"{shard['name']}.npy", 2, mapped=True)[i, 0]
+            file, line = files_of(shard).locate(int(number))
+            lines.setdefault(file, []).append(line)
+        return describe_lines(lines)
+
+    def _open(self, n: int) -> Any:
+        return open_shard(self.folder / f"{self.shards[n]['name']}.arrayrecord")
 
     def _locate(self, i: int) -> tuple[int, int]:
         """Returns the index of the shard that contains record i, and the record's index in that shard."""
@@ -202,6 +202,12 @@ class Prepared:
         return texts
 
 
+def is_prepared(folder: Path) -> bool:
+    """Returns whether `davae prepare` made a folder, perhaps not to the end."""
+    has_manifest = (folder / MANIFEST).is_file() and any(folder.glob("*.arrayrecord"))
+    return has_manifest or (folder / SETTINGS).is_file()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of a prepared folder.
 
@@ -222,11 +228,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         intact &= set(tokenizers) == set(TOKENIZER_FILES) and all(isinstance(x, str) for x in tokenizers.values())
         for shard in shards:
             intact &= re.fullmatch(r"\d+-\d+", shard["name"]) is not None
-            intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes", "line"))
-            intact &= isinstance(shard["sha256"], str) and isinstance(shard["file"], str)
+            intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes"))
+            files, first_lines = files_of(shard)
+            intact &= all(type(line) is int for line in first_lines) and first_lines == sorted(first_lines)
+            intact &= len(files) > 0 and all(isinstance(text, str) for text in (shard["sha256"], *files))
         intact &= manifest_sum(manifest) == manifest.get("sum", manifest_sum(manifest))
         intact &= all("/" not in name and isinstance(x, str) for name, x in manifest.get("files", {}).items())
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         intact = False
     if not intact:
         raise InputError(f"{path}: is damaged; copy or prepare the folder again")
@@ -252,15 +260,3 @@ def open_shard(path: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=1 << 15)
-
-
-def _allow_open_files(n: int) -> None:
-    """Raises the limit of open files, often 1024, to n if the system permits it, because each shard is an open file."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < n:
-        new_limit = n if hard == resource.RLIM_INFINITY else min(n, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, new_limit), hard))

@@ -95,11 +95,22 @@ def _check_columns(schema: Any, path: Path, fields: Sequence[str]) -> None:
 def _chunk(columns: Sequence[Any], fraction_read: float) -> Chunk:
     import pyarrow
 
-    # As bytes, because a column may contain bytes that are not UTF-8.
-    cells = [column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist() for column in columns]
+    cells = [_plain_strings(column).cast(pyarrow.large_binary()).to_pylist() for column in columns]
     rows = list(zip(*cells))
     lines = [_row(row) for row in rows]
     return Chunk(lines, sum(len(cell or b"") for row in rows for cell in row), fraction_read)
+
+
+def _plain_strings(column: Any) -> Any:
+    """Returns a column of any type of strings as one of large strings, which can be read as bytes.
+
+    The bytes of a column may not be UTF-8, which its other types find out in different ways.
+    """
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):  # not every type of strings can be cast while they are in a dictionary
+        column = pyarrow.DictionaryArray.from_arrays(column.indices, column.dictionary.cast(pyarrow.large_string()))
+    return column.cast(pyarrow.large_string())
 
 
 def _row(cells: Sequence[bytes | None]) -> Line:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from davae_jax.data.encodings import HEAD_BYTES, UTF_8, check_head, recode_bytes
 from davae_jax.utils.errors import InputError
 
 
@@ -50,12 +51,17 @@ def _text_of(values: Any, field: str) -> str:
     return text
 
 
-def decode_lines(data: bytes, name: str) -> list[str]:
-    """Returns the lines of UTF-8 bytes. Only line feeds end a line, with or without a carriage return before them.
+def decode_lines(data: bytes, name: str, encoding: str = UTF_8) -> list[str]:
+    """Returns the lines of a text. Only line feeds end a line, with or without a carriage return before them.
 
     Raises:
-      InputError: a line is not UTF-8; the message begins with `name` and contains the line number.
+      InputError: a line is not in this encoding; the message begins with `name` and contains the line number.
     """
+    check_head(data[:HEAD_BYTES], name, encoding)
+    try:
+        data = recode_bytes(data, encoding) if encoding != UTF_8 else data
+    except ValueError as e:
+        raise InputError(f"{name}: cannot be read ({e})") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -64,5 +70,5 @@ def decode_lines(data: bytes, name: str) -> list[str]:
         try:
             texts.append(line.removesuffix(b"\r").decode("utf-8"))
         except UnicodeDecodeError:
-            raise InputError(f"{name}: line {number}: is not UTF-8") from None
+            raise InputError(f"{name}: line {number}: is not {encoding.upper()}") from None
     return texts

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from davae_jax.data.file_lines import FileLines
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.utils.errors import InputError
@@ -24,6 +25,7 @@ class TokenizedTexts(NamedTuple):
       lines: the line of each text in `source`, counted from 1.
       too_long: the number of texts that were dropped because they are too long.
       source: the file, for messages.
+      files: the files of the lines, if `source` stands for several.
     """
 
     encoder_ids: list[np.ndarray]
@@ -31,6 +33,7 @@ class TokenizedTexts(NamedTuple):
     lines: np.ndarray
     too_long: int
     source: str = ""
+    files: FileLines | None = None
 
     @property
     def sizes(self) -> np.ndarray:
@@ -43,7 +46,8 @@ class TokenizedTexts(NamedTuple):
 
     def describe_lines(self, texts: Sequence[int]) -> str:
         """Returns the line numbers of these texts, for messages."""
-        return f"lines {', '.join(map(str, sorted(self.lines[texts])))} of {self.source}"
+        lines = sorted(self.lines[texts].tolist())
+        return (self.files or FileLines([self.source], [1])).describe(lines)
 
 
 def tokenize(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
 from davae_jax.utils.errors import InputError, OptionError, first_line
 
+# SentencePiece uses the first of these characters to separate texts from each other, the second for blanks.
+BOUNDARY, SPACE = "\u2585", "\u2581"
+_NOT_LEARNED = dict.fromkeys(map(ord, f" \r\n{SPACE}"))
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -45,18 +49,41 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode("utf-8")
 
 
-def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -> bytes:
+def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str, source: str = "the texts") -> bytes:
     """Returns the content of a spiece.model with at most `vocab_size` pieces: all characters and frequent merges.
 
     The model does not normalize, so that decoding gives back the same text.
 
     Args:
       option: the option that sets `vocab_size`, for the error message.
+      source: the files of the texts, for messages.
 
     Raises:
       OptionError: the texts have more characters than `vocab_size`.
-      InputError: training fails for another reason.
+      InputError: the texts have nothing that SentencePiece can learn, or training fails for another reason.
     """
+    _check_learnable(texts, source)
+    return _train_sentencepiece(texts, vocab_size, option, source)
+
+
+def _check_learnable(texts: Sequence[str], source: str) -> None:
+    """Raises InputError if SentencePiece would find nothing in the texts, and warns of texts that it leaves out."""
+    reserved = (
+        f"U+{ord(BOUNDARY):04X} ({BOUNDARY}), which SentencePiece reserves, and it learns nothing from such a text"
+    )
+    remedy = "remove the character, or give --tokenizers"
+    without = [text for text in texts if BOUNDARY not in text]
+    if texts and not without:
+        raise InputError(f"{source}: every text contains {reserved}; {remedy}")
+    if not any(text.translate(_NOT_LEARNED) for text in without):
+        only = f"blanks and U+{ord(SPACE):04X} ({SPACE}), which stands for a blank"
+        raise InputError(f"{source}: no tokenizer can be trained on texts of {only}; give --tokenizers")
+    if len(without) < len(texts):
+        number = f"{len(texts) - len(without):,} of {len(texts):,} texts contain"
+        warnings.warn(f"{source}: {number} {reserved}; {remedy}", stacklevel=3)
+
+
+def _train_sentencepiece(texts: Sequence[str], vocab_size: int, option: str, source: str) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -83,9 +110,7 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str) -
             raise OptionError(option, reason) from e
         # Few or uniform texts do not have enough merges to fill the vocabulary.
         if possible := re.search(r"set it to a value <= (\d+)", str(e)):
-            return train_sentencepiece(texts, int(possible[1]), option=option)
-        reason = first_line(e)
-        raise InputError(
-            f"a SentencePiece model of {vocab_size} pieces cannot be trained on the texts: {reason}"
-        ) from e
+            return _train_sentencepiece(texts, int(possible[1]), option, source)
+        reason = f"no SentencePiece model can be trained with {option} {vocab_size}: {first_line(e)}"
+        raise InputError(f"{source}: {reason}; give --tokenizers") from e
     return model.getvalue()

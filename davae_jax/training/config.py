@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from davae_jax.data.encodings import UTF_8, check_encoding
 from davae_jax.model.config import DAVAEConfig, Remat
 from davae_jax.parallel.config import DistributedConfig, MeshConfig
 from davae_jax.regularizers.config import RegularizersConfig
-from davae_jax.utils.errors import OptionError, check_options
+from davae_jax.utils.errors import VOCAB_SIZES, OptionError, check_options
 
 # Conditions of `check_options` that several classes use.
 _NON_NEGATIVE = (lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
@@ -25,14 +26,20 @@ _UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "be in [0, 1]")
 class DataConfig:
     """Training texts, and how batches are formed from them."""
 
-    train: Path | None = None
-    """Training texts: a UTF-8 file with one text per line, JSON Lines, or a folder made by `davae prepare`. None: a small synthetic corpus that the project generates."""
+    train: tuple[Path, ...] | None = None
+    """Training texts: files or folders of text, JSON Lines, JSON arrays, Parquet or Arrow, as `davae prepare` reads them (docs/data.md), or a folder that it made. None: a small synthetic corpus that the project generates."""
 
-    valid: Path | None = None
-    """File of held-out texts. None: some training texts are held out."""
+    valid: tuple[Path, ...] | None = None
+    """Files or folders of held-out texts. None: some training texts are held out."""
 
-    field: str = "text"
-    """Field of a JSON line that contains the text."""
+    field: tuple[str, ...] = ("text",)
+    """JSON field or table column that contains the text. Several, such as a title and a body, are joined by line feeds."""
+
+    encoding: str = UTF_8
+    """Encoding of text and JSON, such as gb18030 or utf-16: any text encoding of Python."""
+
+    max_bad: float = 0.01
+    """Largest fraction of lines that may be unreadable. They are left out with a warning; with more, the run does not start."""
 
     max_length: int = 128
     """Maximum text length in decoder tokens, special tokens included; longer texts are dropped."""
@@ -61,10 +68,16 @@ class DataConfig:
         return self.segment_length is not None
 
     def __post_init__(self):
+        for name in ("train", "valid", "field"):  # a single path or name will do
+            if isinstance(value := getattr(self, name), str | Path):
+                object.__setattr__(self, name, (value,))
+        object.__setattr__(self, "encoding", check_encoding(self.encoding, "--data.encoding"))
+        check_options(self, "data.", "train valid", lambda paths: paths is None or len(paths) > 0, "name a file")
+        check_options(self, "data.", "field", lambda names: 0 < len(set(names)) == len(names), "be given, each once")
+        check_options(self, "data.", "max_bad", *_UNIT_INTERVAL)
         check_options(self, "data.", "max_length", lambda n: n >= 3, "be at least 3")
         check_options(self, "data.", "buckets segment_length", lambda n: n is None or n >= 1, "be at least 1")
-        check_options(self, "data.", "decoder_vocab_size", lambda n: n is None or n >= 10, "be at least 10")
-        check_options(self, "data.", "encoder_vocab_size", lambda n: n >= 10, "be at least 10")
+        check_options(self, "data.", "decoder_vocab_size encoder_vocab_size", *VOCAB_SIZES)
         if self.pack and self.buckets is not None:
             raise OptionError("--data.buckets", "is used only without --data.pack")
         if self.pack and self.segment_length is not None:

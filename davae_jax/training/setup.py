@@ -158,7 +158,8 @@ def _print_saved(checkpoint: Path) -> None:
 
 def load_corpus(config: TrainConfig) -> Corpus:
     """Returns the texts that a config names. Raises InputError if a file cannot be used."""
-    return read_corpus(config.data.train, config.data.valid, config.data.field)
+    data = config.data
+    return read_corpus(data.train, data.valid, data.field, data.encoding, data.max_bad)
 
 
 def _prepare_folder(config: TrainConfig, folder: Path, corpus: Corpus, lock: FolderLock) -> None:
@@ -183,7 +184,7 @@ def make_batches(config: TrainConfig, corpus: Corpus, tokenizers: Tokenizers, mo
         texts = tokenize(
             corpus.train, *tokenizers, max_length=longest, source=corpus.source, truncate=config.data.truncate
         )
-        texts = texts._replace(lines=corpus.lines[texts.lines - 1])
+        texts = texts._replace(lines=corpus.lines[texts.lines - 1], files=corpus.files)
     if config.data.pack:
         texts = texts or PreparedTexts(corpus.prepared, longest, positions)
         return PackedBatches(texts, row_length=longest, **common)

@@ -57,6 +57,10 @@ class StepError(InputError):
     """A training step failed in the same way on every process: a regularizer raised, or a value is not finite."""
 
 
+# A condition of `check_options` for tokenizers to be trained; the trainers reserve memory for the whole vocabulary.
+VOCAB_SIZES = (lambda n: n is None or 10 <= n <= 1_000_000, "be at least 10 and at most 1,000,000")
+
+
 def check_options(config: Any, section: str, names: str, fits: Callable[[Any], bool], must: str) -> None:
     """Checks fields of an options dataclass.
 

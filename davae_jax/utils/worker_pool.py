@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from davae_jax.utils.errors import InputError
 
-ReportProgress = Callable[[float], Any]
+# Adds numbers to totals and returns the totals. The first of them is the number of units of the progress bar.
+ReportProgress = Callable[..., list[float]]
 
 
 def available_cores() -> int:
@@ -26,26 +27,36 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any], workers: int, bar: tqdm) -> None:
+def run_tasks(
+    work: Callable[[Any, ReportProgress], None], tasks: Sequence[Any], workers: int, bar: tqdm, counts: int = 0
+) -> None:
     """Calls `work(task, report_progress)` for every task, in this process or in several worker processes.
 
     Args:
-      work: a function of a module, so that another process can import it. It calls `report_progress(n)` for every n
-        units of `bar` that it has done.
+      work: a function of a module, so that another process can import it. It calls `report_progress(n, *counts)` for
+        every n units of `bar` that it has done, which returns the totals of these numbers over all processes.
       workers: the number of processes; with 1, the tasks run in this process.
+      counts: how many numbers `work` reports besides the units of `bar`.
 
     Raises:
       InputError: the worker processes cannot be started, or one was killed. An exception in a worker is raised here.
     """
     if min(workers, len(tasks)) == 1:
+        totals = [0.0] * (1 + counts)
+
+        def report_progress(*numbers: float) -> list[float]:
+            totals[:] = (a + b for a, b in zip(totals, numbers, strict=True))
+            bar.update(numbers[0])
+            return totals
+
         for task in tasks:
-            work(task, bar.update)
+            work(task, report_progress)
         return
     # "spawn", because a forked process would not have the threads of the libraries that are imported here.
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as cleanup:
         try:
-            progress, stop = context.Value("d", 0.0), context.Event()
+            progress, stop = context.Array("d", 1 + counts), context.Event()
             pool = ProcessPoolExecutor(
                 min(workers, len(tasks)), context, initializer=_initialize_worker, initargs=(progress, stop)
             )
@@ -62,7 +73,7 @@ def _wait_for(pending: set[Future], progress: Any, bar: tqdm) -> None:
     try:
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(progress.value - bar.n)
+            bar.update(progress[0] - bar.n)
             for future in finished:
                 future.result()
     except BrokenProcessPool:
@@ -100,10 +111,11 @@ def _initialize_worker(progress, stop) -> None:
 
 
 def _work_in_process(work: Callable[[Any, ReportProgress], None], task: Any) -> None:
-    def report_progress(n: float) -> None:
+    def report_progress(*numbers: float) -> list[float]:
         if _stop.is_set():
             raise _Stopped
         with _progress.get_lock():
-            _progress.value += n
+            _progress[:] = [a + b for a, b in zip(_progress, numbers, strict=True)]
+            return _progress[:]
 
     work(task, report_progress)

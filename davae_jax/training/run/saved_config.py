@@ -19,7 +19,14 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     regularizers = active(config.regularizers)
     values["regularizers"] = {name: dataclasses.asdict(regularizer) for name, regularizer in regularizers.items()}
+    for name in SEVERAL_VALUES:
+        if len(values["data"][name] or ()) == 1:
+            values["data"][name] = values["data"][name][0]
     return json.loads(json.dumps(values, default=str))
+
+
+# Settings of the texts that may have several values. A single one is stored as such, as by earlier versions.
+SEVERAL_VALUES = ("train", "valid", "field")
 
 
 # Settings that had another name in earlier versions: old name → current name.
@@ -53,7 +60,7 @@ def digest_settings(config: TrainConfig) -> str:
 
 
 # Settings that do not change the results. Plugins are compared by their contents (`training.run.folder.open_run`).
-NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin")
+NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin", "data.max_bad")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:

@@ -35,7 +35,12 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
     """
     trainers = (
         partial(train_wordpiece, vocab_size=config.data.encoder_vocab_size),
-        partial(train_sentencepiece, vocab_size=decoder_vocab_size(config), option="--data.decoder-vocab-size"),
+        partial(
+            train_sentencepiece,
+            vocab_size=decoder_vocab_size(config),
+            option="--data.decoder-vocab-size",
+            source=corpus.source,
+        ),
     )
     pretrained = (config.init.encoder, config.init.decoder)
     for name, pretrained_source, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
@@ -133,5 +138,5 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
 def _find_tokenizer_file(config: TrainConfig, name: str, pretrained: str | None) -> Path | None:
     if config.tokenizers:
         return config.tokenizers / name
-    folders = (config.data.train, pretrained and Path(pretrained))
+    folders = (*(config.data.train or ()), pretrained and Path(pretrained))
     return next((folder / name for folder in folders if folder and (folder / name).is_file()), None)
