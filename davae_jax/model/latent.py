@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,16 @@ def kl_per_dimension(posterior: Posterior) -> Float[Array, "B L"]:
     """Returns KL(q ‖ N(0, 1)) of each latent dimension, in nats: ½(mean² + exp(logvar) − logvar − 1)."""
     mean, logvar = posterior
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - logvar - 1)
+
+
+def log_normal(z: Float[Array, "*B L"], mean, logvar) -> Float[Array, "*B L"]:
+    """Returns log N(z; mean, exp(logvar)) of each dimension.
+
+    The difference is standardized before it is squared: a latent of a very small variance is its mean after rounding,
+    and 0² · exp(−logvar) would be NaN where the exponential overflows (below −88).
+    """
+    standardized = (z - mean) * jnp.exp(-0.5 * logvar)
+    return -0.5 * (jnp.square(standardized) + logvar + math.log(2 * math.pi))
 
 
 def hard_free_bits_kl(kl: Float[Array, "B L"], dim_target_kl: float) -> Float[Array, "B"]:
