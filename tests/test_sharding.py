@@ -91,6 +91,13 @@ def test_every_mesh_trains_as_one_device(shape, one_device, tmp_path):
     assert_trained_alike(trained(MeshConfig(*shape), tmp_path), one_device)
 
 
+def test_a_mesh_repeats_a_training_bit_for_bit(tmp_path):
+    (losses, state), (expected_losses, expected) = (trained(MeshConfig(2, 2, 2), tmp_path) for _ in range(2))
+    assert np.array_equal(losses, expected_losses)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(a, b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
