@@ -25,7 +25,7 @@ MEASURES = {  # how much each may grow over the second half of a process's measu
     "megabytes": 16.0,  # resident memory; besides, 2 % of it
     "programs": 0.0,
     "files": 0.0,
-    "threads": 0.0,
+    "threads": 2.0,  # pools of a fixed size, which start a thread when they need one
 }
 INTERVALS = 40  # measurements of each phase
 WORDS = "周末跟家人去了趟餐厅服务非常热情下回还来书店打分价格比较实惠给四颗星"  # of the demo's sentences
