@@ -69,7 +69,7 @@ def train(argv: list[str], steps: int, run_dir: Path, record: Callable[[dict], N
         run.checkpoints.wait()  # a save in progress has files open
         record(meter.measure(step))
 
-    train(config, [Every(max(steps // INTERVALS, 1), measure)])
+    train(config, [Every(max(steps // INTERVALS, 1), measure, at_end=True)])
 
 
 def generate(vae, first: int, count: int, record: Callable[[dict], None]) -> None:
@@ -77,7 +77,7 @@ def generate(vae, first: int, count: int, record: Callable[[dict], None]) -> Non
     meter = Meter()
     for call in range(first, count):
         mixed_call(vae, np.random.default_rng(call))
-        if (call + 1) % max(count // INTERVALS, 1) == 0:
+        if (call + 1) % max(count // INTERVALS, 1) == 0 or call + 1 == count:
             record(meter.measure(call + 1))
 
 
@@ -108,14 +108,15 @@ def mixed_call(vae, rng: np.random.Generator) -> None:
 def growth(rows: list[dict]) -> dict[str, dict[str, float | bool]]:
     """Returns, for each quantity, its slope per 1000 steps or calls, its growth and whether it is flat.
 
-    Only the second half of the newest process's measurements counts. The growth is the slope of the least-squares line
-    times the length of that half; for programs, files and threads it is the difference of the two ends' largest values,
-    over the first and the last third.
+    Only the second half of the measurements counts, of the process with the most of them. The growth is the slope of
+    the least-squares line times the length of that half; for programs, files and threads it is the difference of the
+    largest values in its first and its last third.
 
     Raises:
       ValueError: there are fewer than six measurements in that half.
     """
-    rows = [row for row in rows if row["process"] == rows[-1]["process"]]
+    processes = [row["process"] for row in rows]
+    rows = [row for row in rows if row["process"] == max(processes, key=processes.count)]
     rows = rows[len(rows) // 2 :]
     if len(rows) < 6:
         raise ValueError(f"{len(rows)} measurements are too few")
