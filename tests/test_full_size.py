@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from rounding import assert_rounding_explains
 
 import davae_jax
 from davae_jax.checkpoints.to_torch import export
@@ -134,6 +135,12 @@ def test_known_answers(model, expected):
     np.testing.assert_allclose(losses, expected["loss_fb1_lw1_beta0.1"], rtol=1e-5)
     scores = model.discriminate(latent)
     assert np.abs(scores - expected["discriminator_logits"][:, 0]).max() <= 1e-4
+
+
+def test_bfloat16_against_float32(model, expected):
+    """Posterior, KL, logits and loss, to the bounds that rounding.py derives."""
+    names = ("encoder_input_ids", "decoder_input_ids", "eps")
+    assert_rounding_explains(model, *(expected[name] for name in names))
 
 
 def test_greedy_generation_is_the_argmax(model, expected):

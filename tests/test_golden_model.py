@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import assert_rounding_explains
 
 from davae_jax.checkpoints.published_names import name_table
 from davae_jax.checkpoints.weights import flatten
@@ -44,6 +45,12 @@ def test_encoder_and_posterior(case):
     noised = posterior_of(model, io["encoder_input_ids"], io["embedding_noise"])
     assert_close(noised.pooled, io["encoder_pooled_noised"])
     assert np.abs(noised.pooled - output.pooled).max() > 0.01
+
+
+def test_bfloat16_against_float32(case):
+    """Posterior, KL, logits and loss, to the bounds that rounding.py derives."""
+    model, io = case
+    assert_rounding_explains(model, io["encoder_input_ids"], io["decoder_input_ids"], io["eps"])
 
 
 def test_kl(case):

@@ -168,7 +168,7 @@ def linear_gaussian(L, seed=0, noise=0.7):
     mean = (x - b) @ W @ covariance / noise**2
 
     def log_likelihood(z):
-        return metrics.log_normal(jnp.asarray(x), z @ W.T + b, jnp.full(5, 2 * math.log(noise)))
+        return metrics.log_density(jnp.asarray(x), z @ W.T + b, jnp.full(5, 2 * math.log(noise)))
 
     return log_likelihood, log_p_x, mean, covariance
 

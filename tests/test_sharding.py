@@ -30,7 +30,7 @@ MODEL = dataclasses.replace(
 # usual eps would make as large as the others'.
 ADAM = OptimizerConfig(learning_rate=1e-3, eps=1e-5)
 TRAIN = TrainConfig(steps=STEPS, batch_size=B, adversarial=AdversarialConfig(weight=0.3), optimizer=ADAM)
-MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
+MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8)}
 
 
 def batch_of(step):
@@ -86,9 +86,25 @@ def without_idle_biases(weights):
     return {path: w for path, w in keys.items() if not path.endswith(("relative.bias", "key.bias"))}
 
 
+@pytest.fixture(scope="module")
+def all_axes(tmp_path_factory):
+    return trained(MeshConfig(2, 2, 2), tmp_path_factory.mktemp("mesh"))
+
+
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 def test_every_mesh_trains_as_one_device(shape, one_device, tmp_path):
     assert_trained_alike(trained(MeshConfig(*shape), tmp_path), one_device)
+
+
+def test_a_mesh_of_all_axes_trains_as_one_device(all_axes, one_device):
+    assert_trained_alike(all_axes, one_device)
+
+
+def test_a_mesh_repeats_a_training_bit_for_bit(all_axes, tmp_path):
+    (losses, state), (expected_losses, expected) = trained(MeshConfig(2, 2, 2), tmp_path), all_axes
+    assert np.array_equal(losses, expected_losses)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(a, b)
 
 
 @pytest.mark.slow

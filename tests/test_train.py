@@ -202,6 +202,27 @@ def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
+def test_a_run_on_a_mesh_repeated_is_the_same_run(text_file, tmp_path):
+    """Twice in one go, and from the checkpoint of step 6: every weight, moment and logged number, bit for bit."""
+    options = [*SAME, "--log.checkpoint", 3, "--mesh.data", 2, "--mesh.fsdp", 2]
+    first, second, resumed = (tmp_path / name for name in ("first", "second", "resumed"))
+    for folder in (first, second):
+        code, _, err = tiny(text_file, folder, *options, devices=4)
+        assert code == 0, err
+    shutil.copytree(first, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "8")
+    code, out, err = tiny(text_file, resumed, *options, devices=4)
+    assert code == 0 and "steps 6 to 8" in out, err
+    rates = {"tokens_per_s", "data_wait", "compile_s"}
+    logged = lambda folder: [{k: v for k, v in row.items() if k not in rates} for row in metrics_of(folder)]  # noqa: E731
+    for folder in (second, resumed):
+        assert logged(folder) == logged(first)
+        assert (folder / "held_out.jsonl").read_bytes() == (first / "held_out.jsonl").read_bytes()
+        states = (state_of(path / "checkpoints" / "8") for path in (folder, first))
+        assert all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def state_of(path):
     from orbax.checkpoint import v1 as ocp
 

@@ -18,7 +18,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, Key
 
 from davae_jax.model.davae import DAVAE, merge, split
-from davae_jax.model.latent import Posterior
+from davae_jax.model.latent import Posterior, log_normal
 from davae_jax.model.losses import reconstruction_nll
 
 LOG_2PI = math.log(2 * math.pi)
@@ -117,16 +117,16 @@ def _compute_densities(z_nL, means, logvars):
 
     def densities(z_and_text):
         z_L, text = z_and_text
-        log_q = log_normal(z_L, means, logvars)  # of this z under every text's posterior
-        return log_q[text], logsumexp(log_q) - math.log(n), log_normal(z_L, 0.0, jnp.zeros(()))
+        log_q = log_density(z_L, means, logvars)  # of this z under every text's posterior
+        return log_q[text], logsumexp(log_q) - math.log(n), log_density(z_L, 0.0, jnp.zeros(()))
 
     chunk = max(1, min(64, 2**24 // (n * L)))  # 64 MiB of differences
     return lax.map(densities, (z_nL, jnp.arange(n)), batch_size=chunk)
 
 
-def log_normal(z, mean, logvar):
+def log_density(z: Float[Array, "*B L"], mean, logvar) -> Float[Array, "*B"]:
     """Returns log N(z; mean, exp(logvar)), summed over the last axis."""
-    return -0.5 * (jnp.square(z - mean) * jnp.exp(-logvar) + logvar + LOG_2PI).sum(-1)
+    return log_normal(z, mean, logvar).sum(-1)
 
 
 def mmd_to_prior(z: Float[np.ndarray, "n L"]) -> float:
@@ -202,7 +202,7 @@ def importance_samples(
     def sample(k):
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), posterior.mean.shape[1:]))(keys)
         z = posterior.at(noise)
-        return log_likelihood(z), log_normal(z, 0.0, jnp.zeros(())) - log_normal(z, *posterior)
+        return log_likelihood(z), log_density(z, 0.0, jnp.zeros(())) - log_density(z, *posterior)
 
     # Samples are processed one after another, so that memory does not grow with K.
     return lax.map(sample, jnp.arange(samples))

@@ -106,7 +106,7 @@ class ModelOutputs:
         """Decodes points on the lines between the posterior means of texts 0 and 1, 2 and 3, and so on, greedily."""
         means, pairs = self.posterior.mean, min(MAX_INTERPOLATIONS, self.n // 2)
         ends = means[0 : 2 * pairs : 2], means[1 : 2 * pairs : 2]
-        latents = np.asarray(interpolate(*ends, INTERPOLATION_STEPS)).swapaxes(0, 1)
+        latents = interpolate(*ends, INTERPOLATION_STEPS).swapaxes(0, 1)
         texts = self.greedy(latents.reshape(-1, means.shape[1]))
         return [texts[i : i + INTERPOLATION_STEPS] for i in range(0, len(texts), INTERPOLATION_STEPS)]
 

@@ -233,7 +233,7 @@ class TextVAE:
         having, lacking = _check_texts(having), _check_texts(lacking)
         if not having or not lacking:
             raise InputError("an attribute needs at least one text that has it and one that lacks it", exit_code=2)
-        return np.asarray(attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking))))
+        return attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking)))
 
     def shift(
         self,
@@ -266,7 +266,7 @@ class TextVAE:
     ) -> Float[np.ndarray, "k*n L"]:
         """Returns n latents at the distance `radius` around each latent, in the same n directions for all of them."""
         key = _purpose_key(seed, "latent")
-        return np.concatenate([self._empty_latents(), *(np.asarray(neighbours(z, n, radius, key)) for z in latent)])
+        return np.concatenate([self._empty_latents(), *(neighbours(z, n, radius, key) for z in latent)])
 
     def _standard_normal(self, n: int, seed: int) -> Float[np.ndarray, "n L"]:
         """Returns standard normal noise, in which row i is the same for every n."""

@@ -65,7 +65,7 @@ def _published_loss(graphdef, params, encoder_ids, decoder_ids, eps, beta, fb_mo
     output = model.decoder(decoder_ids, posterior.at(eps))
     logits = model.decoder.logits(output.final[:, :-1])
     rec = reconstruction_nll(logits, decoder_ids[:, 1:], decoder_ids[:, 1:] != pad)
-    sent_length = (decoder_ids != pad).sum(-1)
+    sent_length = jnp.maximum((decoder_ids != pad).sum(-1), 1)  # a row of padding alone has the loss 0
     rec_per_token = rec / sent_length
     total = ((rec_per_token if length_weighted else rec) + beta * kl).sum()
     return rec_per_token.mean(), kl.mean(), total

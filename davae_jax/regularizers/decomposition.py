@@ -59,8 +59,10 @@ class KLTerms(NamedTuple):
 
 def decomposed_kl(batch: LatentBatch, sampling: str) -> KLTerms:
     """Computes the three terms. Their sum is the mean of log q(z|x) − log p(z), for either estimate of q(z)."""
+    from davae_jax.model.latent import log_normal  # needs JAX
+
     log_q_z, log_q_zl = aggregate_log_density(batch, sampling)
-    log_p_zl = log_normal(batch.z, 0.0, 0.0)
+    log_p_zl = log_normal(batch.z, 0.0, jnp.zeros(()))
     log_q_z_given_x = log_normal(batch.z, batch.mean, batch.logvar).sum(-1)
     return KLTerms(
         mi=batch.average(log_q_z_given_x - log_q_z),
@@ -74,9 +76,13 @@ def aggregate_log_density(batch: LatentBatch, sampling: str) -> tuple[Float[Arra
 
     q is the aggregate posterior, the mean of the posteriors of all texts of the corpus.
     """
+    from davae_jax.model.latent import log_normal  # needs JAX
+
     if batch.corpus_size is None:
         raise ValueError("needs the number of training texts")
     log_q_BBL = log_normal(batch.z[:, None], batch.mean, batch.logvar)  # of latent i, under the posterior of text j
+    # A latent that belongs to no text may have the density 0 everywhere, whose logarithm has no gradient.
+    log_q_BBL = jnp.where(batch.is_text[:, None, None], log_q_BBL, 0)
     n, N = batch.count, max(batch.corpus_size, 2)
     if sampling == "weighted":
         log_weight = jnp.full((len(batch.z),) * 2, -math.log(N)) - jnp.log(n)
@@ -87,8 +93,3 @@ def aggregate_log_density(batch: LatentBatch, sampling: str) -> tuple[Float[Arra
     log_weight = jnp.where(batch.is_text, log_weight, -jnp.inf)
     log_q_z = jax.nn.logsumexp(log_q_BBL.sum(-1) + log_weight, axis=1)
     return log_q_z, jax.nn.logsumexp(log_q_BBL + log_weight[..., None], axis=1)
-
-
-def log_normal(z: Float[Array, "... L"], mean, logvar) -> Float[Array, "... L"]:
-    """Returns log N(z; mean, exp(logvar)) of each dimension."""
-    return -0.5 * (jnp.square(z - mean) * jnp.exp(-logvar) + logvar + math.log(2 * math.pi))

@@ -4,7 +4,6 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +15,9 @@ from davae_jax.utils.lazy import jax, jnp
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
+
+
+SAFE_TO_SQUARE = 1e16  # sums of a million such squares do not overflow float32
 
 
 @register("mmd")
@@ -68,9 +70,16 @@ def unbiased_mmd(
 
 
 def squared_distances(x: Float[Array, "B L"], y: Float[Array, "C L"]) -> Float[Array, "B C"]:
-    """Returns the squared distances of all pairs as ‖x‖² + ‖y‖² − 2·x·y, which needs no array [B, C, L]."""
+    """Returns the squared distances of all pairs as ‖x‖² + ‖y‖² − 2·x·y, which needs no array [B, C, L].
+
+    Distances whose square overflows are infinite: latents are made smaller before they are squared, because ∞ − ∞ would
+    be NaN. Ordinary latents keep their size.
+    """
+    largest = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
+    scale = jax.lax.stop_gradient(jnp.maximum(1, largest / SAFE_TO_SQUARE)).astype(x.dtype)
+    x, y = x / scale, y / scale
     product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum(jnp.square(x).sum(1)[:, None] + jnp.square(y).sum(1) - 2 * product, 0)
+    return jnp.maximum(jnp.square(x).sum(1)[:, None] + jnp.square(y).sum(1) - 2 * product, 0) * jnp.square(scale)
 
 
 def random_directions(key: jax.Array, slices: int, L: int) -> Float[Array, "L K"]:
@@ -135,11 +144,12 @@ class SlicedWasserstein(Regularizer):
 
     def __call__(self, batch: LatentBatch, params: Params) -> tuple[Float[Array, ""], Logs]:
         directions_LK = random_directions(batch.key, self.slices, batch.z.shape[1]).astype(batch.z.dtype)
-        # Rows without a text are sorted to the end in both and differ by 0 there; their square must be finite.
-        far = math.sqrt(jnp.finfo(batch.z.dtype).max) / 4
+        is_last = jnp.arange(len(batch.z))[:, None] >= batch.is_text.sum()
 
         def sorted_projections(x):
-            return jnp.sort(jnp.where(batch.is_text[:, None], x @ directions_LK, far), axis=0)
+            # Rows without a text are sorted to the end in both, and set to the same value there.
+            projected = jnp.sort(jnp.where(batch.is_text[:, None], x @ directions_LK, jnp.inf), axis=0)
+            return jnp.where(is_last, 0, projected)
 
         squared = jnp.square(sorted_projections(batch.z) - sorted_projections(batch.prior))
         return (squared.sum(0) / batch.count).mean(), {}
