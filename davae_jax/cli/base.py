@@ -19,7 +19,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from davae_jax.cli.renamed import replace_renamed
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, first_line, on_one_line
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
 
@@ -180,7 +180,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     """Calls `work` and returns its exit code. An error or a warning becomes one line on standard error."""
 
     def say(message: str) -> None:
-        print(f"{prog}: {message}", file=_WithoutReader(sys.stderr), flush=True)
+        print(f"{prog}: {on_one_line(message)}", file=_WithoutReader(sys.stderr), flush=True)
 
     def report(message: str, code: int) -> int:
         if debug:

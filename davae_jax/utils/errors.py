@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -75,9 +76,26 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
             raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
 
 
+MAX_REASON = 400  # characters of another library's error; Orbax prints the whole tree of arrays
+
+
 def first_line(error: BaseException) -> str:
-    """Returns the first line of another library's error, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Returns the first line of another library's error, for a message of one line. A long one is cut off."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
+
+
+def on_one_line(message: str) -> str:
+    """Returns a message with its control characters and line breaks escaped.
+
+    Names of files, options and tensors may contain them, and would break the line or the terminal.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+        else char
+        for char in message
+    )
 
 
 def system_reason(error: Exception) -> str | None:

@@ -25,7 +25,7 @@ from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, 
 from davae_jax.checkpoints.weights import flatten, nest
 from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
 from davae_jax.training.state import TrainState
-from davae_jax.utils.errors import InputError, first_line, system_reason
+from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 
 REST = "state"  # the name, in a checkpoint, of everything that is not weights
 # The metadata's keys.
@@ -124,7 +124,7 @@ class Checkpoints:
                 if is_process_zero():
                     renamed = _unused_path(bad.with_suffix(".damaged"))
                     message = f"{bad}: {reason}: renamed to {renamed.name}; resuming from {self.path(step)}"
-                    print(message, file=sys.stderr)
+                    print(on_one_line(message), file=sys.stderr)
                     bad.rename(renamed)
             self.step = step
             if damaged:
