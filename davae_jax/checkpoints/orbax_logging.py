@@ -10,6 +10,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Silences Orbax's log within the context: each save and load logs warnings that no user can act on."""
+    logging.getLogger("asyncio").addFilter(_is_not_abandoned_read)  # a second time, this does nothing
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -17,3 +18,12 @@ def quiet_orbax() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _is_not_abandoned_read(record: logging.LogRecord) -> bool:
+    """Returns False for an error of a read that Orbax has abandoned, because another array could not be read.
+
+    The error of the first one is raised. asyncio logs those of the others, with tracebacks, at some later time.
+    """
+    message = record.getMessage()
+    return not (message.startswith("Task exception was never retrieved") and "orbax" in message)

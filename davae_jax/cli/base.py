@@ -304,14 +304,16 @@ def exit_with(main: Callable[[], int]) -> None:
 def _report_unraisable(unraisable: Any) -> None:
     """Handles exceptions that Python cannot raise (`sys.unraisablehook`).
 
-    An interrupt is sent again. "Event loop is closed" is ignored: when a checkpoint cannot be read, Orbax closes its
-    event loop while other reads are running, and each of them would print a traceback after the line that reports the
-    error. Everything else is reported as usual.
+    An interrupt is sent again. Errors in Orbax's coroutines are ignored: when a checkpoint cannot be read, Orbax closes
+    its event loop while other reads are running, and each of them would print a traceback after the line that reports
+    the error. Everything else is reported as usual.
     """
     exception = unraisable.exc_value
+    code = getattr(unraisable.object, "cr_code", None)
+    is_of_orbax = code is not None and "orbax" in code.co_filename
     if isinstance(exception, KeyboardInterrupt):
         repeat_interrupt()
-    elif not (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception)):
+    elif not (is_of_orbax or (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception))):
         sys.__unraisablehook__(unraisable)
 
 

@@ -33,7 +33,7 @@ class Workshop:
         shutil.rmtree(folder, ignore_errors=True)
         self.logs.mkdir(parents=True)
         (self.logs / "in").touch()
-        self.others = other_data(sound, FAMILIES)
+        self.others = other_data(sound, FAMILIES.values())
         self._sound = sorted(path.name for path in sound.iterdir())
         self._copies: dict[str, dict[str, tuple]] = {}
         self.restore()

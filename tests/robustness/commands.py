@@ -36,6 +36,9 @@ LINES = {
     "warm-start": ["out", "--encoder", "../bert", "--config", "../model/config.json"],
     "train": TRAIN,
 }
+SAME = {"convert.from_torch": "convert", "convert.to_torch": "export", "convert.parity": "parity"}
+SAME |= {"convert.warm_start": "warm-start"}
+LINES |= {program: LINES[command] for program, command in SAME.items()}
 NUMBERS = ["-1", "0", "1", "-0.5", "0.5", "1e400", "nan", "inf", "-inf", "2147483648", "99999999999999999999"]
 NUMBERS += ["0x10", "1_000", "１", "True"]
 PATHS = [".", "..", "../texts", "../texts/a.txt", "../model", "missing/x", "/dev/null", "/dev/full", "/proc/x", "~"]
@@ -70,7 +73,7 @@ def options_of(command: str) -> tuple[str, ...]:
         else:
             from davae_jax.cli.main import main
 
-            main([command, "--help"])
+            main([SAME.get(command, command), "--help"])
     found = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]", out.getvalue()))
     return tuple(option for option in found if option not in NEVER)
 
@@ -129,7 +132,7 @@ def run_line(workshop: Workshop, command: str, number: int) -> Verdict:
         name for name in changed_files(before, folder.parent, ["logs", "case"]) if name.split("/")[0] not in named
     ]
     faults += [f"changed {name}" for name in changed[:3]]
-    if outcome.code != 0 and command in ("convert", "export", "warm-start", "evaluate", "plan"):
+    if outcome.code != 0 and SAME.get(command, command) in ("convert", "export", "warm-start", "evaluate", "plan"):
         faults += [f"left {name}" for name in sorted(snapshot(folder))[:3]]
     verdict = "fault" if faults else "accepted" if outcome.code == 0 else "refused"
     done = ascii(" ".join([command, *argv]))[:400]

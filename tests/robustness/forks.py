@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -57,11 +58,8 @@ def main_of(argv: Sequence[str]) -> Callable[[], Any]:
     from davae_jax.cli import main
 
     if program.startswith("convert."):
-        from davae_jax.cli.base import exit_with, run_command
-
         sys.argv = [program, *rest]
-        name = {"convert.from_torch": "convert", "convert.to_torch": "export"}.get(program, program[8:].replace("_", "-"))
-        return lambda: exit_with(lambda: run_command(main.COMMANDS[name][1], None, program))
+        return lambda: runpy.run_module(program, run_name="__main__", alter_sys=True)
     sys.argv = ["davae", *argv]
     return main.script
 

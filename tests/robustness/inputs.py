@@ -43,7 +43,7 @@ class Family(NamedTuple):
     programs: tuple[tuple[str, ...], ...] = ()
     has_sums: bool = False
     may_write: tuple[str, ...] = ()
-    share: int = 2
+    share: int = 6
 
 
 def digest(values: Any) -> str:
@@ -217,15 +217,26 @@ FAMILIES = {
     "vocab.txt": Family("model", ("vocab.txt",), "lines", read_tokenizers, (MODEL,)),
     "spiece.model": Family("model", ("spiece.model",), "bytes", read_tokenizers, (MODEL,)),
     "converted params": Family(
-        "model", ("params/**/*",), "bytes", read_params, (MODEL, ("export", "{in}", "{out}", "--format", "safetensors"))
+        "model",
+        ("params/**/*",),
+        "bytes",
+        read_params,
+        (MODEL, ("export", "{in}", "{out}", "--format", "safetensors")),
+        share=1,
     ),
     "model.safetensors": Family(
-        "safetensors", ("model.safetensors",), "bytes", read_published, (("convert", "{in}", "{out}"), MODEL)
+        "safetensors", ("model.safetensors",), "bytes", read_published, (("convert", "{in}", "{out}"), MODEL), share=3
     ),
     "pytorch_model.bin": Family(
-        "bin", ("pytorch_model.bin",), "bytes", read_published, (("convert", "{in}", "{out}"), MODEL), has_sums=True
+        "bin",
+        ("pytorch_model.bin",),
+        "bytes",
+        read_published,
+        (("convert", "{in}", "{out}"), MODEL),
+        has_sums=True,
+        share=6,
     ),
-    "index.json": Family("parts", ("*.index.json",), "json", read_published, (("convert", "{in}", "{out}"),)),
+    "index.json": Family("parts", ("*.index.json",), "json", read_published, (("convert", "{in}", "{out}"),), share=2),
     "warm-start sources": Family(
         "bert",
         ("config.json", "model.safetensors"),
@@ -242,6 +253,7 @@ FAMILIES = {
         ((*TRAIN, "../texts/a.txt", "--run-dir", "{in}"), MODEL),
         has_sums=True,
         may_write=("checkpoints", "*.json", "vocab.txt", "spiece.model", "events", "*.jsonl"),
+        share=1,
     ),
     "train.json": Family(
         "run",
@@ -250,6 +262,7 @@ FAMILIES = {
         read_run,
         ((*TRAIN, "../texts/a.txt", "--run-dir", "{in}"),),
         may_write=("*.json", "vocab.txt", "spiece.model", "*.jsonl", "events", "checkpoints"),
+        share=4,
     ),
     "logs of a run": Family(
         "run",
@@ -260,14 +273,22 @@ FAMILIES = {
         may_write=("*.jsonl", "*.json", "events", "checkpoints"),
     ),
     "manifest.json": Family(
-        "prepared", ("manifest.json",), "json", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),)
+        "prepared", ("manifest.json",), "json", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),), share=3
     ),
-    "arrays": Family("prepared", ("*.npy",), "bytes", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),)),
+    "arrays": Family(
+        "prepared", ("*.npy",), "bytes", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),), share=3
+    ),
     "shards": Family(
-        "prepared", ("*.arrayrecord",), "bytes", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),), has_sums=True
+        "prepared",
+        ("*.arrayrecord",),
+        "bytes",
+        read_prepared,
+        ((*TRAIN, "{in}", "--run-dir", "{out}"),),
+        has_sums=True,
+        share=3,
     ),
     "held_out.jsonl": Family(
-        "prepared", ("held_out.jsonl",), "jsonl", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),)
+        "prepared", ("held_out.jsonl",), "jsonl", read_prepared, ((*TRAIN, "{in}", "--run-dir", "{out}"),), share=2
     ),
     "unfinished preparation": Family(
         "unfinished",
@@ -275,9 +296,16 @@ FAMILIES = {
         "json",
         read_unfinished,
         may_write=("*",),
+        share=3,
     ),
     "study": Family(
-        "study", ("study.toml",), "toml", read_study, (("compare", "{file}", "--output", "done"),), may_write=("done",)
+        "study",
+        ("study.toml",),
+        "toml",
+        read_study,
+        (("compare", "{file}", "--output", "done"),),
+        may_write=("done",),
+        share=1,
     ),
 }
 PREPARE = ("prepare", "--input", "{file}", "--output", "{out}", "--workers", "1", "--tokenizers", "../model")
@@ -309,6 +337,6 @@ def damaged_files(family: Family, folder: Path) -> list[Path]:
     return sorted(path for path in found if path.stat().st_size)
 
 
-def other_data(sound: Path, families: Iterable[str]) -> list[Path]:
+def other_data(sound: Path, families: Iterable[Family]) -> list[Path]:
     """Returns files of all families, for splices."""
-    return [path for name in families for path in damaged_files(FAMILIES[name], sound / FAMILIES[name].source)]
+    return [path for family in families for path in damaged_files(family, sound / family.source)]
