@@ -204,6 +204,20 @@ def test_a_dataset_is_what_its_state_lists(tmp_path):
     assert find_files([folder]) == [data]
 
 
+@pytest.mark.parametrize(
+    "state",
+    ["{", "[" * 5000, '{"_data_files": 3}', '{"_data_files": []}', '{"_data_files": [{"filename": "missing.arrow"}]}']
+    + ['{"_data_files": [{}]}', '{"_data_files": [{"filename": "%s"}]}' % ("x" * 300)],
+)
+def test_a_damaged_state_of_a_dataset_is_named(state, tmp_path):
+    """Without it the rows of other files would be read as well, or those of a missing file left out."""
+    folder = write_input(tmp_path / "dataset", "arrow")
+    (folder / "state.json").write_text(state, encoding="utf-8")
+    with pytest.raises(InputError, match=r"/state\.json: ") as e:
+        find_files([folder])
+    assert e.value.exit_code == 2
+
+
 def test_an_output_inside_the_input(prepare, tmp_path):
     (tmp_path / "data").mkdir()
     write_texts(tmp_path / "data" / "a.txt")
@@ -501,6 +515,11 @@ def test_missing_and_damaged_files_are_named(prepared, tmp_path):
     [
         *[(key, None) for key in ("settings", "tokenizers", "dtype", "counts", "shards")],
         *[("dtype", ">f8"), ("shards", [{}]), ("shards", [3]), ("shards", []), ("counts", []), ("tokenizers", {})],
+        *[
+            ("settings", {"max_length": None}),
+            ("settings", {"encoder_positions": [512]}),
+            ("settings", {"max_length": 0}),
+        ],
     ],
 )
 @pytest.mark.parametrize("remove", [True, False])

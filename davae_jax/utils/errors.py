@@ -76,6 +76,7 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
             raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
 
 
+MAX_MESSAGE = 4000  # characters of a message on the terminal
 MAX_REASON = 400  # characters of another library's error; Orbax prints the whole tree of arrays
 
 
@@ -88,8 +89,11 @@ def first_line(error: BaseException) -> str:
 def on_one_line(message: str) -> str:
     """Returns a message with its control characters and line breaks escaped.
 
-    Names of files, options and tensors may contain them, and would break the line or the terminal.
+    Names of files, options and tensors may contain them, and would break the line or the terminal. The middle of a
+    very long message, such as one with a damaged setting of megabytes, is left out.
     """
+    if (length := len(message)) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 4 :]} ({length:,} characters)"
     return "".join(
         char.encode("unicode_escape").decode("ascii")
         if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")

@@ -9,6 +9,7 @@ from typing import Any
 from davae_jax.utils.errors import InputError, first_line
 
 MAX_BYTES = 1 << 26  # of a file: 64 MiB
+MAX_DEPTH = 100  # of objects and lists in each other; copying or comparing deeper ones fails in Python's recursion
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -32,6 +33,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not UTF-8") from None
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({first_line(e)})") from None
+    if _is_deeper(values, MAX_DEPTH):
+        raise InputError(f"{path}: is nested more than {MAX_DEPTH} levels deep")
     if not isinstance(values, dict):
         raise InputError(f"{path}: does not contain a JSON object")
     return values
+
+
+def _is_deeper(values: Any, depth: int) -> bool:
+    """Returns whether objects and lists are nested in more than `depth` levels."""
+    level = [values]
+    for _ in range(depth + 1):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True

@@ -49,7 +49,7 @@ def main() -> int:
     if options.repeat:
         return _repeat(options, ledger)
     tried = {verdict.case for verdict in ledger.read()}
-    tasks = list(plan(options, tried))
+    tasks = plan(options, tried)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     pids = [_start_job(options, job, tasks[job :: options.jobs], deadline) for job in range(options.jobs)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -108,12 +108,14 @@ def _in_fork(work: Callable[[], None]) -> None:
 Task = tuple[str, Callable[[Workshop, Ledger, Path], None]]
 
 
-def plan(options: argparse.Namespace, tried: set[str]) -> Iterator[Task]:
-    """Yields the cases that have no verdict yet, in chunks, the kinds mixed so that each is tried early."""
-    kinds = [_reader_tasks(options, tried), _file_tasks(options, tried), _line_tasks(options, tried)]
-    kinds += [_kill_tasks(options, tried), _scene_tasks(options, tried)]
-    for group in itertools.zip_longest(*kinds):
-        yield from (task for task in group if task)
+def plan(options: argparse.Namespace, tried: set[str]) -> list[Task]:
+    """Returns the cases that have no verdict yet, in chunks, the kinds mixed so that all end at about the same time."""
+    kinds = [_reader_tasks, _file_tasks, _line_tasks, _kill_tasks, _scene_tasks]
+    tasks = []
+    for kind in kinds:
+        own = list(kind(options, tried))
+        tasks += [((i + 0.5) / len(own), task) for i, task in enumerate(own)]
+    return [task for _, task in sorted(tasks, key=lambda placed: placed[0])]
 
 
 def _shares(total: int, shares: dict[str, int]) -> dict[str, int]:

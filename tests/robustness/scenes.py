@@ -128,7 +128,7 @@ def texts_changed_between(workshop: Workshop, name: str, rng: random.Random) -> 
         case _:
             _append(workshop.folder / "prepared" / "vocab.txt")
     outcome = start(workshop, longer)
-    faults = find_faults(outcome, ["--run-dir", "--data.train", "prepared", "vocab.txt"], LIMITS)
+    faults = find_faults(outcome, ["--run-dir", "--data.train", "prepared", "vocab.txt", "a.txt"], LIMITS)
     faults += [] if outcome.code else ["accepted"]
     faults += [f"changed {x}" for x in changed_files(before, workshop.case / "out", ["train.json"])]
     return faults, what, [first, outcome]

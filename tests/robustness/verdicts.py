@@ -19,7 +19,7 @@ class Limits(NamedTuple):
 READER_LIMITS = Limits(seconds=10, memory=512 * MIB)
 PROGRAM_LIMITS = Limits(seconds=120, memory=2560 * MIB)
 
-LONGEST_LINE = 4000  # characters of an error
+LONGEST_LINE = 5000  # characters of an error
 # Lines on standard error besides the error.
 OTHER_LINES = re.compile(r"[\w .-]+: warning: .*|--[\w.-]+ is now --[\w.-]+|interrupted after step .*|.*renamed to .*|")
 
@@ -87,4 +87,5 @@ def _is_framed(outcome: Outcome) -> bool:
 
 def error_of(outcome: Outcome) -> str:
     """Returns the error in one line, for the ledger."""
-    return " ".join(outcome.err.split())[-500:]
+    line = " ".join(outcome.err.split())
+    return line if len(line) <= 600 else f"{line[:300]} … {line[-300:]}"
