@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 
 
@@ -26,4 +27,5 @@ def _is_not_abandoned_read(record: logging.LogRecord) -> bool:
     The error of the first one is raised. asyncio logs those of the others, with tracebacks, at some later time.
     """
     message = record.getMessage()
-    return not (message.startswith("Task exception was never retrieved") and "orbax" in message)
+    is_unread = message.startswith(("Task exception was never retrieved", "Future exception was never retrieved"))
+    return not (is_unread and re.search("orbax|ocdbt|tensorstore", message))
