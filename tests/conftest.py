@@ -40,6 +40,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Prints what the harness of tests/robustness has tried."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if summary := dict(getattr(report, "user_properties", [])).get("summary"):
+                terminalreporter.write_line(summary)
+
+
 @pytest.fixture(scope="session")
 def reference_dir() -> Path:
     """A folder with the real tokenizers (tokenizers/spiece.model, tokenizers/vocab.txt), which are not ours to ship."""

@@ -171,6 +171,21 @@ def test_unusual_lines_are_preserved(davae, model, tmp_path):
     assert (result.code, result.out, result.err) == (0, "", "")
 
 
+@pytest.mark.parametrize("argv", [["interpolate"], ["analogy"], ["combine", "--weights", 1, 1], ["neighbours"]])
+def test_an_empty_file_gives_an_empty_result(argv, davae, model, tmp_path):
+    (tmp_path / "texts.txt").touch()
+    result = davae(*argv, *model, "--input", tmp_path / "texts.txt")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\u2028b", "a\x00b", "x" * 100_000])
+def test_an_error_is_one_line_whatever_it_names(name, davae):
+    result = davae("sample", "--model", name)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("davae sample: error: ") and result.err.endswith("\n") and len(result.err) < 4200
+    assert len(result.err.splitlines()) == 1 and "\x1b" not in result.err and "\0" not in result.err
+
+
 def test_options_after_two_hyphens_are_texts(davae, model):
     texts = ["--seed", "-1", "--"]
     assert [row["text"] for row in davae("reconstruct", *model, "--", *texts).rows] == texts

@@ -207,6 +207,20 @@ def test_a_dataset_is_what_its_state_lists(tmp_path):
     assert find_files([folder]) == [data]
 
 
+@pytest.mark.parametrize(
+    "state",
+    ["{", "[" * 5000, '{"_data_files": 3}', '{"_data_files": []}', '{"_data_files": [{"filename": "missing.arrow"}]}']
+    + ['{"_data_files": [{}]}', '{"_data_files": [{"filename": "%s"}]}' % ("x" * 300)],
+)
+def test_a_damaged_state_of_a_dataset_is_named(state, tmp_path):
+    """Without it the rows of other files would be read as well, or those of a missing file left out."""
+    folder = write_input(tmp_path / "dataset", "arrow")
+    (folder / "state.json").write_text(state, encoding="utf-8")
+    with pytest.raises(InputError, match=r"/state\.json: ") as e:
+        find_files([folder])
+    assert e.value.exit_code == 2
+
+
 def test_an_output_inside_the_input(prepare, tmp_path):
     (tmp_path / "data").mkdir()
     write_texts(tmp_path / "data" / "a.txt")
@@ -517,11 +531,48 @@ def test_missing_and_damaged_files_are_named(prepared, tmp_path):
         Prepared(folder)
 
 
+@pytest.mark.parametrize("entry", [247, 2**32 - 1])
+def test_an_order_of_records_that_are_not_there_is_named(entry, prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared.folder, folder)
+    order = np.load(folder / "order.npy")
+    order[:] = entry
+    np.save(folder / "order.npy", order)
+    with pytest.raises(InputError, match=r"/order\.npy: "):
+        batches_with(Prepared(folder)).batch(0)
+
+
+def test_an_order_that_does_not_fit_the_lengths_is_named(prepared, tmp_path):
+    """The longest texts in the place of the shortest ones."""
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared.folder, folder)
+    np.save(folder / "order.npy", np.load(folder / "order.npy")[::-1].copy())
+    with pytest.raises(InputError, match=r"/order\.npy: "):
+        for step in range(20):
+            batches_with(Prepared(folder), buckets=4).batch(step)
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_sizes_that_cannot_be_are_named(size, prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared.folder, folder)
+    table = np.load(folder / "00001-0000.npy")
+    table[0, 1] = size
+    np.save(folder / "00001-0000.npy", table)
+    with pytest.raises(InputError, match=r"/00001-0000\.npy: "):
+        PreparedTexts(Prepared(folder), 100)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         *[(key, None) for key in ("settings", "tokenizers", "dtype", "counts", "shards")],
         *[("dtype", ">f8"), ("shards", [{}]), ("shards", [3]), ("shards", []), ("counts", []), ("tokenizers", {})],
+        *[
+            ("settings", {"max_length": None}),
+            ("settings", {"encoder_positions": [512]}),
+            ("settings", {"max_length": 0}),
+        ],
     ],
 )
 @pytest.mark.parametrize("remove", [True, False])

@@ -94,7 +94,11 @@ def test_pretrained_halves_may_move_but_not_go(config, tmp_path):
     assert refusal(folder, config) == "init.encoder (elsewhere/bert, now None)"
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[]", b"null", b'{"data": 3}', b"[" * 100_000, b""])
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"\xff{}", b"[]", b"null", b'{"data": 3}', b"[" * 100_000, b""]
+    + [b'{"data": ' + b"[" * 500 + b"]" * 500 + b"}"],
+)
 def test_damaged_settings_are_named(content, tmp_path, config):
     folder = tmp_path / "run"
     folder.mkdir()

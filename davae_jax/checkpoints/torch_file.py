@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def _read_parts(index: Path) -> dict[str, np.ndarray]:
     state: dict[str, np.ndarray] = {}
     for file in sorted(set(files.values())):
         part = index.parent / file
-        if Path(file).name != file or not part.is_file():
+        if Path(file).name != file or not os.path.isfile(part):  # False too for a name that cannot be one
             raise InputError(f"{index}: names {file!r}, which is not in its folder")
         tensors = read_tensors(part)
         expected = {name for name, other in files.items() if other == file}

@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.parallel.backend import backend_problem
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
@@ -198,7 +198,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     """Calls `work` and returns its exit code. An error or a warning becomes one line on standard error."""
 
     def say(message: str) -> None:
-        print(f"{prog}: {message}", file=_WithoutReader(sys.stderr), flush=True)
+        print(f"{prog}: {on_one_line(message)}", file=_WithoutReader(sys.stderr), flush=True)
 
     def report(message: str, code: int) -> int:
         if debug:
@@ -323,14 +323,16 @@ def exit_with(main: Callable[[], int]) -> None:
 def _report_unraisable(unraisable: Any) -> None:
     """Handles exceptions that Python cannot raise (`sys.unraisablehook`).
 
-    An interrupt is sent again. "Event loop is closed" is ignored: when a checkpoint cannot be read, Orbax closes its
-    event loop while other reads are running, and each of them would print a traceback after the line that reports the
-    error. Everything else is reported as usual.
+    An interrupt is sent again. Errors in Orbax's coroutines are ignored: when a checkpoint cannot be read, Orbax closes
+    its event loop while other reads are running, and each of them would print a traceback after the line that reports
+    the error. Everything else is reported as usual.
     """
     exception = unraisable.exc_value
+    code = getattr(unraisable.object, "cr_code", None)
+    is_of_orbax = code is not None and "orbax" in code.co_filename
     if isinstance(exception, KeyboardInterrupt):
         repeat_interrupt()
-    elif not (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception)):
+    elif not (is_of_orbax or (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception))):
         sys.__unraisablehook__(unraisable)
 
 

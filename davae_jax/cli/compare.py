@@ -40,7 +40,7 @@ from davae_jax.evaluation.comparison import Results, format_table, summary_stati
 from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, on_one_line
 from davae_jax.utils.files import write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.json_files import read_json_object
@@ -104,7 +104,7 @@ class Compare(Command):
                     )
                 except InputError as e:
                     failed = True
-                    tqdm.write(f"davae compare: error: {e}", file=sys.stderr)
+                    tqdm.write(f"davae compare: error: {on_one_line(str(e))}", file=sys.stderr)
                     continue
                 # Runs that are already complete take no time, so the output is not updated after each of them.
                 if time.monotonic() > written + PAGE_INTERVAL:
@@ -166,7 +166,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise _StudyError(f"cannot be read ({e.strerror})") from None
-    except ValueError as e:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as e:  # not TOML, or not UTF-8
         raise _StudyError(f"is not TOML ({e})") from None
     known = {
         "train": (str, "string"),

@@ -106,7 +106,7 @@ class Combine(GreedyCommand):
 
         groups, label = self.read_groups(len(self.weights), why=", one per weight")
         vae = self.load(label)
-        means = posterior_means(vae, groups).swapaxes(0, 1)  # [n, groups, L]
+        means = posterior_means(vae, groups, len(self.weights)).swapaxes(0, 1)  # [n, groups, L]
         generated = vae.generate(combine(means, self.weights), seed=self.seed, **self.sampling())
         return [
             {"texts": list(group), "weights": list(self.weights), "text": text}

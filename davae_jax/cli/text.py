@@ -284,7 +284,7 @@ class Interpolate(GreedyCommand):
 
         pairs, label = self.read_groups(2)
         vae = self.load(label)
-        means = posterior_means(vae, pairs)
+        means = posterior_means(vae, pairs, 2)
         interpolate = latent.slerp if self.spherical else latent.interpolate
         latents = interpolate(means[:, 0], means[:, 1], self.steps).swapaxes(0, 1)  # [pairs, steps, L]
         texts = vae.generate(latents.reshape(-1, latents.shape[-1]), seed=self.seed, **self.sampling())
@@ -310,13 +310,13 @@ class Analogy(GreedyCommand):
 
         triples, label = self.read_groups(3)
         vae = self.load(label)
-        means = posterior_means(vae, triples)
+        means = posterior_means(vae, triples, 3)
         latents = analogy(means[:, 0], means[:, 1], means[:, 2])
         texts = vae.generate(latents, seed=self.seed, **self.sampling())
         return [dict(zip("abc", abc, strict=True), text=t) for abc, t in zip(triples, texts, strict=True)]
 
 
-def posterior_means(vae: TextVAE, groups: list[tuple[str, ...]]) -> Float[Array, "groups n L"]:
-    """Returns the posterior means of groups of n texts."""
+def posterior_means(vae: TextVAE, groups: list[tuple[str, ...]], n: int) -> Float[Array, "groups n L"]:
+    """Returns the posterior means of groups, perhaps none, of n texts."""
     means = vae.encode([text for group in groups for text in group], std_scale=0.0)
-    return means.reshape(len(groups), -1, means.shape[-1])
+    return means.reshape(len(groups), n, means.shape[-1])

@@ -166,11 +166,26 @@ def _listed_in_state(folder: Path) -> set[str] | None:
     """Returns the files of a dataset that the `datasets` library saved; None if the folder is none.
 
     Other files of such a folder, cache-*.arrow, contain the same rows again.
+
+    Raises:
+      InputError: state.json is damaged, or names a file that is missing.
     """
+    path = folder / "state.json"
     try:
-        return {entry["filename"] for entry in read_json_object(folder / "state.json")["_data_files"]}
-    except (OSError, InputError, LookupError, TypeError):
+        entries = read_json_object(path).get("_data_files")
+        if entries is None:
+            return None
+        files = {entry["filename"] for entry in entries}
+        missing = [file for file in files if not (folder / file).is_file()]
+    except FileNotFoundError:
         return None
+    except (LookupError, TypeError, ValueError, OSError) as e:
+        reason = str(e) if isinstance(e, InputError) else f"{path}: the list _data_files is damaged"
+        raise InputError(f"{reason}; restore or remove it", exit_code=2) from None
+    if missing or not files:
+        problem = f"names {min(missing)!r}, which is not in the folder" if missing else "names no file of texts"
+        raise InputError(f"{path}: {problem}", exit_code=2)
+    return files
 
 
 def read_texts(path: Path, fields: str | Sequence[str] = "text", encoding: str = UTF_8) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,10 @@ class ShardBatches:
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         records, shape = self.select_texts(step, start, stop)
-        return pad_batch([self.prepared[i] for i in records.tolist()], shape, self.pad_id)
+        texts = [self.prepared[i] for i in records.tolist()]
+        if any(len(ids) > length for text in texts for ids, length in zip(text, shape, strict=True)):
+            raise InputError(f"{self._order.path}: does not match the shards; copy or prepare it again")
+        return pad_batch(texts, shape, self.pad_id)
 
     def select_texts(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the records of the rows from `start` to `stop` of a step's batch, and the lengths (S, T + 1) that
@@ -107,8 +111,7 @@ class PreparedTexts:
         Raises:
           InputError: no text is short enough, or one is too long for the encoder.
         """
-        paths = [prepared.folder / f"{shard['name']}.npy" for shard in prepared.shards]
-        sizes = np.concatenate([read_array(path, 2)[:, 1:] for path in paths]).astype(np.int64)
+        sizes = np.concatenate([_sizes(prepared, shard) for shard in prepared.shards])
         self._records = np.flatnonzero(sizes[:, 1] <= max_length)
         if not len(self._records):
             raise InputError(f"{prepared.folder}: contains no text of at most {max_length} tokens")
@@ -123,19 +126,34 @@ class PreparedTexts:
         return self.prepared.describe_lines(self._records[texts].tolist())
 
 
+def _sizes(prepared: Prepared, shard: dict[str, Any]) -> np.ndarray:
+    """Returns the numbers of encoder ids and decoder ids of a shard's records. Raises InputError if they cannot be."""
+    path = prepared.folder / f"{shard['name']}.npy"
+    sizes = read_array(path, 2)[:, 1:].astype(np.int64)
+    ids = sizes.sum() + len(sizes)  # each record begins with a number
+    if sizes.shape != (shard["texts"], 2) or (sizes < 1).any() or ids * prepared.dtype.itemsize > shard["bytes"]:
+        raise InputError(f"{path}: does not match the manifest; copy or prepare it again")
+    return sizes
+
+
 class _Column:
     """A vector in a .npy file, read a few entries at a time. A memory-mapped file would count as used memory."""
 
     def __init__(self, path: Path, n: int):
+        """Opens a file of n entries from 0 to n − 1."""
         shape, self._dtype, self._begin = read_array_header(path, 1)
-        self._file = path.open("rb")
+        self._n = n
+        self.path, self._file = path, path.open("rb")
         if shape != (n,):
             raise InputError(f"{path}: does not match the manifest; copy or prepare it again")
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         size, file = self._dtype.itemsize, self._file.fileno()
         data = b"".join(os.pread(file, size, self._begin + size * int(i)) for i in positions)
-        return np.frombuffer(data, self._dtype).astype(np.int64)
+        entries = np.frombuffer(data, self._dtype).astype(np.int64)
+        if len(entries) < len(positions) or (entries < 0).any() or (entries >= self._n).any():
+            raise InputError(f"{self.path}: is damaged; copy or prepare it again")
+        return entries
 
 
 def permute(positions: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -79,10 +80,31 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
             raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
 
 
+MAX_MESSAGE = 4000  # characters of a message on the terminal
+MAX_REASON = 400  # characters of another library's error; Orbax prints the whole tree of arrays
+
+
 def first_line(error: BaseException) -> str:
-    """Returns the first line of another library's error, for a message of one line."""
+    """Returns the first line of another library's error, for a message of one line. A long one is cut off."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(" [tensorstore_spec=")[0]  # a page of settings
+    line = line.partition(" [tensorstore_spec=")[0]  # a page of settings
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
+
+
+def on_one_line(message: str) -> str:
+    """Returns a message with its control characters and line breaks escaped.
+
+    Names of files, options and tensors may contain them, and would break the line or the terminal. The middle of a
+    very long message, such as one with a damaged setting of megabytes, is left out.
+    """
+    if (length := len(message)) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 4 :]} ({length:,} characters)"
+    return "".join(
+        char.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+        else char
+        for char in message
+    )
 
 
 def system_reason(error: Exception) -> str | None:

@@ -10,6 +10,7 @@ from zlib import crc32
 from davae_jax.utils.errors import InputError, first_line
 
 MAX_BYTES = 1 << 26  # of a file: 64 MiB
+MAX_DEPTH = 100  # of objects and lists in each other; copying or comparing deeper ones fails in Python's recursion
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -33,6 +34,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not UTF-8") from None
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({first_line(e)})") from None
+    if _is_deeper(values, MAX_DEPTH):
+        raise InputError(f"{path}: is nested more than {MAX_DEPTH} levels deep")
     if not isinstance(values, dict):
         raise InputError(f"{path}: does not contain a JSON object")
     return values
@@ -41,3 +44,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def json_sum(values: Any) -> int:
     """Returns the CRC-32 of JSON values, whatever the order of their keys."""
     return crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _is_deeper(values: Any, depth: int) -> bool:
+    """Returns whether objects and lists are nested in more than `depth` levels."""
+    level = [values]
+    for _ in range(depth + 1):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True

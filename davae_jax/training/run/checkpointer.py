@@ -25,7 +25,7 @@ from davae_jax.checkpoints.sums import array_sums
 from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest
 from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
 from davae_jax.training.state import TrainState
-from davae_jax.utils.errors import InputError, first_line, system_reason
+from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
 from davae_jax.utils.json_files import json_sum
 
@@ -141,7 +141,7 @@ class Checkpoints:
                 if is_process_zero():
                     renamed = _unused_path(bad.with_suffix(".damaged"))
                     message = f"{bad}: {reason}: renamed to {renamed.name}; resuming from {self.path(step)}"
-                    print(message, file=sys.stderr)
+                    print(on_one_line(message), file=sys.stderr)
                     bad.rename(renamed)
             self.step = step
             if damaged:
