@@ -167,7 +167,7 @@ def _log_problems(path: Path, *, may_grow: bool) -> list[str]:
 
 def _check_converted(folder: Path) -> tuple[dict[str, Any], list[str]]:
     params = folder / PARAMS_FOLDER
-    damaged = converted_problems(folder)
+    damaged = converted_problems(folder) + tokenizer_problems(folder, read_config(folder)[0])
     if (params / SUMS_FILE).exists():
         sums = "wrong" if file_problems(params) else "right"
     elif any(problem.startswith(f"{params / SUMS_FILE}: ") for problem in damaged):
@@ -179,7 +179,7 @@ def _check_converted(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _check_published(folder: Path) -> tuple[dict[str, Any], list[str]]:
     state: dict[str, Any] = {}
-    damaged = published_problems(folder)
+    damaged = published_problems(folder) + tokenizer_problems(folder, read_config(folder)[0])
     if not damaged:
         files = [folder / (name + suffix) for name in TORCH_FILES for suffix in ("", INDEX_SUFFIX)]
         path = next(path for path in files if path.is_file())

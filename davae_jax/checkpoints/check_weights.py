@@ -35,13 +35,12 @@ from davae_jax.utils.json_files import json_sum
 
 
 def converted_problems(folder: Path) -> list[str]:
-    """Returns the problems of a converted model: files, config, names, shapes, values, tokenizers."""
+    """Returns the problems of a converted model: files, config, names, shapes, values."""
     params = folder / PARAMS_FOLDER
     problems = [*file_problems(params)]
     if problems:  # damaged files are not opened
         return problems
     config, problems = read_config(folder)
-    problems += tokenizer_problems(folder, config)
     try:
         problems += _misfits(params, config)
         sums = (read_sums(params) or {}).get("arrays")
@@ -76,13 +75,12 @@ def checkpoint_problems(path: Path, config: DAVAEConfig | None) -> list[str]:
 
 
 def published_problems(folder: Path, state: Mapping[str, np.ndarray] | None = None) -> list[str]:
-    """Returns the problems of a published folder: its weights files, config and tokenizers.
+    """Returns the problems of a published folder: its weights files and config.
 
     Args:
       state: the arrays that the files must contain, in their order; None: those that fit the config.
     """
     config, problems = read_config(folder)
-    problems += tokenizer_problems(folder, config)
     names = [name + suffix for name in torch_file.TORCH_FILES for suffix in ("", torch_file.INDEX_SUFFIX)]
     for path in [folder / name for name in names if (folder / name).exists()]:
         if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import secrets
 import shutil
@@ -127,10 +128,15 @@ def _remove_old(old: Path) -> None:
 
 
 def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
-    """Copies the files that the source has."""
+    """Copies the files that the source has, and compares the copies with them.
+
+    Raises InputError if a copy differs.
+    """
     for name in names:
         if (source / name).is_file():
             write_bytes(staging / name, (source / name).read_bytes())
+            if not filecmp.cmp(source / name, staging / name, shallow=False):
+                raise InputError(f"{source / name}: its copy is not the same when it is read back")
 
 
 def _remove(path: Path) -> None:

@@ -81,10 +81,8 @@ class Checkpoints:
         metrics = {"held_out_loss": held_out_loss} if comparable else None
         self._saving = step
         with self._save_errors(), quiet_orbax():
-            checkpointer = self._open()
-            if is_process_zero() and self.path(step).exists():  # incomplete, or it would have been restored
-                remove_folder(self.path(step))
-            self._response = checkpointer.save_checkpointables_async(
+            # Only an incomplete folder can be overwritten: `restore` has renamed newer checkpoints, which are damaged.
+            self._response = self._open().save_checkpointables_async(
                 step, _checkpointables(state), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
             )
             self._response.on_complete(lambda _: self._complete(step))
