@@ -221,6 +221,16 @@ def test_invalid_studies(values, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_option_of_several_values_replaces_the_common_one(tmp_path):
+    """Given twice on one command line, its values would be joined."""
+    settings = {"same": "", "other": "--data.train c --data.field=u"}
+    common = "--data.train a b --steps 3 --data.field t"
+    study = read_study(write(tmp_path / "study.toml", train=common, settings=settings))
+    assert study.settings["same"] == ["--data.train", "a", "b", "--steps", "3", "--data.field", "t"]
+    assert study.settings["other"] == ["--steps", "3", "--data.train", "c", "--data.field=u"]
+    assert study.notes == ["settings differ in --data.train: their budget or data are not the same"]
+
+
 def test_unreadable_studies(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml: cannot be read \(No such file"):
         read_study(tmp_path / "none.toml")
