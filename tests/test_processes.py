@@ -147,6 +147,24 @@ def test_a_stopped_and_killed_run_is_the_same_run(text_file, tmp_path):  # noqa:
     assert a == b
 
 
+@pytest.mark.slow
+def test_a_slow_process_changes_nothing(text_file, tmp_path):  # noqa: F811
+    """Process 1 stands still for some seconds; the other waits, and the losses are those of a run without a break."""
+    options = ["--data.train", text_file, "--steps", 40, "--batch-size", 8, *FSDP, "--run-dir"]
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    assert finish(start(2, *options, whole))[0] == [0, 0]
+    running = start(2, *options, slow)
+    wait_until(lambda: logged_steps(slow) >= 4, running)
+    running[1].send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    steps = logged_steps(slow)
+    running[1].send_signal(signal.SIGCONT)
+    assert finish(running)[0] == [0, 0] and steps < 40
+    names = set(metrics_of(whole)[0]) - {"tokens_per_s", "data_wait", "compile_s"}
+    a, b = ([{name: row[name] for name in names} for row in metrics_of(f)] for f in (whole, slow))
+    assert a == b
+
+
 @pytest.mark.parametrize(
     ("number", "lost"),
     [

@@ -32,7 +32,7 @@ from inputs import FAMILIES
 from kills import run_kill_round
 from ledger import Ledger, Verdict
 from programs import PROGRAMS
-from scenes import SCENES, run_scene
+from scenes import PROCESSES, SCENES, run_scene, run_test_of_processes
 from sound import make_sound_files, make_sound_run
 from summary import summarize
 
@@ -67,6 +67,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--programs", type=int, default=2000, help="whole programs: damaged files and command lines")
     parser.add_argument("--kills", type=int, default=100, help="kills of programs that write")
     parser.add_argument("--scenes", type=int, default=60, help="full disks, changed files, two at once and so on")
+    parser.add_argument("--no-processes", dest="processes", action="store_false", help="no tests of several processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -175,6 +176,9 @@ def _scene_tasks(options: argparse.Namespace, tried: set[str]) -> Iterator[Task]
         for name, count in counts.items():
             if n < count and n in _wanted(options, tried, f"scene/{name}", count):
                 yield f"scene/{name}", lambda shop, ledger, kept, a=name, b=n: ledger.write(run_scene(shop, a, b))
+    if options.processes:
+        for n in _wanted(options, tried, "scene/several processes", len(PROCESSES)):
+            yield "scene/several processes", lambda shop, ledger, kept, b=n: ledger.write(run_test_of_processes(b))
 
 
 def _start_job(options: argparse.Namespace, job: int, tasks: list[Task], deadline: float | None) -> int:
@@ -214,7 +218,8 @@ def _repeat(options: argparse.Namespace, ledger: Ledger) -> int:
     elif kind == "kill":
         ledger.write(run_kill_round(shop, name, int(number)))
     elif kind == "scene":
-        ledger.write(run_scene(shop, name, int(number)))
+        is_test = name == "several processes"
+        ledger.write(run_test_of_processes(int(number)) if is_test else run_scene(shop, name, int(number)))
     verdict: Verdict = next(v for v in ledger.read() if v.case == options.repeat)
     print("\n".join(f"{key}: {value}" for key, value in verdict._asdict().items()))
     print(f"standard error: {shop.logs / 'err'}; folder: {shop.case}")

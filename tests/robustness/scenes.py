@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -193,6 +195,13 @@ SCENES: dict[str, tuple[Scene, list[str]]] = {
     "two at once": (two_at_once, ALL),
     "stopped and continued": (stopped_and_continued, ALL),
 }
+# Tests of several processes that train one model: one is killed, stopped, slow, or signalled.
+PROCESSES = [
+    *[f"test_a_lost_process_ends_the_others[{what}]" for what in ("kill", "kill0", "stop")],
+    "test_a_slow_process_changes_nothing",
+    "test_a_stopped_and_killed_run_is_the_same_run",
+    "test_a_signal_to_one_process_stops_all",
+]
 SCENE_LIMITS = Limits(seconds=900, memory=4 << 30)
 
 
@@ -235,6 +244,29 @@ def run_scene(workshop: Workshop, name: str, number: int) -> Verdict:
     return Verdict(
         case, verdict, values["faults"], done, values["error"], round(values["seconds"], 2), values["memory"]
     )
+
+
+def run_test_of_processes(number: int) -> Verdict:
+    """Runs one of PROCESSES, in processes that are not forked."""
+    tests = Path(__file__).parent.parent
+    begin = time.monotonic()
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-m",
+        "",
+        f"{tests}/test_processes.py::{PROCESSES[number]}",
+    ]
+    done = subprocess.run(argv, cwd=tests.parent, capture_output=True, text=True)
+    faults = [] if done.returncode == 0 else [f"pytest ended with {done.returncode}"]
+    error = "" if not faults else done.stdout[-600:]
+    seconds = round(time.monotonic() - begin, 1)
+    verdict = "fault" if faults else "accepted"
+    return Verdict(f"scene/several processes/{number}", verdict, faults, PROCESSES[number], error, seconds)
 
 
 def _same(workshop, program: Program, outcome: Outcome, expected: dict, folder: Path | None = None) -> list[str]:

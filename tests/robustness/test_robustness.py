@@ -22,7 +22,7 @@ from davae_jax.utils.errors import InputError
 pytestmark = pytest.mark.robustness
 
 # What two idle cores do in two and a half minutes.
-SHORT = ["--inputs", "2400", "--programs", "60", "--kills", "12", "--scenes", "12", "--jobs", "2", "--minutes", "4"]
+SHORT = ["--inputs", "2400", "--programs", "60", "--kills", "12", "--scenes", "12", "--no-processes", "--jobs", "2"]
 
 
 @pytest.fixture(scope="session")
