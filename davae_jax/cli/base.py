@@ -182,6 +182,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     """Calls `work` and returns its exit code. An error or a warning becomes one line on standard error."""
 
     def say(message: str) -> None:
+        message = message.encode(**TEXT_ENCODING).decode("utf-8")  # a name of a file may not be UTF-8
         print(f"{prog}: {message}", file=_WithoutReader(sys.stderr), flush=True)
 
     def report(message: str, code: int) -> int:
