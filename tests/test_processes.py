@@ -1,6 +1,7 @@
 """Several processes on this machine that train one model, connected over the loopback address."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -16,7 +17,8 @@ from davae_jax.data.batches import TextBatches
 from davae_jax.data.prefetch import local_row_ranges, prefetch
 from davae_jax.data.tokenize import tokenize
 from davae_jax.parallel.config import DistributedConfig
-from davae_jax.parallel.launchers import check_alone, local_devices
+from davae_jax.parallel.launchers import check_alone, local_devices, started_by_hand
+from davae_jax.parallel.multihost import describe_waiting
 from davae_jax.utils.errors import InputError
 
 STEPS = ["--steps", 8, "--batch-size", 8, "--log.checkpoint", 4, "--adversarial.weight", 0.1]
@@ -379,6 +381,47 @@ def test_a_single_process_trains_alone():
     check_alone({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})
     check_alone({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script outside of a step
     check_alone({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})  # a pod outside of an indexed job
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "alone"),
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, True),  # the shell of `salloc`
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_NTASKS": "8"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_TASK_PID": "1"}, False),
+        # `srun --pty bash`: the shell, here process 1, has started this process in a group of its own
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "9", "SLURM_TASK_PID": "1"}, True),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "9", "SLURM_TASK_PID": "0"}, False),
+    ],
+)
+def test_an_interactive_slurm_step(variables, alone, monkeypatch):
+    if variables.get("SLURM_TASK_PID") == "0":  # a script in the process group of its task
+        variables = variables | {"SLURM_TASK_PID": str(os.getpgrp())}
+    for name, value in (SLURM | variables).items():
+        monkeypatch.setenv(name, value)
+    assert (started_by_hand(os.environ) is not None) == alone
+    waiting, number = describe_waiting(DistributedConfig(timeout=77)), variables["SLURM_NTASKS"]
+    if alone or number == "1":
+        assert waiting is None
+    else:
+        assert "SLURM_NTASKS" in waiting and number in waiting and "77 s" in waiting
+    # The options take precedence.
+    waiting = describe_waiting(DistributedConfig("node:5", 3, 1))
+    assert "node:5" in waiting and "process 1" in waiting and " 3 " in waiting
+
+
+@pytest.mark.slow
+def test_a_program_in_an_interactive_step_trains_alone(text_file, tmp_path):  # noqa: F811
+    argv = list(map(str, ["--data.train", text_file, "--run-dir", tmp_path / "run", "--steps", 1, *TINY]))
+    shell = SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    ((out, error),) = run_programs(f"import sys, train; sys.exit(train.main({argv}))", [shell])
+    assert str(tmp_path / "run" / "checkpoints" / "1") in out
+    assert "SLURM_STEP_NUM_TASKS" in error and "--distributed.coordinator" in error and error.count("\n") == 1
 
 
 def test_the_program_refuses_to_train_alone(text_file, tmp_path):  # noqa: F811

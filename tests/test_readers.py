@@ -53,7 +53,7 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path):
         ("一\n".encode("utf-32"), "is UTF-32, not UTF-8"),
         ("\ufeff一\n".encode("gb18030"), "is GB18030, not UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
-        (gzip.compress(b"text\n"), "compressed with gzip, but its name does not end in .gz"),
+        (gzip.compress(b"text\n", mtime=0), "compressed with gzip, but its name does not end in .gz"),
         (b"PAR1" + bytes(20), "Parquet, but its name"),
     ],
 )
