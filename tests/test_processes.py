@@ -392,6 +392,9 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", 
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, True),  # the shell of `salloc`
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, False),
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        # mpirun, started from such a shell
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "8"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "JAX_COORDINATOR_ADDRESS": "n1:5"}, False),
         ({"SLURM_NTASKS": "8"}, False),
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_TASK_PID": "1"}, False),
         # `srun --pty bash`: the shell, here process 1, has started this process in a group of its own

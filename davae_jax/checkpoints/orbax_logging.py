@@ -30,4 +30,4 @@ def quiet_orbax() -> Iterator[None]:
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     """Returns whether a record is to be logged: neither Orbax nor a task of Orbax has logged it."""
-    return "orbax" not in record.pathname and not re.search("orbax|ocdbt|tensorstore", record.getMessage())
+    return "orbax" not in record.pathname and not re.search("orbax|ocdbt|tensorstore", str(record.msg))

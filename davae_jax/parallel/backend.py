@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from davae_jax.utils.errors import first_line
+from davae_jax.utils.errors import InputError, first_line
 
 # The variables that decide which devices JAX looks for.
 DEVICE_VARIABLES = (
@@ -27,11 +27,15 @@ def backend_problem(error: Exception, environ: Mapping[str, str] = os.environ) -
     if "jax" in sys.modules:
         import jax
 
+        if isinstance(error, InputError) and jax.distributed.is_initialized():
+            return None  # looking for devices would wait for the other processes
         try:
             jax.devices()
         except Exception as e:
             error = e
         else:
+            if isinstance(error, InputError):
+                return None
             foreign = [name for name in environ if name.startswith("JAX_") and not environ[name].isprintable()]
             return f"{foreign[0]}={environ[foreign[0]]}: {first_line(error)}" if foreign else None
     elif not any(name.startswith("jax.") for name in sys.modules):  # they remain after an import that failed

@@ -67,8 +67,10 @@ def started_by_hand(environ: Mapping[str, str]) -> str | None:
 
     It is alone in two cases: the step has one task, whatever the size of the job; or the step has a pseudo-terminal, of
     which Slurm runs only the first task's shell, and that shell has started this process as a job of its own, not in
-    the process group of the task, as a script does.
+    the process group of the task, as a script does. MPI may have started several processes from such a shell.
     """
+    if "JAX_COORDINATOR_ADDRESS" in environ or any((_number(environ, size) or 1) > 1 for size, _ in MPI_VARIABLES):
+        return None
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
     if tasks == 1 and (_number(environ, "SLURM_NTASKS") or 1) > 1:
         return f"SLURM_NTASKS is {environ['SLURM_NTASKS']}, but SLURM_STEP_NUM_TASKS is 1"
