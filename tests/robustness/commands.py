@@ -125,7 +125,12 @@ def run_line(workshop: Workshop, command: str, number: int) -> Verdict:
     names += ["SRC", "DST", "TEXT", "text", "STUDY", "--"]
     for word in filter(None, argv):
         escaped = word.encode("unicode_escape").decode()
-        names += [repr(word), f" {word}", *([word, escaped, escaped[:200], Path(word).name] if len(word) > 1 else [])]
+        names += [
+            repr(word),
+            f" {word}",
+            f"{word}: ",
+            *([word, escaped, escaped[:200], Path(word).name] if len(word) > 1 else []),
+        ]
     faults = find_faults(outcome, [name for name in names if name], PROGRAM_LIMITS)
     named = {part for word in argv for part in word.rpartition("=")[2].split("/")}
     changed = [

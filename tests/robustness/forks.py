@@ -30,7 +30,6 @@ davae_jax.checkpoints.from_torch davae_jax.checkpoints.to_torch davae_jax.checkp
 davae_jax.cli.evaluate davae_jax.cli.latent davae_jax.cli.main davae_jax.cli.parity davae_jax.cli.plan
 davae_jax.cli.prepare davae_jax.cli.text davae_jax.cli.train davae_jax.evaluation.evaluate
 davae_jax.inference.text_vae davae_jax.planning.plan davae_jax.reports.report davae_jax.training.loop
-convert.from_torch convert.parity convert.to_torch convert.warm_start
 """
 
 # Audit events of Python that change files; `os.rename` stands for `os.replace` too. Opening for reading does not count.

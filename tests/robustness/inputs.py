@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,48 +116,43 @@ def _targets(config: Any) -> Any:
 
 
 def read_checkpoint(folder: Path, file: Path) -> Any:
-    from davae_jax.training.run.checkpointer import Checkpoints
-
-    state, extra = Checkpoints(folder, keep=2).restore(_like(json.dumps(RUN_OPTIONS), folder))
-    return [np.asarray(leaf) for leaf in _leaves(state)], extra
-
-
-def _leaves(state: Any) -> list:
     import jax
 
-    return jax.tree.leaves(state)
+    from davae_jax.training.run.checkpointer import Checkpoints
+
+    state, extra = Checkpoints(folder, keep=2).restore(_abstract_state((folder / "config.json").read_bytes(), folder))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)], extra
 
 
-_LIKE: list = []
-
-
-def _like(options: str, folder: Path) -> Any:
+@functools.lru_cache(maxsize=1)
+def _abstract_state(config: bytes, folder: Path) -> Any:
     """Returns the abstract state of the sound run, which is computed once in a process."""
-    if not _LIKE:
-        import jax
+    import jax
 
-        from davae_jax.cli.train import parse_train
-        from davae_jax.model.config import DAVAEConfig
-        from davae_jax.model.davae import abstract_model
-        from davae_jax.training.state import abstract_state
+    from davae_jax.model.config import DAVAEConfig
+    from davae_jax.model.davae import abstract_model
+    from davae_jax.training.state import abstract_state
 
-        axes = ("data", "fsdp", "tensor")
-        auto = (jax.sharding.AxisType.Auto,) * 3
-        mesh = jax.make_mesh((1, 1, 1), axes, axis_types=auto, devices=jax.devices()[:1])
-        model = abstract_model(DAVAEConfig.from_json(folder / "config.json"))
-        _LIKE.append(abstract_state(model, parse_train(json.loads(options))[1], mesh))
-    return _LIKE[0]
+    axes = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return abstract_state(abstract_model(DAVAEConfig.from_json(folder / "config.json")), _run_config(), mesh)
 
 
 def read_run(folder: Path, file: Path) -> Any:
-    from davae_jax.cli.train import parse_train
     from davae_jax.data.corpus import read_corpus
     from davae_jax.training.run.folder import open_run
     from davae_jax.utils.locks import FolderLock
 
-    config = parse_train([*RUN_OPTIONS, "--data.train", "../texts/a.txt", "--tokenizers", "../model"])[1]
+    config = _run_config()
     with FolderLock() as lock:
         open_run(folder, config, read_corpus(config.data.train), lock)
+
+
+@functools.cache
+def _run_config() -> Any:
+    from davae_jax.cli.train import parse_train
+
+    return parse_train([*RUN_OPTIONS, "--data.train", "../texts/a.txt", "--tokenizers", "../model"])[1]
 
 
 def read_log(folder: Path, file: Path) -> Any:

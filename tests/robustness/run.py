@@ -43,6 +43,9 @@ def main() -> int:
     """Runs what the options ask for. Returns 1 if there are faults."""
     options = _parse()
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.markdown:
+        print(summarize(Ledger(options.output / "ledger.jsonl").read(), options.seed))
+        return 0
     import_everything()
     _make_sound_once(options.output / "sound")
     ledger = Ledger(options.output / "ledger.jsonl")
@@ -72,6 +75,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--only", default="", help="cases whose name contains this, such as reader/study")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the ledger, and try nothing")
     parser.add_argument("--repeat", metavar="CASE", help="one case, such as reader/config.json/17; prints its error")
     options = parser.parse_args()
     options.output = options.output.resolve()
