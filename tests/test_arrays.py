@@ -37,6 +37,7 @@ def test_an_array(tmp_path, mapped):
         header((2, 3), "|O") + bytes(48),
         header((2, 3), order=True) + bytes(24),
         header((2, 3))[:40],
+        header((2, 3))[:6] + b"\x3f\0" + header((2, 3))[8:] + bytes(24),  # another version of the format
     ],
 )
 def test_what_is_no_array_is_named(data, tmp_path):

@@ -552,14 +552,14 @@ def test_an_order_that_does_not_fit_the_lengths_is_named(prepared, tmp_path):
             batches_with(Prepared(folder), buckets=4).batch(step)
 
 
-@pytest.mark.parametrize("size", [0, 1 << 20])
+@pytest.mark.parametrize("size", [0, 100, 1 << 20])
 def test_sizes_that_cannot_be_are_named(size, prepared, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(prepared.folder, folder)
     table = np.load(folder / "00001-0000.npy")
     table[0, 1] = size
     np.save(folder / "00001-0000.npy", table)
-    with pytest.raises(InputError, match=r"/00001-0000\.npy: "):
+    with pytest.raises(InputError, match=r"/(00001-0000|lengths)\.npy: "):
         PreparedTexts(Prepared(folder), 100)
 
 
@@ -572,6 +572,7 @@ def test_sizes_that_cannot_be_are_named(size, prepared, tmp_path):
             ("settings", {"max_length": None}),
             ("settings", {"encoder_positions": [512]}),
             ("settings", {"max_length": 0}),
+            ("counts", {"too_long": 1 << 70}),
         ],
     ],
 )

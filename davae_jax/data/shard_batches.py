@@ -112,6 +112,13 @@ class PreparedTexts:
           InputError: no text is short enough, or one is too long for the encoder.
         """
         sizes = np.concatenate([_sizes(prepared, shard) for shard in prepared.shards])
+        lengths, counts, longest = prepared.lengths()
+        found = *np.unique(sizes[:, 1], return_counts=True), sizes[:, 0].max()
+        if not all(map(np.array_equal, found, (lengths, counts, longest[-1]))):
+            raise InputError(
+                f"{prepared.folder / 'lengths.npy'}: does not match the sizes in {prepared.shards[0]['name']}.npy"
+                " and the other shards; copy or prepare it again"
+            )
         self._records = np.flatnonzero(sizes[:, 1] <= max_length)
         if not len(self._records):
             raise InputError(f"{prepared.folder}: contains no text of at most {max_length} tokens")

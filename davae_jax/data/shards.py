@@ -224,16 +224,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         shards, counts, tokenizers = manifest["shards"], manifest["counts"], manifest["tokenizers"]
         intact = manifest["dtype"] in ("<u2", "<u4") and isinstance(manifest["settings"], dict) and len(shards) > 0
-        intact &= all(type(count) is int and count >= 0 for count in counts.values()) and "too_long" in counts
+        intact &= all(type(count) is int and 0 <= count < 1 << 62 for count in counts.values()) and "too_long" in counts
         intact &= set(tokenizers) == set(TOKENIZER_FILES) and all(isinstance(x, str) for x in tokenizers.values())
         lengths = from_stored_names(manifest["settings"])
         for key in ("max_length", "encoder_positions"):  # absent in the first versions
             intact &= type(lengths.get(key, 1)) is int and lengths.get(key, 1) > 0
         for shard in shards:
             intact &= re.fullmatch(r"\d+-\d+", shard["name"]) is not None
-            intact &= all(type(shard[key]) is int and shard[key] >= 0 for key in ("texts", "bytes"))
+            intact &= all(type(shard[key]) is int and 0 <= shard[key] < 1 << 62 for key in ("texts", "bytes"))
             files, first_lines = files_of(shard)
-            intact &= all(type(line) is int for line in first_lines) and first_lines == sorted(first_lines)
+            intact &= all(type(line) is int and abs(line) < 1 << 62 for line in first_lines)
+            intact &= first_lines == sorted(first_lines)
             intact &= len(files) > 0 and all(isinstance(text, str) for text in (shard["sha256"], *files))
         intact &= manifest_sum(manifest) == manifest.get("sum", manifest_sum(manifest))
         intact &= all("/" not in name and isinstance(x, str) for name, x in manifest.get("files", {}).items())

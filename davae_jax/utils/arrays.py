@@ -18,7 +18,8 @@ def read_array_header(path: Path, dimensions: int) -> tuple[tuple[int, ...], np.
     """
     try:
         with path.open("rb") as file:
-            np.lib.format.read_magic(file)
+            if (version := np.lib.format.read_magic(file)) != (1, 0):
+                raise ValueError(f"is in version {version[0]}.{version[1]} of the format, not 1.0")
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             begin = file.tell()
         size = path.stat().st_size
