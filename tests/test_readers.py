@@ -5,6 +5,7 @@ import re
 import resource
 import sys
 
+import numpy as np
 import pytest
 from input_files import TEXTS, write_input
 
@@ -99,3 +100,14 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
             patch.setitem(sys.modules, "zstandard", None)
             read_lines(split_into_slices(path, 1 << 30))
         assert str(error.value) == f"{path}: reading it needs the package {package}: pip install 'davae-jax[data]'"
+
+
+def test_damaged_offsets_of_an_arrow_file_are_named(tmp_path):
+    """Arrow itself would read outside of the memory."""
+    pa = pytest.importorskip("pyarrow")
+    column = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1 << 30, 2], np.int32)), pa.py_buffer(b"ab"))
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema([("text", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch([column], names=["text"]))
+    with pytest.raises(InputError, match=r"/a\.arrow: "):
+        read_texts(path)

@@ -62,6 +62,7 @@ def read_arrow(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
             reader = batches = pyarrow.ipc.open_stream(raw)
         _check_columns(reader.schema, path, fields)
         for batch in batches:
+            batch.validate(full=True)  # Arrow trusts offsets; those of a damaged file may point outside of the memory
             for start in range(0, batch.num_rows, CHUNK_LINES):
                 columns = [batch.column(field).slice(start, CHUNK_LINES) for field in fields]
                 yield _chunk(columns, min(1.0, raw.tell() / file_slice.size))
