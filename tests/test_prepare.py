@@ -35,6 +35,7 @@ from davae_jax.training.presets import DEMO
 from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.setup import load_corpus, make_batches, truncation_mismatch
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ShardSettings(("text",), 512, 512, False, 0.0, None)
@@ -121,8 +122,10 @@ def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_
     for file in [*Path(continued.folder).glob("00000-0002.*"), *Path(continued.folder, "parts").glob("00000-0002.*")]:
         file.unlink()
     write_shards(continued)
+    settings = {"inputs": {str(path): ""}, "encoder_positions": 512}
     for task in (uninterrupted, continued):
-        merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512}, BadLineLimit(0.01, 0))
+        write_json(Path(task.folder, "prepare.json"), settings)
+        merge_shards(Path(task.folder), settings, BadLineLimit(0.01, 0))
     assert manifest_of(Path(uninterrupted.folder)) == manifest_of(Path(continued.folder))
     held_out = Prepared(Path(uninterrupted.folder)).held_out()
     expected = tokenize(TEXTS, *load_new_tokenizers(uninterrupted.folder, 512), max_length=512, source="")
@@ -319,6 +322,34 @@ def test_killed_and_started_again_gives_the_same_bytes(tokenizer_folder, tmp_pat
     unchanged = sum(path.stat().st_mtime_ns == when for path, when in before.items())
     assert unchanged >= 3  # a shard without statistics is written again
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", [lambda data: b"", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]])
+def test_damage_in_an_unfinished_preparation_is_written_again(tokenizer_folder, tmp_path, monkeypatch, change):
+    """Whatever file of the shards is damaged, the same command makes the same folder, in at most two calls."""
+    text, settings = write_texts(tmp_path / "a.txt"), SETTINGS._replace(held_out=0.1, shard_size=4000)
+    build_shards([text], tmp_path / "whole", settings, tokenizer_folder, workers=1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("davae_jax.data.build_shards.merge_shards", interrupt)
+        build_shards([text], tmp_path / "unfinished", settings, tokenizer_folder, workers=1)
+    written = [path for path in (tmp_path / "unfinished").rglob("0000[01]-*") if path.stat().st_size]
+    assert len(written) > 6
+    for path in written:
+        folder = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "unfinished", folder)
+        path = folder / path.relative_to(tmp_path / "unfinished")
+        path.write_bytes(change(path.read_bytes()))
+        try:
+            build_shards([text], folder, settings, tokenizer_folder, workers=1)
+        except InputError as e:
+            assert str(path) in str(e)
+            build_shards([text], folder, settings, tokenizer_folder, workers=1)
+        assert contents(folder) == contents(tmp_path / "whole")
+        shutil.rmtree(folder)
 
 
 def test_other_settings_are_refused(prepare, tmp_path):

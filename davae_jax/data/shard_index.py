@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from davae_jax.data.shard_writer import (
     PARTS,
     held_out_line,
     load_new_tokenizers,
+    read_statistics,
+    shard_files,
     stored_id_dtype,
     text_hash,
 )
@@ -24,7 +27,6 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
-from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 
 COUNTED = ("lines", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens")
@@ -48,7 +50,8 @@ def merge_shards(folder: Path, settings: dict[str, Any], limit: BadLineLimit) ->
     Raises:
       InputError: the shards contain no text, too many lines are unreadable, or a file is not what was written.
     """
-    names = sorted((path.stem for path in (folder / PARTS).glob("*.json")), key=_numbers)
+    names = [path.stem for path in (folder / PARTS).glob("*.json") if re.fullmatch(r"\d+-\d+", path.stem)]
+    names.sort(key=_numbers)
     counts, shards, bad_lines = _read_statistics(folder, names)
     lines = [json.dumps(bad_line, ensure_ascii=False) + "\n" for bad_line in bad_lines]
     write_text(folder / "bad_lines.jsonl", "".join(lines))
@@ -100,7 +103,7 @@ def _read_statistics(folder: Path, names: list[str]) -> _Statistics:
     file, task_number = None, 0  # the last file of the last shard
     lines_before, lines_in_task = 0, 0  # lines of the file before the task, and of the task in the shards so far
     for name in names:
-        stats = read_json_object(folder / PARTS / f"{name}.json")
+        stats = _checked_statistics(folder, name)
         if not stats["lines"]:
             continue
         files, first_lines = files_of(stats)
@@ -119,6 +122,19 @@ def _read_statistics(folder: Path, names: list[str]) -> _Statistics:
             shard = {key: stats[key] for key in ("texts", "bytes", "sha256")} | {"name": name}
             shards.append(shard | _describe_files(located))
     return _Statistics(counts, shards, bad_lines)
+
+
+def _checked_statistics(folder: Path, name: str) -> dict[str, Any]:
+    """Returns the statistics of a shard. Raises InputError if they or the files that they describe are damaged."""
+    path = folder / PARTS / f"{name}.json"
+    damaged = [path]
+    if stats := read_statistics(path):
+        files = zip(shard_files(folder, name), stats["read_again"], strict=True)
+        damaged = [file for file, digest in files if not file.is_file() or file_sha256(file) != digest]
+    if not damaged:
+        return stats
+    path.unlink(missing_ok=True)
+    raise InputError(f"{damaged[0]}: is damaged; the same command writes it again")
 
 
 def _describe_files(files: FileLines) -> dict[str, Any]:

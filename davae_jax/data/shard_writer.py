@@ -30,7 +30,7 @@ from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
-from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.json_files import json_sum, read_json_object
 from davae_jax.utils.worker_pool import ReportProgress
 
 PARTS = "parts"  # the folder of the shards' statistics, removed when all shards are written
@@ -136,16 +136,30 @@ def write_shards(task: ShardTask, report_progress: ReportProgress = lambda *numb
         pass
     for part in itertools.count(len(complete)):
         stats, chunks = _write_shard(_part_name(task, part), chunks, lines + 1, task)
-        write_json(_stats_file(task, part), stats)
+        write_json(_stats_file(task, part), stats | {"sum": json_sum(stats)})
         if stats["last"]:
             break
         lines += stats["lines"]
 
 
 def _complete_parts(task: ShardTask) -> list[dict[str, Any]]:
-    """Returns the statistics of the task's shards that are complete."""
+    """Returns the statistics of the task's first shards that are complete. The others are written again."""
     files = (_stats_file(task, part) for part in itertools.count())
-    return [read_json_object(file) for file in itertools.takewhile(Path.exists, files)]
+    return list(itertools.takewhile(bool, map(read_statistics, files)))
+
+
+def read_statistics(path: Path) -> dict[str, Any] | None:
+    """Returns the statistics of a shard; None if they are missing or damaged, or an earlier version wrote no sum."""
+    try:
+        stats = read_json_object(path)
+    except (InputError, FileNotFoundError):
+        return None
+    return stats if stats.pop("sum", None) == json_sum(stats) else None
+
+
+def shard_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """Returns the files of a shard that are read again when all shards are written: line numbers, held-out texts."""
+    return folder / f"{name}.npy", folder / PARTS / f"{name}.jsonl"
 
 
 def _part_name(task: ShardTask, part: int) -> str:
@@ -216,9 +230,11 @@ def _write_shard(
         stats["encoder_tokens"] = int(table[:, 1].sum())
         stats["decoder_tokens"] = int(table[:, 2].sum()) - len(table)  # the targets: all but bos
         stats["bytes"], stats["sha256"] = file.stat().st_size, file_sha256(file)
-        with atomic_write(folder / f"{name}.npy") as table_file, table_file.open("wb") as out:
+        table_path, held_out_path = files = shard_files(folder, name)
+        with atomic_write(table_path) as table_file, table_file.open("wb") as out:
             np.save(out, table)
-        write_text(folder / PARTS / f"{name}.jsonl", "".join(map(held_out_line, texts.held_out)))
+        write_text(held_out_path, "".join(map(held_out_line, texts.held_out)))
+        stats["read_again"] = [file_sha256(written) for written in files]
     return stats, chunks if next_chunk is None else itertools.chain([next_chunk], chunks)
 
 

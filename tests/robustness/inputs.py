@@ -216,6 +216,7 @@ FAMILIES = {
         "bytes",
         read_params,
         (MODEL, ("export", "{in}", "{out}", "--format", "safetensors")),
+        has_sums=True,
         share=1,
     ),
     "model.safetensors": Family(
