@@ -313,6 +313,28 @@ def test_a_folder_that_cannot_be_removed_is_hidden_or_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.removed"]
 
 
+@pytest.mark.parametrize("damaged", ["moved", "no sums"])
+def test_a_checkpoint_that_is_not_that_of_its_step(damaged, fixture, check, tmp_path):
+    """Whoever reads it refuses it: a model, an export, the check, and a run that is continued."""
+    run = fixture("run")
+    newest = run / "checkpoints" / "3"
+    if damaged == "moved":
+        newest = newest.rename(newest.with_name("7"))
+    else:
+        path = newest / "_CHECKPOINT_METADATA"
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        del metadata["custom_metadata"][weights.SUMS]
+        path.write_text(json.dumps(metadata), encoding="utf-8")
+    for read in (davae_jax.from_pretrained, lambda folder: export(folder, tmp_path / "out", format="safetensors")):
+        with pytest.raises(InputError, match=f"{newest}: "):
+            read(run)
+    code, _, _, lines = check(run)
+    assert code == 1 and [line.partition(": ")[0] for line in lines] == [str(newest)]
+    # A name that is no step, such as that of a checkpoint that somebody has put aside, says nothing.
+    if damaged == "moved":
+        davae_jax.from_pretrained(newest.rename(newest.with_name("best")))
+
+
 # Prepared texts.
 
 

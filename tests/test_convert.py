@@ -203,6 +203,25 @@ def test_all_problems_are_named_at_once(tmp_path, fails):
         davae_jax.from_pretrained(source)
 
 
+def test_position_ids_that_the_model_does_not_use(tmp_path, fails):
+    """The published program would read position embeddings by them; here they are always 0, 1, 2, …"""
+    state = random_state(TINY)
+    state[POSITION_IDS] = state[POSITION_IDS].flip(1)
+    assert POSITION_IDS in fails("convert", publish(tmp_path / "published", state), tmp_path / "out")
+
+
+def test_values_too_large_for_the_dtype_of_the_model(tmp_path, fails):
+    """Of float64 no model can hold them; 70000 is infinite in float16 alone."""
+    state = {n: t if n == POSITION_IDS else t.double() for n, t in random_state(TINY).items()}
+    state[NORM][3] = 70000.0
+    source = publish(tmp_path / "published", state)
+    assert float(flat_params(davae_jax.from_pretrained(source))["decoder.norm.weight"][3]) == 70000
+    with pytest.raises(InputError, match=r"float16: decoder\.norm\.weight"):
+        davae_jax.from_pretrained(source, dtype=jnp.float16)
+    state[NORM][3] = 1e39
+    assert NORM in fails("convert", publish(tmp_path / "larger", state), tmp_path / "out")
+
+
 class Hostile:
     """Makes a folder when unpickled."""
 

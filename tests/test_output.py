@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from davae_jax.cli.base import run_cli
+from davae_jax.parallel.backend import backend_problem
+
 ROOT = Path(__file__).parent.parent
 # Output to a pipe is buffered, unless the environment says otherwise.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -90,6 +93,20 @@ def test_closed_streams(closed, arguments, code):
     command = f'"$0" train.py {arguments} {closed}'
     done = subprocess.run(["bash", "-c", command, sys.executable], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_an_exit_in_the_middle_of_the_work_is_an_error(capsys):
+    """Code that a program calls, such as a plugin's, may call sys.exit(0)."""
+    assert run_cli(lambda: sys.exit(0), "program") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("program: error: SystemExit: 0") and err.count("\n") == 1
+
+
+def test_a_platform_that_cannot_start_after_another():
+    """JAX raises once, and then has the devices of the first platform."""
+    error = RuntimeError("Unable to initialize backend 'nonsense': it is not known")
+    assert "JAX_PLATFORMS=cpu,nonsense" in backend_problem(error, {"JAX_PLATFORMS": "cpu,nonsense"})
+    assert backend_problem(RuntimeError("another"), {"JAX_PLATFORMS": "cpu"}) is None
 
 
 def test_a_working_folder_that_is_gone(tmp_path):

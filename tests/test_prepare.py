@@ -562,6 +562,28 @@ def test_missing_and_damaged_files_are_named(prepared, tmp_path):
         Prepared(folder)
 
 
+def without_hashes(folder):
+    """Removes what the manifests of the first versions do not have: hashes of the other files, and its own sum."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (folder / "manifest.json").write_text(
+        json.dumps({key: value for key, value in manifest.items() if key not in ("files", "sum")}), encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("name", ["order.npy", "lengths.npy", "held_out.jsonl"])
+def test_files_of_another_preparation_are_named(name, prepared, tmp_path):
+    """A file of the same form: the first two values, or lines, exchanged."""
+    folder = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
+    if name.endswith(".npy"):
+        array = np.load(folder / name)
+        array[[0, 1]] = array[[1, 0]]
+        np.save(folder / name, array)
+    else:
+        (folder / name).write_bytes((folder / name).read_bytes() + b'{"text": "\xe4\xb8\x80"}\n')
+    with pytest.raises(InputError, match=rf"/{name}: "):
+        Prepared(folder)
+
+
 @pytest.mark.parametrize("entry", [247, 2**32 - 1])
 def test_an_order_of_records_that_are_not_there_is_named(entry, prepared, tmp_path):
     folder = tmp_path / "copy"
@@ -569,6 +591,7 @@ def test_an_order_of_records_that_are_not_there_is_named(entry, prepared, tmp_pa
     order = np.load(folder / "order.npy")
     order[:] = entry
     np.save(folder / "order.npy", order)
+    without_hashes(folder)
     with pytest.raises(InputError, match=r"/order\.npy: "):
         batches_with(Prepared(folder)).batch(0)
 
@@ -578,6 +601,7 @@ def test_an_order_that_does_not_fit_the_lengths_is_named(prepared, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(prepared.folder, folder)
     np.save(folder / "order.npy", np.load(folder / "order.npy")[::-1].copy())
+    without_hashes(folder)
     with pytest.raises(InputError, match=r"/order\.npy: "):
         for step in range(20):
             batches_with(Prepared(folder), buckets=4).batch(step)
@@ -644,6 +668,8 @@ def test_no_damage_gives_another_error(name, prepared, tmp_path):
     """200 files with some bytes changed, removed or added: each is read, or refused with one line that names a file."""
     folder, rng = tmp_path / "copy", np.random.default_rng(0)
     shutil.copytree(prepared.folder, folder)
+    if name != "manifest.json":
+        without_hashes(folder)  # they would name every damage
     (folder / "held_out.jsonl").write_text('{"text": "一"}\n' * 20, encoding="utf-8")
     intact, refused = (folder / name).read_bytes(), 0
     for _ in range(200):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -792,6 +793,10 @@ def test_inactive_regularizers_are_not_traced(batches):
 # ---- the program
 
 
+def _raise(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -804,6 +809,9 @@ def test_inactive_regularizers_are_not_traced(batches):
             "the logged value 'a' must be a real scalar, not float32 of shape (6, 3)",
         ),
         (lambda batch: batch.zz, "AttributeError: 'LatentBatch' object has no attribute 'zz'"),
+        (lambda batch: sys.exit(0), "SystemExit: 0"),
+        (lambda batch: next(iter(())), "StopIteration: StopIteration"),
+        (lambda batch: _raise(InputError("its own reason")), "its own reason"),
     ],
 )
 def test_invalid_return_values_raise(given, said):
@@ -870,9 +878,12 @@ def test_a_plugin_that_cannot_be_imported(tmp_path):
         parse_train(["--plugin", str(tmp_path / "bad.py")])
 
 
-def test_a_plugin_that_exits(tmp_path):
-    (tmp_path / "exit.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(InputError, match=r"exit.py: cannot be imported \(SystemExit: 0\)"):
+@pytest.mark.parametrize(
+    ("code", "error"), [("import sys\nsys.exit(0)\n", "SystemExit: 0"), ("raise GeneratorExit", "Gen")]
+)
+def test_a_plugin_that_exits(code, error, tmp_path):
+    (tmp_path / "exit.py").write_text(code)
+    with pytest.raises(InputError, match=rf"exit.py: cannot be imported \({error}"):
         parse_train(["--plugin", str(tmp_path / "exit.py")])
 
 

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
+from davae_jax.checkpoints.check_folder import check_folder
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.presets import DEMO
-from davae_jax.training.run.folder import open_run
+from davae_jax.training.run.folder import check_tokenizers, open_run
 from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError
@@ -85,6 +86,23 @@ def test_tokenizers_are_compared_with_those_of_the_run(config, tmp_path):
     opened(folder, dataclasses.replace(config, tokenizers=tmp_path / "moved"))
     write(tmp_path / "moved" / "vocab.txt", TEXTS[1:])
     assert refusal(folder, dataclasses.replace(config, tokenizers=tmp_path / "moved")) == "tokenizers (other contents)"
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
+def test_tokenizers_of_a_run_are_those_that_it_began_with(name, config, tmp_path):
+    """Whatever they came from: two lines exchanged give the same number of tokens and other ids."""
+    run = begun(tmp_path / "run", config)
+    for file in ("vocab.txt", "spiece.model"):
+        (run / file).write_text("a\nb\nc\n", encoding="utf-8")
+    for _ in range(2):  # the first start of a run, or of one that an earlier version began; and one that resumes
+        check_tokenizers(run)
+        opened(run, config)
+    (run / name).write_text("b\na\nc\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"{run / name}: "):
+        check_tokenizers(run)
+    assert any(line.startswith(f"{run / name}: is not the tokenizer") for line in check_folder(run).damaged)
+    (run / name).write_text("a\nb\nc\n", encoding="utf-8")
+    check_tokenizers(run)
 
 
 def test_pretrained_halves_may_move_but_not_go(config, tmp_path):

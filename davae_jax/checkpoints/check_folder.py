@@ -23,9 +23,11 @@ from davae_jax.checkpoints.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     PARAMS_FOLDER,
+    RUN_SETTINGS,
     complete_checkpoints,
     config_folder,
     is_step,
+    tokenizer_changes,
 )
 from davae_jax.checkpoints.sums import SUMS_FILE, file_problems
 from davae_jax.checkpoints.torch_file import INDEX_SUFFIX, TORCH_FILES, read_tensors
@@ -41,7 +43,6 @@ from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 from davae_jax.utils.locks import is_locked
 
-RUN_SETTINGS = "train.json"
 LOGS = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
 INIT_FOLDER = "init"  # of a run: the checkpoint that a warm start begins from
 
@@ -106,6 +107,8 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
         settings = read_json_object(folder / RUN_SETTINGS)
         state["steps of the run"] = settings.get("steps", "unknown")
         damaged += [] if type(settings.get("steps")) is int else [f"{folder / RUN_SETTINGS}: is damaged"]
+        if all((folder / name).is_file() for name in TOKENIZER_FILES):
+            damaged += tokenizer_changes(folder, settings)
     except FileNotFoundError:
         damaged.append(f"{folder / RUN_SETTINGS}: is missing, without which the run cannot be resumed")
     except InputError as e:

@@ -25,6 +25,7 @@ from davae_jax.checkpoints.weights import (
     iterate_arrays,
     stored_metadata,
     stored_shapes,
+    sums_problem,
 )
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.tokenizers.decoder import count_pieces
@@ -56,9 +57,9 @@ def checkpoint_problems(path: Path, config: DAVAEConfig | None) -> list[str]:
     try:
         metadata = stored_metadata(path)
         sums = metadata.get(SUMS)
-        if not isinstance(sums, dict):
-            problems.append(f"{path}: its metadata are damaged: the sums are missing")
-            sums = None
+        if problem := sums_problem(path, sums):
+            problems.append(f"{path}: {problem}")
+        sums = sums if isinstance(sums, dict) else None
         extra_state = metadata.get(EXTRA_STATE)
         if metadata.get(EXTRA_STATE_SUM, json_sum(extra_state)) != json_sum(extra_state):
             problems.append(f"{path}: its metadata are damaged (their own sum differs)")

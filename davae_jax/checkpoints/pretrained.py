@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published_state import read_published_weights
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder, weights_path
+from davae_jax.checkpoints.torch_file import is_finite
 from davae_jax.checkpoints.weights import INV_FREQ_PATH, FlatParams, flatten, load_weights, unflatten
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, abstract_model, merge, split, weight_axes
@@ -46,15 +47,29 @@ def from_pretrained(source: str | Path, *, dtype=jnp.float32, mesh: Mesh | None 
     if stored := weights_path(folder):
         arrays = load_weights(stored, targets)
     else:
-        arrays = _put(read_published_weights(folder, config), targets)
+        arrays = _put(read_published_weights(folder, config), targets, folder)
     if (missing := targets.keys() - arrays.keys()) == {INV_FREQ_PATH}:
         # If the file lacks the frequencies, the published program computes them.
-        arrays |= _put([(INV_FREQ_PATH, inverse_frequencies(config.decoder.hidden_size))], targets)
+        frequencies = inverse_frequencies(config.decoder.hidden_size)
+        arrays |= _put([(INV_FREQ_PATH, frequencies)], targets, folder)
     elif missing:
         raise InputError(f"{folder}: lacks {', '.join(sorted(missing))}")
     return merge(graphdef, unflatten(arrays))
 
 
-def _put(arrays: Iterable[tuple[str, np.ndarray]], targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
-    """Casts each array to its target's dtype and puts it on its devices, one at a time."""
-    return {p: jax.device_put(np.asarray(a).astype(targets[p].dtype), targets[p].sharding) for p, a in arrays}
+def _put(
+    arrays: Iterable[tuple[str, np.ndarray]], targets: Mapping[str, jax.ShapeDtypeStruct], folder: Path
+) -> FlatParams:
+    """Casts each array to its target's dtype and puts it on its devices, one at a time.
+
+    Raises InputError if values overflow in that dtype.
+    """
+    placed = {}
+    for path, array in arrays:
+        dtype = targets[path].dtype
+        with np.errstate(over="ignore"):
+            cast = np.asarray(array).astype(dtype)
+        if dtype != array.dtype and not is_finite(cast):
+            raise InputError(f"{folder}: overflows in {dtype}: {path}")
+        placed[path] = jax.device_put(cast, targets[path].sharding)
+    return placed

@@ -53,6 +53,10 @@ def checked_name_table(state: dict[str, np.ndarray], config: DAVAEConfig, path: 
     """
     table = [row for row in name_table(config) if row.name != INV_FREQ or row.name in state]
     check_tensors(state, table, path, ignored=[POSITION_IDS])
+    if POSITION_IDS in state and not np.array_equal(
+        np.ravel(state[POSITION_IDS]), np.arange(config.encoder.max_position_embeddings)
+    ):
+        raise InputError(f"{path}: {POSITION_IDS} is not 0, 1, 2, … up to the number of the encoder's positions")
     return table
 
 

@@ -8,16 +8,21 @@ step, whose item "params" is the weights, and whose item "state" is the rest of 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
+from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError
-from davae_jax.utils.files import check_utf8_path
+from davae_jax.utils.files import check_utf8_path, file_sha256
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
 CHECKPOINTS_FOLDER = "checkpoints"
 STATE_ITEM = "state"
+RUN_SETTINGS = "train.json"
+TOKENIZER_HASHES = "digests_of_tokenizers"  # in RUN_SETTINGS: file → SHA-256
 
 
 def weights_path(folder: Path) -> Path | None:
@@ -62,6 +67,19 @@ def complete_checkpoints(run: Path) -> list[Path]:
         if steps:
             check_path(run)
         return [path for path in steps if ocp.is_orbax_checkpoint(path.absolute())]
+
+
+def tokenizer_changes(run: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each tokenizer that differs from the one with which the run began.
+
+    Args:
+      settings: the content of RUN_SETTINGS. An earlier version has written no hashes to it.
+    """
+    hashes = settings.get(TOKENIZER_HASHES, {})
+    if not isinstance(hashes, dict):
+        return [f"{run / RUN_SETTINGS}: is damaged: {TOKENIZER_HASHES} is no object"]
+    files = [(run / name, digest) for name, digest in hashes.items() if name in TOKENIZER_FILES]
+    return [f"{path}: is not the tokenizer that the run began with" for path, x in files if file_sha256(path) != x]
 
 
 def _has_files(folder: Path) -> bool:

@@ -175,10 +175,15 @@ def as_torch(array: np.ndarray):
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Returns whether no value is NaN or infinite. Works in blocks that stay in the processor's cache."""
+    """Returns whether no value is NaN or infinite, of float64 in float32, the largest dtype of a model.
+
+    Works in blocks that stay in the processor's cache.
+    """
     flat = array.reshape(-1)
     block = 1 << 18
-    return all(np.isfinite(flat[i : i + block]).all() for i in range(0, flat.size, block))
+    with np.errstate(over="ignore"):
+        blocks = (flat[i : i + block] for i in range(0, flat.size, block))
+        return all(np.isfinite(x.astype(np.float32) if x.dtype == np.float64 else x).all() for x in blocks)
 
 
 def is_float(array: np.ndarray) -> bool:

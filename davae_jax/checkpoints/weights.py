@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path, is_step
 from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
@@ -71,9 +71,26 @@ def _stored(target: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.ShapeDtypeStru
 
 
 def _run_sums(path: Path) -> dict[str, int] | None:
-    """Returns the sums of the arrays of a run's checkpoint; None if the folder is no such checkpoint or has none."""
+    """Returns the sums of the arrays of a run's checkpoint, None if the folder is no such checkpoint.
+
+    Raises InputError if the checkpoint has none or is that of another step.
+    """
+    if _checkpointable_name(path) != PARAMS_FOLDER:
+        return None
     sums = stored_metadata(path).get(SUMS)
-    return sums if isinstance(sums, dict) else None
+    if problem := sums_problem(path, sums):
+        raise InputError(f"{path}: {problem}")
+    return sums
+
+
+def sums_problem(path: Path, sums: Any) -> str | None:
+    """Returns why the sums in the metadata of a run's checkpoint are not those of its step, None if they are."""
+    if not isinstance(sums, dict):
+        return "its metadata are damaged: the sums are missing"
+    # The sum of one integer is the integer. A folder that has been renamed for good, such as "best", has no step.
+    if is_step(path.name) and (step := sums.get("step")) != int(path.name):
+        return f"is the checkpoint of step {step}, not of the step in its name"
+    return None
 
 
 @jax.jit

@@ -236,7 +236,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
                 return report("the working directory no longer exists", 1)
             name = e.filename or ("standard output" if _stdout_is_broken() else None)
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # a plugin's code may exit with 0 in the middle of the work
             return report(backend_problem(e) or f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
 
 

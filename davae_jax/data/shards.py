@@ -101,13 +101,17 @@ class Prepared:
 
         Raises:
           InputError: there is no manifest of this version, a shard is missing or does not have the size in the
-            manifest, or a tokenizer has changed.
+            manifest, or another file is not what was written.
         """
         self.folder = folder
         self.manifest: dict[str, Any] = read_manifest(folder)
         self.shards: list[dict] = self.manifest["shards"]
         self.dtype = np.dtype(self.manifest["dtype"])
-        for name, digest in self.manifest["tokenizers"].items():
+        # The files that decide which text is read when; those of the shards are too large, and have sums of their own.
+        written = self.manifest.get("files", {})  # absent in the first versions
+        read = ("order.npy", "lengths.npy", "held_out.jsonl")
+        hashes = self.manifest["tokenizers"] | {name: written[name] for name in read if name in written}
+        for name, digest in hashes.items():
             if file_sha256(folder / name) != digest:
                 raise InputError(f"{folder / name}: is not the file with which the texts were prepared; copy it again")
         for shard in self.shards:

@@ -34,10 +34,12 @@ def backend_problem(error: Exception, environ: Mapping[str, str] = os.environ) -
         except Exception as e:
             error = e
         else:
-            if isinstance(error, InputError):
-                return None
-            foreign = [name for name in environ if name.startswith("JAX_") and not environ[name].isprintable()]
-            return f"{foreign[0]}={environ[foreign[0]]}: {first_line(error)}" if foreign else None
+            # JAX keeps the backends that it has started before the one that fails, and finds them now.
+            if not str(error).startswith("Unable to initialize backend"):
+                if isinstance(error, InputError):
+                    return None
+                foreign = [name for name in environ if name.startswith("JAX_") and not environ[name].isprintable()]
+                return f"{foreign[0]}={environ[foreign[0]]}: {first_line(error)}" if foreign else None
     elif not any(name.startswith("jax.") for name in sys.modules):  # they remain after an import that failed
         return None
     reason = first_line(error) if str(error).strip() else "its plugin is not installed, or there is no such device"

@@ -106,7 +106,9 @@ def load_plugin(path: Path) -> None:
         spec.loader.exec_module(module)
     except InputError as e:
         raise InputError(f"{path}: {e}", exit_code=e.exit_code) from e
-    except (Exception, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # SystemExit and others that are no Exception
         raise InputError(f"{path}: cannot be imported ({type(e).__name__}: {first_line(e)})") from e
     if before == REGISTRY:
         warnings.warn(f"--plugin {path}: registers no regularizer; is @register missing?", stacklevel=2)

@@ -105,9 +105,11 @@ def _call(name: str, function: Callable, *args: Any) -> Any:
     """Calls a function of a regularizer. Turns its errors into a RegularizerError that names the regularizer."""
     try:
         return function(*args)
-    except InputError:
+    except KeyboardInterrupt:
         raise
-    except Exception as e:
+    except InputError as e:
+        raise RegularizerError(f"regularizer {name}: {e}") from e
+    except BaseException as e:  # SystemExit and others that are no Exception
         raise RegularizerError(f"regularizer {name}: {type(e).__name__}: {first_line(e)}") from e
 
 

@@ -90,7 +90,7 @@ class EncoderTokenizer:
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """Returns the tokens in a vocab.txt, by id. Raises InputError if the file cannot be read."""
+    """Returns the tokens in a vocab.txt, by id. Raises InputError if the file cannot be read or is damaged."""
     data = read_file(path)
     # Only line feeds end a token: two published tokens contain U+2028, at which `splitlines` would split.
     try:
@@ -101,7 +101,13 @@ def read_vocabulary(path: Path) -> list[str]:
         vocabulary.pop()
     if not vocabulary:
         raise InputError(f"{path}: the vocabulary is empty")
-    return [token.removesuffix("\r") for token in vocabulary]
+    vocabulary = [token.removesuffix("\r") for token in vocabulary]
+    last = len(vocabulary) - 1
+    for i, token in enumerate(vocabulary):
+        # No text has such a token. An empty one at the end changes no id.
+        if "\0" in token or token != token.strip(" \t") or (token == "" and i < last):
+            raise InputError(f"{path}: line {i + 1} is no token but {token!r}; is the file damaged?")
+    return vocabulary
 
 
 def _make_wordpiece(ids: dict[str, int]):

@@ -39,7 +39,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
 from davae_jax.training.run.checkpointer import Checkpoints
-from davae_jax.training.run.folder import open_run
+from davae_jax.training.run.folder import check_tokenizers, open_run
 from davae_jax.training.run.log import RunLog
 from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
@@ -165,6 +165,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
 def _prepare_folder(config: TrainConfig, folder: Path, corpus: Corpus, lock: FolderLock) -> None:
     open_run(folder, config, corpus, lock)
     prepare_tokenizers(config, folder, corpus)
+    check_tokenizers(folder)
 
 
 def _tokenize(config: TrainConfig, corpus: Corpus, folder: Path) -> tuple[Tokenizers, BatchSource, list[str]]:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, STATE_ITEM, complete_checkpoints
 from davae_jax.checkpoints.sums import array_sums
-from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest
+from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest, sums_problem
 from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
@@ -177,9 +177,12 @@ class Checkpoints:
             raise _Damaged(f"cannot be read ({first_line(e)})") from e
         loaded = {f"params.{name}": leaf for name, leaf in flatten(items[PARAMS_FOLDER]).items()} | items[STATE_ITEM]
         loaded = {name: loaded[name] for name in _leaves(like)}
-        saved, checksums = metadata.get(SUMS, {}), jax.device_get(array_sums(loaded))
+        saved, checksums = metadata.get(SUMS), jax.device_get(array_sums(loaded))
+        saved = saved if isinstance(saved, dict) else {}
         if differing := [name for name in checksums if int(checksums[name]) != saved.get(name)]:
             raise _Damaged(f"checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
+        if problem := sums_problem(path, saved):
+            raise _Damaged(problem)
         extra_state = metadata.get(EXTRA_STATE)
         if metadata.get(EXTRA_STATE_SUM, json_sum(extra_state)) != json_sum(extra_state):
             raise _Damaged("checksum mismatch in the extra state")

@@ -1,6 +1,6 @@
 """Opens a run folder: a new one, or one that was made with the same config, texts and tokenizers.
 
-train.json       the resolved config, and hashes of the texts and plugins
+train.json       the resolved config, and hashes of the texts, tokenizers and plugins
 config.json      the model config; with vocab.txt and spiece.model, it lets every `davae` command read the folder
 checkpoints/     one folder per saved step (`checkpointer.py`)
 metrics.jsonl    one line every few steps; the same values are in TensorBoard's event files in `events/` (`log.py`)
@@ -14,7 +14,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path, complete_checkpoints
+from davae_jax.checkpoints.run_folder import (
+    CONFIG_FILE,
+    RUN_SETTINGS,
+    TOKENIZER_HASHES,
+    check_path,
+    complete_checkpoints,
+    tokenizer_changes,
+)
 from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
@@ -22,7 +29,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.initial_state import INIT_FOLDER
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
-from davae_jax.utils.files import is_partial, remove_folder, remove_partial, remove_removed, write_json
+from davae_jax.utils.files import file_sha256, is_partial, remove_folder, remove_partial, remove_removed, write_json
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 
@@ -40,7 +47,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
       InputError: the folder was made with another config (exit code 2; the message names the options), contains
         other files, is used by another program, or cannot be written.
     """
-    stored = path / "train.json"
+    stored = path / RUN_SETTINGS
     try:
         values = to_dict(config)
         values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
@@ -51,6 +58,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         lock.acquire(path)
         if stored.exists():
             old = read_json_object(stored)
+            values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
             try:
                 old = upgrade_settings(old)
                 changed = changed_options(old, values) + changed_tokenizers(config, path)
@@ -60,6 +68,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
             if is_other:
                 if not complete_checkpoints(path):
                     _remove_preparations(path)
+                    values.pop(TOKENIZER_HASHES, None)
                 elif changed:
                     raise OptionError(
                         "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
@@ -73,6 +82,22 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         remove_removed(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be used as a run folder ({system_reason(e) or e})") from e
+
+
+def check_tokenizers(path: Path) -> None:
+    """Compares the tokenizers in a run folder with those that the run began with; train.json has their hashes.
+
+    Those of a new run, or of one that an earlier version began, are added to it.
+
+    Raises:
+      InputError: a tokenizer is another one, whose ids the model has not been trained on.
+    """
+    stored = path / RUN_SETTINGS
+    values = read_json_object(stored)
+    if TOKENIZER_HASHES not in values:
+        write_json(stored, values | {TOKENIZER_HASHES: {name: file_sha256(path / name) for name in TOKENIZER_FILES}})
+    elif problems := tokenizer_changes(path, values):
+        raise InputError(f"{'; '.join(problems)}; restore it, or choose another folder")
 
 
 def _remove_preparations(path: Path) -> None:
