@@ -35,6 +35,7 @@ from davae_jax.training.presets import DEMO
 from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.setup import load_corpus, make_batches, truncation_mismatch
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ShardSettings(("text",), 512, 512, False, 0.0, None)
@@ -122,7 +123,9 @@ def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_
         file.unlink()
     write_shards(continued)
     for task in (uninterrupted, continued):
-        merge_shards(Path(task.folder), {"inputs": {str(path): ""}, "encoder_positions": 512}, BadLineLimit(0.01, 0))
+        settings = {"inputs": {str(path): ""}, "encoder_positions": 512}
+        write_json(Path(task.folder) / "prepare.json", settings)
+        merge_shards(Path(task.folder), settings, BadLineLimit(0.01, 0))
     assert manifest_of(Path(uninterrupted.folder)) == manifest_of(Path(continued.folder))
     held_out = Prepared(Path(uninterrupted.folder)).held_out()
     expected = tokenize(TEXTS, *load_new_tokenizers(uninterrupted.folder, 512), max_length=512, source="")
