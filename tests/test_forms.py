@@ -260,6 +260,32 @@ def test_several_shards_of_several_files(tokenizer_folder, tmp_path, monkeypatch
         assert prepared[i][1].tolist()[1:-1] == decoder.encode(text)[:-1]
 
 
+def test_work_is_continued_at_the_line_whatever_the_chunks_were(tokenizer_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Another version may gather other numbers of lines."""
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(TEXTS).encode()))
+    settings, written = SETTINGS._replace(shard_size=700), []
+
+    def stop_after_two(path, values):
+        write_json(path, values)
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(line_readers, "CHUNK_LINES", 7)
+        patch.setattr(shard_writer, "write_json", stop_after_two)
+        build_shards([path], tmp_path / "out", settings, tokenizer_folder, workers=1)
+    monkeypatch.setattr(line_readers, "CHUNK_LINES", 5)
+    build_shards([path], tmp_path / "out", settings, tokenizer_folder, workers=1)
+    build_shards([path], tmp_path / "whole", SETTINGS, tokenizer_folder, workers=1)
+    assert len(manifest_of(tmp_path / "out")["shards"]) > 2
+    assert records_of(tmp_path / "out") == records_of(tmp_path / "whole")
+    everything = range(len(TEXTS))
+    prepared, whole = Prepared(tmp_path / "out"), Prepared(tmp_path / "whole")
+    assert prepared.describe_lines(everything) == whole.describe_lines(everything)
+
+
 def test_work_that_an_earlier_version_began_is_continued_its_way(tokenizer_folder, tmp_path, monkeypatch):  # noqa: F811
     """One shard per file, with the statistics of that time."""
     paths = [tmp_path / f"{i}.txt" for i in range(3)]

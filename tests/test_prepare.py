@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,8 +190,9 @@ def test_links_in_a_folder_are_followed_once(tmp_path):
         lambda folder: (folder / "b.txt").symlink_to("nowhere"),
         lambda folder: write_texts(folder / "_b.txt"),
         lambda folder: (folder / "_temporary").mkdir(),
+        lambda folder: os.mkfifo(folder / "b.txt"),
     ],
-    ids=["dangling link", "temporary file", "temporary folder"],
+    ids=["dangling link", "temporary file", "temporary folder", "pipe"],
 )
 def test_a_folder_with_what_cannot_be_read_is_refused(spoil, tmp_path):
     write_texts(tmp_path / "a.txt")
@@ -198,6 +200,55 @@ def test_a_folder_with_what_cannot_be_read_is_refused(spoil, tmp_path):
     with pytest.raises(InputError, match=r"(/b\.txt|/_b\.txt|/_temporary): ") as e:
         find_files([tmp_path])
     assert e.value.exit_code == 2
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(tmp_path):
+    for name in ("a.txt", "b.txt.bz2", "c.csv", "_SUCCESS", "README.md", ".hidden.csv"):
+        write_texts(tmp_path / name)
+    with pytest.warns(UserWarning, match=r"/b\.txt\.bz2, .*/c\.csv: left out"):
+        assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+
+
+def test_a_file_is_read_once_however_its_path_is_written(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = write_texts(tmp_path / "data" / "a.txt")
+    monkeypatch.chdir(tmp_path)
+    spellings = [Path("data"), Path("data/a.txt"), Path("data/../data/a.txt"), path]
+    assert find_files(spellings) == [path]
+    assert find_files(spellings[:3]) == [Path("data/../data/a.txt")]
+
+
+def test_a_pipe_is_read_once(prepare, tokenizer_folder, tmp_path):
+    """Training tokenizers would use up what the shards are to contain, and wait for more."""
+    os.mkfifo(tmp_path / "a.txt")
+    result = prepare(tmp_path / "a.txt", tokenizers=None)
+    assert (result.code, list(tmp_path.glob("out"))) == (2, []) and "--tokenizers" in result.err
+    writer = threading.Thread(target=(tmp_path / "a.txt").write_text, args=["".join(f"{text}\n" for text in TEXTS)])
+    writer.start()
+    assert prepare(tmp_path / "a.txt").code == 0
+    writer.join()
+    assert manifest_of(tmp_path / "out")["counts"]["texts"] == len(TEXTS)
+
+
+@pytest.mark.parametrize("change", ["longer", "other", "gone"])
+def test_a_file_that_changes_while_it_is_read(change, prepare, tmp_path, monkeypatch):
+    paths = [write_texts(tmp_path / name) for name in ("a.txt", "b.txt")]
+
+    def write_and_change(task, *args):
+        write_shards(task, *args)
+        match change:
+            case "longer":
+                with paths[1].open("a", encoding="utf-8") as file:
+                    file.write("一\n")
+            case "other":
+                os.utime(paths[1], (0, 0))
+            case _:
+                paths[1].unlink()
+
+    monkeypatch.setattr("davae_jax.data.build_shards.write_shards", write_and_change)
+    result = prepare(*paths)
+    assert result.code == 1 and str(paths[1]) in result.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_dataset_is_what_its_state_lists(tmp_path):
@@ -208,6 +259,10 @@ def test_a_dataset_is_what_its_state_lists(tmp_path):
     assert len(find_files([folder])) == 2  # an empty state
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": data.name}]}), encoding="utf-8")
     assert find_files([folder]) == [data]
+    state = {"_data_files": [{"filename": data.name}], "_indices_data_files": [{"filename": "indices.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(InputError, match=r"/state\.json: "):
+        find_files([folder])
 
 
 @pytest.mark.parametrize(

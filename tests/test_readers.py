@@ -1,6 +1,7 @@
 """Finding input files, splitting them into slices, and reading the slices."""
 
 import gzip
+import json
 import re
 import resource
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from input_files import TEXTS, write_input
 
+from davae_jax.data import table_readers
 from davae_jax.data.line_readers import MAX_LINE_BYTES
 from davae_jax.data.readers import find_files, read_slice, read_texts, split_into_slices
 from davae_jax.utils.errors import InputError
@@ -81,6 +83,54 @@ def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path):
     assert (long.problem, text.text) == ("is longer than 16 MiB", "一")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in KiB
     assert grown < 120 << 10
+
+
+@pytest.mark.parametrize("strings", ["dictionary", "string_view"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_memory_is_bounded_where_every_row_has_the_same_cell(kind, strings, tmp_path, monkeypatch):
+    """A dictionary with one text of 1 MiB stands for 500 MiB."""
+    pa = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(table_readers, "DECODED_BYTES", 8 << 20)
+    text, rows = "x" * (1 << 20), 500
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
+    if strings == "string_view":
+        views = np.tile(np.array([1 << 20, int.from_bytes(b"xxxx", "little"), 0, 0], np.int32), rows)
+        buffers = [None, pa.py_buffer(views.tobytes()), pa.py_buffer(text.encode())]
+        column = pa.Array.from_buffers(pa.string_view(), rows, buffers)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        if strings == "string_view":
+            pytest.skip("Parquet has no views")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.table({"text": column}), path)
+    else:
+        with pa.ipc.new_stream(path, pa.schema([("text", column.type)])) as writer:
+            writer.write_table(pa.table({"text": column}))
+    default, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        (part,) = split_into_slices(path, 1 << 30)
+        assert all(line.text == text for chunk in read_slice(part, ["text"]) for line in chunk.lines)
+        assert sum(len(chunk.lines) for chunk in read_slice(part, ["text"])) == rows
+    finally:
+        pa.set_memory_pool(default)
+    assert pool.max_memory() < 64 << 20
+
+
+def test_several_fields_of_every_form_are_joined_alike(tmp_path):
+    """Blanks are Unicode's, not only those of ASCII."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    cells = [None, "", "\u3000", "\x1c \x85", "\x00", "一"]
+    rows = [{"a": a, "b": b} for a in cells for b in cells]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    expected = ["\n".join(x for x in row.values() if x and x.strip()) for row in rows]
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        lines = read_lines(split_into_slices(tmp_path / name, 1 << 30), "a", "b")
+        texts = [line.text if line.text.strip() else "" for line in lines[1:]]
+        assert texts == expected[1:]
+        assert lines[0].problem and not any(line.problem for line in lines[1:])
 
 
 def test_find_files(tmp_path):

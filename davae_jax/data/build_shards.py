@@ -98,6 +98,8 @@ def build_shards(
         if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
             raise OptionError("--output", f"{output} is inside the input folder {path}; choose another folder")
     files = find_files(inputs)
+    if isinstance(tokenizers, VocabularySizes) and (pipes := [file for file in files if not file.is_file()]):
+        raise OptionError("--tokenizers", f"is required: {pipes[0]} is a pipe or a device, and can be read only once")
     input_bytes = sum(file.stat().st_size for file in files)
     settings = _with_defaults(settings, input_bytes)
     stored = _settings_to_store(files, settings, tokenizers)
@@ -146,6 +148,7 @@ def _build(
             parts = group_slices(slices, settings.shard_size if SHARED in stored else -1)
             tasks = [ShardTask(str(output), n, part, settings, limit) for n, part in enumerate(parts)]
             _run_with_progress(tasks, workers)
+            _check_unchanged(output, files, stored["inputs"])
             merge_shards(output, stored, limit)
     except OSError as e:  # of a file that is written; readers raise InputError
         raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
@@ -198,6 +201,16 @@ def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
         name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}"
         for name, stat in stats.items()
     }
+
+
+def _check_unchanged(output: Path, files: Sequence[Path], inputs: dict[str, str]) -> None:
+    """Raises InputError if a file is not the one that was there before it was read: some texts are then missing."""
+    files = [file for file in files if not file.exists() or file.is_file()]  # the time of a pipe is that of its use
+    for file in files:
+        if not file.exists() or _describe_inputs([file])[str(file)] != inputs[str(file)]:
+            raise InputError(
+                f"{file}: has changed while it was read; prepare the texts into another folder than {output}"
+            )
 
 
 def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -120,15 +120,20 @@ def _in_chunks(file_slice: FileSlice, parse_all: Callable[[BinaryIO], Iterator[t
     """Yields what `parse_all` yields for the slice's decompressed file in UTF-8, lines and their sizes, in chunks."""
     path = Path(file_slice.file)
     with path.open("rb") as raw, _decompress(raw, path) as file, recode(file, file_slice.encoding) as text:
-        lines, text_bytes = [], 0
-        for line, size in parse_all(text):
-            lines.append(line)
-            text_bytes += size
-            if len(lines) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
-                yield Chunk(lines, text_bytes, _fraction_read(raw, file_slice))
-                lines, text_bytes = [], 0
-        if lines:
-            yield Chunk(lines, text_bytes, 1.0)
+        yield from gather_chunks(parse_all(text), lambda: _fraction_read(raw, file_slice))
+
+
+def gather_chunks(lines: Iterable[tuple[Line, int]], fraction_read: Callable[[], float]) -> Iterator[Chunk]:
+    """Yields lines in chunks, given each with its size and a function that tells how much of the slice is read."""
+    chunk, text_bytes = [], 0
+    for line, size in lines:
+        chunk.append(line)
+        text_bytes += size
+        if len(chunk) == CHUNK_LINES or text_bytes >= CHUNK_BYTES:
+            yield Chunk(chunk, text_bytes, fraction_read())
+            chunk, text_bytes = [], 0
+    if chunk:
+        yield Chunk(chunk, text_bytes, 1.0)
 
 
 def parse_line(data: bytes | None, fields: Sequence[str] | None, encoding: str = UTF_8) -> Line:

@@ -9,11 +9,13 @@ import contextlib
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from davae_jax.data.encodings import UTF_8
+from davae_jax.data.file_lines import name_files
 from davae_jax.data.line_readers import (
     DECOMPRESSORS,
     Chunk,
@@ -69,6 +71,8 @@ FORMATS = {
 # Files in a Hugging Face dataset folder that are not data.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
+DOCUMENTS = ("README", "LICENSE")  # files without a suffix, or of any, that explain a folder of data
+
 
 def known_suffixes() -> str:
     """Returns the suffixes of all formats, for messages."""
@@ -90,7 +94,8 @@ def find_format(path: Path) -> InputFormat | None:
 def find_files(paths: Sequence[Path], *, any_suffix: bool = False) -> list[Path]:
     """Returns the given files and the files in the given folders, each once, sorted by path.
 
-    A folder contributes all files of one format, in its subfolders too (`_walk`).
+    A folder contributes all files of one format, in its subfolders too (`_walk`), with a warning of other files. Of
+    several spellings of a path, such as a relative and an absolute one, the first is returned; links are not resolved.
 
     Args:
       any_suffix: a given file with an unknown suffix, a pipe for example, is plain text.
@@ -111,7 +116,10 @@ def find_files(paths: Sequence[Path], *, any_suffix: bool = False) -> list[Path]
             raise InputError(f"{path}: unknown suffix; supported: {known_suffixes()}", exit_code=2)
         else:
             files.add(path)
-    return sorted(files, key=str)
+    spellings: dict[str, Path] = {}
+    for path in sorted(files, key=str):
+        spellings.setdefault(os.path.abspath(path), path)
+    return list(spellings.values())
 
 
 def _files_in(folder: Path) -> set[Path]:
@@ -124,6 +132,9 @@ def _files_in(folder: Path) -> set[Path]:
         raise InputError(
             f"{folder}: contains files of several formats ({', '.join(names)}); list the files themselves", exit_code=2
         )
+    others = sorted(path for path in formats if path not in files and not path.name.startswith("_"))
+    if others := [path for path in others if path.stem.upper() not in DOCUMENTS]:
+        warnings.warn(f"{name_files(others)}: left out, because the suffix is not supported", stacklevel=4)
     return files
 
 
@@ -160,6 +171,8 @@ def _walk(folder: Path) -> Iterator[Path]:
                 raise InputError(f"{path}: {reason}", exit_code=2)
             if path.is_file():
                 yield path
+            elif find_format(path) and not path.is_dir():
+                raise InputError(f"{path}: is neither a file nor a folder; remove it, or list the files", exit_code=2)
 
 
 def _listed_in_state(folder: Path) -> set[str] | None:
@@ -172,7 +185,8 @@ def _listed_in_state(folder: Path) -> set[str] | None:
     """
     path = folder / "state.json"
     try:
-        entries = read_json_object(path).get("_data_files")
+        values = read_json_object(path)
+        entries = values.get("_data_files")
         if entries is None:
             return None
         files = {entry["filename"] for entry in entries}
@@ -185,6 +199,10 @@ def _listed_in_state(folder: Path) -> set[str] | None:
     if missing or not files:
         problem = f"names {min(missing)!r}, which is not in the folder" if missing else "names no file of texts"
         raise InputError(f"{path}: {problem}", exit_code=2)
+    if values.get("_indices_data_files"):  # rows that filter, select or shuffle chose; datasets 1 saved their numbers
+        raise InputError(
+            f"{path}: names only some rows of the files; call flatten_indices() and save again", exit_code=2
+        )
     return files
 
 

@@ -126,14 +126,12 @@ def write_shards(task: ShardTask, report_progress: ReportProgress = lambda *numb
       InputError: an input cannot be read, a shard cannot be written, or there are too many bad lines.
     """
     complete = _complete_parts(task)
-    lines, bad_lines, chunks_read = (sum(stats[key] for stats in complete) for key in ("lines", "bad", "chunks"))
+    lines, bad_lines = (sum(stats[key] for stats in complete) for key in ("lines", "bad"))
     if complete and complete[-1]["last"]:
         totals = report_progress(sum(file_slice.size for file_slice in task.slices), lines, bad_lines)
         _judge(task, totals, max(complete, key=lambda stats: stats["bad"]))
         return
-    chunks = _read_chunks(task, report_progress)
-    for _ in itertools.islice(chunks, chunks_read):
-        pass
+    chunks = _skip_lines(_read_chunks(task, report_progress), lines)
     for part in itertools.count(len(complete)):
         stats, chunks = _write_shard(_part_name(task, part), chunks, lines + 1, task)
         write_json(_stats_file(task, part), stats | {"sum": json_sum(stats)})
@@ -184,6 +182,15 @@ def _read_chunks(task: ShardTask, report_progress: ReportProgress) -> Iterator[T
             fraction_read, lines = chunk.fraction_read, lines + len(chunk.lines)
         report_progress(file_slice.size * (1.0 - fraction_read), 0, 0)
         first_line += lines
+
+
+def _skip_lines(chunks: Iterator[TaskChunk], n: int) -> Iterator[TaskChunk]:
+    """Leaves out the first n lines, perhaps a part of a chunk: another version may have gathered other chunks."""
+    for part in chunks:
+        lines = part.chunk.lines[n:]
+        n = max(0, n - len(part.chunk.lines))
+        if lines:
+            yield part._replace(chunk=part.chunk._replace(lines=lines))
 
 
 def _judge(task: ShardTask, totals: list[float], stats: dict[str, Any]) -> None:
@@ -253,7 +260,7 @@ class _ShardTexts:
         self._dtype = stored_id_dtype(self._encoder, self._decoder)
         self._table = array("I")
         self.stats: dict[str, Any] = dict.fromkeys(
-            ("lines", "chunks", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens"), 0
+            ("lines", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens"), 0
         )
         self.stats |= dict(files=[], number=task.number, bad_lines=[])
         self.held_out: dict[str, None] = {}
@@ -276,7 +283,6 @@ class _ShardTexts:
                 yield encode_record(*row, self._dtype)
                 self._table.extend((number, len(row[0]), len(row[1])))
         self.stats["lines"] += len(chunk.lines)
-        self.stats["chunks"] += 1
         self.text_bytes += chunk.text_bytes
 
     def _usable_texts(self, chunk: Chunk) -> tuple[list[int], list[str]]:

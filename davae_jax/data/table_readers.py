@@ -9,9 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from davae_jax.data.line_readers import CHUNK_LINES, Chunk, FileSlice, Line, missing_package, parse_line
+import numpy as np
+
+from davae_jax.data.line_readers import (
+    CHUNK_LINES,
+    Chunk,
+    FileSlice,
+    Line,
+    gather_chunks,
+    missing_package,
+    parse_line,
+)
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import check_utf8_path
+
+DECODED_BYTES = 1 << 28  # that the cells of the rows decoded at once may have, if they are all as long as the longest
 
 
 def parquet_slice_bounds(path: Path, max_bytes: int) -> list[int]:
@@ -35,11 +47,30 @@ def read_parquet(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk
     file = _open_parquet(path)
     _check_columns(file.schema_arrow, path, fields)
     groups = range(file_slice.start, file_slice.end)
-    total_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-    rows_read = 0
-    for batch in file.iter_batches(batch_size=CHUNK_LINES, row_groups=groups, columns=[*fields]):
-        rows_read += batch.num_rows
-        yield _chunk([batch.column(field) for field in fields], rows_read / total_rows)
+    total_rows, rows_read = sum(file.metadata.row_group(i).num_rows for i in groups), 0
+
+    def lines() -> Iterator[tuple[Line, int]]:
+        nonlocal rows_read
+        rows = _rows_at_once(_column_bytes(file.metadata, groups, fields))
+        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[*fields]):
+            rows_read += batch.num_rows
+            yield from _lines([batch.column(field) for field in fields])
+
+    return gather_chunks(lines(), lambda: rows_read / total_rows)
+
+
+def _column_bytes(metadata: Any, groups: Sequence[int], fields: Sequence[str]) -> int:
+    """Returns the largest number of bytes of one of these columns in a row group, which no cell exceeds."""
+    numbers = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path in fields]
+    return max((metadata.row_group(i).column(n).total_uncompressed_size for i in groups for n in numbers), default=0)
+
+
+def _rows_at_once(longest: int) -> int:
+    """Returns how many rows are decoded at once, given the bytes of the longest cell.
+
+    A dictionary in a file of a few hundred bytes can give every row the same cell of megabytes.
+    """
+    return max(1, min(CHUNK_LINES, DECODED_BYTES // max(1, longest)))
 
 
 def read_arrow(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
@@ -61,11 +92,18 @@ def read_arrow(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
             raw.seek(0)
             reader = batches = pyarrow.ipc.open_stream(raw)
         _check_columns(reader.schema, path, fields)
-        for batch in batches:
-            batch.validate(full=True)  # Arrow trusts offsets; those of a damaged file may point outside of the memory
-            for start in range(0, batch.num_rows, CHUNK_LINES):
-                columns = [batch.column(field).slice(start, CHUNK_LINES) for field in fields]
-                yield _chunk(columns, min(1.0, raw.tell() / file_slice.size))
+        yield from gather_chunks(
+            (line for batch in batches for line in _lines_of_batch(batch, fields)),
+            lambda: min(1.0, raw.tell() / file_slice.size),
+        )
+
+
+def _lines_of_batch(batch: Any, fields: Sequence[str]) -> Iterator[tuple[Line, int]]:
+    batch.validate(full=True)  # Arrow trusts offsets; those of a damaged file may point outside of the memory
+    columns = [batch.column(field) for field in fields]
+    rows = _rows_at_once(max(map(_longest, columns)))
+    for start in range(0, len(columns[0]), rows):
+        yield from _lines([column.slice(start, rows) for column in columns])
 
 
 def _open_parquet(path: Path) -> Any:
@@ -93,13 +131,24 @@ def _check_columns(schema: Any, path: Path, fields: Sequence[str]) -> None:
             raise InputError(f"{path}: the column {field!r} contains {kind}, not strings")
 
 
-def _chunk(columns: Sequence[Any], fraction_read: float) -> Chunk:
+def _lines(columns: Sequence[Any]) -> Iterator[tuple[Line, int]]:
+    """Yields the line of each row and the bytes of its cells."""
     import pyarrow
 
     cells = [_plain_strings(column).cast(pyarrow.large_binary()).to_pylist() for column in columns]
-    rows = list(zip(*cells))
-    lines = [_row(row) for row in rows]
-    return Chunk(lines, sum(len(cell or b"") for row in rows for cell in row), fraction_read)
+    for row in zip(*cells, strict=True):
+        yield _row(row), sum(len(cell or b"") for cell in row)
+
+
+def _longest(column: Any) -> int:
+    """Returns the number of bytes of the longest cell; of a dictionary, of its longest value, in use or not."""
+    import pyarrow.compute
+
+    values = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
+    if pyarrow.types.is_string_view(values.type):  # whose views, of 16 bytes, begin with their lengths
+        views = np.frombuffer(values.buffers()[1] or b"", np.int32)[::4][values.offset :][: len(values)]
+        return max(0, int(views.max(initial=0)))
+    return pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
 
 
 def _plain_strings(column: Any) -> Any:
@@ -116,7 +165,9 @@ def _plain_strings(column: Any) -> Any:
 
 def _row(cells: Sequence[bytes | None]) -> Line:
     """Returns the text of a row: its cells, of several those that are neither null nor blank, joined by line feeds."""
-    texts = [cell for cell in cells if cell is not None]
-    if not texts:
+    lines = [parse_line(cell, None) for cell in cells if cell is not None]
+    if not lines:
         return Line(None, "contains no text")
-    return parse_line(texts[0] if len(cells) == 1 else b"\n".join(text for text in texts if text.strip()), None)
+    if problems := [line for line in lines if line.problem]:
+        return problems[0]
+    return lines[0] if len(cells) == 1 else Line("\n".join(line.text for line in lines if line.text.strip()))
