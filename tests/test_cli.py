@@ -19,6 +19,7 @@ from davae_jax import TextVAE
 from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
 from davae_jax.cli.renamed import replace_renamed
+from davae_jax.cli.train import main as train_main
 from davae_jax.cli.train import parse_train
 from davae_jax.data.texts import decode_lines
 from davae_jax.utils.errors import OptionError
@@ -585,3 +586,21 @@ def test_interrupt(old):
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"davae reconstruct: interrupted\n")
     assert untouched(old)
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["train", "--init.encoder", ""], "--init.encoder"),
+        (["train", "--data.train="], "--data.train"),
+        (["prepare", "--output", "out", "--input", "", "texts.txt"], "--input"),
+        (["reconstruct", "--model", "", "a text"], "--model"),
+    ],
+)
+def test_an_empty_value_is_not_the_working_folder(argv, option, tmp_path, monkeypatch, capsys):
+    """A variable of the shell that is not set."""
+    monkeypatch.chdir(tmp_path)
+    program, *words = argv
+    assert (train_main(words) if program == "train" else main(argv)) == 2
+    err = capsys.readouterr().err
+    assert f"error: {option} " in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

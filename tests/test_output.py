@@ -1,5 +1,6 @@
 """What programs do when nobody reads their output, or it is closed."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -100,6 +101,12 @@ def test_an_exit_in_the_middle_of_the_work_is_an_error(capsys):
     assert run_cli(lambda: sys.exit(0), "program") == 1
     err = capsys.readouterr().err
     assert err.startswith("program: error: SystemExit: 0") and err.count("\n") == 1
+
+
+def test_a_package_that_is_not_installed_is_named(capsys):
+    assert run_cli(lambda: importlib.import_module("nowhere_at_all"), "program") == 1
+    err = capsys.readouterr().err
+    assert "nowhere_at_all" in err and "--debug" not in err and err.count("\n") == 1
 
 
 def test_a_platform_that_cannot_start_after_another():

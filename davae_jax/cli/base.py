@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.parallel.backend import backend_problem
-from davae_jax.utils.errors import InputError, first_line, on_one_line
+from davae_jax.utils.errors import InputError, OptionError, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
 
@@ -125,9 +125,11 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
     Raises:
       ParseError: an option is unknown, missing or cannot be read. tyro has printed a message that names it.
       InputError: the dataclass does not allow a value. tyro would print this error in a frame and exit.
+      OptionError: an option's value is empty.
     """
     argv = replace_renamed(argv, prog)
     argv = join_repeated(argv, options_of_many_values(command))
+    _check_not_empty(argv)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -142,6 +144,18 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
                 raise cause from None
         sys.stderr.write(message.getvalue())
         raise ParseError(prog) from None
+
+
+def _check_not_empty(argv: Sequence[str]) -> None:
+    """Raises OptionError if an option's value is empty, as that of a shell's variable that is not set.
+
+    An empty path would be the working folder, and an empty name that of nothing.
+    """
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    for word, following in zip(options, [*options[1:], None]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and (following if not equals else value) == "":
+            raise OptionError(name, "must not be empty; is a variable of the shell not set?")
 
 
 def _unwrap_help() -> ConstructorRegistry:
@@ -236,6 +250,8 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
                 return report("the working directory no longer exists", 1)
             name = e.filename or ("standard output" if _stdout_is_broken() else None)
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
+        except ModuleNotFoundError as e:
+            return report(backend_problem(e) or f"the Python package {e.name or e} is not installed", 1)
         except (Exception, SystemExit) as e:  # a plugin's code may exit with 0 in the middle of the work
             return report(backend_problem(e) or f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
 
