@@ -20,6 +20,16 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STATE_ITEM = "state"
 
 
+# Files in these folders that the project reads, beside those in the subfolders.
+MODEL_FILES = (CONFIG_FILE, "vocab.txt", "spiece.model", "model.safetensors", "pytorch_model.bin")
+RUN_FILES = ("train.json", "metrics.jsonl", "held_out.jsonl", "samples.jsonl")
+
+
+def model_files(*folders: str | Path | None) -> list[Path]:
+    """Returns the files of models and runs, which may not exist, that no result of a command may replace."""
+    return [Path(folder) / name for folder in folders if folder for name in (*MODEL_FILES, *RUN_FILES)]
+
+
 def weights_path(folder: Path) -> Path | None:
     """Returns the Orbax checkpoint with a folder's weights, or None if there is none.
 
