@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
+from davae_jax.checkpoints.run_folder import config_folder, weights_path
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.presets import DEMO
@@ -23,7 +27,7 @@ def config(tmp_path):
 
 
 def write(path, texts=TEXTS):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return path
 
@@ -42,6 +46,7 @@ def begun(folder, config):
     opened(folder, config)
     (folder / "checkpoints" / "3").mkdir(parents=True)
     (folder / "checkpoints" / "3" / "_CHECKPOINT_METADATA").touch()
+    write(folder / "checkpoints" / "3" / "params" / "d")
     return folder
 
 
@@ -117,6 +122,52 @@ def test_before_the_first_checkpoint_all_may_change(config, tmp_path):
     (folder / "init").mkdir()
     opened(folder, dataclasses.replace(config, init=dataclasses.replace(config.init, encoder="another")))
     assert sorted(path.name for path in folder.iterdir()) == ["train.json"]
+
+
+def damaged_checkpoints(run):
+    """Returns the ways in which a run's checkpoints are not there, and the file that each of them concerns."""
+    checkpoints = run / "checkpoints"
+    return {
+        "params are not copied": (lambda: shutil.rmtree(checkpoints / "3" / "params"), checkpoints / "3"),
+        "a link to nothing": (
+            lambda: checkpoints.rename(run.parent / "c") and checkpoints.symlink_to("d"),
+            checkpoints,
+        ),
+        "a file": (lambda: shutil.rmtree(checkpoints) or checkpoints.touch(), checkpoints),
+    }
+
+
+@pytest.mark.parametrize("damage", damaged_checkpoints(Path()))
+def test_a_run_does_not_begin_anew_because_its_checkpoints_cannot_be_read(damage, config, tmp_path):
+    folder = begun(tmp_path / "run", config)
+    write(folder / "vocab.txt")
+    write(folder / "metrics.jsonl")
+    make, named = damaged_checkpoints(folder)[damage]
+    make()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.suffix}
+    for other in (config, dataclasses.replace(config, steps=7)):
+        with pytest.raises(InputError) as e:
+            opened(folder, other)
+        assert str(e.value).startswith(f"{named}: ")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.suffix} == before
+
+
+def test_an_incomplete_checkpoint_beside_a_complete_one_is_named(config, tmp_path):
+    folder = begun(tmp_path / "run", config)
+    (folder / "checkpoints" / "5").mkdir()
+    with pytest.warns(UserWarning, match=re.escape(str(folder / "checkpoints" / "5"))):
+        opened(folder, config)
+
+
+def test_checkpoints_may_be_behind_a_link(config, tmp_path):
+    folder = begun(tmp_path / "run", config)
+    write(folder / "config.json")
+    (folder / "checkpoints").rename(tmp_path / "large")
+    (folder / "checkpoints").symlink_to("../large")
+    opened(folder, config)
+    assert config_folder(folder / "checkpoints" / "3") == folder
+    assert weights_path(folder / "checkpoints" / "3") == tmp_path / "large" / "3"
+    assert config_folder(folder / "checkpoints" / ".." / "checkpoints") == folder / "checkpoints" / ".." / "checkpoints"
 
 
 def test_folders_of_an_older_version_go_on(config, tmp_path):

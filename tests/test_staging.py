@@ -118,7 +118,7 @@ def test_a_file_is_not_replaced(tmp_path):
     assert contents(tmp_path) == {"dst": "mine"}
 
 
-@pytest.mark.parametrize("name", ["a[b]", "a*", "a?"])
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "a\\b", "gs:", "ags:"])
 def test_a_path_that_orbax_cannot_read_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="choose another folder"):
         write(tmp_path / name / "dst")

@@ -11,10 +11,11 @@ profile/         a profiler trace, if --profile-steps is given
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path, complete_checkpoints
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path, complete_checkpoints, saved_steps
 from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
@@ -38,7 +39,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
 
     Raises:
       InputError: the folder was made with another config (exit code 2; the message names the options), contains
-        other files, is used by another program, or cannot be written.
+        other files or only incomplete checkpoints, is used by another program, or cannot be written.
     """
     stored = path / "train.json"
     try:
@@ -47,8 +48,11 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         if config.plugin:
             values["digest_of_plugins"] = [plugin_digest(plugin) for plugin in config.plugin]
         check_path(path)
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: is a link to nothing")
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(path)
+        _check_not_lost(path)
         if stored.exists():
             old = read_json_object(stored)
             try:
@@ -73,6 +77,23 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         remove_removed(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be used as a run folder ({system_reason(e) or e})") from e
+
+
+def _check_not_lost(path: Path) -> None:
+    """Raises InputError if a run has checkpoints of which none is complete, as after an incomplete copy.
+
+    It would begin anew, and would replace them. A run itself saves under a step's name what is complete.
+    """
+    steps = sorted(saved_steps(path), key=lambda step: int(step.name))
+    complete = complete_checkpoints(path)
+    if steps and not complete:
+        raise InputError(
+            f"{steps[-1]}: is not a complete checkpoint, and there is none; "
+            "copy the folder again, or remove it to begin anew"
+        )
+    newest = max((int(step.name) for step in complete), default=0)
+    for step in [step for step in steps if int(step.name) > newest]:
+        warnings.warn(f"{step}: is not a complete checkpoint and is left out", stacklevel=2)
 
 
 def _remove_preparations(path: Path) -> None:
