@@ -321,6 +321,17 @@ def test_killed_and_started_again_gives_the_same_bytes(tokenizer_folder, tmp_pat
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["*.arrayrecord", "*.npy", "order.npy", "held_out.jsonl", "vocab.txt"])
+def test_a_complete_folder_that_has_lost_a_file_is_not_complete(name, prepare, tmp_path):
+    (text := tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    folder = prepare(text, held_out=0.1).folder
+    assert prepare(text, held_out=0.1).code == 0
+    lost = sorted(folder.glob(name))[0]
+    lost.unlink()
+    again = prepare(text, held_out=0.1)
+    assert again.code == 1 and again.err.count("\n") == 1 and str(lost) in again.err
+
+
 def test_other_settings_are_refused(prepare, tmp_path):
     path = write_texts(tmp_path / "a.txt")
     assert prepare(path).code == 0

@@ -15,7 +15,7 @@ from davae_jax.training.presets import DEMO
 from davae_jax.training.run.folder import open_run
 from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.locks import FolderLock
 
 TEXTS = [f"第{i}句。" for i in range(300)]
@@ -227,3 +227,19 @@ def test_a_config_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         DAVAEConfig(latent_size=8).to_json(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("option", ["train", "valid"])
+def test_a_run_is_not_inside_the_folder_of_its_texts(option, config, tmp_path):
+    """At the next start its logs would be texts."""
+    folder = write(tmp_path / "texts" / "a.txt").parent
+    names = {"train": config.data.train} | {option: (folder,)}
+    (tmp_path / "link").symlink_to("texts")
+    for run_dir in (folder / "run", tmp_path / "link" / "deep" / "run"):
+        with pytest.raises(OptionError) as e:
+            load_corpus(of(**names, run_dir=run_dir))
+        assert e.value.option == "--run-dir"
+    for run_dir in (tmp_path / "texts-run", folder / ".runs" / "run"):
+        corpus = load_corpus(of(**names, run_dir=run_dir))
+        write(run_dir / "samples.jsonl")
+        assert load_corpus(of(**names, run_dir=run_dir)).digest == corpus.digest
