@@ -384,6 +384,8 @@ def test_existing_folders_are_replaced_only_with_overwrite(tmp_path, tiny, conve
     assert f"{out}: contains files, but no checkpoint" in fails("convert", tiny, out, "--overwrite")
     (out / "config.json").write_text("{}")
     broken = publish(tmp_path / "broken", {"a": torch.zeros(1)})
+    assert f"{out / 'keep'}: " in fails("convert", tiny, out, "--overwrite")
+    (out / "keep").unlink()
     fails("convert", broken, out, "--overwrite")  # the existing folder is kept
     assert main(["convert", str(tiny), str(out), "--overwrite"]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "params"]

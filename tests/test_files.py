@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from davae_jax.cli.main import main
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import check_output, write_output
 
@@ -49,3 +50,31 @@ def test_files_that_cannot_be_written(tmp_path):
         with pytest.raises(InputError) as e:
             check_output(path, "--json")
         assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "reconstruct --model m --input t.txt --output t.txt",
+        "reconstruct --model m --input t.txt --output m/config.json",
+        "reconstruct --model m --tokenizers k --input t.txt --output k/vocab.txt",
+        "attribute x --model m --having u.txt --lacking t.txt --output link",
+        "evaluate --model m --data t.txt --json link",
+        "evaluate --model m --data t.txt --html ./t.txt",
+        "evaluate --model m --data t.txt --json m/train.json",
+        "check m --json m/config.json",
+        "check k --json k/manifest.json",
+        "plan --data.train u.txt t.txt --json t.txt",
+    ],
+)
+def test_what_a_command_reads_is_not_replaced_by_its_result(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["t.txt", "u.txt", "m/config.json", "m/train.json", "k/vocab.txt", "k/manifest.json"]
+    for path in map(Path, names):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(str(path), encoding="utf-8")
+    Path("link").symlink_to("t.txt")
+    assert main(argv.split()) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and str(Path(argv.split()[-1])) in error[0]
+    assert all(path.read_text(encoding="utf-8") == str(path) for path in map(Path, names)) and Path("link").is_symlink()

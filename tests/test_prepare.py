@@ -407,6 +407,17 @@ def test_damage_in_an_unfinished_preparation_is_written_again(tokenizer_folder, 
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("name", ["*.arrayrecord", "*.npy", "order.npy", "held_out.jsonl", "vocab.txt"])
+def test_a_complete_folder_that_has_lost_a_file_is_not_complete(name, prepare, tmp_path):
+    (text := tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    folder = prepare(text, held_out=0.1).folder
+    assert prepare(text, held_out=0.1).code == 0
+    lost = sorted(folder.glob(name))[0]
+    lost.unlink()
+    again = prepare(text, held_out=0.1)
+    assert again.code == 1 and again.err.count("\n") == 1 and str(lost) in again.err
+
+
 def test_other_settings_are_refused(prepare, tmp_path):
     path = write_texts(tmp_path / "a.txt")
     assert prepare(path).code == 0

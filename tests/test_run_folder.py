@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from davae_jax.checkpoints.check_folder import check_folder
+from davae_jax.checkpoints.run_folder import config_folder, weights_path
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.folder import check_tokenizers, open_run
 from davae_jax.training.run.saved_config import digest_settings
 from davae_jax.training.setup import load_corpus
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.locks import FolderLock
 
 TEXTS = [f"第{i}句。" for i in range(300)]
@@ -24,7 +28,7 @@ def config(tmp_path):
 
 
 def write(path, texts=TEXTS):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return path
 
@@ -43,6 +47,7 @@ def begun(folder, config):
     opened(folder, config)
     (folder / "checkpoints" / "3").mkdir(parents=True)
     (folder / "checkpoints" / "3" / "_CHECKPOINT_METADATA").touch()
+    write(folder / "checkpoints" / "3" / "params" / "d")
     return folder
 
 
@@ -137,6 +142,52 @@ def test_before_the_first_checkpoint_all_may_change(config, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["train.json"]
 
 
+def damaged_checkpoints(run):
+    """Returns the ways in which a run's checkpoints are not there, and the file that each of them concerns."""
+    checkpoints = run / "checkpoints"
+    return {
+        "params are not copied": (lambda: shutil.rmtree(checkpoints / "3" / "params"), checkpoints / "3"),
+        "a link to nothing": (
+            lambda: checkpoints.rename(run.parent / "c") and checkpoints.symlink_to("d"),
+            checkpoints,
+        ),
+        "a file": (lambda: shutil.rmtree(checkpoints) or checkpoints.touch(), checkpoints),
+    }
+
+
+@pytest.mark.parametrize("damage", damaged_checkpoints(Path()))
+def test_a_run_does_not_begin_anew_because_its_checkpoints_cannot_be_read(damage, config, tmp_path):
+    folder = begun(tmp_path / "run", config)
+    write(folder / "vocab.txt")
+    write(folder / "metrics.jsonl")
+    make, named = damaged_checkpoints(folder)[damage]
+    make()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.suffix}
+    for other in (config, dataclasses.replace(config, steps=7)):
+        with pytest.raises(InputError) as e:
+            opened(folder, other)
+        assert str(e.value).startswith(f"{named}: ")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.suffix} == before
+
+
+def test_an_incomplete_checkpoint_beside_a_complete_one_is_named(config, tmp_path):
+    folder = begun(tmp_path / "run", config)
+    (folder / "checkpoints" / "5").mkdir()
+    with pytest.warns(UserWarning, match=re.escape(str(folder / "checkpoints" / "5"))):
+        opened(folder, config)
+
+
+def test_checkpoints_may_be_behind_a_link(config, tmp_path):
+    folder = begun(tmp_path / "run", config)
+    write(folder / "config.json")
+    (folder / "checkpoints").rename(tmp_path / "large")
+    (folder / "checkpoints").symlink_to("../large")
+    opened(folder, config)
+    assert config_folder(folder / "checkpoints" / "3") == folder
+    assert weights_path(folder / "checkpoints" / "3") == tmp_path / "large" / "3"
+    assert config_folder(folder / "checkpoints" / ".." / "checkpoints") == folder / "checkpoints" / ".." / "checkpoints"
+
+
 def test_folders_of_an_older_version_go_on(config, tmp_path):
     """It wrote a digest of the training texts alone."""
     folder = begun(tmp_path / "run", config)
@@ -194,3 +245,19 @@ def test_a_config_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         DAVAEConfig(latent_size=8).to_json(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("option", ["train", "valid"])
+def test_a_run_is_not_inside_the_folder_of_its_texts(option, config, tmp_path):
+    """At the next start its logs would be texts."""
+    folder = write(tmp_path / "texts" / "a.txt").parent
+    names = {"train": config.data.train} | {option: (folder,)}
+    (tmp_path / "link").symlink_to("texts")
+    for run_dir in (folder / "run", tmp_path / "link" / "deep" / "run"):
+        with pytest.raises(OptionError) as e:
+            load_corpus(of(**names, run_dir=run_dir))
+        assert e.value.option == "--run-dir"
+    for run_dir in (tmp_path / "texts-run", folder / ".runs" / "run"):
+        corpus = load_corpus(of(**names, run_dir=run_dir))
+        write(run_dir / "samples.jsonl")
+        assert load_corpus(of(**names, run_dir=run_dir)).digest == corpus.digest

@@ -47,6 +47,27 @@ def test_a_folder_that_is_exchanged_meanwhile_is_left(tmp_path):
     assert contents(dst) == {"mine.txt": "mine"} and contents(tmp_path / "moved") == {"config.json": "old"}
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "train.json", "thesis.tex", "init", "runs", ".git"])
+def test_what_is_not_of_a_model_is_never_removed(name, tmp_path):
+    dst = tmp_path / "dst"
+    write(dst, "old")
+    (dst / name).mkdir()
+    (dst / name / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError) as e:
+        write(dst, overwrite=True)
+    assert str(e.value).startswith(f"{dst / name}: ")
+    assert contents(dst) == {"config.json": "old"} and contents(dst / name) == {"mine.txt": "mine"}
+
+
+def test_what_was_added_meanwhile_is_not_removed(tmp_path):
+    dst = tmp_path / "dst"
+    write(dst, "old")
+    with pytest.raises(InputError, match=r"mine\.txt"), staged_folder(dst, overwrite=True) as staging:
+        (staging / "config.json").touch()
+        (dst / "mine.txt").write_text("mine", encoding="utf-8")
+    assert contents(dst) == {"config.json": "old", "mine.txt": "mine"}
+
+
 def test_a_link_is_followed(tmp_path):
     write(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to("real")
@@ -97,7 +118,7 @@ def test_a_file_is_not_replaced(tmp_path):
     assert contents(tmp_path) == {"dst": "mine"}
 
 
-@pytest.mark.parametrize("name", ["a[b]", "a*", "a?"])
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "a\\b", "gs:", "ags:"])
 def test_a_path_that_orbax_cannot_read_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="choose another folder"):
         write(tmp_path / name / "dst")

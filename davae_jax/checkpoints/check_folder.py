@@ -113,7 +113,11 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
         damaged.append(f"{folder / RUN_SETTINGS}: is missing, without which the run cannot be resumed")
     except InputError as e:
         damaged.append(str(e))
-    complete = sorted(complete_checkpoints(folder), key=lambda path: int(path.name))
+    complete: list[Path] = []
+    try:
+        complete = sorted(complete_checkpoints(folder), key=lambda path: int(path.name))
+    except InputError as e:
+        damaged.append(str(e))
     state |= {"step": int(complete[-1].name) if complete else 0, "complete checkpoints": []}
     config = None
     if complete or (folder / CONFIG_FILE).exists():
@@ -129,8 +133,6 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
             damaged += problems
     if (folder / INIT_FOLDER).is_dir():
         damaged += converted_problems(folder / INIT_FOLDER)
-    if (checkpoints := folder / CHECKPOINTS_FOLDER).exists() and not checkpoints.is_dir():
-        damaged.append(f"{checkpoints}: is not a folder")
     locked = is_locked(folder)
     state["leftovers"], incomplete = _leftovers(folder, {path.name for path in complete})
     damaged += [] if locked else incomplete

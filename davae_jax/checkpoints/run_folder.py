@@ -7,6 +7,7 @@ step, whose item "params" is the weights, and whose item "state" is the rest of 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,14 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STATE_ITEM = "state"
 RUN_SETTINGS = "train.json"
 TOKENIZER_HASHES = "digests_of_tokenizers"  # in RUN_SETTINGS: file → SHA-256
+# Files in these folders that the project reads, beside those in the subfolders.
+MODEL_FILES = (CONFIG_FILE, *TOKENIZER_FILES, "model.safetensors", "pytorch_model.bin")
+RUN_FILES = (RUN_SETTINGS, "metrics.jsonl", "held_out.jsonl", "samples.jsonl")
+
+
+def model_files(*folders: str | Path | None) -> list[Path]:
+    """Returns the files of models and runs, which may not exist, that no result of a command may replace."""
+    return [Path(folder) / name for folder in folders if folder for name in (*MODEL_FILES, *RUN_FILES)]
 
 
 def weights_path(folder: Path) -> Path | None:
@@ -45,25 +54,34 @@ def config_folder(folder: Path) -> Path:
     """
     if (folder / CONFIG_FILE).exists():
         return folder
-    parent = folder.resolve().parent
-    is_checkpoint = parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists()
-    return parent.parent if is_checkpoint else folder
+    for path in (folder.absolute(), folder.resolve()):  # the folder of checkpoints may be a link as well
+        parent = path.parent
+        if path.name != ".." and parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists():
+            return parent.parent
+    return folder
 
 
 def check_path(folder: Path) -> None:
-    """Raises InputError if Orbax, which takes paths for patterns, cannot read checkpoints below a folder."""
+    """Raises InputError if Orbax cannot read checkpoints below a folder.
+
+    It takes paths for patterns, and for addresses of Google's storage if they contain "gs:/".
+    """
     check_utf8_path(folder.absolute())
-    if found := [character for character in "[]*?" if character in str(folder.absolute())]:
+    if found := [part for part in ("[", "]", "*", "?", "\\", "gs:/") if part in f"{folder.absolute()}/"]:
         raise InputError(f"{folder}: checkpoints cannot be read from a path with {found[0]}; choose another folder")
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, in no particular order; each folder's name is its step."""
+    """Returns the complete checkpoints of a run, in no particular order; each folder's name is its step.
+
+    Raises:
+      InputError: they cannot be read, for example because the folder is a link to nothing. A run must not begin anew
+        because a disk is not there.
+    """
     from orbax.checkpoint import v1 as ocp
 
     with quiet_orbax():
-        paths = (run / CHECKPOINTS_FOLDER).glob("*")
-        steps = [path for path in paths if is_step(path.name) and _has_files(path / PARAMS_FOLDER)]
+        steps = [path for path in saved_steps(run) if _has_files(path / PARAMS_FOLDER)]
         if steps:
             check_path(run)
         return [path for path in steps if ocp.is_orbax_checkpoint(path.absolute())]
@@ -82,9 +100,24 @@ def tokenizer_changes(run: Path, settings: Mapping[str, Any]) -> list[str]:
     return [f"{path}: is not the tokenizer that the run began with" for path, x in files if file_sha256(path) != x]
 
 
+def saved_steps(run: Path) -> list[Path]:
+    """Returns the folders of a run that are named as checkpoints, complete or not. Raises as `complete_checkpoints`."""
+    folder = run / CHECKPOINTS_FOLDER
+    try:
+        return [path for path in folder.iterdir() if is_step(path.name)] if os.path.lexists(folder) else []
+    except OSError as e:
+        reason = "is a link to nothing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})"
+        raise InputError(f"{folder}: {reason}") from None
+
+
 def _has_files(folder: Path) -> bool:
     """Returns whether a folder contains a file, at any depth. Orbax takes an empty folder for a checkpoint."""
-    return any(path.is_file() for path in folder.rglob("*"))
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a run may remove old checkpoints meanwhile
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    return any(files for _, _, files in os.walk(folder, onerror=fail))
 
 
 def is_step(name: str) -> bool:

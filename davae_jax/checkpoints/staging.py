@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, check_path
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, MODEL_FILES, PARAMS_FOLDER, check_path
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import write_bytes
+from davae_jax.utils.files import is_partial, write_bytes
 from davae_jax.utils.locks import FolderLock
 
 
@@ -34,8 +34,8 @@ def staged_folder(
       read_back: opens the new folder again before it is renamed, and returns its problems, a line for each.
 
     Raises:
-      InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or files that are not a
-        checkpoint, it cannot be written, or it has problems when it is read back.
+      InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or anything but a model, it
+        cannot be written, or it has problems when it is read back.
     """
     target = dst.resolve()
     # Not made from the name itself, which may be as long as the file system permits. A lock tells whether a folder's
@@ -51,8 +51,7 @@ def staged_folder(
     for source in sources:
         if source.resolve().is_relative_to(target):
             raise InputError(f"{dst}: contains the source {source}; choose another folder", exit_code=2)
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
-        raise InputError(f"{dst}: contains files, but no checkpoint; only a checkpoint can be overwritten")
+    _check_overwritten(dst)
     overwritten = _identity(target)
     tag, is_placed = secrets.token_hex(4), False
     staging, old = target.with_name(f"{prefix}.partial-{tag}"), target.with_name(f"{prefix}.old-{tag}")
@@ -67,8 +66,8 @@ def staged_folder(
         if _identity(target) != overwritten:
             raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
         if overwritten:
-            if target.is_dir():
-                old_lock.acquire(target)
+            old_lock.acquire(target)
+            _check_overwritten(dst)  # again: the work may have taken hours
             target.rename(old)
         staging.rename(target)
         is_placed = True
@@ -91,6 +90,16 @@ def staged_folder(
         for parent in created:
             with contextlib.suppress(OSError):  # not empty: it contains the result
                 parent.rmdir()
+
+
+def _check_overwritten(dst: Path) -> None:
+    """Raises InputError if a folder contains anything but a model, such as a run's checkpoints or the user's files."""
+    names = sorted(path.name for path in dst.iterdir()) if dst.is_dir() else []
+    if names and CONFIG_FILE not in names:
+        raise InputError(f"{dst}: contains files, but no checkpoint; only a checkpoint can be overwritten")
+    own = {*MODEL_FILES, PARAMS_FOLDER}
+    if others := [name for name in names if name not in own and not is_partial(Path(name))]:
+        raise InputError(f"{dst / others[0]}: would be removed; only a folder of a model alone can be overwritten")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from davae_jax.cli.renamed import replace_renamed
 from davae_jax.parallel.backend import backend_problem
 from davae_jax.utils.errors import InputError, OptionError, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
-from davae_jax.utils.signals import INTERRUPTED, repeat_interrupt
+from davae_jax.utils.signals import INTERRUPTED, SIGNALS, interrupt_on_signals, repeat_interrupt
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -201,7 +201,12 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
 
     def work() -> int | None:
         cls = load()
-        with contextlib.nullcontext() if cls.is_filter else going_on_without_reader():
+        # An interrupt lets the command remove what it has not completed. Python interrupts on SIGINT by itself, unless
+        # it is to be ignored.
+        with (
+            interrupt_on_signals(SIGNALS[1:]),
+            contextlib.nullcontext() if cls.is_filter else going_on_without_reader(),
+        ):
             command = cls.parse(argv, prog)
             return command.run() if command else 0
 

@@ -22,7 +22,7 @@ class Convert(Command):
     """Folder to create; it appears when it is complete."""
 
     overwrite: bool = False
-    """Replace DST if it exists."""
+    """Replace DST if it exists and contains a model and nothing else."""
 
     def run(self) -> None:
         from davae_jax.checkpoints.from_torch import convert

@@ -76,15 +76,17 @@ class Evaluate(Command):
     """Mesh of all devices that the model is sharded over. If all axes are 1, only the first device is used."""
 
     def run(self) -> None:
+        from davae_jax.checkpoints.run_folder import model_files
         from davae_jax.evaluation.evaluate import as_json, evaluate
         from davae_jax.inference.text_vae import TextVAE
         from davae_jax.parallel.sharding import make_mesh
         from davae_jax.reports.report import report
 
         check_options(self, "", "n samples batch_size", lambda n: n >= 1, "be at least 1")
+        inputs = [*([self.data] if self.data else []), *model_files(self.model, self.tokenizers)]
         for path, option in ((self.json, "--json"), (self.html, "--html")):
             if path:
-                check_output(path, option)
+                check_output(path, option, inputs=inputs)
         if self.json and self.html and self.json.resolve() == self.html.resolve():
             raise OptionError("--json", "and --html must be different files")
         encoding = check_encoding(self.encoding)

@@ -28,7 +28,7 @@ class Export(Command):
     """File format: pytorch_model.bin (needs PyTorch), model.safetensors, or both."""
 
     overwrite: bool = False
-    """Replace DST if it exists."""
+    """Replace DST if it exists and contains a model and nothing else."""
 
     def run(self) -> None:
         from davae_jax.checkpoints.to_torch import export

@@ -37,6 +37,9 @@ class Attribute(GreedyCommand):
         super().check()
         check_numbers(self.strength, "--strength")
 
+    def input_files(self) -> list[Path]:
+        return [*super().input_files(), self.having, self.lacking]
+
     def results(self) -> list[dict]:
         having, lacking = (
             [text for text in read_texts(file, encoding=check_encoding(self.encoding)) if text.strip()]

@@ -54,11 +54,14 @@ class PlanCommand(Command):
             return parse_options(cls, argv, prog, default=default)
 
     def run(self) -> None:
+        from davae_jax.checkpoints.run_folder import model_files
         from davae_jax.planning.plan import make_plan, with_planned_vocabularies
         from davae_jax.training.setup import unsharded_weights
 
         if self.json:
-            check_output(self.json, "--json")
+            data = self.config.data
+            inputs = [*(data.train or ()), *(data.valid or ()), *self.config.plugin]
+            check_output(self.json, "--json", inputs=[*inputs, *model_files(self.config.tokenizers)])
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
         config, tokenizers = with_planned_vocabularies(self.config, self.preset)

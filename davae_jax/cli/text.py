@@ -105,7 +105,13 @@ class TextCommand(Command):
         for number, text in enumerate(self.texts, 1):
             _require_utf8(text, f"text {number}")
         if self.output:
-            check_output(self.output)
+            from davae_jax.checkpoints.run_folder import model_files
+
+            check_output(self.output, inputs=[*self.input_files(), *model_files(self.model, self.tokenizers)])
+
+    def input_files(self) -> list[Path]:
+        """Returns the files of texts that are read."""
+        return [self.input] if self.input else []
 
     def sampling(self) -> dict:
         """Returns the sampling options that are given, as keyword arguments of `TextVAE.generate`."""

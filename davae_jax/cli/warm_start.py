@@ -40,7 +40,7 @@ class WarmStart(Command):
     """Random seed of the initialization."""
 
     overwrite: bool = False
-    """Replace DST if it exists."""
+    """Replace DST if it exists and contains a model and nothing else."""
 
     def run(self) -> None:
         from davae_jax.checkpoints.warm_start import format_report, warm_start

@@ -21,7 +21,7 @@ from davae_jax.data.bad_lines import BadLineLimit
 from davae_jax.data.encodings import UTF_8
 from davae_jax.data.file_lines import name_files
 from davae_jax.data.line_readers import FileSlice
-from davae_jax.data.readers import find_files, read_slice, split_into_slices
+from davae_jax.data.readers import check_outside, find_files, read_slice, split_into_slices
 from davae_jax.data.shard_index import merge_shards
 from davae_jax.data.shard_writer import (
     PARTS,
@@ -31,7 +31,7 @@ from davae_jax.data.shard_writer import (
     load_new_tokenizers,
     write_shards,
 )
-from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, read_manifest, to_stored_names
+from davae_jax.data.shards import MANIFEST, SETTINGS, Prepared, from_stored_names, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason
@@ -89,14 +89,12 @@ def build_shards(
       The counts in the manifest: texts, tokens, and dropped texts by reason.
 
     Raises:
-      InputError: an input cannot be read, the output cannot be written, the tokenizers cannot be used, too many lines
-        are unreadable, or no text remains.
+      InputError: an input cannot be read, the output cannot be written or has lost files, the tokenizers cannot be
+        used, too many lines are unreadable, or no text remains.
       OptionError: the output was made with other settings or is inside an input folder, or the texts have more
         characters than `decoder_vocab_size`.
     """
-    for path in inputs:
-        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            raise OptionError("--output", f"{output} is inside the input folder {path}; choose another folder")
+    check_outside(output, inputs, "--output")
     files = find_files(inputs)
     if isinstance(tokenizers, VocabularySizes) and (pipes := [file for file in files if not file.is_file()]):
         raise OptionError("--tokenizers", f"is required: {pipes[0]} is a pipe or a device, and can be read only once")
@@ -109,7 +107,10 @@ def build_shards(
         stored = _open_folder(output, stored, lock)
         limit = BadLineLimit(max_bad, input_bytes)
         _build(output, stored, files, settings, tokenizers, workers or available_cores(), limit)
-    return read_manifest(output)["counts"]
+    manifest = Prepared(output).manifest  # a folder that was complete may have lost files since, as in a copy
+    if missing := [name for name in manifest.get("files", ()) if not (output / name).is_file()]:
+        raise InputError(f"{output / missing[0]}: is missing; copy the folder again, or remove it and prepare it again")
+    return manifest["counts"]
 
 
 def _settings_to_store(

@@ -26,7 +26,7 @@ from davae_jax.data.line_readers import (
     read_plain_lines,
 )
 from davae_jax.data.table_readers import parquet_slice_bounds, read_arrow, read_parquet
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, OptionError, first_line
 from davae_jax.utils.json_files import read_json_object
 
 
@@ -120,6 +120,18 @@ def find_files(paths: Sequence[Path], *, any_suffix: bool = False) -> list[Path]
     for path in sorted(files, key=str):
         spellings.setdefault(os.path.abspath(path), path)
     return list(spellings.values())
+
+
+def check_outside(output: Path, inputs: Iterable[Path], option: str) -> None:
+    """Raises OptionError if an output folder is inside an input folder: its files would be texts at the next start.
+
+    A hidden folder may be there, because `find_files` leaves it out.
+    """
+    for path in inputs:
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            parts = output.resolve().relative_to(path.resolve()).parts
+            if not any(part.startswith(".") for part in parts):
+                raise OptionError(option, f"{output} is inside the input folder {path}; choose another folder")
 
 
 def _files_in(folder: Path) -> set[Path]:

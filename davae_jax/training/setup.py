@@ -18,7 +18,9 @@ from davae_jax.data.batches import Batch, BatchSource, TextBatches
 from davae_jax.data.corpus import Corpus, read_corpus
 from davae_jax.data.packing import PackedBatches
 from davae_jax.data.prefetch import prefetch
+from davae_jax.data.readers import check_outside
 from davae_jax.data.shard_batches import PreparedTexts, ShardBatches
+from davae_jax.data.shards import is_prepared
 from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.config import DAVAEConfig
@@ -159,6 +161,9 @@ def _print_saved(checkpoint: Path) -> None:
 def load_corpus(config: TrainConfig) -> Corpus:
     """Returns the texts that a config names. Raises InputError if a file cannot be used."""
     data = config.data
+    if config.run_dir:
+        folders = [*(data.train or ()), *(data.valid or ())]
+        check_outside(config.run_dir, [folder for folder in folders if not is_prepared(folder)], "--run-dir")
     return read_corpus(data.train, data.valid, data.field, data.encoding, data.max_bad)
 
 

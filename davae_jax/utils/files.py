@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -86,9 +86,18 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, to_json(values))
 
 
-def check_output(path: Path, option: str = "--output") -> None:
-    """Raises InputError if a file that the user names cannot be written, so that the error comes before the work."""
+def check_output(path: Path, option: str = "--output", *, inputs: Iterable[Path] = ()) -> None:
+    """Checks that a file that the user names can be written, so that an error comes before the work.
+
+    Args:
+      inputs: files that the command reads, which may be missing; a result must not replace one of them.
+
+    Raises:
+      InputError: the file cannot be written, or is one of the inputs.
+    """
     try:
+        if path.is_file() and any(file.is_file() and path.samefile(file) for file in inputs):
+            raise InputError(f"{path}: is read by this command; choose another file for {option}", exit_code=2)
         folder = path.resolve().parent
         is_special = path.exists() and not path.is_file()
         if path.is_dir():

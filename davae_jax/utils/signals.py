@@ -1,4 +1,6 @@
-"""Handles the signals that end a program: SIGINT (Ctrl-C), and SIGTERM, by which schedulers end a job."""
+"""Handles the signals that end a program: SIGINT (Ctrl-C), SIGTERM, by which schedulers end a job, and SIGHUP, by which
+a terminal or connection that is closed does.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,16 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 INTERRUPTED = 130  # the exit code of a program that was ended by one of these signals
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
-def interrupt_on_signals() -> Iterator[None]:
-    """Raises KeyboardInterrupt on SIGTERM as on Ctrl-C while the block runs.
+def interrupt_on_signals(signals: Sequence[int] = SIGNALS) -> Iterator[None]:
+    """Raises KeyboardInterrupt on these signals as on Ctrl-C while the block runs.
 
     A library that is running when the signal arrives may replace the interrupt by another exception; the block then
     still raises KeyboardInterrupt.
@@ -26,7 +28,7 @@ def interrupt_on_signals() -> Iterator[None]:
         received.append(number)
         raise KeyboardInterrupt
 
-    with _handlers(interrupt):
+    with _handlers(interrupt, signals):
         try:
             yield
         except Exception:
@@ -36,7 +38,7 @@ def interrupt_on_signals() -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop, which the program honours when it can.
+    """Turns the first of the `SIGNALS` into a request to stop, which the program honours when it can.
 
         with StopRequest() as stop:
             for step in steps:
@@ -56,7 +58,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._restore = contextlib.ExitStack()
-        self._restore.enter_context(_handlers(self._handle))
+        self._restore.enter_context(_handlers(self._handle, SIGNALS))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -81,9 +83,14 @@ def repeat_interrupt(seconds: float = 0.05) -> None:
 
 
 @contextlib.contextmanager
-def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Installs one handler for all `SIGNALS`, and restores the previous ones when the block ends."""
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+def _handlers(handler: Callable[[int, Any], None], signals: Sequence[int]) -> Iterator[None]:
+    """Installs one handler for these signals, and restores the previous ones when the block ends.
+
+    A signal that is ignored stays so, except Ctrl-C: `nohup` ignores SIGHUP. Only the main thread can install handlers.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [n for n in signals if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN] if is_main else []
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:

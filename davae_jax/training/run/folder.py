@@ -11,6 +11,7 @@ profile/         a profiler trace, if --profile-steps is given
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from davae_jax.checkpoints.run_folder import (
     TOKENIZER_HASHES,
     check_path,
     complete_checkpoints,
+    saved_steps,
     tokenizer_changes,
 )
 from davae_jax.data.corpus import Corpus
@@ -45,7 +47,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
 
     Raises:
       InputError: the folder was made with another config (exit code 2; the message names the options), contains
-        other files, is used by another program, or cannot be written.
+        other files or only incomplete checkpoints, is used by another program, or cannot be written.
     """
     stored = path / RUN_SETTINGS
     try:
@@ -54,8 +56,11 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         if config.plugin:
             values["digest_of_plugins"] = [plugin_digest(plugin) for plugin in config.plugin]
         check_path(path)
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: is a link to nothing")
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(path)
+        _check_not_lost(path)
         if stored.exists():
             old = read_json_object(stored)
             values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
@@ -98,6 +103,23 @@ def check_tokenizers(path: Path) -> None:
         write_json(stored, values | {TOKENIZER_HASHES: {name: file_sha256(path / name) for name in TOKENIZER_FILES}})
     elif problems := tokenizer_changes(path, values):
         raise InputError(f"{'; '.join(problems)}; restore it, or choose another folder")
+
+
+def _check_not_lost(path: Path) -> None:
+    """Raises InputError if a run has checkpoints of which none is complete, as after an incomplete copy.
+
+    It would begin anew, and would replace them. A run itself saves under a step's name what is complete.
+    """
+    steps = sorted(saved_steps(path), key=lambda step: int(step.name))
+    complete = complete_checkpoints(path)
+    if steps and not complete:
+        raise InputError(
+            f"{steps[-1]}: is not a complete checkpoint, and there is none; "
+            "copy the folder again, or remove it to begin anew"
+        )
+    newest = max((int(step.name) for step in complete), default=0)
+    for step in [step for step in steps if int(step.name) > newest]:
+        warnings.warn(f"{step}: is not a complete checkpoint and is left out", stacklevel=2)
 
 
 def _remove_preparations(path: Path) -> None:
