@@ -526,6 +526,16 @@ def test_outputs_that_cannot_be_written(davae, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSON", "a.parquet", "a.txt.gz", "a.jsonl.zst"])
+def test_input_that_is_not_plain_text_is_refused(name, davae, tmp_path):
+    """Its lines of JSON or of packed bytes would be taken for texts."""
+    (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-8")
+    result = davae("reconstruct", "--model", "/nowhere", "--input", tmp_path / name)
+    assert (result.code, result.out) == (2, "") and result.err.startswith(
+        f"davae reconstruct: error: --input {tmp_path / name}"
+    )
+
+
 def test_a_pipe_is_written_to(davae, model, tmp_path, tiny_vae):
     """As /dev/stdout and /dev/null are: renaming a file into their place would destroy them."""
     pipe = tmp_path / "pipe"

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from davae_jax.cli.main import main
+from davae_jax.tokenizers.files import read_file
 from davae_jax.utils.errors import InputError
-from davae_jax.utils.files import check_output, write_output
+from davae_jax.utils.files import check_output, file_sha256, read_bounded, write_output
+from davae_jax.utils.json_files import read_json_object
 
 
 def test_a_link_is_followed(tmp_path):
@@ -78,3 +80,29 @@ def test_what_a_command_reads_is_not_replaced_by_its_result(argv, tmp_path, monk
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and str(Path(argv.split()[-1])) in error[0]
     assert all(path.read_text(encoding="utf-8") == str(path) for path in map(Path, names)) and Path("link").is_symlink()
+
+
+@pytest.mark.parametrize("read", [read_json_object, read_file, file_sha256, lambda path: read_bounded(path, 10)])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_in_place_of_a_file_is_refused(read, kind, tmp_path):
+    """It would be read for ever, or waited for."""
+    path = tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InputError) as e:
+        read(path)
+    assert str(e.value).startswith(f"{path}: ")
+
+
+def test_no_more_is_read_than_the_bound(tmp_path):
+    path = tmp_path / "x"
+    for size in (0, 9, 10):
+        path.write_bytes(bytes(size))
+        assert read_bounded(path, 10) == bytes(size)
+    path.write_bytes(bytes(11))
+    with pytest.raises(InputError, match=str(path)):
+        read_bounded(path, 10)
+    with pytest.raises(InputError, match="/dev/zero"):
+        read_bounded(Path("/dev/zero"), 10, pipes=True)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from davae_jax.training.run.log import JsonLinesFile
+from davae_jax.utils import json_lines
 from davae_jax.utils.json_lines import read_log_lines
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x1cf\rg"  # characters at which str.splitlines splits
@@ -65,3 +66,19 @@ def test_opening_a_log_removes_what_comes_after_its_step(tmp_path):
     path.write_bytes(line(1) + line(2) + line(3))
     JsonLinesFile(path, 1).close()
     assert path.read_bytes() == line(1)
+
+
+def test_a_line_of_any_length_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 16)
+    lines = [
+        b'{"step": 1}',
+        b'{"step": 2, "x": ' + b"1" * 100 + b"}",
+        b'{"step": 3567}',
+        b'{"step": 35678}',
+        b'{"step": 4}',
+    ]
+    (tmp_path / "a").write_bytes(b"\n".join(lines) + b"\n")
+    read = [*json_lines.iterate_json_lines(tmp_path / "a")]
+    assert [line.number for line in read] == [1, 2, 3, 4, 5]
+    assert [line.values and line.values["step"] for line in read] == [1, None, 3567, 35678, 4]
+    assert all(len(line.data) <= 16 for line in read)

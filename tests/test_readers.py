@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from input_files import TEXTS, write_input
 
-from davae_jax.data import table_readers
+from davae_jax.data import line_readers, table_readers
 from davae_jax.data.line_readers import MAX_LINE_BYTES
 from davae_jax.data.readers import find_files, read_slice, read_texts, split_into_slices
 from davae_jax.utils.errors import InputError
@@ -131,6 +131,15 @@ def test_several_fields_of_every_form_are_joined_alike(tmp_path):
         texts = [line.text if line.text.strip() else "" for line in lines[1:]]
         assert texts == expected[1:]
         assert lines[0].problem and not any(line.problem for line in lines[1:])
+
+
+def test_a_cell_that_is_too_long_is_a_bad_line(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(line_readers, "MAX_LINE_BYTES", 10)
+    texts = ["x" * 9, "x" * 10, "x" * 11, "一二三四"]
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    lines = read_lines(split_into_slices(tmp_path / "a.parquet", 1 << 30))
+    assert [line.text for line in lines] == [*texts[:2], None, None] and all(line.problem for line in lines[2:])
 
 
 def test_find_files(tmp_path):

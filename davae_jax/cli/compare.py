@@ -41,7 +41,7 @@ from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, on_one_line
-from davae_jax.utils.files import write_json, write_text
+from davae_jax.utils.files import read_bounded, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
@@ -51,6 +51,7 @@ TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
 EVALUATION_FILE = "evaluation.json"  # in the run folder of a completed run
 COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
+MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
 
 
@@ -163,9 +164,11 @@ class _StudyError(Exception):
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_bounded(path, MAX_STUDY_BYTES, pipes=True).decode("utf-8"))
     except OSError as e:
         raise _StudyError(f"cannot be read ({e.strerror})") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as e:  # not TOML, or not UTF-8
         raise _StudyError(f"is not TOML ({e})") from None
     known = {
@@ -333,5 +336,7 @@ def _run_python(argv: Sequence[Any], log: Path) -> None:
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        with log.open("rb") as file:
+            file.seek(-min(log.stat().st_size, 1 << 16), os.SEEK_END)
+            last = file.read().decode("utf-8", "replace").strip().splitlines()[-1:]
         raise InputError(f"{log}: ended with code {code}: {' '.join(last)}")

@@ -17,16 +17,18 @@ import tyro
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.encodings import UTF_8, check_encoding
+from davae_jax.data.readers import is_plain_text
 from davae_jax.data.texts import decode_lines
 from davae_jax.model.config import SAMPLING_SETTINGS, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
-from davae_jax.utils.files import check_output, write_output
+from davae_jax.utils.files import check_output, read_bounded, read_stream, write_output
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     from davae_jax.inference.text_vae import TextVAE
 
+MAX_INPUT_BYTES = 1 << 28  # 256 MiB of texts, which are in memory with their results
 _FLOAT, _INT = (option_hint(kind, "the checkpoint's") for kind in ("FLOAT", "INT"))
 _GREEDY = "greedy; with another of these four, the checkpoint's"
 _GREEDY_FLOAT, _GREEDY_INT = (option_hint(kind, _GREEDY) for kind in ("FLOAT", "INT"))
@@ -48,7 +50,7 @@ class TextCommand(Command):
     """Folder with spiece.model and vocab.txt."""
 
     input: Annotated[Path | None, option_hint("FILE", "standard input")] = None
-    """File with one text per line."""
+    """File with one text per line, uncompressed; not JSON Lines or a table."""
 
     encoding: str = UTF_8
     """Encoding of the input, such as gb18030: any text encoding of Python."""
@@ -102,6 +104,10 @@ class TextCommand(Command):
         check_encoding(self.encoding)
         if self.texts and self.input:
             raise OptionError("--input", "cannot be given together with texts")
+        if self.input and not is_plain_text(self.input):
+            raise OptionError(
+                "--input", f"{self.input}: needs plain text, one text per line; unpack or convert the file"
+            )
         for number, text in enumerate(self.texts, 1):
             _require_utf8(text, f"text {number}")
         if self.output:
@@ -135,7 +141,10 @@ class TextCommand(Command):
         if not self.input and (sys.stdin is None or sys.stdin.isatty()):
             raise OptionError("--input", "or texts must be given")
         name = str(self.input or "standard input")
-        data = self.input.read_bytes() if self.input else sys.stdin.buffer.read()
+        if self.input:
+            data = read_bounded(self.input, MAX_INPUT_BYTES, pipes=True)
+        else:
+            data = read_stream(sys.stdin.buffer, MAX_INPUT_BYTES, name)
         return decode_lines(data, name, check_encoding(self.encoding)), f"{name}: line {{}}".format
 
     def read_groups(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:

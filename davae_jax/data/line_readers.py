@@ -140,11 +140,11 @@ def parse_line(data: bytes | None, fields: Sequence[str] | None, encoding: str =
     """Returns the text of one line.
 
     Args:
-      data: the line in UTF-8, without its line feed; None for one longer than MAX_LINE_BYTES.
+      data: the line in UTF-8, without its line feed; None for one that was not read, because it is too long.
       fields: the fields that contain the text, if the line is JSON; None for plain text.
       encoding: the encoding that the line had, for messages.
     """
-    if data is None:
+    if data is None or len(data) > MAX_LINE_BYTES:  # a cell of a table may be of any length
         return Line(None, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         text = data.decode("utf-8")

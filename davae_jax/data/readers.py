@@ -91,6 +91,11 @@ def find_format(path: Path) -> InputFormat | None:
     return None if input_format and compressed and not input_format.compressible else input_format
 
 
+def is_plain_text(path: Path) -> bool:
+    """Returns whether a file is plain text by its suffix, and not compressed. Unknown suffixes are plain text."""
+    return _format_of(path) is FORMATS[".txt"] and path.suffix.lower() not in DECOMPRESSORS
+
+
 def find_files(paths: Sequence[Path], *, any_suffix: bool = False) -> list[Path]:
     """Returns the given files and the files in the given folders, each once, sorted by path.
 

@@ -106,7 +106,8 @@ def read_vocabulary(path: Path) -> list[str]:
     for i, token in enumerate(vocabulary):
         # No text has such a token. An empty one at the end changes no id.
         if "\0" in token or token != token.strip(" \t") or (token == "" and i < last):
-            raise InputError(f"{path}: line {i + 1} is no token but {token!r}; is the file damaged?")
+            hint = "is the file damaged? If not, put an unused token there"
+            raise InputError(f"{path}: line {i + 1} is no token but {token!r}; {hint}")
     return vocabulary
 
 

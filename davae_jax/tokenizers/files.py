@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.files import read_bounded
+
+MAX_BYTES = 1 << 26  # of a vocabulary; a million entries take a third of it
 
 
 def read_file(path: Path) -> bytes:
     """Returns the content of a file. Raises InputError if it is missing or cannot be read."""
     try:
-        return path.read_bytes()
+        return read_bounded(path, MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a tokenizer folder contains spiece.model and vocab.txt") from None
     except OSError as error:

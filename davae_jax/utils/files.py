@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 from davae_jax.utils.errors import InputError
@@ -183,9 +183,40 @@ def is_removed(path: Path) -> bool:
     return re.fullmatch(r"\.[0-9a-f]{8}\.removed-[0-9a-f]{8}", path.name) is not None
 
 
+def read_bounded(path: Path, max_bytes: int, *, pipes: bool = False) -> bytes:
+    """Returns the content of a file, of which no more than `max_bytes` is read.
+
+    Args:
+      pipes: read from a pipe or a device too, and wait for what it brings.
+
+    Raises:
+      InputError: the file is larger, or is a pipe or a device.
+      OSError: it cannot be read.
+    """
+    if not pipes:
+        _refuse_pipe(path)
+    with path.open("rb") as file:
+        return read_stream(file, max_bytes, str(path))
+
+
+def _refuse_pipe(path: Path) -> None:
+    """Raises InputError if a path is something that may never end, or never begin, to be read."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is a pipe or a device, not a file")
+
+
+def read_stream(file: BinaryIO, max_bytes: int, name: str) -> bytes:
+    """Returns the rest of a stream. Raises InputError, which begins with its name, if that is more than `max_bytes`."""
+    data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise InputError(f"{name}: is larger than {max_bytes >> 10:,} KiB")
+    return data
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal. Raises InputError if it cannot be read."""
     try:
+        _refuse_pipe(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:

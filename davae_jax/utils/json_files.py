@@ -8,6 +8,7 @@ from typing import Any
 from zlib import crc32
 
 from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.files import read_bounded
 
 MAX_BYTES = 1 << 26  # of a file: 64 MiB
 MAX_DEPTH = 100  # of objects and lists in each other; copying or comparing deeper ones fails in Python's recursion
@@ -21,9 +22,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
       InputError: the file cannot be read, is too large, or does not contain a JSON object; the message names it.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: is larger than {MAX_BYTES >> 20} MiB")
-        values = json.loads(path.read_bytes().decode("utf-8"))
+        values = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise
     except OSError as e:

@@ -5,24 +5,32 @@ Only the byte "\\n" ends a line. A text may contain U+2028 and other characters 
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MAX_LINE_BYTES = 1 << 27  # of a line: a text of 16 MiB, of which every byte is escaped, takes 96
+
 
 class JsonLine(NamedTuple):
     number: int  # from 1
-    data: bytes  # with its line feed
+    data: bytes  # with its line feed; of a line that is too long, the beginning
     values: dict[str, Any] | None  # None: the line is damaged or incomplete
 
 
 def iterate_json_lines(path: Path) -> Iterator[JsonLine]:
     """Yields every line of a file. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
+        for number in itertools.count(1):
+            data = file.readline(MAX_LINE_BYTES)
+            if not data:
+                return
             yield JsonLine(number, data, _parse(data))
+            while len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
+                data = file.readline(MAX_LINE_BYTES)
 
 
 def read_log_lines(path: Path, *, may_grow: bool = False) -> list[JsonLine]:
