@@ -566,3 +566,15 @@ def test_every_failure_of_training_is_one_line(seed):
                 train_sentencepiece(texts, int(rng.integers(10, 60)), option="--size", source="a.txt")
         except InputError as e:
             assert str(e).startswith(("a.txt: ", "--size ")) and "\n" not in str(e) and "INTERNAL" not in str(e)
+
+
+def test_words_that_the_encoder_does_not_know_are_not_trained_on(tmp_path):
+    """Those of more than 100 characters; training on one takes time that grows with the square of its length."""
+    short, long = "abcab" * 20, "abcab" * 20 + "x"
+    data = train_wordpiece([f"{short} {long} 一,{long}二"], 60)
+    assert data == train_wordpiece([f"{short} 一 , 二"], 60)
+    (tmp_path / "vocab.txt").write_bytes(data)
+    vocabulary = data.decode().split("\n")
+    encoder = EncoderTokenizer(tmp_path, cls_id=vocabulary.index("[CLS]"), sep_id=vocabulary.index("[SEP]"))
+    (of_short, of_long) = encoder.encode([short, long])
+    assert encoder.unk_id not in of_short and of_long[2:-2] == [encoder.unk_id]

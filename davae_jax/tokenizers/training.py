@@ -7,11 +7,13 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from davae_jax.utils.errors import InputError, OptionError, first_line
 
 # SentencePiece uses the first of these characters to separate texts from each other, the second for blanks.
 BOUNDARY, SPACE = "\u2585", "\u2581"
+MAX_WORD = 100  # characters of a word; a longer one is unknown to BERT's WordPiece, whatever the vocabulary
 _NOT_LEARNED = dict.fromkeys(map(ord, f" \r\n{SPACE}"))
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -24,7 +26,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer(lowercase=True)
-    texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
+    texts = [_without_long_words(tokenizer.normalizer.normalize_str(text), tokenizer) for text in texts]
     # The library breaks ties in the order of a hash table, which differs between processes. There are none left if it
     # need not choose between characters, and knows beforehand the ids of those that continue a word.
     characters, continuing = Counter(), set()
@@ -47,6 +49,16 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
     )
     vocabulary = tokenizer.get_vocab()
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode("utf-8")
+
+
+def _without_long_words(text: str, tokenizer: Any) -> str:
+    """Returns a normalized text without the words that WordPiece turns into [UNK] because of their length.
+
+    The time to train on a word grows with the square of its length.
+    """
+    if not any(len(run) > MAX_WORD for run in text.split()):
+        return text
+    return " ".join(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text) if len(word) <= MAX_WORD)
 
 
 def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str, source: str = "the texts") -> bytes:
