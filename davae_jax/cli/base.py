@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import io
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -19,6 +18,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from davae_jax.cli.renamed import replace_renamed
+from davae_jax.cli.streams import WithoutReader, going_on_without_reader, open_closed_streams, stdout_is_broken
 from davae_jax.parallel.backend import backend_problem
 from davae_jax.utils.errors import InputError, OptionError, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
@@ -217,7 +217,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     """Calls `work` and returns its exit code. An error or a warning becomes one line on standard error."""
 
     def say(message: str) -> None:
-        print(f"{prog}: {on_one_line(message)}", file=_WithoutReader(sys.stderr), flush=True)
+        print(f"{prog}: {on_one_line(message)}", file=WithoutReader(sys.stderr), flush=True)
 
     def report(message: str, code: int) -> int:
         if debug:
@@ -228,7 +228,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     def show_warning(message, category, filename, lineno, file=None, line=None):
         say(f"warning: {message}")
 
-    _open_closed_streams()
+    open_closed_streams()
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
         sys.stdout.reconfigure(**TEXT_ENCODING)  # JSON Lines are UTF-8 in every locale
     code = 0
@@ -248,81 +248,17 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             say("interrupted")
             return INTERRUPTED
         except BrokenPipeError:  # `davae … | head`
-            _stdout_is_broken()
+            stdout_is_broken()
             return code
         except OSError as e:
             if isinstance(e, FileNotFoundError) and not _has_working_folder():
                 return report("the working directory no longer exists", 1)
-            name = e.filename or ("standard output" if _stdout_is_broken() else None)
+            name = e.filename or ("standard output" if stdout_is_broken() else None)
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except ModuleNotFoundError as e:
             return report(backend_problem(e) or f"the Python package {e.name or e} is not installed", 1)
         except (Exception, SystemExit) as e:  # a plugin's code may exit with 0 in the middle of the work
             return report(backend_problem(e) or f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
-
-
-class _WithoutReader:
-    """A text stream that discards what is written after its reader has gone, or after another error.
-
-    Attributes:
-      error: the error, unless it means that there is no reader.
-    """
-
-    def __init__(self, stream: Any):
-        self._stream, self.error = stream, None
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as e:
-            self._discard(e)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as e:
-            self._discard(e)
-
-    def _discard(self, error: OSError) -> None:
-        """Redirects the stream to nowhere, what it has buffered included."""
-        if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
-            self.error = error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def going_on_without_reader() -> Iterator[None]:
-    """Lets work be completed when the reader of the program's output goes, as in `train.py | head`.
-
-    Raises:
-      OSError: standard output could not be written for another reason, such as a full disk; at the end of the work.
-    """
-    out, err = _WithoutReader(sys.stdout), _WithoutReader(sys.stderr)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
-    finally:
-        out.flush()
-        err.flush()
-    if out.error:
-        raise OSError(out.error.errno, out.error.strerror, "standard output")
-
-
-def _open_closed_streams() -> None:
-    """Opens standard output and error anew if the caller has closed them, so that no other file gets their number."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            if nowhere != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
-            setattr(sys, name, open(number, "w", **TEXT_ENCODING, closefd=False))  # noqa: SIM115
 
 
 def exit_with(main: Callable[[], int]) -> None:
@@ -363,13 +299,3 @@ def _has_working_folder() -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _stdout_is_broken() -> bool:
-    """Returns whether standard output accepts nothing. If so, discards the buffered output: Python would try again."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
