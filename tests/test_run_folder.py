@@ -1,17 +1,23 @@
 """A run's folder: whose it is, and what of a start that was killed is in it."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from davae_jax.checkpoints.check_folder import check_folder
 from davae_jax.checkpoints.run_folder import config_folder, weights_path
+from davae_jax.checkpoints.weights import stored_shapes
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
+from davae_jax.training.hooks import SaveCheckpoint
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.folder import check_tokenizers, open_run
 from davae_jax.training.run.saved_config import digest_settings
@@ -261,3 +267,44 @@ def test_a_run_is_not_inside_the_folder_of_its_texts(option, config, tmp_path):
         corpus = load_corpus(of(**names, run_dir=run_dir))
         write(run_dir / "samples.jsonl")
         assert load_corpus(of(**names, run_dir=run_dir)).digest == corpus.digest
+
+
+class Saves:
+    """Stands for a run's checkpoints, and notes what is saved."""
+
+    def __init__(self, folder):
+        self.folder, self.saved, self.last = folder, [], f"{folder / 'checkpoints' / '4'}"
+
+    def save(self, state, **kwargs):
+        self.saved.append(state)
+
+    def wait(self):
+        pass
+
+
+@pytest.mark.parametrize("there", ["the folder", "nothing", "another folder"])
+def test_a_folder_that_is_moved_while_its_run_trains(there, tmp_path):
+    """What the run has learnt is saved and the run ends; but nothing is written to another folder."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    state = SimpleNamespace(params={"w": jnp.zeros(1)}, regularizers={})
+    with FolderLock() as lock:
+        lock.acquire(folder)
+        if there != "the folder":
+            folder.rename(tmp_path / "moved")
+        if there == "another folder":
+            folder.mkdir()
+        log = SimpleNamespace(pending=[])
+        checkpoints = Saves(folder)
+        run = SimpleNamespace(
+            folder=folder, lock=lock, mesh=jax.make_mesh((1,), ("data",)), held_out=[], checkpoints=checkpoints, log=log
+        )
+        save = SaveCheckpoint(1)
+        with contextlib.nullcontext() if there == "the folder" else pytest.raises(InputError, match=str(folder)):
+            save(run, state, 4)
+    assert checkpoints.saved == ([] if there == "another folder" else [state])
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(tmp_path):
+    with pytest.raises(InputError, match="repeat the command"):
+        stored_shapes(tmp_path / "checkpoints" / "3")

@@ -52,6 +52,7 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
             read = {p: _stored(t, stored[p].dtype) for p, t in targets.items()} if sums else targets
             arrays = flatten(ocp.load(path.absolute(), nest(read), checkpointable_name=_checkpointable_name(path)))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
+            _check_exists(path)
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
     if sums:
         found = jax.device_get(array_sums(arrays))
@@ -131,6 +132,7 @@ def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
             try:
                 loaded = ocp.load(path.absolute(), nest(targets) if is_nested else targets, checkpointable_name=item)
             except Exception as e:  # Orbax and TensorStore raise many types for damaged files
+                _check_exists(path)
                 raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
         yield from flatten(loaded).items()
 
@@ -204,6 +206,12 @@ def _checkpointable_name(path: Path) -> str:
     return "AUTO" if path.name == PARAMS_FOLDER else PARAMS_FOLDER
 
 
+def _check_exists(path: Path) -> None:
+    """Raises InputError if a checkpoint is not there (any more): a run removes old ones, also while they are read."""
+    if not path.exists():
+        raise InputError(f"{path}: does not exist; if a run has removed it meanwhile, repeat the command")
+
+
 def _metadata(path: Path, item: str | None = None):
     """Returns Orbax's metadata of the weights, or of another item. Raises InputError if they cannot be read."""
     from orbax.checkpoint import v1 as ocp
@@ -213,6 +221,7 @@ def _metadata(path: Path, item: str | None = None):
         try:
             metadata = ocp.metadata(path.absolute(), item or _checkpointable_name(path))
         except Exception as e:  # not a checkpoint, or an incomplete one
+            _check_exists(path)
             check_files(path)  # names the file that is missing or damaged
             raise InputError(f"{path}: not a complete checkpoint ({first_line(e)})") from e
     custom = metadata.custom_metadata or {}

@@ -20,7 +20,7 @@ import jax
 from tqdm import tqdm
 
 from davae_jax.evaluation.examples import examples
-from davae_jax.parallel.multihost import is_process_zero
+from davae_jax.parallel.multihost import all_processes, is_process_zero
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.setup import Run
 from davae_jax.training.state import TrainState
@@ -71,7 +71,7 @@ class WriteSamples(Hook):
 
 
 class SaveCheckpoint(Hook):
-    """Computes the loss of the held-out texts and begins to save the state.
+    """Computes the loss of the held-out texts and begins to save the state. Ends a run whose folder is gone.
 
     Must be the last hook: if the run is killed after the checkpoint, output that other hooks wrote after it would be
     written again on resume.
@@ -83,7 +83,16 @@ class SaveCheckpoint(Hook):
                 raise non_finite_error(run, step, "the update resulted in weights that are not finite")
             if means := mean_held_out_losses(run, state):
                 run.log.held_out(step, means)
+            is_in_place = all_processes(run.lock.holds(run.folder))
+            if not is_in_place and not all_processes(not run.folder.exists()):
+                raise StepError(f"{run.folder}: is another folder now; that of the run was moved or removed")
             run.checkpoints.save(state, held_out_loss=means.get("loss"), extra_state=run.log.pending)
+            if not is_in_place:
+                run.checkpoints.wait()
+                raise StepError(
+                    f"{run.folder}: was moved or removed during the run, which cannot go on; "
+                    f"step {step} is saved in {run.checkpoints.last}, without the other files of the run"
+                )
 
 
 def mean_held_out_losses(run: Run, state: TrainState) -> dict[str, float]:

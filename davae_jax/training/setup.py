@@ -59,6 +59,7 @@ class Run:
 
     config: TrainConfig  # complete: `config.model` includes the vocabulary sizes
     folder: Path
+    lock: FolderLock  # of the folder, on process 0
     corpus: Corpus
     tokenizers: Tokenizers
     graphdef: nnx.GraphDef
@@ -126,6 +127,7 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
     run = Run(
         config=config,
         folder=folder,
+        lock=lock,
         corpus=corpus,
         tokenizers=tokenizers,
         graphdef=graphdef,

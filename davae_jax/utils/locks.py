@@ -59,6 +59,13 @@ class FolderLock:
         self._descriptor = descriptor
         return True
 
+    def holds(self, folder: Path) -> bool:
+        """Returns whether a path still leads to the locked folder, which may be moved or removed. True without lock."""
+        try:
+            return self._descriptor is None or os.path.samestat(os.fstat(self._descriptor), os.stat(folder))
+        except OSError:
+            return False
+
     def release(self) -> None:
         """Unlocks the folder, if it is locked."""
         if self._descriptor is not None:
