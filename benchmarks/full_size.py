@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 CONVERT = """
 import resource, sys, time
 start = time.perf_counter()
-from davae_jax.checkpoints.from_torch import convert
+from davae_jax.checkpoints.published.from_torch import convert
 convert(sys.argv[1], sys.argv[2])
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -17,8 +17,8 @@ import numpy as np
 
 from davae_jax import DAVAEConfig
 from davae_jax.data.batches import Batch, TextBatches
+from davae_jax.data.inputs.readers import read_texts
 from davae_jax.data.packing import PackedBatches
-from davae_jax.data.readers import read_texts
 from davae_jax.data.tokenize import tokenize
 from davae_jax.model.davae import DAVAE, InitKeys, abstract_model, split
 from davae_jax.tokenizers.load import load_tokenizers

@@ -22,8 +22,8 @@ BATCHES, BATCH_SIZE = 500, 64
 READ = f"""
 import sys, time
 from pathlib import Path
-from davae_jax.data.shards import Prepared
-from davae_jax.data.shard_batches import ShardBatches
+from davae_jax.data.prepared.shards import Prepared
+from davae_jax.data.prepared.shard_batches import ShardBatches
 batches = ShardBatches(Prepared(Path(sys.argv[1])), {BATCH_SIZE}, pad_id=0, buckets=4)
 began = time.perf_counter()
 for step in range({BATCHES}):

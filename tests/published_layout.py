@@ -13,7 +13,7 @@ import torch
 from make_checkpoint import random_state
 from tokenizer_fixtures import CLS_ID, SEP_ID
 
-from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS  # noqa: F401
+from davae_jax.checkpoints.published.published_names import INV_FREQ, POSITION_IDS  # noqa: F401
 from davae_jax.checkpoints.weights import flat_params, load_weights, stored_shapes
 
 ROOT = Path(__file__).parent.parent

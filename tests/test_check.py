@@ -15,13 +15,14 @@ from test_checkpointer import like, state_at
 from tokenizer_fixtures import sentences
 
 import davae_jax
-from davae_jax.checkpoints import check_folder, check_weights, from_torch, sums, to_torch, torch_file, weights
-from davae_jax.checkpoints.from_torch import convert
+from davae_jax.checkpoints import check_folder, check_weights, sums, weights
 from davae_jax.checkpoints.hub import DOWNLOADED_FILES
+from davae_jax.checkpoints.published import from_torch, to_torch, torch_file
+from davae_jax.checkpoints.published.from_torch import convert
+from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.checkpoints.run_folder import complete_checkpoints
-from davae_jax.checkpoints.to_torch import export
 from davae_jax.cli.main import main
-from davae_jax.data import shard_index
+from davae_jax.data.prepared import shard_index
 from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.utils import files
 from davae_jax.utils.errors import InputError

@@ -16,12 +16,12 @@ from tiny_checkpoint import MAX_IDS
 from tokenizer_fixtures import sentences
 
 from davae_jax import TextVAE
-from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.cli.main import COMMANDS, main
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.train import main as train_main
 from davae_jax.cli.train import parse_train
-from davae_jax.data.texts import decode_lines
+from davae_jax.data.inputs.texts import decode_lines
 from davae_jax.utils.errors import OptionError
 
 TEXT_COMMANDS = ["generate", "reconstruct", "sample", "interpolate", "analogy"]

@@ -40,10 +40,10 @@ from published_layout import (
 from tokenizer_fixtures import make_spiece, make_vocab
 
 import davae_jax
-from davae_jax.checkpoints import published_names as names
-from davae_jax.checkpoints.from_torch import convert
-from davae_jax.checkpoints.published_names import name_table
-from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.published import published_names as names
+from davae_jax.checkpoints.published.from_torch import convert
+from davae_jax.checkpoints.published.published_names import name_table
+from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.checkpoints.weights import flat_params, stored_shapes
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
@@ -579,8 +579,8 @@ import sys
 sys.modules["torch"] = None  # `import torch` raises ImportError, and nobody finds it installed
 import numpy as np
 import davae_jax
-from davae_jax.checkpoints.from_torch import convert
-from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.published.from_torch import convert
+from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.utils.errors import InputError
 converted, *others = sys.argv[1:]
 vae = davae_jax.TextVAE.from_pretrained(converted)

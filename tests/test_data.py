@@ -9,7 +9,7 @@ import pytest
 from input_files import FORMATS, TEXTS, write_input, write_texts
 
 from davae_jax.data.batches import TextBatches
-from davae_jax.data.readers import METADATA_FILES, read_texts
+from davae_jax.data.inputs.readers import METADATA_FILES, read_texts
 from davae_jax.data.tokenize import TokenizedTexts
 from davae_jax.utils.errors import InputError
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from davae_jax.cli.main import main
-from davae_jax.data import encodings
-from davae_jax.data.encodings import check_encoding, recode, recode_bytes
-from davae_jax.data.readers import read_file, read_lines, read_texts, split_into_slices
-from davae_jax.data.texts import decode_lines
+from davae_jax.data.inputs import encodings
+from davae_jax.data.inputs.encodings import check_encoding, recode, recode_bytes
+from davae_jax.data.inputs.readers import read_file, read_lines, read_texts, split_into_slices
+from davae_jax.data.inputs.texts import decode_lines
 from davae_jax.utils.errors import InputError, OptionError
 
 TEXTS = ["今天很好。", "", "a b\\n", "中国", "月光"] * 50

@@ -13,14 +13,15 @@ from input_files import TEXTS
 from test_prepare import SETTINGS, manifest_of, records_of, tokenizer_folder  # noqa: F401
 
 from davae_jax.cli.train import parse_train
-from davae_jax.data import bad_lines, line_readers, shard_writer
-from davae_jax.data.bad_lines import BadLineLimit
-from davae_jax.data.build_shards import build_shards, group_slices
 from davae_jax.data.corpus import read_corpus
-from davae_jax.data.file_lines import FileLines
-from davae_jax.data.readers import read_slice, split_into_slices
-from davae_jax.data.shard_writer import ShardTask, load_new_tokenizers, write_shards
-from davae_jax.data.shards import Prepared
+from davae_jax.data.inputs import bad_lines, line_readers
+from davae_jax.data.inputs.bad_lines import BadLineLimit
+from davae_jax.data.inputs.file_lines import FileLines
+from davae_jax.data.inputs.readers import read_slice, split_into_slices
+from davae_jax.data.prepared import shard_writer
+from davae_jax.data.prepared.build_shards import build_shards, group_slices
+from davae_jax.data.prepared.shard_writer import ShardTask, load_new_tokenizers, write_shards
+from davae_jax.data.prepared.shards import Prepared
 from davae_jax.data.tokenize import tokenize
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_json
@@ -298,9 +299,9 @@ def test_work_that_an_earlier_version_began_is_continued_its_way(tokenizer_folde
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("davae_jax.data.build_shards.SHARED", "absent")  # the setting, and so the grouping
-        patch.setattr("davae_jax.data.build_shards.group_slices", lambda slices, _: group_slices(slices, -1))
-        patch.setattr("davae_jax.data.build_shards.write_shards", stop)
+        patch.setattr("davae_jax.data.prepared.build_shards.SHARED", "absent")  # the setting, and so the grouping
+        patch.setattr("davae_jax.data.prepared.build_shards.group_slices", lambda slices, _: group_slices(slices, -1))
+        patch.setattr("davae_jax.data.prepared.build_shards.write_shards", stop)
         build_shards(paths, tmp_path / "out", SETTINGS, tokenizer_folder, workers=1)
     stored = json.loads((tmp_path / "out" / "prepare.json").read_text(encoding="utf-8"))
     del stored["absent"]

@@ -20,8 +20,8 @@ from conftest import GOLDEN
 from rounding import assert_rounding_explains
 
 import davae_jax
-from davae_jax.checkpoints.to_torch import export
-from davae_jax.checkpoints.torch_file import read_tensors
+from davae_jax.checkpoints.published.to_torch import export
+from davae_jax.checkpoints.published.torch_file import read_tensors
 from davae_jax.checkpoints.weights import stored_shapes
 from davae_jax.model.davae import merge, split
 from davae_jax.model.losses import published_loss, reconstruction_nll
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.full_size]
 CONVERT = """
 import sys
 from pathlib import Path
-from davae_jax.checkpoints.from_torch import convert
+from davae_jax.checkpoints.published.from_torch import convert
 convert(sys.argv[1], sys.argv[2])
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 print(int(peak.split()[1]) * 1024)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rounding import assert_rounding_explains
 
-from davae_jax.checkpoints.published_names import name_table
+from davae_jax.checkpoints.published.published_names import name_table
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.davae import merge, split
 from davae_jax.model.latent import Posterior, hard_free_bits_kl, kl_per_dimension, with_unit_variance

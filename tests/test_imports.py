@@ -107,6 +107,6 @@ def test_generating_texts_needs_neither_transformers_nor_torch(tiny_checkpoint):
 
 
 def test_reading_a_published_file_needs_neither_jax_nor_torch():
-    code = "from pathlib import Path; from davae_jax.checkpoints.torch_file import read_tensors; "
+    code = "from pathlib import Path; from davae_jax.checkpoints.published.torch_file import read_tensors; "
     code += f"assert read_tensors(Path({str(ROOT / 'tests/golden/small/pytorch_model.bin')!r}))"
     assert imported_by(code) == set()

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from davae_jax.data import json_arrays
-from davae_jax.data.json_arrays import begins_array_of_objects, iterate_array
-from davae_jax.data.readers import read_slice, read_texts, split_into_slices
+from davae_jax.data.inputs import json_arrays
+from davae_jax.data.inputs.json_arrays import begins_array_of_objects, iterate_array
+from davae_jax.data.inputs.readers import read_slice, read_texts, split_into_slices
 from davae_jax.utils.errors import InputError
 
 DOCUMENTS = [{"id": i, "title": f"第{i}", "content": f'一{{[\u2028"]}},{i}\n二'} for i in range(300)]

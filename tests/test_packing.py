@@ -12,8 +12,8 @@ from small_model import CONFIG, new_model
 from davae_jax import DAVAEConfig
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch, TextBatches
+from davae_jax.data.inputs.readers import read_texts
 from davae_jax.data.packing import PackedBatches, pack
-from davae_jax.data.readers import read_texts
 from davae_jax.data.tokenize import TokenizedTexts, tokenize
 from davae_jax.model.davae import abstract_model, merge, split
 from davae_jax.model.latent import kl_per_dimension

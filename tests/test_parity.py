@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from davae_jax.checkpoints.from_torch import convert
 from davae_jax.checkpoints.pretrained import from_pretrained
+from davae_jax.checkpoints.published.from_torch import convert
 from davae_jax.checkpoints.weights import flatten, unflatten
 from davae_jax.cli.base import run_command
 from davae_jax.cli.parity import Parity

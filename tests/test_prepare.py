@@ -20,15 +20,15 @@ from test_train import TINY, metrics_of, train
 from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from davae_jax.cli.main import main
-from davae_jax.data import line_readers
-from davae_jax.data.bad_lines import BadLineLimit
-from davae_jax.data.build_shards import build_shards
+from davae_jax.data.inputs import line_readers
+from davae_jax.data.inputs.bad_lines import BadLineLimit
+from davae_jax.data.inputs.readers import find_files, split_into_slices
 from davae_jax.data.prefetch import read_ahead
-from davae_jax.data.readers import find_files, split_into_slices
-from davae_jax.data.shard_batches import PreparedTexts, ShardBatches, permute
-from davae_jax.data.shard_index import merge_shards
-from davae_jax.data.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
-from davae_jax.data.shards import Prepared, decode_record, encode_record, id_dtype
+from davae_jax.data.prepared.build_shards import build_shards
+from davae_jax.data.prepared.shard_batches import PreparedTexts, ShardBatches, permute
+from davae_jax.data.prepared.shard_index import merge_shards
+from davae_jax.data.prepared.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
+from davae_jax.data.prepared.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
@@ -245,7 +245,7 @@ def test_a_file_that_changes_while_it_is_read(change, prepare, tmp_path, monkeyp
             case _:
                 paths[1].unlink()
 
-    monkeypatch.setattr("davae_jax.data.build_shards.write_shards", write_and_change)
+    monkeypatch.setattr("davae_jax.data.prepared.build_shards.write_shards", write_and_change)
     result = prepare(*paths)
     assert result.code == 1 and str(paths[1]) in result.err
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -345,8 +345,8 @@ def contents(folder):
 BUILD = """
 import sys
 from pathlib import Path
-from davae_jax.data.build_shards import build_shards
-from davae_jax.data.shard_writer import ShardSettings
+from davae_jax.data.prepared.build_shards import build_shards
+from davae_jax.data.prepared.shard_writer import ShardSettings
 if __name__ == "__main__":
     data, output, tokenizers = map(Path, sys.argv[1:])
     build_shards([data], output, ShardSettings(("text",), 512, 512, False, 0.0, 60_000), tokenizers, workers=2)
@@ -389,7 +389,7 @@ def test_damage_in_an_unfinished_preparation_is_written_again(tokenizer_folder, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("davae_jax.data.build_shards.merge_shards", interrupt)
+        patch.setattr("davae_jax.data.prepared.build_shards.merge_shards", interrupt)
         build_shards([text], tmp_path / "unfinished", settings, tokenizer_folder, workers=1)
     written = [path for path in (tmp_path / "unfinished").rglob("0000[01]-*") if path.stat().st_size]
     assert len(written) > 6

@@ -16,10 +16,10 @@ from davae_jax.checkpoints.weights import flatten
 from davae_jax.cli.main import main as davae
 from davae_jax.cli.train import parse_train
 from davae_jax.data.batches import TextBatches
+from davae_jax.data.inputs.readers import read_texts
 from davae_jax.data.packing import PackedBatches
-from davae_jax.data.readers import read_texts
-from davae_jax.data.shard_batches import PreparedTexts, ShardBatches
-from davae_jax.data.shards import Prepared
+from davae_jax.data.prepared.shard_batches import PreparedTexts, ShardBatches
+from davae_jax.data.prepared.shards import Prepared
 from davae_jax.data.tokenize import tokenize
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import abstract_model, split

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from input_files import TEXTS, write_input
 
-from davae_jax.data import line_readers, table_readers
-from davae_jax.data.line_readers import MAX_LINE_BYTES
-from davae_jax.data.readers import find_files, read_slice, read_texts, split_into_slices
+from davae_jax.data.inputs import line_readers, table_readers
+from davae_jax.data.inputs.line_readers import MAX_LINE_BYTES
+from davae_jax.data.inputs.readers import find_files, read_slice, read_texts, split_into_slices
 from davae_jax.utils.errors import InputError
 
 

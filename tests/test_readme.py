@@ -15,7 +15,7 @@ from published_layout import config_of, publish, state_of
 from test_train import TEXTS, TINY
 from tokenizer_fixtures import make_spiece, make_vocab
 
-from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.published.to_torch import export
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from davae_jax.checkpoints.torch_file import find_weights_file, read_tensors
+from davae_jax.checkpoints.published.torch_file import find_weights_file, read_tensors
 from davae_jax.utils.errors import InputError
 
 STATE = {

@@ -27,10 +27,10 @@ from torch_files import (
     zip_parts,
 )
 
-from davae_jax.checkpoints import torch_archive
-from davae_jax.checkpoints.torch_archive import read_torch
-from davae_jax.checkpoints.torch_file import find_weights_file, read_tensors
-from davae_jax.checkpoints.torch_pickle import PickleMachine
+from davae_jax.checkpoints.published import torch_archive
+from davae_jax.checkpoints.published.torch_archive import read_torch
+from davae_jax.checkpoints.published.torch_file import find_weights_file, read_tensors
+from davae_jax.checkpoints.published.torch_pickle import PickleMachine
 from davae_jax.utils.errors import InputError
 
 KINDS = every_kind_of_tensor()

@@ -29,8 +29,8 @@ from tokenizer_fixtures import make_vocab
 
 import davae_jax
 from davae_jax import DAVAE, DAVAEConfig
-from davae_jax.checkpoints.published_names import name_table
-from davae_jax.checkpoints.to_torch import export
+from davae_jax.checkpoints.published.published_names import name_table
+from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.checkpoints.warm_start import (
     covering_modules,
     initialize_weights,

@@ -19,6 +19,7 @@ from davae_jax.checkpoints.check_weights import (
     read_config,
     tokenizer_problems,
 )
+from davae_jax.checkpoints.published.torch_file import INDEX_SUFFIX, TORCH_FILES, read_tensors
 from davae_jax.checkpoints.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -30,10 +31,9 @@ from davae_jax.checkpoints.run_folder import (
     tokenizer_changes,
 )
 from davae_jax.checkpoints.sums import SUMS_FILE, file_problems
-from davae_jax.checkpoints.torch_file import INDEX_SUFFIX, TORCH_FILES, read_tensors
 from davae_jax.checkpoints.weights import stored_shapes
-from davae_jax.data.check_prepared import prepared_problems
-from davae_jax.data.shards import MANIFEST, SETTINGS, read_manifest
+from davae_jax.data.prepared.check_prepared import prepared_problems
+from davae_jax.data.prepared.shards import MANIFEST, SETTINGS, read_manifest
 from davae_jax.tokenizers.decoder import count_pieces
 from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES

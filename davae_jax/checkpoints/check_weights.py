@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from davae_jax.checkpoints import torch_file
-from davae_jax.checkpoints.published_names import name_table
-from davae_jax.checkpoints.published_state import checked_name_table, select_text_vae
+from davae_jax.checkpoints.published import torch_file
+from davae_jax.checkpoints.published.published_names import name_table
+from davae_jax.checkpoints.published.published_state import checked_name_table, select_text_vae
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, STATE_ITEM
 from davae_jax.checkpoints.sums import array_sum, file_problems, read_sums
 from davae_jax.checkpoints.weights import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from davae_jax.checkpoints.published.torch_file import INDEX_SUFFIX, TORCH_FILES
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
-from davae_jax.checkpoints.torch_file import INDEX_SUFFIX, TORCH_FILES
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 

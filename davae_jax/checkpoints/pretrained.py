@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_state import read_published_weights
+from davae_jax.checkpoints.published.published_state import read_published_weights
+from davae_jax.checkpoints.published.torch_file import is_finite
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder, weights_path
-from davae_jax.checkpoints.torch_file import is_finite
 from davae_jax.checkpoints.weights import INV_FREQ_PATH, FlatParams, flatten, load_weights, unflatten
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, abstract_model, merge, split, weight_axes

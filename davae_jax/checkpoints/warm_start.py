@@ -18,12 +18,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.check_weights import converted_problems
-from davae_jax.checkpoints.from_torch import write_params
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
-from davae_jax.checkpoints.published_state import check_tensors
+from davae_jax.checkpoints.published import torch_file
+from davae_jax.checkpoints.published.from_torch import write_params
+from davae_jax.checkpoints.published.published_names import INV_FREQ, NameRow, name_table
+from davae_jax.checkpoints.published.published_state import check_tensors
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.checkpoints.staging import copy_files, staged_folder
 from davae_jax.checkpoints.weights import FlatParams, flat_params

@@ -40,7 +40,7 @@ class Check(Command):
             _check_is_folder(folder)
         if self.json:
             from davae_jax.checkpoints.run_folder import model_files
-            from davae_jax.data.shards import MANIFEST, SETTINGS
+            from davae_jax.data.prepared.shards import MANIFEST, SETTINGS
 
             prepared = [folder / name for folder in self.folders for name in (MANIFEST, SETTINGS)]
             check_output(self.json, "--json", inputs=[*model_files(*self.folders), *prepared])

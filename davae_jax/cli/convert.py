@@ -25,7 +25,7 @@ class Convert(Command):
     """Replace DST if it exists and contains a model and nothing else."""
 
     def run(self) -> None:
-        from davae_jax.checkpoints.from_torch import convert
+        from davae_jax.checkpoints.published.from_torch import convert
 
         convert(self.src, self.dst, overwrite=self.overwrite)
         print(f"wrote {self.dst}")

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data import demo_corpus
-from davae_jax.data.encodings import UTF_8, check_encoding
-from davae_jax.data.line_readers import DECOMPRESSORS, is_json_array
-from davae_jax.data.readers import find_format, read_lines, read_texts
-from davae_jax.data.texts import parse_json_text
+from davae_jax.data.inputs.encodings import UTF_8, check_encoding
+from davae_jax.data.inputs.line_readers import DECOMPRESSORS, is_json_array
+from davae_jax.data.inputs.readers import find_format, read_lines, read_texts
+from davae_jax.data.inputs.texts import parse_json_text
 from davae_jax.evaluation.table import format_table
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.utils.errors import InputError, OptionError, check_options

@@ -31,7 +31,7 @@ class Export(Command):
     """Replace DST if it exists and contains a model and nothing else."""
 
     def run(self) -> None:
-        from davae_jax.checkpoints.to_torch import export
+        from davae_jax.checkpoints.published.to_torch import export
 
         export(self.src, self.dst, dtype=self.dtype, format=self.format, overwrite=self.overwrite)
         print(f"wrote {self.dst}")

@@ -10,8 +10,8 @@ import numpy as np
 import tyro
 
 from davae_jax.cli.text import GreedyCommand, posterior_means
-from davae_jax.data.encodings import check_encoding
-from davae_jax.data.readers import read_texts
+from davae_jax.data.inputs.encodings import check_encoding
+from davae_jax.data.inputs.readers import read_texts
 from davae_jax.utils.errors import OptionError
 
 

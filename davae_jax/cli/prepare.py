@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from davae_jax.cli.base import Command, option_hint
-from davae_jax.data.build_shards import MIB, VocabularySizes, build_shards
-from davae_jax.data.encodings import UTF_8, check_encoding
-from davae_jax.data.shard_index import describe_dropped
-from davae_jax.data.shard_writer import ShardSettings
+from davae_jax.data.inputs.encodings import UTF_8, check_encoding
+from davae_jax.data.prepared.build_shards import MIB, VocabularySizes, build_shards
+from davae_jax.data.prepared.shard_index import describe_dropped
+from davae_jax.data.prepared.shard_writer import ShardSettings
 from davae_jax.utils.errors import VOCAB_SIZES, check_options
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from davae_jax.cli.base import Command, option_hint
-from davae_jax.data.encodings import UTF_8, check_encoding
-from davae_jax.data.readers import is_plain_text
-from davae_jax.data.texts import decode_lines
+from davae_jax.data.inputs.encodings import UTF_8, check_encoding
+from davae_jax.data.inputs.readers import is_plain_text
+from davae_jax.data.inputs.texts import decode_lines
 from davae_jax.model.config import SAMPLING_SETTINGS, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import check_output, read_bounded, read_stream, write_output

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from davae_jax.data import demo_corpus
-from davae_jax.data.bad_lines import BadLine, BadLineLimit
-from davae_jax.data.encodings import UTF_8
-from davae_jax.data.file_lines import FileLines, name_files
-from davae_jax.data.readers import find_files, read_file
-from davae_jax.data.shards import Prepared, is_prepared
+from davae_jax.data.inputs.bad_lines import BadLine, BadLineLimit
+from davae_jax.data.inputs.encodings import UTF_8
+from davae_jax.data.inputs.file_lines import FileLines, name_files
+from davae_jax.data.inputs.readers import find_files, read_file
+from davae_jax.data.prepared.shards import Prepared, is_prepared
 from davae_jax.utils.errors import InputError, OptionError
 
 HELD_OUT_FRACTION = 0.01  # of the distinct training texts, if no file of held-out texts is given

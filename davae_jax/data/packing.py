@@ -17,7 +17,7 @@ from davae_jax.data.batches import Batch
 from davae_jax.utils.shapes import round_up
 
 if TYPE_CHECKING:
-    from davae_jax.data.shard_batches import PreparedTexts
+    from davae_jax.data.prepared.shard_batches import PreparedTexts
     from davae_jax.data.tokenize import TokenizedTexts
 
 WINDOW = 512  # number of texts among which the next text of a row is chosen

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
-from davae_jax.checkpoints.published_names import INV_FREQ, NameRow, name_table
+from davae_jax.checkpoints.published.published_names import INV_FREQ, NameRow, name_table
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.model.config import DAVAEConfig

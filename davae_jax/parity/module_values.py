@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from davae_jax.checkpoints import torch_file
-from davae_jax.checkpoints.published_state import checked_name_table, read_published_state
+from davae_jax.checkpoints.published import torch_file
+from davae_jax.checkpoints.published.published_state import checked_name_table, read_published_state
+from davae_jax.checkpoints.published.to_torch import published_state
 from davae_jax.checkpoints.run_folder import weights_path
-from davae_jax.checkpoints.to_torch import published_state
 from davae_jax.model.attention import causal_mask
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, merge, split

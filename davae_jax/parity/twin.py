@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae_jax.checkpoints import torch_file
+from davae_jax.checkpoints.published import torch_file
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.model.config import DAVAEConfig
 

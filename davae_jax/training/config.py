@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from davae_jax.data.encodings import UTF_8, check_encoding
+from davae_jax.data.inputs.encodings import UTF_8, check_encoding
 from davae_jax.model.config import DAVAEConfig, Remat
 from davae_jax.parallel.config import DistributedConfig, MeshConfig
 from davae_jax.regularizers.config import RegularizersConfig

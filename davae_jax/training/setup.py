@@ -16,11 +16,11 @@ from tqdm import tqdm
 from davae_jax.checkpoints.run_folder import CONFIG_FILE
 from davae_jax.data.batches import Batch, BatchSource, TextBatches
 from davae_jax.data.corpus import Corpus, read_corpus
+from davae_jax.data.inputs.readers import check_outside
 from davae_jax.data.packing import PackedBatches
 from davae_jax.data.prefetch import prefetch
-from davae_jax.data.readers import check_outside
-from davae_jax.data.shard_batches import PreparedTexts, ShardBatches
-from davae_jax.data.shards import is_prepared
+from davae_jax.data.prepared.shard_batches import PreparedTexts, ShardBatches
+from davae_jax.data.prepared.shards import is_prepared
 from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.config import DAVAEConfig

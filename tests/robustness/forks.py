@@ -26,9 +26,9 @@ MODULES = """
 array_record.python.array_record_module jax orbax.checkpoint pyarrow.parquet safetensors.numpy
 sacrebleu scipy.stats sentencepiece sklearn.linear_model tensorboard.compat.proto.event_pb2
 tensorboard.plugins.histogram.summary_v2 tensorboard.plugins.text.summary_v2 tokenizers torch zstandard
-davae_jax.checkpoints.from_torch davae_jax.checkpoints.to_torch davae_jax.checkpoints.warm_start davae_jax.cli.compare
-davae_jax.cli.evaluate davae_jax.cli.latent davae_jax.cli.main davae_jax.cli.parity davae_jax.cli.plan
-davae_jax.cli.prepare davae_jax.cli.text davae_jax.cli.train davae_jax.evaluation.evaluate
+davae_jax.checkpoints.published.from_torch davae_jax.checkpoints.published.to_torch davae_jax.checkpoints.warm_start
+davae_jax.cli.compare davae_jax.cli.evaluate davae_jax.cli.latent davae_jax.cli.main davae_jax.cli.parity
+davae_jax.cli.plan davae_jax.cli.prepare davae_jax.cli.text davae_jax.cli.train davae_jax.evaluation.evaluate
 davae_jax.inference.text_vae davae_jax.planning.plan davae_jax.reports.report davae_jax.training.loop
 """
 

@@ -90,7 +90,7 @@ def read_tokenizers(folder: Path, file: Path) -> Any:
 
 
 def read_published(folder: Path, file: Path) -> Any:
-    from davae_jax.checkpoints.published_state import read_published_weights
+    from davae_jax.checkpoints.published.published_state import read_published_weights
     from davae_jax.model.config import DAVAEConfig
 
     return dict(read_published_weights(folder, DAVAEConfig.from_json(folder / "config.json")))
@@ -164,8 +164,8 @@ def read_log(folder: Path, file: Path) -> Any:
 
 def read_prepared(folder: Path, file: Path) -> Any:
     from davae_jax.data.packing import PackedBatches
-    from davae_jax.data.shard_batches import PreparedTexts, ShardBatches
-    from davae_jax.data.shards import Prepared
+    from davae_jax.data.prepared.shard_batches import PreparedTexts, ShardBatches
+    from davae_jax.data.prepared.shards import Prepared
 
     prepared = Prepared(folder)
     options = dict(batch_size=8, pad_id=301, seed=0)
@@ -178,8 +178,8 @@ def read_prepared(folder: Path, file: Path) -> Any:
 
 def read_unfinished(folder: Path, file: Path) -> Any:
     """Continues a preparation that was interrupted after its last shard."""
-    from davae_jax.data.build_shards import build_shards
-    from davae_jax.data.shard_writer import ShardSettings
+    from davae_jax.data.prepared.build_shards import build_shards
+    from davae_jax.data.prepared.shard_writer import ShardSettings
 
     settings = ShardSettings(
         fields=("text",), max_length=512, encoder_positions=512, truncate=False, held_out=0.1, shard_size=None
@@ -188,8 +188,8 @@ def read_unfinished(folder: Path, file: Path) -> Any:
 
 
 def read_texts(folder: Path, file: Path) -> Any:
-    from davae_jax.data.readers import find_files, read_slice, split_into_slices
-    from davae_jax.data.readers import read_texts as read_all
+    from davae_jax.data.inputs.readers import find_files, read_slice, split_into_slices
+    from davae_jax.data.inputs.readers import read_texts as read_all
 
     if file.name == "state.json":
         return [path.name for path in find_files([folder])]

@@ -102,8 +102,8 @@ def make_sound_run(folder: Path) -> None:
 
 def _make_unfinished(folder: Path, texts: Path) -> None:
     """Prepares texts and stops before the manifest is written."""
-    from davae_jax.data import build_shards as module
-    from davae_jax.data.shard_writer import ShardSettings
+    from davae_jax.data.prepared import build_shards as module
+    from davae_jax.data.prepared.shard_writer import ShardSettings
 
     merge, module.merge_shards = module.merge_shards, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     settings = ShardSettings(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from davae_jax.data.batches import Batch, pad_batch
-from davae_jax.data.shards import Prepared
+from davae_jax.data.prepared.shards import Prepared
 from davae_jax.utils.arrays import read_array, read_array_header
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.shapes import round_up

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from davae_jax.checkpoints import torch_file
 from davae_jax.checkpoints.check_weights import published_problems
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, name_table
+from davae_jax.checkpoints.published import torch_file
+from davae_jax.checkpoints.published.published_names import INV_FREQ, POSITION_IDS, name_table
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, config_folder, weights_path
 from davae_jax.checkpoints.staging import copy_files, staged_folder
 from davae_jax.checkpoints.weights import load_weights, stored_metadata, stored_shapes

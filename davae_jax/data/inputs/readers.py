@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from davae_jax.data.encodings import UTF_8
-from davae_jax.data.file_lines import name_files
-from davae_jax.data.line_readers import (
+from davae_jax.data.inputs.encodings import UTF_8
+from davae_jax.data.inputs.file_lines import name_files
+from davae_jax.data.inputs.line_readers import (
     DECOMPRESSORS,
     Chunk,
     FileSlice,
@@ -25,7 +25,7 @@ from davae_jax.data.line_readers import (
     read_json,
     read_plain_lines,
 )
-from davae_jax.data.table_readers import parquet_slice_bounds, read_arrow, read_parquet
+from davae_jax.data.inputs.table_readers import parquet_slice_bounds, read_arrow, read_parquet
 from davae_jax.utils.errors import InputError, OptionError, first_line
 from davae_jax.utils.json_files import read_json_object
 

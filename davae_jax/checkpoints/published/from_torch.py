@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from davae_jax.checkpoints.check_weights import converted_problems
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.published_names import BUFFERS, NameRow
-from davae_jax.checkpoints.published_state import checked_name_table, read_published_state
+from davae_jax.checkpoints.published.published_names import BUFFERS, NameRow
+from davae_jax.checkpoints.published.published_state import checked_name_table, read_published_state
+from davae_jax.checkpoints.published.torch_file import find_weights_file
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER
 from davae_jax.checkpoints.staging import copy_files, staged_folder
-from davae_jax.checkpoints.torch_file import find_weights_file
 from davae_jax.checkpoints.weights import FlatParams, save_weights
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers

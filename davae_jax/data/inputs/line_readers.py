@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from davae_jax.data.encodings import HEAD_BYTES, UTF_8, check_head, recode
-from davae_jax.data.json_arrays import begins_array_of_objects, iterate_array
-from davae_jax.data.texts import join_fields, parse_json_text
+from davae_jax.data.inputs.encodings import HEAD_BYTES, UTF_8, check_head, recode
+from davae_jax.data.inputs.json_arrays import begins_array_of_objects, iterate_array
+from davae_jax.data.inputs.texts import join_fields, parse_json_text
 from davae_jax.utils.errors import InputError
 
 MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, to limit memory use

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from davae_jax.data.shards import MANIFEST, SETTINGS, from_stored_names, open_shard
+from davae_jax.data.prepared.shards import MANIFEST, SETTINGS, from_stored_names, open_shard
 from davae_jax.utils.arrays import read_array_header
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import file_sha256

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from davae_jax.data.encodings import HEAD_BYTES, UTF_8, check_head, recode_bytes
+from davae_jax.data.inputs.encodings import HEAD_BYTES, UTF_8, check_head, recode_bytes
 from davae_jax.utils.errors import InputError
 
 

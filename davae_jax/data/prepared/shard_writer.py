@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from davae_jax.data.bad_lines import BadLine, BadLineLimit
-from davae_jax.data.encodings import UTF_8
-from davae_jax.data.file_lines import files_of
-from davae_jax.data.line_readers import Chunk, FileSlice
-from davae_jax.data.readers import read_slice
-from davae_jax.data.shards import WRITER_OPTIONS, encode_record, id_dtype
+from davae_jax.data.inputs.bad_lines import BadLine, BadLineLimit
+from davae_jax.data.inputs.encodings import UTF_8
+from davae_jax.data.inputs.file_lines import files_of
+from davae_jax.data.inputs.line_readers import Chunk, FileSlice
+from davae_jax.data.inputs.readers import read_slice
+from davae_jax.data.prepared.shards import WRITER_OPTIONS, encode_record, id_dtype
 from davae_jax.data.tokenize import encode_texts
 from davae_jax.tokenizers.decoder import DecoderTokenizer, count_pieces
 from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary

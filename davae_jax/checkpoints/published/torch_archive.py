@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from davae_jax.checkpoints.torch_pickle import MAX_PICKLE_BYTES, PickleMachine, Storage, Tensor, shown
+from davae_jax.checkpoints.published.torch_pickle import MAX_PICKLE_BYTES, PickleMachine, Storage, Tensor, shown
 from davae_jax.utils.errors import InputError, first_line
 
 ZIP_MAGIC = b"PK\x03\x04"

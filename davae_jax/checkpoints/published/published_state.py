@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from davae_jax.checkpoints import torch_file
-from davae_jax.checkpoints.published_names import INV_FREQ, POSITION_IDS, NameRow, name_table
+from davae_jax.checkpoints.published import torch_file
+from davae_jax.checkpoints.published.published_names import INV_FREQ, POSITION_IDS, NameRow, name_table
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.utils.errors import InputError
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from davae_jax.data.file_lines import describe_lines, files_of
+from davae_jax.data.inputs.file_lines import describe_lines, files_of
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason

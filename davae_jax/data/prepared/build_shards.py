@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from davae_jax.data.bad_lines import BadLineLimit
-from davae_jax.data.encodings import UTF_8
-from davae_jax.data.file_lines import name_files
-from davae_jax.data.line_readers import FileSlice
-from davae_jax.data.readers import check_outside, find_files, read_slice, split_into_slices
-from davae_jax.data.shard_index import merge_shards
-from davae_jax.data.shard_writer import (
+from davae_jax.data.inputs.bad_lines import BadLineLimit
+from davae_jax.data.inputs.encodings import UTF_8
+from davae_jax.data.inputs.file_lines import name_files
+from davae_jax.data.inputs.line_readers import FileSlice
+from davae_jax.data.inputs.readers import check_outside, find_files, read_slice, split_into_slices
+from davae_jax.data.prepared.shard_index import merge_shards
+from davae_jax.data.prepared.shard_writer import (
     PARTS,
     ShardSettings,
     ShardTask,
@@ -31,7 +31,7 @@ from davae_jax.data.shard_writer import (
     load_new_tokenizers,
     write_shards,
 )
-from davae_jax.data.shards import MANIFEST, SETTINGS, Prepared, from_stored_names, to_stored_names
+from davae_jax.data.prepared.shards import MANIFEST, SETTINGS, Prepared, from_stored_names, to_stored_names
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError, OptionError, system_reason

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from davae_jax.checkpoints.torch_archive import read_torch
+from davae_jax.checkpoints.published.torch_archive import read_torch
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.json_files import read_json_object
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from davae_jax.data.line_readers import (
+from davae_jax.data.inputs.line_readers import (
     CHUNK_LINES,
     Chunk,
     FileSlice,

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from davae_jax.data.bad_lines import BadLine, BadLineLimit
-from davae_jax.data.check_prepared import prepared_problems
-from davae_jax.data.file_lines import FileLines, files_of, name_files
-from davae_jax.data.shard_writer import (
+from davae_jax.data.inputs.bad_lines import BadLine, BadLineLimit
+from davae_jax.data.inputs.file_lines import FileLines, files_of, name_files
+from davae_jax.data.prepared.check_prepared import prepared_problems
+from davae_jax.data.prepared.shard_writer import (
     MAX_BAD_LINES,
     PARTS,
     held_out_line,
@@ -22,7 +22,7 @@ from davae_jax.data.shard_writer import (
     stored_id_dtype,
     text_hash,
 )
-from davae_jax.data.shards import FORMAT, MANIFEST, manifest_sum
+from davae_jax.data.prepared.shards import FORMAT, MANIFEST, manifest_sum
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError

@@ -1,0 +1,1 @@
+"""The published layout of a model: its files, names and both directions of the conversion."""

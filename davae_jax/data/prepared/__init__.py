@@ -1,0 +1,1 @@
+"""Folders of shards: what `davae prepare` writes, and the batches of it."""
