@@ -1,5 +1,8 @@
 """Saving and restoring a run's checkpoints, without a run around them: `test_train.py` has those."""
 
+import errno
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +56,31 @@ def test_an_array_that_is_not_what_was_saved(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(InputError, match=r"step 1 cannot be saved .*the last complete checkpoint is none yet"):
-        Checkpoints(tmp_path, keep=1).save(state_at(1))
+        checkpoints.save(state_at(1))
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """It keeps its name, and the run does not go back to an earlier one."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state_at(step))
+    files = [path for path in (tmp_path / "checkpoints" / "2" / "params").rglob("*") if path.is_file()]
+    for file in files:
+        file.write_bytes(b"")  # for Orbax, which does not call `open` of Python
+    denied = files[-1]
+
+    def open_unless_denied(path, mode):
+        if Path(path) == denied:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open(path, mode)
+
+    monkeypatch.setattr("davae_jax.training.run.checkpointer.open", open_unless_denied, raising=False)
+    with pytest.raises(InputError) as e:
+        Checkpoints(tmp_path, keep=2).restore(like(state_at(0)))
+    assert str(e.value).startswith(f"{denied}: ")
+    assert sorted(path.name for path in complete_checkpoints(tmp_path)) == ["1", "2"]
+    monkeypatch.undo()
+    assert int(Checkpoints(tmp_path, keep=2).restore(like(state_at(0)))[0].step) == 1

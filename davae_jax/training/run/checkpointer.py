@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import functools
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, STATE_ITEM, complete_checkpoints
 from davae_jax.checkpoints.sums import array_sums
 from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest, sums_problem
-from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero
+from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero, run_on_all_processes
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
@@ -122,7 +125,7 @@ class Checkpoints:
           like: a state of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          InputError: every checkpoint is damaged.
+          InputError: every checkpoint is damaged, or the files of one may not be read, which is no damage.
         """
         damaged: dict[int, str] = {}
         for step in sorted(map(_step, complete_checkpoints(self.run)), reverse=True):
@@ -132,6 +135,7 @@ class Checkpoints:
             except _Damaged as e:
                 reason = str(e)
             if not all_processes(reason is None):
+                run_on_all_processes(functools.partial(_check_permitted, self.path(step)))
                 damaged[step] = reason or "cannot be read by another process"
                 continue
             for bad_step, reason in damaged.items():
@@ -218,6 +222,22 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """Signals that a complete checkpoint cannot be restored."""
+
+
+def _check_permitted(checkpoint: Path) -> None:
+    """Raises InputError if files of a checkpoint cannot be opened for a reason other than damage."""
+    reasons = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+    try:
+        for folder, _, names in os.walk(checkpoint, onerror=_raise):
+            for name in names:
+                open(os.path.join(folder, name), "rb").close()
+    except OSError as e:
+        if e.errno in reasons:
+            raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from None
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _unused_path(path: Path) -> Path:
