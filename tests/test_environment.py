@@ -167,10 +167,12 @@ def test_workers_without_shared_memory(options, text_file, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     require_mount(folder)
-    other = tmp_path / "other.txt"
-    other.write_bytes(text_file.read_bytes())
+    texts = text_file.read_bytes()
+    files = [tmp_path / name for name in ("a.txt", "b.txt")]  # too large to share a shard, which one worker writes
+    for file in files:
+        file.write_bytes(texts * (600_000 // len(texts) + 1))
     fill = 'mount -t tmpfs -o "$1" tmpfs /dev/shm && shift; head -c 9000 /dev/zero 2>&- >/dev/shm/x; exec "$@"'
-    argv = ["-m", "davae_jax.cli", "prepare", "--input", text_file, "--input", other, *SIZES, "--output"]
+    argv = ["-m", "davae_jax.cli", "prepare", "--input", *files, *SIZES, "--output"]
     wrapper = ["unshare", "--mount", "bash", "-c", fill, "bash", options]
     code, error = run_program(*argv, tmp_path / "out", "--workers", 2, wrapper=wrapper)
     assert code == 1
