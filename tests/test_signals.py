@@ -10,9 +10,15 @@ from davae_jax.utils.signals import SIGNALS, StopRequest, interrupt_on_signals
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored():
+    """None of the signals is ignored, though the tests may run under `nohup`, which ignores SIGHUP."""
+    inherited = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS[1:]:
+        signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    for number, handler in zip(SIGNALS, inherited, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

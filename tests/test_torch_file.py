@@ -1,6 +1,7 @@
 """Reading published files: what is damaged is not taken for weights."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -84,6 +85,16 @@ def test_damaged_safetensors(header, size, tmp_path):
     if "twice" not in str(e.value):
         with pytest.raises((SafetensorError, ValueError)):
             load_file(path)
+
+
+def test_a_header_without_bound_is_not_read(tmp_path):
+    """It is longer than the bound, in a sparse file that is large enough for it."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(((1 << 24) + 1).to_bytes(8, "little"))
+    os.truncate(path, 1 << 25)
+    with pytest.raises(InputError, match="header is too long") as e:
+        read_tensors(path)
+    assert str(e.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])

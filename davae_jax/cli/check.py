@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,6 @@ class Check(Command):
 
         import jax
 
-        logging.getLogger("asyncio").disabled = True  # of a damaged checkpoint it reports every read that fails
         jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
         from davae_jax.checkpoints.check_folder import check_folder
 

@@ -179,6 +179,10 @@ def report(results: Results) -> bool:
     for phase, rows in results.phases.items():
         unit = "steps" if phase == "training" else "calls"
         print(f"{phase}: {rows[-1]['done']} {unit}; the second half of {len(rows)} measurements")
+        if len(rows) < 12:
+            print("  too few measurements")
+            flat = False
+            continue
         for name, values in growth(rows).items():
             flat &= values["flat"]
             print(

@@ -33,7 +33,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
 }
 INDEX_SUFFIX = ".index.json"  # of the index of a checkpoint in several files
-MAX_HEADER_BYTES = 100_000_000  # of safetensors, as the format prescribes
+MAX_HEADER_BYTES = (
+    1 << 24
+)  # of safetensors, where a tensor takes about 100; the format permits 100 MB, which take a minute
 
 
 def find_weights_file(folder: Path) -> Path:
