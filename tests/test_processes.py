@@ -150,6 +150,7 @@ def test_a_stopped_and_killed_run_is_the_same_run(text_file, tmp_path):  # noqa:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_slow_process_changes_nothing(text_file, tmp_path):  # noqa: F811
     """Process 1 stands still for some seconds; the other waits, and the losses are those of a run without a break."""
     options = ["--data.train", text_file, "--steps", 40, "--batch-size", 8, *FSDP, "--run-dir"]
