@@ -44,7 +44,8 @@ def pytest_terminal_summary(terminalreporter):
     """Prints what the harness of tests/robustness has tried."""
     for reports in terminalreporter.stats.values():
         for report in reports:
-            if summary := dict(getattr(report, "user_properties", [])).get("summary"):
+            summary = dict(getattr(report, "user_properties", [])).get("summary")
+            if summary and report.when == "call":
                 terminalreporter.write_line(summary)
 
 

@@ -123,7 +123,7 @@ def run_line(workshop: Workshop, command: str, number: int) -> Verdict:
     outcome = run_program([command, *argv], folder, logs=workshop.logs, fence=workshop.folder)
     names = [option for option in options_of(command) if len(option) > 3]
     names += ["SRC", "DST", "TEXT", "text", "STUDY", "--"]
-    for word in filter(None, argv):
+    for word in filter(None, [*argv, *(word.partition("=")[2] for word in argv)]):
         escaped = word.encode("unicode_escape").decode()
         names += [
             repr(word),
