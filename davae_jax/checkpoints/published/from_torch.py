@@ -38,16 +38,21 @@ def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Pat
     if all((folder / name).is_file() for name in TOKENIZER_FILES):
         load_tokenizers(folder, config)
     with staged_folder(dst, overwrite=overwrite, sources=[folder], read_back=converted_problems) as staging:
-        state = read_published_state(folder)
-        table = checked_name_table(state, config, find_weights_file(folder))
-        buffers = [buffer for buffer, name in BUFFERS.items() if name in state]
-
-        def load_group(rows: list[NameRow]) -> FlatParams:
-            return {row.path: row.to_model(state[row.name]) for row in rows}
-
-        write_params(staging, table, load_group, buffers=buffers, label=f"{folder.name} → {dst.name}")
-        copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
+        _write_model(folder, config, staging, label=f"{folder.name} → {dst.name}")
     return dst
+
+
+def _write_model(folder: Path, config: DAVAEConfig, staging: Path, *, label: str) -> None:
+    """Writes the converted model of a published folder. The mapped file is closed before the result is read back."""
+    state = read_published_state(folder)
+    table = checked_name_table(state, config, find_weights_file(folder))
+    buffers = [buffer for buffer, name in BUFFERS.items() if name in state]
+
+    def load_group(rows: list[NameRow]) -> FlatParams:
+        return {row.path: row.to_model(state[row.name]) for row in rows}
+
+    write_params(staging, table, load_group, buffers=buffers, label=label)
+    copy_files([CONFIG_FILE, *TOKENIZER_FILES], folder, staging)
 
 
 def write_params(
