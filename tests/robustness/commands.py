@@ -129,7 +129,8 @@ def run_line(workshop: Workshop, command: str, number: int) -> Verdict:
             repr(word),
             f" {word}",
             f"{word}: ",
-            *([word, escaped, escaped[:200], Path(word).name] if len(word) > 1 else []),
+            *([word, Path(word).name] if len(word) > 1 else []),
+            *([escaped, escaped[:200]] if len(escaped) > 1 else []),
         ]
     faults = find_faults(outcome, [name for name in names if name], PROGRAM_LIMITS)
     named = {part for word in argv for part in word.rpartition("=")[2].split("/")}
