@@ -26,6 +26,7 @@ from davae_jax.data.prepared import shard_index
 from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.utils import files
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.json_files import json_sum
 from davae_jax.utils.locks import FolderLock, is_locked
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0.1.0"
@@ -159,7 +160,7 @@ def test_sums_cannot_lead_out_of_the_folder(model):
     path = model / "params" / "sums.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values["files"]["../../secret"] = [1, 1]
-    values["sum"] = sums.json_sum({name: values[name] for name in ("arrays", "files")})
+    values["sum"] = json_sum({name: values[name] for name in ("arrays", "files")})
     path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(InputError, match=r"sums\.json: is damaged"):
         davae_jax.from_pretrained(model)

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 from davae_jax.checkpoints.check_weights import (
     checkpoint_problems,
     converted_problems,
-    published_problems,
     read_config,
+    read_published,
     tokenizer_problems,
+    value_problems,
 )
-from davae_jax.checkpoints.published.torch_file import INDEX_SUFFIX, TORCH_FILES, read_tensors
+from davae_jax.checkpoints.published.torch_file import WEIGHTS_FILES
 from davae_jax.checkpoints.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
+    INIT_FOLDER,
+    LOGS,
     PARAMS_FOLDER,
     RUN_SETTINGS,
     complete_checkpoints,
@@ -42,9 +45,6 @@ from davae_jax.utils.files import is_partial, is_removed
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 from davae_jax.utils.locks import is_locked
-
-LOGS = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
-INIT_FOLDER = "init"  # of a run: the checkpoint that a warm start begins from
 
 
 class Report(NamedTuple):
@@ -80,7 +80,7 @@ def _kind(folder: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Any], lis
         return "a run", _check_run
     if PARAMS_FOLDER in names:
         return "a converted model", _check_converted
-    if names & {name + suffix for name in TORCH_FILES for suffix in ("", INDEX_SUFFIX)}:
+    if names & set(WEIGHTS_FILES):
         return "a published model", _check_published
     if names & set(TOKENIZER_FILES):
         return "tokenizers", _check_tokenizers
@@ -172,9 +172,10 @@ def _log_problems(path: Path, *, may_grow: bool) -> list[str]:
 
 def _check_converted(folder: Path) -> tuple[dict[str, Any], list[str]]:
     params = folder / PARAMS_FOLDER
-    damaged = converted_problems(folder) + tokenizer_problems(folder, read_config(folder)[0])
+    wrong_files = file_problems(params)
+    damaged = (wrong_files or value_problems(folder)) + tokenizer_problems(folder, read_config(folder)[0])
     if (params / SUMS_FILE).exists():
-        sums = "wrong" if file_problems(params) else "right"
+        sums = "wrong" if wrong_files else "right"
     elif any(problem.startswith(f"{params / SUMS_FILE}: ") for problem in damaged):
         sums = "missing"
     else:
@@ -183,13 +184,13 @@ def _check_converted(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _check_published(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    state: dict[str, Any] = {}
-    damaged = published_problems(folder) + tokenizer_problems(folder, read_config(folder)[0])
-    if not damaged:
-        files = [folder / (name + suffix) for name in TORCH_FILES for suffix in ("", INDEX_SUFFIX)]
-        path = next(path for path in files if path.is_file())
-        state["parameters"] = sum(array.size for array in read_tensors(path).values())
-    return state, damaged
+    config, damaged = read_config(folder)
+    counts = []
+    for _, tensors, problem in read_published(folder, config):
+        damaged += [problem] if problem else []
+        counts.append(sum(array.size for array in tensors.values()))
+    damaged += tokenizer_problems(folder, config)
+    return {} if damaged else {"parameters": counts[0]}, damaged
 
 
 def _check_prepared(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -18,10 +18,9 @@ from davae_jax.checkpoints.published.published_state import checked_name_table, 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, STATE_ITEM
 from davae_jax.checkpoints.sums import array_sum, file_problems, read_sums
 from davae_jax.checkpoints.weights import (
-    EXTRA_STATE,
-    EXTRA_STATE_SUM,
     INV_FREQ_PATH,
     SUMS,
+    is_extra_state_intact,
     iterate_arrays,
     stored_metadata,
     stored_shapes,
@@ -32,15 +31,16 @@ from davae_jax.tokenizers.decoder import count_pieces
 from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers
 from davae_jax.utils.errors import InputError
-from davae_jax.utils.json_files import json_sum
 
 
 def converted_problems(folder: Path) -> list[str]:
     """Returns the problems of a converted model: files, config, names, shapes, values."""
+    return file_problems(folder / PARAMS_FOLDER) or value_problems(folder)  # damaged files are not opened
+
+
+def value_problems(folder: Path) -> list[str]:
+    """Returns the problems of a converted model whose files are those that were written."""
     params = folder / PARAMS_FOLDER
-    problems = [*file_problems(params)]
-    if problems:  # damaged files are not opened
-        return problems
     config, problems = read_config(folder)
     try:
         problems += _misfits(params, config)
@@ -60,8 +60,7 @@ def checkpoint_problems(path: Path, config: DAVAEConfig | None) -> list[str]:
         if problem := sums_problem(path, sums):
             problems.append(f"{path}: {problem}")
         sums = sums if isinstance(sums, dict) else None
-        extra_state = metadata.get(EXTRA_STATE)
-        if metadata.get(EXTRA_STATE_SUM, json_sum(extra_state)) != json_sum(extra_state):
+        if not is_extra_state_intact(metadata):
             problems.append(f"{path}: its metadata are damaged (their own sum differs)")
         problems += _misfits(path, config)
     except InputError as e:
@@ -82,20 +81,29 @@ def published_problems(folder: Path, state: Mapping[str, np.ndarray] | None = No
       state: the arrays that the files must contain, in their order; None: those that fit the config.
     """
     config, problems = read_config(folder)
-    names = [name + suffix for name in torch_file.TORCH_FILES for suffix in ("", torch_file.INDEX_SUFFIX)]
-    for path in [folder / name for name in names if (folder / name).exists()]:
-        if not path.is_file():
-            problems.append(f"{path}: is not a file")
-            continue
-        try:
-            tensors = torch_file.read_tensors(path)
-            if config:
-                checked_name_table(select_text_vae(tensors, path), config, path)
-            if state is not None:
-                problems += _differences(path, tensors, state)
-        except InputError as e:
-            problems.append(str(e))
+    for path, tensors, problem in read_published(folder, config):
+        if problem:
+            problems.append(problem)
+        elif state is not None:
+            problems += _differences(path, tensors, state)
     return problems
+
+
+def read_published(
+    folder: Path, config: DAVAEConfig | None
+) -> Iterator[tuple[Path, Mapping[str, np.ndarray], str | None]]:
+    """Yields each weights file of a published folder, its tensors, and its problem if it is damaged or does not fit."""
+    for path in [folder / name for name in torch_file.WEIGHTS_FILES if (folder / name).exists()]:
+        tensors: Mapping[str, np.ndarray] = {}
+        problem = None if path.is_file() else f"{path}: is not a file"
+        try:
+            if not problem:
+                tensors = torch_file.read_tensors(path)
+                if config:
+                    checked_name_table(select_text_vae(tensors, path), config, path)
+        except InputError as e:
+            problem = str(e)
+        yield path, tensors, problem
 
 
 def read_config(folder: Path) -> tuple[DAVAEConfig | None, list[str]]:

@@ -22,11 +22,13 @@ CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
 CHECKPOINTS_FOLDER = "checkpoints"
 STATE_ITEM = "state"
+INIT_FOLDER = "init"  # in the run folder: the checkpoint that a warm start begins from
 RUN_SETTINGS = "train.json"
 TOKENIZER_HASHES = "digests_of_tokenizers"  # in RUN_SETTINGS: file → SHA-256
 # Files in these folders that the project reads, beside those in the subfolders.
 MODEL_FILES = (CONFIG_FILE, *TOKENIZER_FILES, "model.safetensors", "pytorch_model.bin")
-RUN_FILES = (RUN_SETTINGS, "metrics.jsonl", "held_out.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
+RUN_FILES = (RUN_SETTINGS, *LOGS)
 
 
 def model_files(*folders: str | Path | None) -> list[Path]:

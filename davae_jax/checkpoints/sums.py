@@ -24,7 +24,7 @@ import numpy as np
 
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.files import write_json
-from davae_jax.utils.json_files import json_sum, read_json_object
+from davae_jax.utils.json_files import has_right_sum, read_json_object, with_sum
 
 SUMS_FILE = "sums.json"  # in the folder of the parameters: {"arrays": …, "files": …, "sum": …}
 BLOCK = 1 << 20  # bytes that are read at a time
@@ -53,8 +53,7 @@ def write_sums(folder: Path, arrays: Mapping[str, int]) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     with _threads() as threads:
         files = dict(zip(names, threads.map(lambda name: _size_and_sum(folder / name), names), strict=True))
-    values = {"arrays": dict(arrays), "files": files}
-    write_json(folder / SUMS_FILE, values | {"sum": json_sum(values)})
+    write_json(folder / SUMS_FILE, with_sum({"arrays": dict(arrays), "files": files}))
 
 
 def read_sums(folder: Path) -> dict[str, Any] | None:
@@ -66,7 +65,7 @@ def read_sums(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     values = read_json_object(path)
-    if json_sum({name: value for name, value in values.items() if name != "sum"}) != values.get("sum"):
+    if not has_right_sum(values):
         raise InputError(f"{path}: is damaged (its own sum differs)")
     files, arrays = values.get("files"), values.get("arrays")
     is_intact = isinstance(files, dict) and isinstance(arrays, dict)

@@ -17,6 +17,7 @@ from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_p
 from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.json_files import json_sum
 
 FlatParams = dict[str, Any]  # "decoder.layers.3.qkv_weight" → array
 INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
@@ -82,6 +83,16 @@ def _run_sums(path: Path) -> dict[str, int] | None:
     if problem := sums_problem(path, sums):
         raise InputError(f"{path}: {problem}")
     return sums
+
+
+def with_extra_state(metadata: dict[str, Any], extra_state: Any) -> dict[str, Any]:
+    """Returns the metadata of a run's checkpoint with its extra state and the sum of that."""
+    return metadata | {EXTRA_STATE: extra_state, EXTRA_STATE_SUM: json_sum(extra_state)}
+
+
+def is_extra_state_intact(metadata: Mapping[str, Any]) -> bool:
+    """Returns whether the extra state is what was saved. Earlier versions wrote no sum of it."""
+    return EXTRA_STATE_SUM not in metadata or metadata[EXTRA_STATE_SUM] == json_sum(metadata.get(EXTRA_STATE))
 
 
 def sums_problem(path: Path, sums: Any) -> str | None:

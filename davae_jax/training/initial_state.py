@@ -9,14 +9,13 @@ from pathlib import Path
 import jax
 
 from davae_jax.checkpoints.pretrained import from_pretrained
-from davae_jax.checkpoints.run_folder import CONFIG_FILE
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, INIT_FOLDER
 from davae_jax.checkpoints.warm_start import format_report, warm_start
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, InitKeys, split
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.state import TrainState, init_state
 
-INIT_FOLDER = "init"  # in the run folder: the checkpoint that a warm start begins from
 # Settings of a pretrained model that a run may change, because no tensor's shape depends on them.
 RUNTIME_FIELDS = {
     "encoder": ["hidden_dropout_prob", "attention_probs_dropout_prob"],

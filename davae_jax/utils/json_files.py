@@ -45,6 +45,16 @@ def json_sum(values: Any) -> int:
     return crc32(json.dumps(values, sort_keys=True).encode())
 
 
+def with_sum(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values that carry their own sum, under the key "sum"."""
+    return values | {"sum": json_sum(values)}
+
+
+def has_right_sum(values: dict[str, Any]) -> bool:
+    """Returns whether values carry their own sum, and are what they were when `with_sum` added it."""
+    return values.get("sum") == json_sum({name: value for name, value in values.items() if name != "sum"})
+
+
 def _is_deeper(values: Any, depth: int) -> bool:
     """Returns whether objects and lists are nested in more than `depth` levels."""
     level = [values]

@@ -33,9 +33,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
 }
 INDEX_SUFFIX = ".index.json"  # of the index of a checkpoint in several files
-MAX_HEADER_BYTES = (
-    1 << 24
-)  # of safetensors, where a tensor takes about 100; the format permits 100 MB, which take a minute
+WEIGHTS_FILES = tuple(name + suffix for name in TORCH_FILES for suffix in ("", INDEX_SUFFIX))  # in the same order
+# Of safetensors, where a tensor takes about 100; the format permits 100 MB, which take a minute.
+MAX_HEADER_BYTES = 1 << 24
 
 
 def find_weights_file(folder: Path) -> Path:
@@ -48,10 +48,9 @@ def find_weights_file(folder: Path) -> Path:
     """
     if folder.is_file():
         return folder
-    for name in TORCH_FILES:
-        for path in (folder / name, folder / f"{name}{INDEX_SUFFIX}"):
-            if path.is_file():
-                return path
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
     raise InputError(f"{folder}: contains no {' and no '.join(TORCH_FILES)}")
 
 

@@ -22,11 +22,12 @@ from davae_jax.data.prepared.shard_writer import (
     stored_id_dtype,
     text_hash,
 )
-from davae_jax.data.prepared.shards import FORMAT, MANIFEST, manifest_sum
+from davae_jax.data.prepared.shards import FORMAT, MANIFEST
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
+from davae_jax.utils.json_files import with_sum
 from davae_jax.utils.json_lines import iterate_json_lines
 
 COUNTED = ("lines", "texts", "held_out", "blank", "too_long", "bad", "encoder_tokens", "decoder_tokens")
@@ -76,8 +77,7 @@ def merge_shards(folder: Path, settings: dict[str, Any], limit: BadLineLimit) ->
         "files": {name: file_sha256(folder / name) for name in written},
     }
     _read_back(folder, manifest)
-    manifest["sum"] = manifest_sum(manifest)
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, with_sum(manifest))
 
 
 def _read_back(folder: Path, manifest: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import atomic_write, file_sha256, write_json, write_text
-from davae_jax.utils.json_files import json_sum, read_json_object
+from davae_jax.utils.json_files import has_right_sum, read_json_object, with_sum
 from davae_jax.utils.worker_pool import ReportProgress
 
 PARTS = "parts"  # the folder of the shards' statistics, removed when all shards are written
@@ -134,7 +134,7 @@ def write_shards(task: ShardTask, report_progress: ReportProgress = lambda *numb
     chunks = _skip_lines(_read_chunks(task, report_progress), lines)
     for part in itertools.count(len(complete)):
         stats, chunks = _write_shard(_part_name(task, part), chunks, lines + 1, task)
-        write_json(_stats_file(task, part), stats | {"sum": json_sum(stats)})
+        write_json(_stats_file(task, part), with_sum(stats))
         if stats["last"]:
             break
         lines += stats["lines"]
@@ -152,7 +152,7 @@ def read_statistics(path: Path) -> dict[str, Any] | None:
         stats = read_json_object(path)
     except (InputError, FileNotFoundError):
         return None
-    return stats if stats.pop("sum", None) == json_sum(stats) else None
+    return stats if has_right_sum(stats) else None
 
 
 def shard_files(folder: Path, name: str) -> tuple[Path, Path]:

@@ -34,7 +34,7 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import check_utf8_path, file_sha256
-from davae_jax.utils.json_files import json_sum, read_json_object
+from davae_jax.utils.json_files import has_right_sum, read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
@@ -240,18 +240,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             intact &= all(type(line) is int and abs(line) < 1 << 62 for line in first_lines)
             intact &= first_lines == sorted(first_lines)
             intact &= len(files) > 0 and all(isinstance(text, str) for text in (shard["sha256"], *files))
-        intact &= manifest_sum(manifest) == manifest.get("sum", manifest_sum(manifest))
+        intact &= "sum" not in manifest or has_right_sum(manifest)  # absent in the first versions
         intact &= all("/" not in name and isinstance(x, str) for name, x in manifest.get("files", {}).items())
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         intact = False
     if not intact:
         raise InputError(f"{path}: is damaged; copy or prepare the folder again")
     return manifest
-
-
-def manifest_sum(manifest: dict[str, Any]) -> int:
-    """Returns the sum that a manifest has of itself; those of earlier versions have none."""
-    return json_sum({key: value for key, value in manifest.items() if key != "sum"})
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -25,12 +25,19 @@ from jax.experimental import multihost_utils
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CHECKPOINTS_FOLDER, PARAMS_FOLDER, STATE_ITEM, complete_checkpoints
 from davae_jax.checkpoints.sums import array_sums
-from davae_jax.checkpoints.weights import EXTRA_STATE, EXTRA_STATE_SUM, SUMS, flatten, nest, sums_problem
+from davae_jax.checkpoints.weights import (
+    EXTRA_STATE,
+    SUMS,
+    flatten,
+    is_extra_state_intact,
+    nest,
+    sums_problem,
+    with_extra_state,
+)
 from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero, run_on_all_processes
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
-from davae_jax.utils.json_files import json_sum
 
 
 class Checkpoints:
@@ -79,7 +86,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         checksums = {name: int(value) for name, value in jax.device_get(array_sums(_leaves(state))).items()}
-        metadata = {SUMS: checksums, EXTRA_STATE: copy.deepcopy(extra_state), EXTRA_STATE_SUM: json_sum(extra_state)}
+        metadata = with_extra_state({SUMS: checksums}, copy.deepcopy(extra_state))
         comparable = held_out_loss is not None and math.isfinite(held_out_loss)
         metrics = {"held_out_loss": held_out_loss} if comparable else None
         self._saving = step
@@ -187,10 +194,9 @@ class Checkpoints:
             raise _Damaged(f"checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
         if problem := sums_problem(path, saved):
             raise _Damaged(problem)
-        extra_state = metadata.get(EXTRA_STATE)
-        if metadata.get(EXTRA_STATE_SUM, json_sum(extra_state)) != json_sum(extra_state):
+        if not is_extra_state_intact(metadata):
             raise _Damaged("checksum mismatch in the extra state")
-        return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), extra_state
+        return jax.tree.unflatten(jax.tree.structure(like), list(loaded.values())), metadata.get(EXTRA_STATE)
 
     def _open(self):
         """Returns Orbax's checkpointer, which is made on the first call."""

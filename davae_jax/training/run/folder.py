@@ -17,6 +17,7 @@ from typing import Any
 
 from davae_jax.checkpoints.run_folder import (
     CONFIG_FILE,
+    INIT_FOLDER,
     RUN_SETTINGS,
     TOKENIZER_HASHES,
     check_path,
@@ -28,7 +29,6 @@ from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
-from davae_jax.training.initial_state import INIT_FOLDER
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import file_sha256, is_partial, remove_folder, remove_partial, remove_removed, write_json
