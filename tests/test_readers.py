@@ -116,6 +116,36 @@ def test_memory_is_bounded_where_every_row_has_the_same_cell(kind, strings, tmp_
     assert pool.max_memory() < 64 << 20
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
+def test_texts_that_unpack_to_more_than_texts_can_are_refused(kind, tmp_path, monkeypatch):
+    """A page of Parquet and a batch of Arrow are unpacked as a whole, however few bytes they are."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(table_readers, "DECODED_BYTES", 1 << 20)
+    table = pa.table({"n": range(40), "text": ["x" * (1 << 16)] * 40})
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+
+    def write(compression: str | None) -> None:
+        if kind == "parquet":
+            parquet.write_table(table, path, compression=compression or "none", use_dictionary=False)
+            return
+        new = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
+        with new(path, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+            writer.write_table(table)
+
+    write("zstd")
+    with pytest.raises(InputError) as error:
+        read_texts(path)
+    packed, unpacked = re.fullmatch(rf"{path}: ([\d,]+) bytes of it unpack to ([\d,]+); .*", str(error.value)).groups()
+    assert int(packed.replace(",", "")) < path.stat().st_size < 1 << 15
+    assert 40 << 16 <= int(unpacked.replace(",", "")) < (40 << 16) + 1000
+    write(None)
+    assert read_texts(path) == ["x" * (1 << 16)] * 40
+    monkeypatch.setattr(table_readers, "DECODED_BYTES", 4 << 20)
+    write("zstd")
+    assert read_texts(path) == ["x" * (1 << 16)] * 40
+
+
 def test_several_fields_of_every_form_are_joined_alike(tmp_path):
     """Blanks are Unicode's, not only those of ASCII."""
     pa = pytest.importorskip("pyarrow")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from davae_jax.data.inputs.arrow_sizes import packed_batches
 from davae_jax.data.inputs.line_readers import (
     CHUNK_LINES,
     Chunk,
@@ -24,6 +25,7 @@ from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import check_utf8_path
 
 DECODED_BYTES = 1 << 28  # that the cells of the rows decoded at once may have, if they are all as long as the longest
+PACKED_TIMES = 100  # compression makes texts three to ten times smaller; what it makes so much smaller is no text
 
 
 def parquet_slice_bounds(path: Path, max_bytes: int) -> list[int]:
@@ -47,6 +49,8 @@ def read_parquet(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk
     file = _open_parquet(path)
     _check_columns(file.schema_arrow, path, fields)
     groups = range(file_slice.start, file_slice.end)
+    for chunk in _column_chunks(file.metadata, groups, fields):
+        _check_unpacked(path, chunk.total_compressed_size, chunk.total_uncompressed_size)
     total_rows, rows_read = sum(file.metadata.row_group(i).num_rows for i in groups), 0
 
     def lines() -> Iterator[tuple[Line, int]]:
@@ -59,10 +63,23 @@ def read_parquet(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk
     return gather_chunks(lines(), lambda: rows_read / total_rows)
 
 
+def _column_chunks(metadata: Any, groups: Sequence[int], fields: Sequence[str]) -> list[Any]:
+    """Returns what the file says of each of these columns in each of these row groups."""
+    numbers = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path in fields]
+    return [metadata.row_group(i).column(n) for i in groups for n in numbers]
+
+
 def _column_bytes(metadata: Any, groups: Sequence[int], fields: Sequence[str]) -> int:
     """Returns the largest number of bytes of one of these columns in a row group, which no cell exceeds."""
-    numbers = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path in fields]
-    return max((metadata.row_group(i).column(n).total_uncompressed_size for i in groups for n in numbers), default=0)
+    return max((chunk.total_uncompressed_size for chunk in _column_chunks(metadata, groups, fields)), default=0)
+
+
+def _check_unpacked(path: Path, packed: int, unpacked: int) -> None:
+    """Raises InputError if so few bytes become so many that they are no texts: Arrow unpacks all of them at once."""
+    if unpacked > DECODED_BYTES and unpacked > PACKED_TIMES * packed:
+        raise InputError(
+            f"{path}: {packed:,} bytes of it unpack to {unpacked:,}; more than {PACKED_TIMES} times is no text"
+        )
 
 
 def _rows_at_once(longest: int) -> int:
@@ -84,6 +101,9 @@ def read_arrow(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
     except ImportError:
         raise missing_package(path, "pyarrow") from None
     check_utf8_path(path)
+    with open(path, "rb") as file:
+        for packed, unpacked in packed_batches(file):
+            _check_unpacked(path, packed, unpacked)
     with pyarrow.OSFile(str(path)) as raw:  # a memory-mapped file would count as memory of the process
         if raw.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(raw)
