@@ -130,6 +130,20 @@ def test_utf_16_without_a_mark_needs_its_byte_order(tmp_path):
     assert read_texts(path, "text", "utf-16-be") == read_lines(path, "utf-16-be") == ["一", "二"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_characters_without_a_mark_are_recognized(encoding, tmp_path):
+    """Those of ASCII are valid UTF-8: each letter and its NULs would be characters of the text."""
+    for name, text in [("a.txt", "a\nb"), ("b.txt", "Hello\n世界\n"), ("c.jsonl", '{"text": "世界"}\n')]:
+        path = tmp_path / name
+        path.write_bytes(text.encode(encoding))
+        for wrong in ("utf-8", "latin-1"):
+            with pytest.raises(InputError, match=f"^{path}: looks like {encoding.upper()} without .* {encoding} reads"):
+                read_texts(path, "text", wrong)
+        assert read_texts(path, "text", encoding) == (["世界"] if name == "c.jsonl" else text.split())
+    (tmp_path / "a.txt").write_bytes(b"a\0bc\n")
+    assert read_texts(tmp_path / "a.txt", "text") == ["a\0bc"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-7", "gb18030"])
 def test_memory_is_bounded(encoding, tmp_path):
     """One line of 64 MiB, of which a decoder of UTF-7 would keep all, is bad; the next is read, or the file refused."""

@@ -120,6 +120,22 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
                 hint = f"--encoding {marked.lower()} reads it (train.py: --data.encoding)"
                 raise InputError(f"{name}: is {marked}, not {encoding.upper()}; {hint}")
             return
+    unmarked = _without_mark(head)
+    if unmarked and "\0" in head.decode(encoding, "ignore"):
+        raise InputError(
+            f"{name}: looks like {unmarked.upper()} without a byte-order mark, not {encoding.upper()}; "
+            f"--encoding {unmarked} reads it (train.py: --data.encoding)"
+        )
     for sign, kind in SIGNS.items():
         if head.startswith(sign):
             raise InputError(f"{name}: is {kind}")
+
+
+def _without_mark(head: bytes) -> str | None:
+    """Returns the encoding of two to four ASCII characters of two or four bytes each; None if it begins otherwise."""
+    for encoding, width, place in [("utf-32-le", 4, 0), ("utf-32-be", 4, 3), ("utf-16-le", 2, 0), ("utf-16-be", 2, 1)]:
+        whole = head[: min(4, len(head) // width) * width]
+        others = [whole[i::width] for i in range(width) if i != place]
+        if len(whole) >= 2 * width and all(whole[place::width]) and not any(map(any, others)):
+            return encoding
+    return None
