@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 from test_train import TEXTS, TINY, environment
 
+from davae_jax.cli import compare
 from davae_jax.cli.compare import Study, complete_run, read_study, setting_folder
 from davae_jax.cli.main import main
 from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, summary_statistics, welch
@@ -259,6 +260,28 @@ def test_runs_of_an_earlier_version_are_complete(tmp_path):
     for options in (["--data.decoder-vocab-size", "61", *renamed[2:]], renamed[:2]):
         with pytest.raises(InputError, match="was trained with other options"):
             complete_run(Study({"a": options}, stored["evaluate"], [0], []), "a", 0, folder)
+
+
+def test_an_interrupted_comparison_leaves_nothing_beside(tmp_path, monkeypatch):
+    """What a killed program was writing is removed, in the folder and in those of the settings."""
+    monkeypatch.setattr(compare, "complete_run", lambda *_: {"kl": 1.0})
+    study = write(tmp_path / "study.toml", train="--steps 1", evaluate="", seeds=[0], settings={"a": ""})
+    out = tmp_path / "out"
+    leftovers = [out / ".d5b39372.29921.partial", out / "a" / ".0123abcd.7.partial"]
+    leftovers[1].parent.mkdir(parents=True)
+    for path in (*leftovers, out / "notes.partial"):
+        path.touch()
+    assert main(["compare", str(study), "--output", str(out)]) == 0
+    assert not any(path.exists() for path in leftovers) and (out / "notes.partial").exists()
+
+
+def test_an_output_that_cannot_be_a_run_folder_is_refused_before_the_first_run(tmp_path, capsys):
+    study = write(tmp_path / "study.toml", train="--steps 1", evaluate="", seeds=[0], settings={"a": "", "b": ""})
+    out = tmp_path / "\udcff"
+    assert main(["compare", str(study), "--output", str(out)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("davae compare: error: ") and "UTF-8" in line
+    assert not out.exists()
 
 
 @pytest.mark.slow

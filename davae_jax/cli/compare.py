@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
+from davae_jax.checkpoints.run_folder import check_path
 from davae_jax.cli.base import Command, options_of_many_values, remove_options
 from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.renamed import RENAMED_OPTIONS
@@ -41,7 +42,7 @@ from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, on_one_line
-from davae_jax.utils.files import read_bounded, write_json, write_text
+from davae_jax.utils.files import read_bounded, remove_partial, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
@@ -82,12 +83,15 @@ class Compare(Command):
     def run(self) -> int:
         """Reads the study and runs it. Returns the exit code."""
         study = read_study(self.study)
+        check_path(self.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"{self.output}: cannot be used as the output folder ({e.strerror})") from None
         with FolderLock() as lock, interrupt_on_signals():  # an interrupted training run saves a checkpoint
             lock.acquire(self.output)
+            for folder in (self.output, *(self.output / setting_folder(name) for name in study.settings)):
+                remove_partial(folder)
             return self.compare(study)
 
     def compare(self, study: Study) -> int:

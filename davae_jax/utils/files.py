@@ -156,8 +156,8 @@ def is_partial(path: Path) -> bool:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes the temporary files that killed programs have left in a folder."""
-    for path in filter(is_partial, folder.iterdir()):
+    """Removes the temporary files that killed programs have left in a folder, if it exists."""
+    for path in filter(is_partial, folder.iterdir() if folder.is_dir() else ()):
         path.unlink(missing_ok=True)
 
 
@@ -172,8 +172,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_removed(parent: Path) -> None:
-    """Removes what killed programs have left of folders that `remove_folder` was removing."""
-    for path in parent.iterdir():
+    """Removes what killed programs have left of folders that `remove_folder` was removing, if the parent exists."""
+    for path in parent.iterdir() if parent.is_dir() else ():
         if is_removed(path):
             shutil.rmtree(path, ignore_errors=True)
 

