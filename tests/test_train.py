@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,8 @@ import davae_jax
 from davae_jax import TextVAE
 from davae_jax.checkpoints.weights import flat_params
 from davae_jax.cli.main import main as davae
-from davae_jax.cli.train import parse_train
+from davae_jax.cli.text import Generate
+from davae_jax.cli.train import generate_command, parse_train
 from davae_jax.parallel import multihost
 from davae_jax.training import loop
 from davae_jax.training.hooks import Every
@@ -570,11 +572,22 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["--seed", "-1"], "--seed must be an integer from 0 to 2³² − 1, not -1"),
         (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
         (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
+        (["--steps", "2147483648"], "--steps must be less than 2³¹"),
+        (["--beta.cycles", "2147483648"], "--beta.cycles must be less than 2³¹"),
+        (["--lagging.encoder-steps", "10000000000"], "--lagging.encoder-steps must be less than 2³¹"),
     ],
 )
 def test_bad_options(argv, said):
     code, out, err = train(*argv)
     assert code == 2 and out == "" and said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("folder", "text"), [("-inf", "你好"), ("runs/a b", "-x"), ("--", "--model")])
+def test_the_next_command_is_understood(folder, text):
+    """A name or a text that begins with a dash is no option."""
+    words = shlex.split(generate_command(Path(folder), text))
+    command = Generate.parse(words[2:], "davae generate")
+    assert words[1] == "generate" and command.model == folder and command.texts == (text,)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text_file, tmp_path):

@@ -295,11 +295,12 @@ def complete_run(study: Study, name: str, seed: int, folder: Path) -> dict[str, 
     write_json(options_file, options)
     evaluation_file.unlink(missing_ok=True)  # evaluated with other options, or damaged
     log = folder.parent / f"{folder.name}.log"
-    train = [*TRAIN_COMMAND, *options["train"], "--seed", seed, "--run-dir", folder]
+    train = [*TRAIN_COMMAND, *options["train"], "--seed", seed, f"--run-dir={folder}"]
     if "--log.figures" not in _option_names(options["train"]):
         train += ["--log.figures", 0]  # `davae evaluate` computes more metrics
     _run_python(train, log)
-    _run_python([*EVALUATE_COMMAND, "--model", folder, *options["evaluate"], "--json", evaluation_file], log)
+    evaluate = [*EVALUATE_COMMAND, f"--model={folder}", *options["evaluate"], f"--json={evaluation_file}"]
+    _run_python(evaluate, log)  # the paths may begin with a dash
     if (metrics := _read_json(evaluation_file)) is None:
         raise InputError(f"{evaluation_file}: cannot be read")
     return metrics

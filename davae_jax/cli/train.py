@@ -134,9 +134,15 @@ def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str
     if multihost.is_process_zero():
         run = result.run
         print(f"{run.checkpoints.last}: complete")
-        davae = _program("davae", str(Path(sys.executable).with_name("davae")))
-        print(f"next: {shlex.join([davae, 'generate', '--model', str(run.folder), run.corpus.example])}")
+        print(f"next: {generate_command(run.folder, run.corpus.example)}")
     return 0
+
+
+def generate_command(folder: Path, text: str) -> str:
+    """Returns the command line that generates from a text with a run's model. Either may begin with a dash."""
+    model = [f"--model={folder}"] if str(folder).startswith("-") else ["--model", str(folder)]
+    texts = ["--", text] if text.startswith("-") else [text]
+    return shlex.join([_program("davae", str(Path(sys.executable).with_name("davae"))), "generate", *model, *texts])
 
 
 def resume_command(argv: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from davae_jax.data.inputs.encodings import UTF_8, check_encoding
 from davae_jax.model.config import DAVAEConfig, Remat
 from davae_jax.parallel.config import DistributedConfig, MeshConfig
 from davae_jax.regularizers.config import RegularizersConfig
-from davae_jax.utils.errors import VOCAB_SIZES, OptionError, check_options
+from davae_jax.utils.errors import VOCAB_SIZES, OptionError, check_integers, check_options
 
 # Conditions of `check_options` that several classes use.
 _NON_NEGATIVE = (lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
@@ -355,5 +355,6 @@ class TrainConfig:
                 "--batch-size", f"must be a multiple of --accumulate {self.accumulate}, not {self.batch_size}"
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be an integer from 0 to 2³² − 1")
+        check_integers(self, unless=("seed",))
         if self.posterior.mean_scale and not self.data.pack and self.batch_size == self.accumulate:
             raise OptionError("--posterior.mean-scale", "needs a larger batch: a single text has no standard deviation")

@@ -1,9 +1,10 @@
 """Defines the exceptions for invalid input. The command line prints them as one line."""
 
+import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 
@@ -78,6 +79,27 @@ def check_options(config: Any, section: str, names: str, fits: Callable[[Any], b
     for name in names.split():
         if not fits(value := getattr(config, name)):
             raise OptionError(f"--{section}{name.replace('_', '-')}", f"must {must}, not {value}")
+
+
+LARGEST_INTEGER = 2**31 - 1  # of XLA's default integers
+
+
+def check_integers(config: Any, section: str = "", unless: Collection[str] = ()) -> None:
+    """Checks that XLA can compute with all integers in an options dataclass and in those that it contains.
+
+    Args:
+      section: the prefix of the options' names, as of `check_options`.
+      unless: names of options that may be larger.
+
+    Raises:
+      OptionError: for the first integer that is too large.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{section}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            check_integers(value, f"{name}.", unless)
+        elif type(value) is int and abs(value) > LARGEST_INTEGER and name not in unless:
+            raise OptionError(f"--{name}", f"must be less than 2³¹ in size, not {value}")
 
 
 MAX_MESSAGE = 4000  # characters of a message on the terminal
