@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from davae_jax.tokenizers.files import read_file, require_unicode
 from davae_jax.utils.errors import InputError
 
+CHARACTERS_PER_CALL = 1 << 20  # of the tokenizer, which takes more than 100 bytes of memory for each
 # Text that equals one of these becomes its id, as in the published program.
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -67,7 +68,7 @@ class EncoderTokenizer:
             return []
         for text in texts:
             require_unicode(text)
-        encoded = self._tokenizer.encode_batch_fast(list(texts))
+        encoded = (encoding for part in _parts(texts) for encoding in self._tokenizer.encode_batch_fast(part))
         return [[self.cls_id, *encoding.ids[: self.max_ids], self.sep_id] for encoding in encoded]
 
     def is_truncated(self, ids: Sequence[int]) -> bool:
@@ -87,6 +88,19 @@ class EncoderTokenizer:
         if self.is_truncated(ids):
             return f"the text is longer than {self.max_ids} ids and was truncated"
         return None
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the texts in lists of about CHARACTERS_PER_CALL."""
+    part, characters = [], 0
+    for text in texts:
+        part.append(text)
+        characters += len(text)
+        if characters >= CHARACTERS_PER_CALL:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def read_vocabulary(path: Path) -> list[str]:
