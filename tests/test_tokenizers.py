@@ -601,6 +601,26 @@ def test_few_characters_are_tokenized_at_once(encoder, monkeypatch):
     assert len(sizes) >= 3 and max(sizes) < 100
 
 
+@pytest.mark.parametrize("characters", [1, 2, 5])
+def test_the_beginning_of_a_long_text_gives_its_first_ids(characters, folder, monkeypatch):
+    monkeypatch.setattr(encoder_module, "CHARACTERS_PER_ID", 10**6)
+    encoder = EncoderTokenizer(folder, cls_id=CLS_ID, sep_id=SEP_ID, max_ids=7)
+    rng = random.Random(0)
+    parts = [
+        *"今天天啊ab\u0301。 \t\n\x1c\u00a0\u3000\u0301\ufeff",
+        "[SEP]",
+        "[",
+        "MASK]",
+        "hello",
+        "x" * 101,
+        "\U00020000",
+    ]
+    texts = ["".join(rng.choices(parts, k=rng.randrange(60))) for _ in range(3000)] + ["x" * 300, " " * 300, "今" * 300]
+    expected = encoder.encode(texts)
+    monkeypatch.setattr(encoder_module, "CHARACTERS_PER_ID", characters)
+    assert encoder.encode(texts) == expected
+
+
 def test_tokenizers_are_trained_on_a_bounded_sample(monkeypatch):
     for name, value in (("SAMPLE_TEXTS", 5), ("SAMPLE_BYTES", 40), ("SAMPLE_CHARACTERS", 4)):
         monkeypatch.setattr(training_module, name, value)
