@@ -13,8 +13,9 @@ lengths.npy                [lengths, 3], a row per number of decoder ids that oc
 held_out.jsonl             the held-out texts, which are in no shard
 bad_lines.jsonl            the first lines that could not be read, each with its file, its line number and the problem
 
-A record is one text as little-endian uint16, or uint32 for vocabularies or texts of more than 65,536 ids (`dtype` in the
-manifest): the number of encoder ids, then the encoder ids, then the decoder ids with bos first and the end token last.
+A record is one text as little-endian uint16, or uint32 for vocabularies or texts of more than 65,536 ids (`dtype` in
+the manifest): the number of encoder ids, then the encoder ids, then the decoder ids with bos first and the
+end token last.
 """
 
 from __future__ import annotations
