@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import pytest
 
@@ -112,6 +113,24 @@ def test_one_pass_equals_the_published_two_passes():
 def test_noise(text, left):
     assert drop_noise(text).strip("\n") == left.strip("\n")
     assert clean_up(text) == left.strip()
+
+
+def test_noise_is_what_the_published_patterns_match():
+    patterns = [re.compile(pattern) for pattern in (r"引用日期.*$", r"参考资料.*$", r"\[.*\]", r"【.*】")]
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = expected = "".join(rng.choices(["引用日期", "参考资料", *"[]【】\na\r\u2028"], k=rng.randrange(12)))
+        for pattern in patterns:
+            expected = pattern.sub("", expected)
+        assert drop_noise(text) == expected
+
+
+@pytest.mark.parametrize("text", ["[", "【", "引用日期", "参考资料"])
+def test_the_time_grows_with_the_length_alone(text):
+    """The published patterns take a minute: every beginning is searched to the end of the line."""
+    begin = time.perf_counter()
+    clean_up(text * 100_000 + "\na")
+    assert time.perf_counter() - begin < 5
 
 
 def test_noise_keeps_the_last_line_feed():

@@ -3,8 +3,10 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import sacrebleu
 from tokenizer_fixtures import sentences
 
 from davae_jax import InputError, TextVAE
+from davae_jax.cli.evaluate import read_data
 from davae_jax.cli.main import main
 from davae_jax.data.tokenize import tokenize
 from davae_jax.evaluation import bootstrap, caveats, metrics, outputs
@@ -329,6 +332,18 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    """Its labels come from the lines that contain the texts; a second reading would wait for ever."""
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path)
+    lines = '\ufeff{"text": "a", "mood": "x"}\n\n{"text": "b\u2028", "mood": 3}\n'
+    writer = threading.Thread(target=path.write_text, args=[lines, "utf-8"], daemon=True)
+    writer.start()
+    data = read_data(path, (), ["mood"])
+    writer.join(10)
+    assert (data.texts, data.labels) == (["a", "", "b\u2028"], {"mood": ["x", "", "3"]})
 
 
 def test_evaluate(davae, data, evaluation, tiny_checkpoint, tmp_path):

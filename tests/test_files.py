@@ -82,6 +82,13 @@ def test_what_a_command_reads_is_not_replaced_by_its_result(argv, tmp_path, monk
     assert all(path.read_text(encoding="utf-8") == str(path) for path in map(Path, names)) and Path("link").is_symlink()
 
 
+def test_a_json_file_is_bounded(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"{" + b" " * (1 << 24) + b"}")
+    with pytest.raises(InputError, match=r"a\.json: is larger than 16,384 KiB"):
+        read_json_object(tmp_path / "a.json")
+    assert read_json_object(tmp_path / "a.json", 1 << 25) == {}
+
+
 @pytest.mark.parametrize("read", [read_json_object, read_file, file_sha256, lambda path: read_bounded(path, 10)])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_a_pipe_or_device_in_place_of_a_file_is_refused(read, kind, tmp_path):

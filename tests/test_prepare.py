@@ -102,6 +102,13 @@ def test_records_of_two_and_of_four_bytes(largest):
     assert [ids.tolist() for ids in decode_record(record, dtype)] == [[1, 2, largest], [largest, 5]]
 
 
+def test_a_record_of_more_ids_than_16_bits_count(prepare, tmp_path):
+    """Its first value is the number of its encoder ids."""
+    n = 70_000
+    folder = prepare(write_texts(tmp_path / "a.txt", ["。" * n]), max_length=n + 9, encoder_positions=n + 9).folder
+    assert len(Prepared(folder)[0][0]) == n + 4 and manifest_of(folder)["dtype"] == "<u4"
+
+
 def test_a_file_that_cannot_be_split_makes_several_shards(tokenizer_folder, tmp_path, monkeypatch):
     """Work that continues after the second shard writes the same third shard."""
     monkeypatch.setattr(line_readers, "CHUNK_LINES", 20)

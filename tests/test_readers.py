@@ -1,10 +1,16 @@
 """Finding input files, splitting them into slices, and reading the slices."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import re
 import resource
 import sys
+import tarfile
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +19,12 @@ from input_files import TEXTS, write_input
 from davae_jax.data.inputs import line_readers, table_readers
 from davae_jax.data.inputs.line_readers import MAX_LINE_BYTES
 from davae_jax.data.inputs.readers import find_files, read_slice, read_texts, split_into_slices
+from davae_jax.data.inputs.texts import decode_lines
 from davae_jax.utils.errors import InputError
+
+TAR = io.BytesIO()
+with tarfile.open(fileobj=TAR, mode="w") as archive:
+    archive.addfile(tarfile.TarInfo("a.txt"))
 
 
 def read_lines(slices, *fields):
@@ -58,6 +69,9 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
         (gzip.compress(b"text\n", mtime=0), "compressed with gzip, but its name does not end in .gz"),
         (b"PAR1" + bytes(20), "Parquet, but its name"),
+        (bz2.compress(b"text\n"), "compressed with bzip2; unpack it"),
+        (lzma.compress(b"text\n"), "compressed with xz; unpack it"),
+        (TAR.getvalue(), "is a tar archive; unpack it"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
@@ -70,8 +84,9 @@ def test_other_kinds_of_files_are_recognized(data, message, name, tmp_path):
         assert str(e.value).startswith(f"{path}: ")
 
 
-def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path):
+def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path, monkeypatch):
     """A few kilobytes stand for a line of 256 MiB."""
+    monkeypatch.setattr(line_readers, "MIN_UNPACKED_BYTES", 1 << 29)  # it would be refused
     zstandard = pytest.importorskip("zstandard")
     path, before = tmp_path / "a.txt.zst", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
@@ -83,6 +98,90 @@ def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path):
     assert (long.problem, text.text) == ("is longer than 16 MiB", "一")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in KiB
     assert grown < 120 << 10
+
+
+class CountingFile(io.BytesIO):
+    lines_read = 0
+
+    def readline(self, size=-1):
+        data = super().readline(size)
+        self.lines_read += len(data)
+        return data
+
+
+@pytest.mark.parametrize(("length", "end"), [(30_000, b""), (30_000, b"\nlast\n"), (50, b"\n" * 300)])
+def test_a_long_line_is_not_read_by_every_slice(length, end, tmp_path, monkeypatch):
+    monkeypatch.setattr(line_readers, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"first\n" + b"x" * length + end)
+    slices = split_into_slices(path, 200)
+    file = CountingFile(path.read_bytes())
+    found = [line for part in slices for line in line_readers._lines_in(part, file)]
+    assert len(slices) > 1 and file.lines_read < 2 * path.stat().st_size
+    expected = [line if len(line) < 100 else None for line in path.read_bytes().split(b"\n")]
+    assert found == (expected[:-1] if end else expected)
+
+
+def test_a_line_that_never_ends_is_named(monkeypatch):
+    monkeypatch.setattr(line_readers, "MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(line_readers, "MAX_SKIPPED_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"/dev/zero: cannot be read \(a line is longer than"):
+        read_texts(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst"])
+def test_an_empty_file_is_not_a_compressed_one(name, tmp_path):
+    """It is what an interrupted copy leaves; without an error, its texts would be missing unnoticed."""
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / name}: cannot be read (the file is empty")):
+        split_into_slices(tmp_path / name, 1 << 30)
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst"])
+def test_a_file_that_unpacks_to_too_much_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(line_readers, "MIN_UNPACKED_BYTES", 5 << 20)
+    compress = gzip.compress if name.endswith(".gz") else pytest.importorskip("zstandard").ZstdCompressor().compress
+    path = tmp_path / name
+    path.write_bytes(compress(b"\n" * (4 << 20)))
+    assert len(read_lines(split_into_slices(path, 1))) == 4 << 20
+    path.write_bytes(compress(b" " * (40 << 20) + b"\n"))
+    with pytest.raises(InputError, match=re.escape(f"{path}: cannot be read (it unpacks to more than 1,000 times")):
+        read_lines(split_into_slices(path, 1))
+
+
+def test_a_mark_of_the_byte_order_before_json_is_no_part_of_it(tmp_path):
+    """As where a file was appended to another."""
+    part = b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n'
+    (tmp_path / "a.jsonl").write_bytes(part + part)
+    assert read_texts(tmp_path / "a.jsonl") == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "warning"),
+    [
+        (b"one\rtwo\r", "its lines end in carriage returns alone"),
+        (b"\r".join([b"x" * 60_000] * 3), "its lines end in carriage returns alone"),
+        (b'\xef\xbb\xbf{"text": "one"}\n', "its first line is a JSON object"),
+        (b"one\rtwo\nthree", None),
+        (b"x\r" * 60_000 + b"\nthree", None),
+        (b"one\r\n", None),
+        (b"one\r", None),
+        (b"{one}\n", None),
+        (b"", None),
+    ],
+)
+def test_plain_text_that_is_probably_something_else(data, warning, tmp_path):
+    (tmp_path / "a.txt").write_bytes(data)
+    for name, read in (
+        (f"{tmp_path / 'a.txt'}", lambda: split_into_slices(tmp_path / "a.txt", 1 << 20)),
+        ("standard input", lambda: decode_lines(data, "standard input")),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read()
+        found = [str(w.message) for w in caught]
+        assert len(found) == (warning is not None)
+        assert all(text.startswith(f"{name}: is read as plain text, but {warning}") for text in found)
 
 
 @pytest.mark.parametrize("strings", ["dictionary", "string_view"])

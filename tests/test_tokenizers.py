@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 from tokenizer_fixtures import CLS_ID, LINE_SEPARATOR_ENTRY, SEP_ID, make_spiece, make_vocab, sentences
 
+from davae_jax.tokenizers import encoder as encoder_module
+from davae_jax.tokenizers import training as training_module
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
-from davae_jax.tokenizers.training import SPECIAL_TOKENS, train_sentencepiece, train_wordpiece
+from davae_jax.tokenizers.training import SPECIAL_TOKENS, sample_first, train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError
 
 PIECES = 300
@@ -578,3 +580,50 @@ def test_words_that_the_encoder_does_not_know_are_not_trained_on(tmp_path):
     encoder = EncoderTokenizer(tmp_path, cls_id=vocabulary.index("[CLS]"), sep_id=vocabulary.index("[SEP]"))
     (of_short, of_long) = encoder.encode([short, long])
     assert encoder.unk_id not in of_short and of_long[2:-2] == [encoder.unk_id]
+
+
+def test_few_characters_are_tokenized_at_once(encoder, monkeypatch):
+    """The library's memory grows with all texts of a call."""
+    texts, sizes = [*sentences(20), "", "中" * 300], []
+    expected = encoder.encode(texts)
+
+    class Library:
+        def __init__(self, tokenizer):
+            self._tokenizer = tokenizer
+
+        def encode_batch_fast(self, part):
+            sizes.append(sum(map(len, part[:-1])))
+            return self._tokenizer.encode_batch_fast(part)
+
+    monkeypatch.setattr(encoder_module, "CHARACTERS_PER_CALL", 100)
+    monkeypatch.setattr(encoder, "_tokenizer", Library(encoder._tokenizer))
+    assert encoder.encode(texts) == expected
+    assert len(sizes) >= 3 and max(sizes) < 100
+
+
+@pytest.mark.parametrize("characters", [1, 2, 5])
+def test_the_beginning_of_a_long_text_gives_its_first_ids(characters, folder, monkeypatch):
+    monkeypatch.setattr(encoder_module, "CHARACTERS_PER_ID", 10**6)
+    encoder = EncoderTokenizer(folder, cls_id=CLS_ID, sep_id=SEP_ID, max_ids=7)
+    rng = random.Random(0)
+    parts = [
+        *"今天天啊ab\u0301。 \t\n\x1c\u00a0\u3000\u0301\ufeff",
+        "[SEP]",
+        "[",
+        "MASK]",
+        "hello",
+        "x" * 101,
+        "\U00020000",
+    ]
+    texts = ["".join(rng.choices(parts, k=rng.randrange(60))) for _ in range(3000)] + ["x" * 300, " " * 300, "今" * 300]
+    expected = encoder.encode(texts)
+    monkeypatch.setattr(encoder_module, "CHARACTERS_PER_ID", characters)
+    assert encoder.encode(texts) == expected
+
+
+def test_tokenizers_are_trained_on_a_bounded_sample(monkeypatch):
+    for name, value in (("SAMPLE_TEXTS", 5), ("SAMPLE_BYTES", 40), ("SAMPLE_CHARACTERS", 4)):
+        monkeypatch.setattr(training_module, name, value)
+    assert sample_first(["abcdef", "一二三四五", "x"]) == ["abcd", "一二三四", "x"]
+    assert sample_first(["a"] * 9) == ["a"] * 5
+    assert sample_first(["一二三四五"] * 9) == ["一二三四"] * 4

@@ -16,7 +16,7 @@ from davae_jax.cli.base import Command, option_hint
 from davae_jax.data import demo_corpus
 from davae_jax.data.inputs.encodings import UTF_8, check_encoding
 from davae_jax.data.inputs.line_readers import DECOMPRESSORS, is_json_array
-from davae_jax.data.inputs.readers import find_format, read_lines, read_texts
+from davae_jax.data.inputs.readers import find_format, parse_texts, read_lines, read_texts
 from davae_jax.data.inputs.texts import parse_json_text
 from davae_jax.evaluation.table import format_table
 from davae_jax.parallel.config import MeshConfig
@@ -138,8 +138,8 @@ def read_data(path: Path, fields: Sequence[str], labels: Sequence[str], encoding
     is_json = input_format is not None and input_format.name == "json" and path.suffix.lower() not in DECOMPRESSORS
     if labels and (not is_json or is_json_array(path, encoding)):
         raise OptionError("--label", f"needs uncompressed JSON Lines (.jsonl), not {path}")
-    texts = read_texts(path, fields or "text", encoding)
-    lines = read_lines(path, encoding) if labels else []
+    lines = read_lines(path, encoding) if labels else []  # a pipe can be read once
+    texts = parse_texts(path, lines, fields or "text") if labels else read_texts(path, fields or "text", encoding)
     classes = {
         name: [read_label(line, name, f"{path}: line {i}") for i, line in enumerate(lines, 1)] for name in labels
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from davae_jax.tokenizers.files import read_file, require_unicode
 from davae_jax.utils.errors import InputError
 
+CHARACTERS_PER_CALL = 1 << 20  # of the tokenizer, which takes hundreds of bytes of memory for each
+CHARACTERS_PER_ID = 32  # of a long text, are read first, which is nearly always enough for the ids that are kept
 # Text that equals one of these becomes its id, as in the published program.
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -67,8 +69,22 @@ class EncoderTokenizer:
             return []
         for text in texts:
             require_unicode(text)
-        encoded = self._tokenizer.encode_batch_fast(list(texts))
-        return [[self.cls_id, *encoding.ids[: self.max_ids], self.sep_id] for encoding in encoded]
+        beginnings = [_beginning(text, CHARACTERS_PER_ID * self.max_ids) for text in texts]
+        encoded = self._encode_once(beginnings)
+        # A beginning with fewer ids than are kept does not tell what follows.
+        short = [
+            i
+            for i, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
+            if len(beginning) < len(text) and len(encoded[i]) <= self.max_ids
+        ]
+        for i, ids in zip(short, self._encode_once([texts[i] for i in short]), strict=True):
+            encoded[i] = ids
+        return [[self.cls_id, *ids[: self.max_ids], self.sep_id] for ids in encoded]
+
+    def _encode_once(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text with the inner [CLS] and [SEP], one more of them than are kept at most."""
+        encoded = (encoding for part in _parts(texts) for encoding in self._tokenizer.encode_batch_fast(part))
+        return [encoding.ids[: self.max_ids + 1] for encoding in encoded]
 
     def is_truncated(self, ids: Sequence[int]) -> bool:
         """Returns whether `encode` has truncated the text with these ids: the inner [SEP] is missing.
@@ -87,6 +103,32 @@ class EncoderTokenizer:
         if self.is_truncated(ids):
             return f"the text is longer than {self.max_ids} ids and was truncated"
         return None
+
+
+def _beginning(text: str, characters: int) -> str:
+    """Returns at most so many characters of a text, up to a blank or a Chinese character, or the whole text.
+
+    Words and literal special tokens end there, so that its ids are the first ones of the text.
+    """
+    if len(text) <= characters:
+        return text
+    ends = (
+        end for end in range(characters, 0, -1) if text[end - 1] in " \t\n" or "\u4e00" <= text[end - 1] <= "\u9fff"
+    )
+    return text[: next(ends, len(text))]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the texts in lists of about CHARACTERS_PER_CALL."""
+    part, characters = [], 0
+    for text in texts:
+        part.append(text)
+        characters += len(text)
+        if characters >= CHARACTERS_PER_CALL:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def read_vocabulary(path: Path) -> list[str]:

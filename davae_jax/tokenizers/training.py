@@ -15,7 +15,21 @@ from davae_jax.utils.errors import InputError, OptionError, first_line
 BOUNDARY, SPACE = "\u2585", "\u2581"
 MAX_WORD = 100  # characters of a word; a longer one is unknown to BERT's WordPiece, whatever the vocabulary
 _NOT_LEARNED = dict.fromkeys(map(ord, f" \r\n{SPACE}"))
+# What tokenizers are trained on: so many texts and bytes, and of each text so many characters. Training takes about 50
+# bytes of memory for each byte, and hundreds for each of the longest text.
+SAMPLE_TEXTS, SAMPLE_BYTES, SAMPLE_CHARACTERS = 50_000, 1 << 26, 1 << 18
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def sample_first(texts: Sequence[str]) -> list[str]:
+    """Returns the first texts, or their beginnings, to train tokenizers on."""
+    sample, size = [], 0
+    for text in texts[:SAMPLE_TEXTS]:
+        sample.append(text[:SAMPLE_CHARACTERS])
+        size += len(sample[-1].encode("utf-8"))
+        if size >= SAMPLE_BYTES:
+            break
+    return sample
 
 
 def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:

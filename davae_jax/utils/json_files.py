@@ -10,19 +10,19 @@ from zlib import crc32
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import read_bounded
 
-MAX_BYTES = 1 << 26  # of a file: 64 MiB
+MAX_BYTES = 1 << 24  # of a file: 16 MiB, which take up to 7 s and 0.5 GB; those of prepared texts may be larger
 MAX_DEPTH = 100  # of objects and lists in each other; copying or comparing deeper ones fails in Python's recursion
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Returns the object in a JSON file of at most so many bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
       InputError: the file cannot be read, is too large, or does not contain a JSON object; the message names it.
     """
     try:
-        values = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
+        values = json.loads(read_bounded(path, max_bytes).decode("utf-8"))
     except FileNotFoundError:
         raise
     except OSError as e:

@@ -30,8 +30,15 @@ SIGNS = {  # beginnings of other files that are often given by mistake
     b"PK\x03\x04": "a zip archive; unpack it",
     b"PAR1": "Parquet, but its name does not end in .parquet",
     b"ARROW1": "Arrow, but its name does not end in .arrow",
+    **{b"BZh%d1AY&SY" % level: "compressed with bzip2; unpack it" for level in range(1, 10)},
+    b"\xfd7zXZ\x00": "compressed with xz; unpack it",
+    b"\x04\x22\x4d\x18": "compressed with lz4; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"Rar!\x1a\x07": "a rar archive; unpack it",
+    b"%PDF-": "a PDF; convert it to text",
 }
-HEAD_BYTES = 32  # of a file that `check_head` needs
+TAR_SIGN, TAR_OFFSET = b"ustar", 257  # the names of its files, and zeros, would be texts
+HEAD_BYTES = 512  # of a file that `check_head` needs
 
 
 def _mark_bad_bytes(error: UnicodeError) -> tuple[str, int]:
@@ -129,6 +136,8 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
     for sign, kind in SIGNS.items():
         if head.startswith(sign):
             raise InputError(f"{name}: is {kind}")
+    if head.startswith(TAR_SIGN, TAR_OFFSET):
+        raise InputError(f"{name}: is a tar archive; unpack it")
 
 
 def _without_mark(head: bytes) -> str | None:

@@ -14,11 +14,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 from davae_jax.data.inputs.encodings import HEAD_BYTES, UTF_8, check_head, recode
 from davae_jax.data.inputs.json_arrays import begins_array_of_objects, iterate_array
-from davae_jax.data.inputs.texts import join_fields, parse_json_text
+from davae_jax.data.inputs.texts import join_fields, parse_json_text, warn_of_form
 from davae_jax.utils.errors import InputError
 
 MAX_LINE_BYTES = 1 << 24  # a longer line is reported as a problem, to limit memory use
+MAX_SKIPPED_BYTES = 1 << 34  # of one line; the line of a device such as /dev/zero never ends
 CHUNK_LINES, CHUNK_BYTES = 1000, 1 << 20
+HEAD_OF_TEXT_BYTES = 1 << 16
 
 
 class FileSlice(NamedTuple):
@@ -84,12 +86,21 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def check_beginning(path: Path, encoding: str = UTF_8) -> None:
-    """Raises InputError if a file begins as one does that is neither text nor JSON in this encoding."""
+def check_beginning(path: Path, encoding: str = UTF_8, *, is_text: bool = False) -> None:
+    """Raises InputError if a file begins as one does that is neither text nor JSON in this encoding.
+
+    is_text: the file is plain text; warns if it is probably not one text per line.
+    """
     if not path.is_file():  # a pipe, which can be read once
         return
     with path.open("rb") as raw, _decompress(raw, path) as file:
         check_head(file.read(HEAD_BYTES), str(path), encoding)
+    if is_text:
+        with path.open("rb") as raw, _decompress(raw, path) as file, recode(file, encoding) as text:
+            beginning = text.read(HEAD_OF_TEXT_BYTES)
+            if b"\r" in beginning and b"\n" not in beginning:  # perhaps one long text with carriage returns
+                beginning += text.read(MAX_LINE_BYTES)
+        warn_of_form(beginning, str(path))
 
 
 def _read_array(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk]:
@@ -160,29 +171,36 @@ def parse_line(data: bytes | None, fields: Sequence[str] | None, encoding: str =
 
 def _lines_in(file_slice: FileSlice, file: BinaryIO) -> Iterator[bytes | None]:
     """Yields the lines that begin in the slice, without their line ends; None for a line that is too long."""
-    position = file_slice.start
+    position, end = file_slice.start, file_slice.end
     if position:  # a line that begins before the slice belongs to the previous one
         file.seek(position - 1)
-        position += _skip_line(file) - 1
-    while file_slice.end is None or position < file_slice.end:
+        position += _skip_line(file, end - position + 1) - 1
+    while end is None or position < end:
         data = file.readline(MAX_LINE_BYTES)
         if not data:
             return
         position += len(data)
         if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
-            position += _skip_line(file)
+            position += _skip_line(file, None if end is None else end - position)
             yield None
         else:
             yield data.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line. Returns the number of bytes read."""
-    skipped = 0
-    while data := file.readline(MAX_LINE_BYTES):
+def _skip_line(file: BinaryIO, most: int | None) -> int:
+    """Reads to the end of the line, but not more than `most` bytes. Returns the number of bytes read.
+
+    Every slice of a file of one long line would otherwise read the rest of the file.
+
+    Raises ValueError if `most` is None and the line does not seem to end.
+    """
+    skipped, limit = 0, MAX_SKIPPED_BYTES if most is None else most
+    while skipped < limit and (data := file.readline(min(MAX_LINE_BYTES, limit - skipped))):
         skipped += len(data)
         if data.endswith(b"\n"):
-            break
+            return skipped
+    if most is None and skipped >= limit:
+        raise ValueError(f"a line is longer than {limit >> 30} GiB")
     return skipped
 
 
@@ -199,7 +217,33 @@ def _fraction_read(raw: BinaryIO, file_slice: FileSlice) -> float:
 def _decompress(raw: BinaryIO, path: Path) -> BinaryIO:
     """Returns the file itself, or a stream of its decompressed bytes if it has the suffix of a compressed format."""
     open_stream = DECOMPRESSORS.get(path.suffix.lower())
-    return open_stream(raw) if open_stream else raw
+    if open_stream is None:
+        return raw
+    if not raw.peek(1):
+        raise EOFError("the file is empty, which no compressed file is")
+    return io.BufferedReader(_Unpacked(open_stream(raw), raw), CHUNK_BYTES)
+
+
+# A text may consist of one line that is repeated. More than this is a bomb: 1 MiB of Zstandard can be 30 GiB of blank
+# lines, which take hours.
+MAX_RATIO, MIN_UNPACKED_BYTES = 1000, 1 << 26
+
+
+class _Unpacked(io.RawIOBase):
+    """The decompressed bytes of a file. Raises ValueError when they are too many for the bytes that were read."""
+
+    def __init__(self, stream: BinaryIO, raw: BinaryIO):
+        self._stream, self._raw, self._size = stream, raw, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        n = self._stream.readinto(buffer)
+        self._size += n
+        if self._size > MIN_UNPACKED_BYTES and self._raw.seekable() and self._size > MAX_RATIO * self._raw.tell():
+            raise ValueError(f"it unpacks to more than {MAX_RATIO:,} times its size; if that is right, unpack it")
+        return n
 
 
 def _open_gzip(raw: BinaryIO) -> BinaryIO:
@@ -211,7 +255,7 @@ def _open_zstd(raw: BinaryIO) -> BinaryIO:
         import zstandard
     except ImportError:
         raise missing_package(raw.name, "zstandard") from None
-    return io.BufferedReader(_ZstdStream(raw, zstandard.ZstdDecompressor), CHUNK_BYTES)
+    return _ZstdStream(raw, zstandard.ZstdDecompressor)
 
 
 DECOMPRESSORS = {".gz": _open_gzip, ".zst": _open_zstd}
@@ -235,7 +279,7 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, raw: BinaryIO, new_decompressor: Any):
         self._raw, self._new_decompressor = raw, new_decompressor
         self._frame = new_decompressor().decompressobj()
-        self._compressed, self._decompressed, self._inside_frame = b"", b"", False
+        self._compressed, self._decompressed, self._inside_frame = b"", memoryview(b""), False
 
     def readable(self) -> bool:
         return True
@@ -248,7 +292,7 @@ class _ZstdStream(io.RawIOBase):
                 if self._inside_frame:
                     raise EOFError("the compressed file ends too early")
                 return 0
-            self._decompressed, self._inside_frame = self._frame.decompress(compressed), True
+            self._decompressed, self._inside_frame = memoryview(self._frame.decompress(compressed)), True
             if self._frame.eof:
                 self._compressed, self._inside_frame = self._frame.unused_data, False
                 self._frame = self._new_decompressor().decompressobj()

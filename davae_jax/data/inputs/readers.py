@@ -22,6 +22,7 @@ from davae_jax.data.inputs.line_readers import (
     FileSlice,
     check_beginning,
     is_json_array,
+    parse_line,
     read_json,
     read_plain_lines,
 )
@@ -236,7 +237,17 @@ def read_texts(path: Path, fields: str | Sequence[str] = "text", encoding: str =
         string in these fields; the message contains the line number.
     """
     fields = [fields] if isinstance(fields, str) else fields
-    texts = list(_strictly(path, read_file(path, fields, encoding)))
+    return _some(path, list(_strictly(path, read_file(path, fields, encoding))))
+
+
+def parse_texts(path: Path, lines: Sequence[str], fields: str | Sequence[str] = "text") -> list[str]:
+    """Returns the texts of all lines of a file of JSON Lines, which `read_lines` has read. Raises as `read_texts`."""
+    fields = [fields] if isinstance(fields, str) else fields
+    chunk = Chunk([parse_line(line.encode("utf-8"), fields) for line in lines], 0, 1.0)
+    return _some(path, list(_strictly(path, [chunk])))
+
+
+def _some(path: Path, texts: list[str]) -> list[str]:
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: contains no text")
     return texts
@@ -245,6 +256,7 @@ def read_texts(path: Path, fields: str | Sequence[str] = "text", encoding: str =
 def read_lines(path: Path, encoding: str = UTF_8) -> list[str]:
     """Returns all lines of a file of plain text or JSON Lines. Raises InputError as `read_texts` does."""
     with _naming_file(path):
+        check_beginning(path, encoding)
         chunks = read_plain_lines(FileSlice(str(path), 0, None, path.stat().st_size, encoding), ())
         return list(_strictly(path, chunks))
 
@@ -274,7 +286,7 @@ def split_into_slices(path: Path, max_bytes: int, encoding: str = UTF_8) -> list
     with _naming_file(path):
         size = path.stat().st_size
         if input_format.compressible:
-            check_beginning(path, encoding)
+            check_beginning(path, encoding, is_text=input_format is FORMATS[".txt"])
         compressed_or_recoded = input_format.compressible and (
             path.suffix.lower() in DECOMPRESSORS or encoding != UTF_8  # of UTF-16, say, a line can begin at any byte
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ def parse_json_text(line: str, fields: Sequence[str]) -> str:
       ValueError: the line is not JSON or lacks a string in one of the fields.
     """
     try:
-        values = json.loads(line) if line.strip() else dict.fromkeys(fields, "")
+        # The line may be the first of a file that was appended to another.
+        values = json.loads(line.removeprefix("\ufeff")) if line.strip() else dict.fromkeys(fields, "")
     except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
     return join_fields(values, fields)
@@ -51,6 +53,25 @@ def _text_of(values: Any, field: str) -> str:
     return text
 
 
+def warn_of_form(beginning: bytes, name: str) -> None:
+    """Warns of plain text, of which these are the first bytes in UTF-8, that is probably not one text per line."""
+    first, line_feed, _ = beginning.partition(b"\n")
+    if not line_feed and b"\r" in first.rstrip(b"\r"):
+        form = "its lines end in carriage returns alone, which end no text; replace them by line feeds"
+    elif first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and _is_json_object(first):
+        form = "its first line is a JSON object; JSON Lines are read from files whose names end in .jsonl"
+    else:
+        return
+    warnings.warn(f"{name}: is read as plain text, but {form}", stacklevel=3)
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def decode_lines(data: bytes, name: str, encoding: str = UTF_8) -> list[str]:
     """Returns the lines of a text. Only line feeds end a line, with or without a carriage return before them.
 
@@ -62,6 +83,7 @@ def decode_lines(data: bytes, name: str, encoding: str = UTF_8) -> list[str]:
         data = recode_bytes(data, encoding) if encoding != UTF_8 else data
     except ValueError as e:
         raise InputError(f"{name}: cannot be read ({e})") from None
+    warn_of_form(data, name)
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()

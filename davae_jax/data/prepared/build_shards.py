@@ -31,9 +31,22 @@ from davae_jax.data.prepared.shard_writer import (
     load_new_tokenizers,
     write_shards,
 )
-from davae_jax.data.prepared.shards import MANIFEST, SETTINGS, Prepared, from_stored_names, to_stored_names
+from davae_jax.data.prepared.shards import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    SETTINGS,
+    Prepared,
+    from_stored_names,
+    to_stored_names,
+)
 from davae_jax.tokenizers.load import TOKENIZER_FILES
-from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
+from davae_jax.tokenizers.training import (
+    SAMPLE_BYTES,
+    SAMPLE_CHARACTERS,
+    SAMPLE_TEXTS,
+    train_sentencepiece,
+    train_wordpiece,
+)
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import (
     check_utf8_path,
@@ -44,15 +57,13 @@ from davae_jax.utils.files import (
     write_bytes,
     write_json,
 )
-from davae_jax.utils.json_files import MAX_BYTES, read_json_object
+from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
 SHARED = "shared"  # the setting in prepare.json that says that small files share shards; absent in earlier versions
 MAX_FILES = 10_000  # maximum number of files that share a shard
-# Maximum number of texts and bytes for training tokenizers; they are taken from the beginning of every slice.
-TOKENIZER_TEXTS, TOKENIZER_BYTES = 50_000, 1 << 26
 # The default fraction of held-out texts, and their maximum size in bytes, which lowers the fraction for large inputs.
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.01, 1 << 24
 MIB = 1 << 20
@@ -101,7 +112,7 @@ def build_shards(
     input_bytes = sum(file.stat().st_size for file in files)
     settings = _with_defaults(settings, input_bytes)
     stored = _settings_to_store(files, settings, tokenizers)
-    if len(to_json(stored)) > MAX_BYTES // 3:  # the manifest contains the names again, for the shards
+    if len(to_json(stored)) > MAX_JSON_BYTES // 3:  # the manifest contains the names again, for the shards
         raise InputError(f"{name_files(files)}: too many files; put several of them into one")
     with FolderLock() as lock:
         stored = _open_folder(output, stored, lock)
@@ -245,7 +256,7 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict
         lock.acquire(folder)
         (folder / PARTS).mkdir(exist_ok=True)
         if path.exists():
-            old = read_json_object(path)
+            old = read_json_object(path, MAX_JSON_BYTES)
             if SHARED not in old and _has_shards(folder):
                 del stored[SHARED]
             _check_settings(folder, old, stored)
@@ -308,17 +319,18 @@ def _provide_tokenizers(
 
 
 def sample_texts(slices: list[FileSlice], fields: Sequence[str], held_out: float) -> list[str]:
-    """Returns texts from the beginning of every slice, without the held-out ones, to train tokenizers on.
+    """Returns texts from the beginning of every slice, or their beginnings, without the held-out ones, to train
+    tokenizers on.
 
     Their number and total size are bounded, to limit memory and time.
     """
-    texts_per_slice, bytes_per_slice = -(-TOKENIZER_TEXTS // len(slices)), -(-TOKENIZER_BYTES // len(slices))
+    texts_per_slice, bytes_per_slice = -(-SAMPLE_TEXTS // len(slices)), -(-SAMPLE_BYTES // len(slices))
     sample = []
     for file_slice in slices:
         texts_left, bytes_left = texts_per_slice, bytes_per_slice
         for chunk in read_slice(file_slice, fields):
             texts = [line.text for line in chunk.lines if line.text and line.text.strip()][:texts_left]
-            sample += [text for text in texts if not is_held_out(text, held_out)]
+            sample += [text[:SAMPLE_CHARACTERS] for text in texts if not is_held_out(text, held_out)]
             texts_left, bytes_left = texts_left - len(texts), bytes_left - chunk.text_bytes
             if texts_left <= 0 or bytes_left <= 0:
                 break

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from davae_jax.data.prepared.shards import MANIFEST, SETTINGS, from_stored_names, open_shard
+from davae_jax.data.prepared.shards import MANIFEST, MAX_JSON_BYTES, SETTINGS, from_stored_names, open_shard
 from davae_jax.utils.arrays import read_array_header
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import file_sha256
@@ -85,7 +85,9 @@ def _settings_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """Yields a line if prepare.json is damaged or has other settings than the manifest."""
     path = folder / SETTINGS
     try:
-        stored, expected = (from_stored_names(values) for values in (read_json_object(path), manifest["settings"]))
+        stored, expected = (
+            from_stored_names(values) for values in (read_json_object(path, MAX_JSON_BYTES), manifest["settings"])
+        )
         stored = {"truncate": False} | stored  # as in folders of the first versions
         if differing := [name for name in expected if stored.get(name) != expected[name]]:
             yield f"{path}: differs from {MANIFEST} in {', '.join(sorted(differing))}"

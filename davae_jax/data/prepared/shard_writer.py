@@ -23,7 +23,7 @@ from davae_jax.data.inputs.encodings import UTF_8
 from davae_jax.data.inputs.file_lines import files_of
 from davae_jax.data.inputs.line_readers import Chunk, FileSlice
 from davae_jax.data.inputs.readers import read_slice
-from davae_jax.data.prepared.shards import WRITER_OPTIONS, encode_record, id_dtype
+from davae_jax.data.prepared.shards import MAX_JSON_BYTES, WRITER_OPTIONS, encode_record, id_dtype
 from davae_jax.data.tokenize import encode_texts
 from davae_jax.tokenizers.decoder import DecoderTokenizer, count_pieces
 from davae_jax.tokenizers.encoder import EncoderTokenizer, read_vocabulary
@@ -94,7 +94,8 @@ def load_new_tokenizers(folder: str, encoder_positions: int) -> tuple[EncoderTok
 
 def stored_id_dtype(encoder: EncoderTokenizer, decoder: DecoderTokenizer) -> np.dtype:
     """Returns the data type of the ids in the shards."""
-    return id_dtype(max(encoder.size, decoder.size + 2))
+    # A record begins with its number of encoder ids.
+    return id_dtype(max(encoder.size, decoder.size + 2, encoder.max_ids + 2))
 
 
 def text_hash(text: str) -> bytes:
@@ -149,7 +150,7 @@ def _complete_parts(task: ShardTask) -> list[dict[str, Any]]:
 def read_statistics(path: Path) -> dict[str, Any] | None:
     """Returns the statistics of a shard; None if they are missing or damaged, or an earlier version wrote no sum."""
     try:
-        stats = read_json_object(path)
+        stats = read_json_object(path, MAX_JSON_BYTES)
     except (InputError, FileNotFoundError):
         return None
     return stats if has_right_sum(stats) else None

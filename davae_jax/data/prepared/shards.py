@@ -13,8 +13,9 @@ lengths.npy                [lengths, 3], a row per number of decoder ids that oc
 held_out.jsonl             the held-out texts, which are in no shard
 bad_lines.jsonl            the first lines that could not be read, each with its file, its line number and the problem
 
-A record is one text as little-endian uint16, or uint32 for vocabularies of more than 65,536 ids (`dtype` in the
-manifest): the number of encoder ids, then the encoder ids, then the decoder ids with bos first and the end token last.
+A record is one text as little-endian uint16, or uint32 for vocabularies or texts of more than 65,536 ids (`dtype` in
+the manifest): the number of encoder ids, then the encoder ids, then the decoder ids with bos first and the
+end token last.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
 MANIFEST, SETTINGS = "manifest.json", "prepare.json"
 FORMAT = 1
+MAX_JSON_BYTES = 1 << 26  # of a file with the names of all input files
 # Names of settings in prepare.json and the manifest that differ from those in the code: name → stored name.
 STORED_NAMES = {"fields": "field", "truncate": "cut", "decoder_vocab_size": "pieces", "encoder_vocab_size": "entries"}
 # ArrayRecord stores records in groups of 16, which share a header of 40 bytes and an entry in the index; a read takes
@@ -220,7 +222,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     check_utf8_path(folder)
     try:
-        manifest = read_json_object(path)
+        manifest = read_json_object(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise InputError(f"{folder}: contains no {MANIFEST}; `davae prepare` writes it after the last shard") from None
     if manifest.get("format") != FORMAT:

@@ -13,14 +13,13 @@ from davae_jax.model.config import DAVAEConfig, EncoderConfig
 from davae_jax.tokenizers.decoder import count_pieces
 from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
-from davae_jax.tokenizers.training import train_sentencepiece, train_wordpiece
+from davae_jax.tokenizers.training import sample_first, train_sentencepiece, train_wordpiece
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_bytes
 from davae_jax.utils.shapes import round_up
 
 DEMO_DECODER_VOCAB_SIZE, DECODER_VOCAB_SIZE = 600, 8000  # if the config does not set it
-TOKENIZER_TEXTS = 50_000  # maximum number of texts that tokenizers are trained on
 
 
 def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
@@ -53,7 +52,7 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
             _check_same_file(corpus.prepared.folder / name, source and source / name)
             source = corpus.prepared.folder
         if source is None:
-            write_bytes(folder / name, trainer(corpus.train[:TOKENIZER_TEXTS]))
+            write_bytes(folder / name, trainer(sample_first(corpus.train)))
         elif (source / name).is_file():
             write_bytes(folder / name, (source / name).read_bytes())
         else:
