@@ -304,6 +304,11 @@ def test_arguments_that_cannot_be_parsed(davae, argv, named):
     ("argv", "message"),
     [
         ("sample --n 0", "--n must be at least 1, not 0"),
+        ("sample --n 1000001", "--n must be at most 1000000, not 1000001; for more texts, use several seeds"),
+        (
+            "neighbours x --n 99999999999",
+            "--n must be at most 1000000, not 99999999999; for more texts, use several seeds",
+        ),
         ("sample --batch-size 0", "--batch-size must be at least 1, not 0"),
         ("sample --max-length 0", "--max-length must be 1 to 65536, not 0"),
         ("sample --max-length 3000000000", "--max-length must be 1 to 65536, not 3000000000"),
