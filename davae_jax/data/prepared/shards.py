@@ -34,7 +34,7 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import check_utf8_path, file_sha256
-from davae_jax.utils.json_files import has_right_sum, read_json_object
+from davae_jax.utils.json_files import has_wrong_sum, read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
@@ -136,8 +136,7 @@ class Prepared:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the encoder ids and the decoder ids of record i. Raises InputError if the shard is damaged."""
-        n, i = self._locate(i)
-        path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
+        path, (n, i) = self.shard(i), self._locate(i)
         try:
             # The time of `read([i])` grows with the size of the shard; `seek` and `read` take microseconds.
             with self._readers.use(n) as reader:
@@ -146,6 +145,21 @@ class Prepared:
             return decode_record(record, self.dtype)
         except (RuntimeError, ValueError, IndexError, OSError) as e:
             raise InputError(f"{path}: record {i} cannot be read ({first_line(e)})") from e
+
+    def read(self, i: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns record i as `prepared[i]`.
+
+        Raises InputError if it does not have `length` decoder ids, as in a shard of another prepared folder. Small
+        shards often have the same size: their format fills up blocks of 64 KiB.
+        """
+        ids = self[i]
+        if len(ids[1]) != length:
+            raise InputError(f"{self.shard(i)}: does not match order.npy and lengths.npy; copy or prepare it again")
+        return ids
+
+    def shard(self, i: int) -> Path:
+        """Returns the shard that contains record i."""
+        return self.folder / f"{self.shards[self._locate(i)[0]]['name']}.arrayrecord"
 
     def describe_lines(self, records: Sequence[int]) -> str:
         """Returns the input lines that these records come from, for messages."""
@@ -240,7 +254,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             intact &= all(type(line) is int and abs(line) < 1 << 62 for line in first_lines)
             intact &= first_lines == sorted(first_lines)
             intact &= len(files) > 0 and all(isinstance(text, str) for text in (shard["sha256"], *files))
-        intact &= "sum" not in manifest or has_right_sum(manifest)  # absent in the first versions
+        intact &= not has_wrong_sum(manifest)
         intact &= all("/" not in name and isinstance(x, str) for name, x in manifest.get("files", {}).items())
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         intact = False
