@@ -103,6 +103,15 @@ def test_an_exit_in_the_middle_of_the_work_is_an_error(capsys):
     assert err.startswith("program: error: SystemExit: 0") and err.count("\n") == 1
 
 
+def test_an_exception_of_any_type_is_one_line(capsys):
+    def work():
+        raise BaseExceptionGroup("several", [GeneratorExit()])
+
+    assert run_cli(work, "program") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("program: error: BaseExceptionGroup: several") and err.count("\n") == 1
+
+
 def test_a_package_that_is_not_installed_is_named(capsys):
     assert run_cli(lambda: importlib.import_module("nowhere_at_all"), "program") == 1
     err = capsys.readouterr().err
@@ -124,3 +133,4 @@ def test_a_working_folder_that_is_gone(tmp_path):
     command = ["bash", "-c", program, sys.executable]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+    assert "the working directory no longer exists" in done.stderr

@@ -243,7 +243,8 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return e.exit_code
         except InputError as e:
             is_explained = e.__cause__ is None or isinstance(e.__cause__, (InputError, OSError))
-            return report((None if is_explained else backend_problem(e)) or str(e), e.exit_code)
+            gone = "" if _has_working_folder() else " (the working directory no longer exists)"
+            return report((None if is_explained else backend_problem(e)) or f"{e}{gone}", e.exit_code)
         except KeyboardInterrupt:
             say("interrupted")
             return INTERRUPTED
@@ -257,7 +258,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except ModuleNotFoundError as e:
             return report(backend_problem(e) or f"the Python package {e.name or e} is not installed", 1)
-        except (Exception, SystemExit) as e:  # a plugin's code may exit with 0 in the middle of the work
+        except BaseException as e:  # a plugin's code may exit with 0 in the middle of the work, or raise anything
             return report(backend_problem(e) or f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
 
 

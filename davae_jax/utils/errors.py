@@ -86,7 +86,10 @@ MAX_REASON = 400  # characters of another library's error; Orbax prints the whol
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, for a message of one line. A long one is cut off."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception:  # of a user's plugin, whose errors may fail to describe themselves
+        return type(error).__name__
     line = line.partition(" [tensorstore_spec=")[0]  # a page of settings
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
 
