@@ -125,6 +125,21 @@ def test_a_platform_that_cannot_start_after_another():
     assert backend_problem(RuntimeError("another"), {"JAX_PLATFORMS": "cpu"}) is None
 
 
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("with the config option jax_numpy_rank_promotion='raise'", "JAX_NUMPY_RANK_PROMOTION"),
+        ("jax.default_device must be passed", "JAX_DEFAULT_DEVICE"),
+        ("jax_default_devices", None),
+        ("JAX_ENABLE_X64 is maybe", "JAX_ENABLE_X64"),
+    ],
+)
+def test_settings_of_jax_that_an_error_names(reason, name):
+    variables = dict.fromkeys(("JAX_NUMPY_RANK_PROMOTION", "JAX_DEFAULT_DEVICE", "JAX_ENABLE_X64"), "x")
+    problem = backend_problem(ValueError(reason), variables)
+    assert problem == (f"{name}=x: {reason}" if name else None)
+
+
 def test_a_working_folder_that_is_gone(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
