@@ -290,6 +290,8 @@ def test_davae_without_a_command(davae):
         ("sample --top-p much", "--top-p"),
         ("sample --n", "--n"),
         ("sample --dtype int8", "--dtype"),
+        ("sample --nope\x1b[31m\n\x07", "--nope\\x1b[31m\\n\\x07"),
+        ("sample --n \x1b[31m", "\\x1b[31m"),
     ],
 )
 def test_arguments_that_cannot_be_parsed(davae, argv, named):
@@ -297,7 +299,7 @@ def test_arguments_that_cannot_be_parsed(davae, argv, named):
     name, *rest = argv.split(" ")
     result = davae(name, *rest, "--model", "/nowhere")
     assert (result.code, result.out) == (2, "")
-    assert named in result.err and "Traceback" not in result.err
+    assert named in result.err and "Traceback" not in result.err and "\x1b" not in result.err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.streams import WithoutReader, going_on_without_reader, open_closed_streams, stdout_is_broken
 from davae_jax.parallel.backend import backend_problem
-from davae_jax.utils.errors import InputError, OptionError, first_line, on_one_line
+from davae_jax.utils.errors import InputError, OptionError, escape_controls, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, SIGNALS, interrupt_on_signals, repeat_interrupt
 
@@ -142,6 +142,9 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
         while cause := cause.__context__:
             if isinstance(cause, InputError):
                 raise cause from None
+        # Words, which may come from a study, may contain control characters. tyro's own are colours.
+        if (shown := [escape_controls(word) for word in argv]) != list(argv):
+            parse_options(command, shown, prog, **tyro_options)  # raises the same error of words that can be shown
         sys.stderr.write(message.getvalue())
         raise ParseError(prog) from None
 

@@ -102,11 +102,16 @@ def on_one_line(message: str) -> str:
     """
     if (length := len(message)) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 4 :]} ({length:,} characters)"
+    return escape_controls(message)
+
+
+def escape_controls(text: str) -> str:
+    """Returns a text with its control characters and line breaks escaped."""
     return "".join(
         char.encode("unicode_escape").decode("ascii")
         if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
         else char
-        for char in message
+        for char in text
     )
 
 
