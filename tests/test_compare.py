@@ -240,6 +240,14 @@ def test_an_option_of_several_values_replaces_the_common_one(tmp_path):
     assert study.notes == ["settings differ in --data.train: their budget or data are not the same"]
 
 
+def test_a_nul_in_the_options_of_a_study(tmp_path):
+    """No program can be started with it."""
+    for entries in (dict(train="--data.train a\0b"), dict(evaluate="--data a\0b")):
+        path = write(tmp_path / "study.toml", **entries, settings={"a": ""})
+        with pytest.raises(InputError, match=r"study\.toml: .*a\0b contains a NUL character"):
+            read_study(path)
+
+
 def test_unreadable_studies(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml: cannot be read \(No such file"):
         read_study(tmp_path / "none.toml")

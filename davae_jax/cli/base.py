@@ -129,7 +129,7 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
     """
     argv = replace_renamed(argv, prog)
     argv = join_repeated(argv, options_of_many_values(command))
-    _check_not_empty(argv)
+    _check_words(argv)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -149,11 +149,14 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
         raise ParseError(prog) from None
 
 
-def _check_not_empty(argv: Sequence[str]) -> None:
-    """Raises OptionError if an option's value is empty, as that of a shell's variable that is not set.
+def _check_words(argv: Sequence[str]) -> None:
+    """Raises OptionError if an option's value is empty, as that of a shell's variable that is not set, or has a NUL.
 
-    An empty path would be the working folder, and an empty name that of nothing.
+    An empty path would be the working folder, and an empty name that of nothing. A study may contain a NUL, which no
+    path and no program's arguments can.
     """
+    if words := [word for word in argv if "\0" in word]:
+        raise OptionError(words[0], "contains a NUL character")
     options = argv[: argv.index("--")] if "--" in argv else argv
     for word, following in zip(options, [*options[1:], None]):
         name, equals, value = word.partition("=")

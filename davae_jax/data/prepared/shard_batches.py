@@ -72,9 +72,8 @@ class ShardBatches:
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         positions, shape = self._select_positions(step, start, stop)
         lengths = self._lengths[np.searchsorted(self._ends, positions, side="right")]
-        texts = [
-            self.prepared.read(i, n) for i, n in zip(self._order[positions].tolist(), lengths.tolist(), strict=True)
-        ]
+        records = zip(self._order[positions].tolist(), lengths.tolist(), strict=True)
+        texts = [self.prepared.read(i, n, self._order.path) for i, n in records]
         if any(len(ids) > length for text in texts for ids, length in zip(text, shape, strict=True)):
             raise InputError(f"{self._order.path}: does not match the shards; copy or prepare it again")
         return pad_batch(texts, shape, self.pad_id)
@@ -137,7 +136,8 @@ class PreparedTexts:
         self.too_long = len(prepared) - len(self._records) + prepared.manifest["counts"]["too_long"]
 
     def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.prepared.read(int(self._records[text]), int(self.sizes[text, 1]))
+        record = int(self._records[text])
+        return self.prepared.read(record, int(self.sizes[text, 1]), self.prepared.shard(record).with_suffix(".npy"))
 
     def describe_lines(self, texts: Sequence[int]) -> str:
         return self.prepared.describe_lines(self._records[texts].tolist())

@@ -110,7 +110,8 @@ class Prepared:
         # The files that decide which text is read when; those of the shards are too large, and have sums of their own.
         written = self.manifest.get("files", {})  # absent in the first versions
         read = ("order.npy", "lengths.npy", "held_out.jsonl")
-        hashes = self.manifest["tokenizers"] | {name: written[name] for name in read if name in written}
+        self._compared = {name: written[name] for name in read if name in written}
+        hashes = self.manifest["tokenizers"] | self._compared
         for name, digest in hashes.items():
             if file_sha256(folder / name) != digest:
                 raise InputError(f"{folder / name}: is not the file with which the texts were prepared; copy it again")
@@ -146,15 +147,17 @@ class Prepared:
         except (RuntimeError, ValueError, IndexError, OSError) as e:
             raise InputError(f"{path}: record {i} cannot be read ({first_line(e)})") from e
 
-    def read(self, i: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, i: int, length: int, source: Path) -> tuple[np.ndarray, np.ndarray]:
         """Returns record i as `prepared[i]`.
 
-        Raises InputError if it does not have `length` decoder ids, as in a shard of another prepared folder. Small
-        shards often have the same size: their format fills up blocks of 64 KiB.
+        Raises InputError if it does not have `length` decoder ids, which the file `source` gives, as in a shard of
+        another prepared folder. Small shards often have the same size: their format fills up blocks of 64 KiB.
         """
         ids = self[i]
         if len(ids[1]) != length:
-            raise InputError(f"{self.shard(i)}: does not match order.npy and lengths.npy; copy or prepare it again")
+            # What has been compared with its hash is right.
+            wrong, right = (self.shard(i), source) if source.name in self._compared else (source, self.shard(i))
+            raise InputError(f"{wrong}: does not match {right.name}; copy or prepare it again")
         return ids
 
     def shard(self, i: int) -> Path:
