@@ -244,7 +244,7 @@ def test_a_nul_in_the_options_of_a_study(tmp_path):
     """No program can be started with it."""
     for entries in (dict(train="--data.train a\0b"), dict(evaluate="--data a\0b")):
         path = write(tmp_path / "study.toml", **entries, settings={"a": ""})
-        with pytest.raises(InputError, match=r"study\.toml: .*a\0b contains a NUL character"):
+        with pytest.raises(InputError, match=r"study\.toml: .*a\0b: contains a NUL character"):
             read_study(path)
 
 

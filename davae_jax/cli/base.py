@@ -150,13 +150,13 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
 
 
 def _check_words(argv: Sequence[str]) -> None:
-    """Raises OptionError if an option's value is empty, as that of a shell's variable that is not set, or has a NUL.
+    """Raises InputError if an option's value is empty, as that of a shell's variable that is not set, or has a NUL.
 
     An empty path would be the working folder, and an empty name that of nothing. A study may contain a NUL, which no
     path and no program's arguments can.
     """
     if words := [word for word in argv if "\0" in word]:
-        raise OptionError(words[0], "contains a NUL character")
+        raise InputError(f"{words[0]}: contains a NUL character")
     options = argv[: argv.index("--")] if "--" in argv else argv
     for word, following in zip(options, [*options[1:], None]):
         name, equals, value = word.partition("=")

@@ -84,8 +84,8 @@ class Evaluate(Command):
         from davae_jax.parallel.sharding import make_mesh
         from davae_jax.reports.report import report
 
-        check_options(self, "", "n batch_size", lambda n: n >= 1, "be at least 1")
-        check_options(self, "", "samples", lambda n: 1 <= n <= MAX_SAMPLES, f"be 1 to {MAX_SAMPLES}")
+        check_options(self, "", "n samples batch_size", lambda n: n >= 1, "be at least 1")
+        check_options(self, "", "samples", lambda n: n <= MAX_SAMPLES, f"be at most {MAX_SAMPLES}")
         inputs = [*([self.data] if self.data else []), *model_files(self.model, self.tokenizers)]
         for path, option in ((self.json, "--json"), (self.html, "--html")):
             if path:
