@@ -5,8 +5,11 @@
 The same as `davae convert`.
 """
 
-from davae_jax.cli.base import exit_with, run_command
-from davae_jax.cli.convert import Convert
+from davae_jax.utils.signals import importing
+
+with importing("convert.from_torch"):
+    from davae_jax.cli.base import exit_with, run_command
+    from davae_jax.cli.convert import Convert
 
 if __name__ == "__main__":
     exit_with(lambda: run_command(lambda: Convert, None, "convert.from_torch"))

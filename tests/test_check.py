@@ -250,6 +250,24 @@ def test_the_extra_state_has_a_sum(tmp_path, capsys):
     assert any(str(damaged) in problem for problem in check_weights.checkpoint_problems(damaged, None))
 
 
+def test_metadata_that_have_lost_an_entry(tmp_path, capsys):
+    """A resume names them, and not the arrays, which differ from no sum."""
+    for removed in ("remembered", "sums"):
+        run = tmp_path / removed
+        with Checkpoints(run, keep=2) as checkpoints:
+            checkpoints.save(state_at(1), extra_state=[])
+            checkpoints.save(state_at(2), extra_state=[])
+        path = run / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["custom_metadata"][removed]
+        path.write_text(json.dumps(values), encoding="utf-8")
+        assert "metadata are damaged" in check_weights.checkpoint_problems(path.parent, None)[0]
+        state, extra_state = Checkpoints(run, keep=2).restore(like(state_at(0)))
+        err = capsys.readouterr().err
+        assert (int(state.step), extra_state) == (1, []) and f"{path.parent}: " in err
+        assert ("metadata are damaged" if removed == "sums" else "extra state") in err
+
+
 def test_a_run_in_use(fixture, check):
     run = fixture("run")
     (run / "checkpoints" / "5").mkdir()
@@ -404,6 +422,41 @@ def test_other_folders(model, fixture, check, tmp_path):
     (tmp_path / "checkpoints").symlink_to(model)  # what a folder is shows in its contents, not in its name
     assert check(tmp_path / "checkpoints")[:2] == (0, "a converted model")
     assert check(model, empty)[:2] == (1, "a converted model")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
+def test_a_model_that_has_lost_one_of_its_tokenizers(name, model, fixture, check):
+    """Without any it is used with those of another folder; a run always has both."""
+    (model / name).unlink()
+    assert check(model)[::3] == (1, [f"{model / name}: is missing"])
+    for other in {"vocab.txt", "spiece.model"} - {name}:
+        (model / other).unlink()
+    assert check(model)[::3] == (0, [])
+    run = fixture("run")
+    (run / name).unlink()
+    for folder in (run, run / "checkpoints" / "3"):
+        code, _, _, damaged = check(folder)
+        assert code == 1 and damaged == [f"{run / name}: is missing"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("seed-0.json", '{"train": 5}'),
+        ("seed-0.json", '{"train": [1], "evaluate": []}'),
+        ("seed-0.json", "{"),
+        ("seed-0/evaluation.json", '{"kl": "x"}'),
+        ("seed-0/evaluation.json", '{"warnings": [5]}'),
+        ("seed-0/evaluation.json", "{}"),
+    ],
+)
+def test_what_a_study_keeps_of_its_runs(name, content, fixture, check, tmp_path):
+    fixture("study")
+    out = tmp_path / "old" / "out"
+    path = next(out.glob(f"*/{name}"))
+    path.write_text(content)
+    code, _, _, damaged = check(out)
+    assert code == 1 and len(damaged) == 1 and damaged[0].startswith(f"{path}: ")
 
 
 def test_a_name_with_a_line_feed_stays_in_its_line(tmp_path, capsys):

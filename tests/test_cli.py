@@ -290,6 +290,8 @@ def test_davae_without_a_command(davae):
         ("sample --top-p much", "--top-p"),
         ("sample --n", "--n"),
         ("sample --dtype int8", "--dtype"),
+        ("sample --nope\x1b[31m\n\x07", "--nope\\x1b[31m\\n\\x07"),
+        ("sample --n \x1b[31m", "\\x1b[31m"),
     ],
 )
 def test_arguments_that_cannot_be_parsed(davae, argv, named):
@@ -297,13 +299,18 @@ def test_arguments_that_cannot_be_parsed(davae, argv, named):
     name, *rest = argv.split(" ")
     result = davae(name, *rest, "--model", "/nowhere")
     assert (result.code, result.out) == (2, "")
-    assert named in result.err and "Traceback" not in result.err
+    assert named in result.err and "Traceback" not in result.err and "\x1b" not in result.err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("sample --n 0", "--n must be at least 1, not 0"),
+        ("sample --n 1000001", "--n must be at most 1000000, not 1000001; for more texts, use several seeds"),
+        (
+            "neighbours x --n 99999999999",
+            "--n must be at most 1000000, not 99999999999; for more texts, use several seeds",
+        ),
         ("sample --batch-size 0", "--batch-size must be at least 1, not 0"),
         ("sample --max-length 0", "--max-length must be 1 to 65536, not 0"),
         ("sample --max-length 3000000000", "--max-length must be 1 to 65536, not 3000000000"),

@@ -14,7 +14,15 @@ from test_train import TEXTS, TINY, environment
 from davae_jax.cli import compare
 from davae_jax.cli.compare import Study, complete_run, read_study, setting_folder
 from davae_jax.cli.main import main
-from davae_jax.evaluation.comparison import caveats, compare_settings, format_table, holm, summary_statistics, welch
+from davae_jax.evaluation.comparison import (
+    caveats,
+    compare_settings,
+    format_table,
+    holm,
+    is_finite_number,
+    summary_statistics,
+    welch,
+)
 from davae_jax.reports import charts
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.utils.errors import InputError
@@ -232,6 +240,14 @@ def test_an_option_of_several_values_replaces_the_common_one(tmp_path):
     assert study.notes == ["settings differ in --data.train: their budget or data are not the same"]
 
 
+def test_a_nul_in_the_options_of_a_study(tmp_path):
+    """No program can be started with it."""
+    for entries in (dict(train="--data.train a\0b"), dict(evaluate="--data a\0b")):
+        path = write(tmp_path / "study.toml", **entries, settings={"a": ""})
+        with pytest.raises(InputError, match=r"study\.toml: .*a\0b: contains a NUL character"):
+            read_study(path)
+
+
 def test_unreadable_studies(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml: cannot be read \(No such file"):
         read_study(tmp_path / "none.toml")
@@ -282,6 +298,42 @@ def test_an_output_that_cannot_be_a_run_folder_is_refused_before_the_first_run(t
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("davae compare: error: ") and "UTF-8" in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("seed-0.json", '{"train": 5}'),
+        ("seed-0.json", '{"train": [1], "evaluate": []}'),
+        ("seed-0.json", "{"),
+        ("seed-0/evaluation.json", '{"kl": "x"}'),
+        ("seed-0/evaluation.json", '{"warnings": [5]}'),
+        ("seed-0/evaluation.json", "{}"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_written_anew(name, content, tmp_path, monkeypatch):
+    """The run is trained, which a complete one does not repeat, and evaluated again."""
+    folder, measures = tmp_path / "a" / "seed-0", {"kl": 1.0, "rec_nll": None}
+    folder.mkdir(parents=True)
+    options = {"train": ["--steps", "3"], "evaluate": ["--n", "3"]}
+    (folder.parent / "seed-0.json").write_text(json.dumps(options), encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
+    (folder.parent / name).write_text(content, encoding="utf-8")
+
+    def run_python(argv, log):
+        if "evaluate" in argv:
+            (folder / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
+
+    monkeypatch.setattr(compare, "_run_python", run_python)
+    study = Study({"a": options["train"]}, options["evaluate"], [0], [])
+    assert complete_run(study, "a", 0, folder) == measures
+    assert json.loads((folder.parent / "seed-0.json").read_text(encoding="utf-8")) == options
+
+
+def test_numbers_that_are_not_finite_in_floating_point():
+    """JSON has integers of any size."""
+    numbers = (1, -2.5, 10**400, -(10**400), float("nan"), float("inf"), True, None, "1")
+    assert [is_finite_number(x) for x in numbers] == [True, True] + [False] * 7
 
 
 @pytest.mark.slow

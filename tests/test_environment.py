@@ -145,7 +145,7 @@ def test_temporary_files_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_orbax_is_silent_in_the_background():
     """Other libraries' records of the same loggers are not."""
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", None):
         with quiet_orbax():
             pass
         records = []
@@ -155,7 +155,9 @@ def test_orbax_is_silent_in_the_background():
         logger.addHandler(handler)
         try:
             logger.error("Task exception was never retrieved: coro=<f() at /lib/orbax/checkpoint/x.py>")
-            logger.handle(logging.LogRecord(name, logging.ERROR, "/lib/orbax/checkpoint/y.py", 1, "failed", (), None))
+            logger.handle(
+                logging.LogRecord(name or "root", logging.ERROR, "/lib/orbax/checkpoint/y.py", 1, "failed", (), None)
+            )
             logger.error("other")
         finally:
             logger.removeHandler(handler)

@@ -420,6 +420,7 @@ def test_one_text(davae, results, tmp_path, monkeypatch):
     [
         (["--n", "0"], 2, "--n must be at least 1, not 0"),
         (["--samples", "0"], 2, "--samples must be at least 1, not 0"),
+        (["--samples", "99999999999"], 2, "--samples must be at most 1000000, not 99999999999"),
         (["--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
         (
             ["--data", "{tmp}/t.txt", "--mesh.tensor", "3"],

@@ -9,8 +9,11 @@ import pytest
 from small_model import counted_compilations, new_model
 
 from davae_jax import InputError, from_pretrained, generate
+from davae_jax.checkpoints.weights import flatten, unflatten
 from davae_jax.inference import generation
+from davae_jax.inference.generation import NotFiniteError
 from davae_jax.inference.sampling import filter_logits, next_token_probs
+from davae_jax.model.davae import merge, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 
@@ -145,6 +148,18 @@ def test_invalid_arguments(model, latent, kwargs, message):
         generate(model, latent[:2], **kwargs)
     assert message in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_a_model_that_computes_nan_makes_no_texts(model, latent):
+    """A flipped bit makes a weight of 1e38, and any text can come of it. Rows that only fill up the batch may."""
+    graphdef, params = split(model)
+    weights = flatten(params)
+    name = "decoder.latent_projection.weight"
+    broken = merge(graphdef, unflatten(weights | {name: jnp.full_like(weights[name], 3e38)}))
+    for top_k in (1, 0):
+        with pytest.raises(NotFiniteError, match="the model: computes NaN or infinity"):
+            generate(broken, latent[:3], max_length=24, top_k=top_k, top_p=0)
+    assert len(generate(model, latent[:3], max_length=24, top_k=1)) == 3
 
 
 def test_filter_keeps_ties_as_published():

@@ -54,6 +54,14 @@ def test_all_damaged_lines_are_counted_in_one_warning(tmp_path):
     assert [str(w.message) for w in warned] == [f"{path}: line 1 and 2 others are damaged and ignored"]
 
 
+@pytest.mark.parametrize("step", ["-1", "1" + "0" * 400, "true", "1.0", "null"])
+def test_a_step_that_cannot_be(step, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1) + b'{"step": ' + step.encode() + b"}\n")
+    with pytest.warns(UserWarning, match="line 2 is damaged"):
+        assert [row.number for row in read_log_lines(path)] == [1]
+
+
 def test_a_log_that_grows(tmp_path, recwarn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2) + b'{"st')

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizer_fixtures import sentences
 
-from davae_jax import InputError
+from davae_jax import InputError, TextVAE
+from davae_jax.checkpoints.weights import flatten, unflatten
 from davae_jax.cli.main import main
 from davae_jax.data import demo_corpus
+from davae_jax.model.davae import merge, split
 from davae_jax.model.latent import attribute_vector, combine, interpolate, neighbours, slerp
 
 KEY = jax.random.key(0)
@@ -114,6 +117,8 @@ def test_text_vae(tiny_vae):
         (lambda v: v.neighbours(A, 3, 1e39), "radius must be a number of 0 or more, not 1e+39"),
         (lambda v: v.neighbours(A, 3, -1), "radius must be a number of 0 or more, not -1"),
         (lambda v: v.neighbours(A, -3, 1), "n must be 0 or more, not -3"),
+        (lambda v: v.sample(10**10), "n must be at most 1000000, not 10000000000; for more texts, use several seeds"),
+        (lambda v: v.encode([A], std_scale=1e39), "std_scale must be a number of 0 or more, not 1e+39"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -121,6 +126,24 @@ def test_invalid_arguments_raise(tiny_vae, call, message):
     with pytest.raises(InputError) as error:
         call(tiny_vae)
     assert (str(error.value), error.value.exit_code) == (message, 2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "call"),
+    [
+        ("decoder.latent_projection.weight", lambda v: v.sample(2, max_length=8)),
+        ("encoder.posterior.weight", lambda v: v.encode([A])),
+    ],
+)
+def test_a_model_that_computes_nan_is_named(tiny_vae, weight, call):
+    graphdef, params = split(tiny_vae.model)
+    weights = flatten(params)
+    model = merge(graphdef, unflatten(weights | {weight: jnp.full_like(weights[weight], 3e38)}))
+    vae = TextVAE(model, tiny_vae.encoder_tokenizer, tiny_vae.decoder_tokenizer)
+    vae.source = "some/folder"
+    with pytest.raises(InputError, match=r"^some/folder: computes NaN or infinity"):
+        call(vae)
+    assert Path(tiny_vae.source).is_dir()
 
 
 def test_a_list_in_a_texts_place_is_named(tiny_vae):
@@ -173,6 +196,8 @@ def test_attribute(davae, tiny_vae, tmp_path):
     assert davae("attribute", A, *files)[1:] == (1, f"davae attribute: error: {lacking}: contains no text\n")
     said = "davae attribute: error: --strength must be finite numbers, not nan\n"
     assert davae("attribute", A, *files, "--strength", "nan")[1:] == (2, said)
+    said = "davae attribute: error: --strength must be finite in float32, not 1e+300\n"
+    assert davae("attribute", A, *files, "--strength", "1e300")[1:] == (2, said)
 
 
 def test_neighbours(davae, tiny_vae):

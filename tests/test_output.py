@@ -103,6 +103,15 @@ def test_an_exit_in_the_middle_of_the_work_is_an_error(capsys):
     assert err.startswith("program: error: SystemExit: 0") and err.count("\n") == 1
 
 
+def test_an_exception_of_any_type_is_one_line(capsys):
+    def work():
+        raise BaseExceptionGroup("several", [GeneratorExit()])
+
+    assert run_cli(work, "program") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("program: error: BaseExceptionGroup: several") and err.count("\n") == 1
+
+
 def test_a_package_that_is_not_installed_is_named(capsys):
     assert run_cli(lambda: importlib.import_module("nowhere_at_all"), "program") == 1
     err = capsys.readouterr().err
@@ -116,6 +125,21 @@ def test_a_platform_that_cannot_start_after_another():
     assert backend_problem(RuntimeError("another"), {"JAX_PLATFORMS": "cpu"}) is None
 
 
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("with the config option jax_numpy_rank_promotion='raise'", "JAX_NUMPY_RANK_PROMOTION"),
+        ("jax.default_device must be passed", "JAX_DEFAULT_DEVICE"),
+        ("jax_default_devices", None),
+        ("JAX_ENABLE_X64 is maybe", "JAX_ENABLE_X64"),
+    ],
+)
+def test_settings_of_jax_that_an_error_names(reason, name):
+    variables = dict.fromkeys(("JAX_NUMPY_RANK_PROMOTION", "JAX_DEFAULT_DEVICE", "JAX_ENABLE_X64"), "x")
+    problem = backend_problem(ValueError(reason), variables)
+    assert problem == (f"{name}=x: {reason}" if name else None)
+
+
 def test_a_working_folder_that_is_gone(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
@@ -124,3 +148,4 @@ def test_a_working_folder_that_is_gone(tmp_path):
     command = ["bash", "-c", program, sys.executable]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+    assert "the working directory no longer exists" in done.stderr

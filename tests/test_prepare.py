@@ -657,6 +657,25 @@ def test_files_of_another_preparation_are_named(name, prepared, tmp_path):
         Prepared(folder)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shard_of_another_preparation_is_named(packed, prepared, tmp_path):
+    """With as many bytes: the format fills up blocks. Training would silently read other texts."""
+    folder = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
+    shards = sorted(folder.glob("*.arrayrecord"), key=lambda path: path.name)
+    one, other = (next(s for s in shards if s.name.startswith(n)) for n in ("00000-", "00001-"))
+    assert one.stat().st_size == other.stat().st_size
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    opened = Prepared(folder)
+    with pytest.raises(InputError, match=r"/0000[01]-0000\.(arrayrecord|npy): "):
+        if packed:
+            texts = PreparedTexts(opened, 1000)
+            [texts.ids(i) for i in range(len(texts.sizes))]
+        else:
+            [batches_with(opened).batch(step) for step in range(20)]
+
+
 @pytest.mark.parametrize("entry", [247, 2**32 - 1])
 def test_an_order_of_records_that_are_not_there_is_named(entry, prepared, tmp_path):
     folder = tmp_path / "copy"

@@ -461,6 +461,8 @@ def test_the_devices_of_its_node_that_a_process_uses(variables, devices):
         (dict(num_processes=2, process_id=1), "must be set together with"),
         (dict(coordinator="a:1", num_processes=2, process_id=2), "--distributed.process_id"),
         (dict(coordinator="a", num_processes=2, process_id=1), "must be HOST:PORT, not a"),
+        (dict(coordinator="a:0", num_processes=2, process_id=0), "must have a port of 1 to 65535, not a:0"),
+        (dict(coordinator="a:99999", num_processes=2, process_id=0), "must have a port of 1 to 65535, not a:99999"),
         (dict(timeout=0), "--distributed.timeout must be at least 1, not 0"),
     ],
 )

@@ -887,6 +887,12 @@ def test_a_plugin_that_exits(code, error, tmp_path):
         parse_train(["--plugin", str(tmp_path / "exit.py")])
 
 
+def test_a_plugin_whose_error_cannot_be_described(tmp_path):
+    (tmp_path / "bad.py").write_text("class E(Exception):\n    def __str__(self): return 5\nraise E")
+    with pytest.raises(InputError, match=r"bad.py: cannot be imported \(E: E\)"):
+        parse_train(["--plugin", str(tmp_path / "bad.py")])
+
+
 def test_a_plugin_without_a_regularizer_is_warned_of(tmp_path, registry):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.warns(UserWarning, match=r"empty.py: registers no regularizer; is @register missing\?"):

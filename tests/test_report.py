@@ -116,3 +116,11 @@ def test_thin():
     actual = report.thin(range(10_001))
     assert (len(actual), actual[0], actual[-1]) == (2000, 0, 10_000)
     assert set(np.diff(actual)) == {5, 6}
+
+
+def test_curves_of_a_log_with_numbers_that_cannot_be_drawn(tmp_path):
+    """An integer of JSON may be too large for floating point."""
+    lines = ['{"step": 1, "rec": 3, "loss": 1' + "0" * 400 + "}", '{"step": 2, "rec": NaN}', '{"step": 3, "rec": 2}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (figure,) = report.training_curves(tmp_path)
+    assert figure.caption.startswith("reconstruction") and "polyline" in figure.svg

@@ -138,6 +138,22 @@ def test_damaged_settings_are_named(content, tmp_path, config):
     assert (folder / "train.json").read_bytes() == content
 
 
+def test_damaged_settings_are_not_taken_for_other_options(tmp_path, config):
+    """They carry a sum of their own. Settings that are the same in spite of it are written anew."""
+    folder = begun(tmp_path / "run", config)
+    settings = folder / "train.json"
+    intact = settings.read_bytes()
+    values = json.loads(intact)
+    for damaged in (values | {"seed": 77}, values | {"digest_of_texts": 5}, {"steps": 3, "sum": values["sum"]}):
+        settings.write_text(json.dumps(damaged))
+        assert f"{settings}: is damaged (its own sum differs)" in check_folder(folder).damaged
+        with pytest.raises(InputError, match=r"train\.json: is damaged \(its own sum differs\)"):
+            opened(folder, config)
+    settings.write_text(json.dumps(values | {"sum": 5}))
+    opened(folder, config)
+    assert settings.read_bytes() == intact
+
+
 def test_before_the_first_checkpoint_all_may_change(config, tmp_path):
     """What the first start has prepared is of its own options, and is made anew."""
     folder = tmp_path / "run"
@@ -198,7 +214,7 @@ def test_folders_of_an_older_version_go_on(config, tmp_path):
     """It wrote a digest of the training texts alone."""
     folder = begun(tmp_path / "run", config)
     values = json.loads((folder / "train.json").read_text())
-    del values["digest_of_held_out"]
+    del values["digest_of_held_out"], values["sum"]
     # And it called vocabulary sizes otherwise.
     values["data"]["pieces"] = values["data"].pop("decoder_vocab_size")
     values["data"]["entries"] = values["data"].pop("encoder_vocab_size")

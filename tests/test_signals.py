@@ -1,11 +1,16 @@
 """Signals: as KeyboardInterrupt, and as a request to stop."""
 
+import ast
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from davae_jax.utils.signals import SIGNALS, StopRequest, interrupt_on_signals
+from davae_jax.utils.signals import INTERRUPTED, SIGNALS, StopRequest, importing, interrupt_on_signals
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = [path for path in sorted((ROOT / "convert").glob("*.py")) if path.name != "__init__.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +30,19 @@ def handlers_are_restored():
 def test_a_signal_is_an_interrupt(number):
     with pytest.raises(KeyboardInterrupt), interrupt_on_signals():
         signal.raise_signal(number)
+
+
+def test_an_interrupt_while_modules_are_imported(capsys):
+    with pytest.raises(SystemExit) as e, importing("train.py"):
+        signal.raise_signal(signal.SIGINT)
+    assert e.value.code == INTERRUPTED and capsys.readouterr().err == "train.py: interrupted\n"
+
+
+@pytest.mark.parametrize("program", ["train.py", "davae_jax/cli/main.py", *(f"convert/{p.name}" for p in PROGRAMS)])
+def test_programs_import_other_modules_where_an_interrupt_is_reported(program):
+    """Before that, only a module that imports the standard library."""
+    imports = [node for node in ast.parse((ROOT / program).read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert [node.module for node in imports if node.module != "__future__"] == ["davae_jax.utils.signals"]
 
 
 def test_an_error_that_a_library_makes_of_an_interrupt():

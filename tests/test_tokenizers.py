@@ -22,7 +22,7 @@ from tokenizer_fixtures import CLS_ID, LINE_SEPARATOR_ENTRY, SEP_ID, make_spiece
 from davae_jax.tokenizers import encoder as encoder_module
 from davae_jax.tokenizers import training as training_module
 from davae_jax.tokenizers.cleanup import clean_up
-from davae_jax.tokenizers.decoder import DecoderTokenizer
+from davae_jax.tokenizers.decoder import DecoderTokenizer, _read_varint
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.training import SPECIAL_TOKENS, sample_first, train_sentencepiece, train_wordpiece
 from davae_jax.utils.errors import InputError
@@ -457,6 +457,21 @@ def test_bad_sentencepiece_models(folder, tmp_path, capfd, damage):
         DecoderTokenizer(tmp_path, end_id=END, pad_id=PAD, bos_id=BOS)
     assert_one_line_naming(error, str(tmp_path / "spiece.model"))
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("field", "named"), [(2, "the algorithm and the normalization"), (3, "the normalization")])
+def test_a_sentencepiece_model_that_ends_after_its_pieces(folder, tmp_path, field, named):
+    """SentencePiece would read it, with the same number of pieces, and split texts in another way."""
+    data, position, begins = (folder / "spiece.model").read_bytes(), 0, {}
+    while position < len(data):
+        begin = position
+        tag, position = _read_varint(data, position)
+        size, position = _read_varint(data, position)
+        begins.setdefault(tag >> 3, begin)
+        position += size
+    (tmp_path / "spiece.model").write_bytes(data[: begins[field]])
+    with pytest.raises(InputError, match=f"spiece.model: is cut off: it lacks {named}, which"):
+        DecoderTokenizer(tmp_path, end_id=END, pad_id=PAD, bos_id=BOS)
 
 
 # The published tokenizers.

@@ -173,6 +173,7 @@ def test_a_checkpoint_in_parts(parts):
         ("model-00002-of", "../model-00002-of", "which is not in its folder"),
         ('"c"', '"e"', "against model.safetensors.index.json"),
         ("weight_map", "weights", "lacks a weight_map"),
+        ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "which is an index"),
     ],
 )
 def test_a_wrong_index(parts, old, new, message):

@@ -33,6 +33,7 @@ from davae_jax.checkpoints.run_folder import (
     is_step,
     tokenizer_changes,
 )
+from davae_jax.checkpoints.study_folder import run_problems
 from davae_jax.checkpoints.sums import SUMS_FILE, file_problems
 from davae_jax.checkpoints.weights import stored_shapes
 from davae_jax.data.prepared.check_prepared import prepared_problems
@@ -42,8 +43,8 @@ from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.files import is_partial, is_removed
-from davae_jax.utils.json_files import read_json_object
-from davae_jax.utils.json_lines import iterate_json_lines
+from davae_jax.utils.json_files import has_wrong_sum, read_json_object
+from davae_jax.utils.json_lines import has_step, iterate_json_lines
 from davae_jax.utils.locks import is_locked
 
 
@@ -92,7 +93,7 @@ def _kind(folder: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Any], lis
 def _check_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     run = config_folder(folder)
     config, damaged = read_config(run)
-    damaged += tokenizer_problems(run, config)
+    damaged += tokenizer_problems(run, config, needed=True)
     path = folder.resolve()
     if path not in [complete.resolve() for complete in complete_checkpoints(run)]:
         return {"run": str(run)}, [*damaged, f"{folder}: is not a complete checkpoint"]
@@ -106,7 +107,10 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         settings = read_json_object(folder / RUN_SETTINGS)
         state["steps of the run"] = settings.get("steps", "unknown")
-        damaged += [] if type(settings.get("steps")) is int else [f"{folder / RUN_SETTINGS}: is damaged"]
+        if has_wrong_sum(settings):
+            damaged.append(f"{folder / RUN_SETTINGS}: is damaged (its own sum differs)")
+        elif type(settings.get("steps")) is not int:
+            damaged.append(f"{folder / RUN_SETTINGS}: is damaged")
         if all((folder / name).is_file() for name in TOKENIZER_FILES):
             damaged += tokenizer_changes(folder, settings)
     except FileNotFoundError:
@@ -122,9 +126,8 @@ def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
     config = None
     if complete or (folder / CONFIG_FILE).exists():
         config, problems = read_config(folder)
-        damaged += problems + tokenizer_problems(folder, config)
+        damaged += problems + tokenizer_problems(folder, config, needed=bool(complete))
     if complete:
-        damaged += [f"{folder / name}: is missing" for name in TOKENIZER_FILES if not (folder / name).exists()]
         state["parameters"] = _stored_parameters(complete[-1])
     for path in complete:
         problems = checkpoint_problems(path, config)
@@ -161,8 +164,7 @@ def _log_problems(path: Path, *, may_grow: bool) -> list[str]:
     damaged = []
     try:
         for line in iterate_json_lines(path):
-            is_intact = line.values is not None and type(line.values.get("step")) is int
-            if not is_intact and not (may_grow and not line.data.endswith(b"\n")):
+            if not has_step(line) and not (may_grow and not line.data.endswith(b"\n")):
                 damaged.append(line.number)
     except OSError as e:
         return [f"{path}: cannot be read ({e.strerror})"]
@@ -221,7 +223,7 @@ def _check_tokenizers(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _check_study(folder: Path) -> tuple[dict[str, Any], list[str]]:
     runs = sorted(path.parent for path in folder.glob(f"*/seed-*/{RUN_SETTINGS}"))
-    return {"runs": len(runs)}, [problem for run in runs for problem in _check_run(run)[1]]
+    return {"runs": len(runs)}, [problem for run in runs for problem in [*_check_run(run)[1], *run_problems(run)]]
 
 
 def _check_unknown(folder: Path) -> tuple[dict[str, Any], list[str]]:

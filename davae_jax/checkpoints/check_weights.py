@@ -114,17 +114,22 @@ def read_config(folder: Path) -> tuple[DAVAEConfig | None, list[str]]:
         return None, [str(e)]
 
 
-def tokenizer_problems(folder: Path, config: DAVAEConfig | None) -> list[str]:
-    """Returns the problems of the tokenizers that a folder has. config: the model that they must fit."""
-    vocab, spiece = (folder / name for name in TOKENIZER_FILES)
-    problems = []
-    for path, read in ((vocab, read_vocabulary), (spiece, count_pieces)):
+def tokenizer_problems(folder: Path, config: DAVAEConfig | None, *, needed: bool = False) -> list[str]:
+    """Returns the problems of a folder's tokenizers.
+
+    Args:
+      config: the model that they must fit. If it has one tokenizer, it needs the other as well.
+      needed: whether both must be there in any case. A model without any may be used with those of another folder.
+    """
+    paths = {folder / name: read for name, read in zip(TOKENIZER_FILES, (read_vocabulary, count_pieces), strict=True)}
+    missing = [path for path in paths if not path.exists()]
+    problems = [f"{path}: is missing" for path in missing] if needed or (config and len(missing) == 1) else []
+    for path in [path for path in paths if path not in missing]:
         try:
-            if path.exists():
-                read(path)
+            paths[path](path)
         except (InputError, OSError) as e:
             problems.append(str(e))
-    if config and not problems and vocab.exists() and spiece.exists():
+    if config and not problems and not missing:
         try:
             load_tokenizers(folder, config)
         except InputError as e:

@@ -18,6 +18,7 @@ def quiet_orbax() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
+    logging.getLogger().addFilter(_is_not_orbax)  # Orbax writes to the root logger as well; others keep its level
     for logger in loggers:
         logger.addFilter(_is_not_orbax)  # once; adding it again does nothing
         logger.setLevel(logging.CRITICAL)

@@ -91,8 +91,10 @@ def with_extra_state(metadata: dict[str, Any], extra_state: Any) -> dict[str, An
 
 
 def is_extra_state_intact(metadata: Mapping[str, Any]) -> bool:
-    """Returns whether the extra state is what was saved. Earlier versions wrote no sum of it."""
-    return EXTRA_STATE_SUM not in metadata or metadata[EXTRA_STATE_SUM] == json_sum(metadata.get(EXTRA_STATE))
+    """Returns whether the extra state is there and is what was saved. Earlier versions wrote no sum of it."""
+    if EXTRA_STATE not in metadata:
+        return False
+    return EXTRA_STATE_SUM not in metadata or metadata[EXTRA_STATE_SUM] == json_sum(metadata[EXTRA_STATE])
 
 
 def sums_problem(path: Path, sums: Any) -> str | None:

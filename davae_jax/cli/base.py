@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.streams import WithoutReader, going_on_without_reader, open_closed_streams, stdout_is_broken
 from davae_jax.parallel.backend import backend_problem
-from davae_jax.utils.errors import InputError, OptionError, first_line, on_one_line
+from davae_jax.utils.errors import InputError, OptionError, escape_controls, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, SIGNALS, interrupt_on_signals, repeat_interrupt
 
@@ -129,7 +129,7 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
     """
     argv = replace_renamed(argv, prog)
     argv = join_repeated(argv, options_of_many_values(command))
-    _check_not_empty(argv)
+    _check_words(argv)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -142,15 +142,21 @@ def parse_options(command: type, argv: Sequence[str], prog: str, **tyro_options:
         while cause := cause.__context__:
             if isinstance(cause, InputError):
                 raise cause from None
+        # Words, which may come from a study, may contain control characters. tyro's own are colours.
+        if (shown := [escape_controls(word) for word in argv]) != list(argv):
+            parse_options(command, shown, prog, **tyro_options)  # raises the same error of words that can be shown
         sys.stderr.write(message.getvalue())
         raise ParseError(prog) from None
 
 
-def _check_not_empty(argv: Sequence[str]) -> None:
-    """Raises OptionError if an option's value is empty, as that of a shell's variable that is not set.
+def _check_words(argv: Sequence[str]) -> None:
+    """Raises InputError if an option's value is empty, as that of a shell's variable that is not set, or has a NUL.
 
-    An empty path would be the working folder, and an empty name that of nothing.
+    An empty path would be the working folder, and an empty name that of nothing. A study may contain a NUL, which no
+    path and no program's arguments can.
     """
+    if words := [word for word in argv if "\0" in word]:
+        raise InputError(f"{words[0]}: contains a NUL character")
     options = argv[: argv.index("--")] if "--" in argv else argv
     for word, following in zip(options, [*options[1:], None]):
         name, equals, value = word.partition("=")
@@ -243,7 +249,8 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return e.exit_code
         except InputError as e:
             is_explained = e.__cause__ is None or isinstance(e.__cause__, (InputError, OSError))
-            return report((None if is_explained else backend_problem(e)) or str(e), e.exit_code)
+            gone = "" if _has_working_folder() else " (the working directory no longer exists)"
+            return report((None if is_explained else backend_problem(e)) or f"{e}{gone}", e.exit_code)
         except KeyboardInterrupt:
             say("interrupted")
             return INTERRUPTED
@@ -257,7 +264,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
             return report(f"{name}: {e.strerror}" if name else str(e), 1)
         except ModuleNotFoundError as e:
             return report(backend_problem(e) or f"the Python package {e.name or e} is not installed", 1)
-        except (Exception, SystemExit) as e:  # a plugin's code may exit with 0 in the middle of the work
+        except BaseException as e:  # a plugin's code may exit with 0 in the middle of the work, or raise anything
             return report(backend_problem(e) or f"{type(e).__name__}: {first_line(e)} (--debug shows where)", 1)
 
 

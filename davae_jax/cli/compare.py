@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ import tyro
 from tqdm import tqdm
 
 from davae_jax.checkpoints.run_folder import check_path
+from davae_jax.checkpoints.study_folder import EVALUATION_FILE, options_file, read_evaluation, read_options
 from davae_jax.cli.base import Command, options_of_many_values, remove_options
 from davae_jax.cli.evaluate import Evaluate
 from davae_jax.cli.renamed import RENAMED_OPTIONS
@@ -44,13 +45,11 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, on_one_line
 from davae_jax.utils.files import read_bounded, remove_partial, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
-from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-EVALUATION_FILE = "evaluation.json"  # in the run folder of a completed run
 COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
 MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
@@ -285,14 +284,15 @@ def complete_run(study: Study, name: str, seed: int, folder: Path) -> dict[str, 
         run with other options.
     """
     options = {"train": study.settings[name], "evaluate": study.evaluate}
-    options_file, evaluation_file = folder.parent / f"{folder.name}.json", folder / EVALUATION_FILE
-    stored = _read_json(options_file) if folder.exists() else None
-    if stored and _current_names(stored.get("train", [])) != _current_names(options["train"]):
+    evaluation_file = folder / EVALUATION_FILE
+    stored = _unless_damaged(read_options, options_file(folder)) if folder.exists() else None
+    if stored and _current_names(stored["train"]) != _current_names(options["train"]):
         raise InputError(f"{folder}: was trained with other options; choose another --output or delete this folder")
-    if stored and stored.get("evaluate") == options["evaluate"] and (metrics := _read_json(evaluation_file)):
+    is_current = stored is not None and stored["evaluate"] == options["evaluate"]
+    if is_current and (metrics := _unless_damaged(read_evaluation, evaluation_file)):
         return metrics
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options_file, options)
+    write_json(options_file(folder), options)
     evaluation_file.unlink(missing_ok=True)  # evaluated with other options, or damaged
     log = folder.parent / f"{folder.name}.log"
     train = [*TRAIN_COMMAND, *options["train"], "--seed", seed, f"--run-dir={folder}"]
@@ -301,9 +301,10 @@ def complete_run(study: Study, name: str, seed: int, folder: Path) -> dict[str, 
     _run_python(train, log)
     evaluate = [*EVALUATE_COMMAND, f"--model={folder}", *options["evaluate"], f"--json={evaluation_file}"]
     _run_python(evaluate, log)  # the paths may begin with a dash
-    if (metrics := _read_json(evaluation_file)) is None:
-        raise InputError(f"{evaluation_file}: cannot be read")
-    return metrics
+    try:
+        return read_evaluation(evaluation_file)
+    except OSError:
+        raise InputError(f"{evaluation_file}: cannot be read") from None
 
 
 def _current_names(options: Sequence[str]) -> list[str]:
@@ -313,10 +314,10 @@ def _current_names(options: Sequence[str]) -> list[str]:
     return [renamed.get(name.replace("_", "-"), name) + equals + value for name, equals, value in parts]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file that this command wrote. Returns None if it does not exist or is damaged."""
+def _unless_damaged(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any] | None:
+    """Reads a file that this command wrote. Returns None if it does not exist or is damaged: it is written anew."""
     try:
-        return read_json_object(path) or None
+        return read(path)
     except (OSError, InputError):
         return None
 

@@ -24,6 +24,8 @@ from davae_jax.utils.errors import InputError, OptionError, check_options
 from davae_jax.utils.files import check_output, to_json, write_output
 from davae_jax.utils.json_files import read_json_object
 
+MAX_SAMPLES = 1_000_000  # the tables of all samples of a batch are in memory
+
 
 @dataclass(kw_only=True)
 class Evaluate(Command):
@@ -83,6 +85,7 @@ class Evaluate(Command):
         from davae_jax.reports.report import report
 
         check_options(self, "", "n samples batch_size", lambda n: n >= 1, "be at least 1")
+        check_options(self, "", "samples", lambda n: n <= MAX_SAMPLES, f"be at most {MAX_SAMPLES}")
         inputs = [*([self.data] if self.data else []), *model_files(self.model, self.tokenizers)]
         for path, option in ((self.json, "--json"), (self.html, "--html")):
             if path:

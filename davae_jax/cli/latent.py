@@ -73,11 +73,10 @@ class Neighbours(GreedyCommand):
 
     def check(self) -> None:
         super().check()
-        from davae_jax.inference.text_vae import check_radius
+        from davae_jax.inference.text_vae import check_count, check_radius
 
         check_radius(self.radius, name="--radius")
-        if self.n < 1:
-            raise OptionError("--n", f"must be at least 1, not {self.n}")
+        check_count(self.n, least=1, name="--n")
 
     def results(self) -> list[dict]:
         texts, label = self.read()
@@ -118,7 +117,9 @@ class Combine(GreedyCommand):
 
 
 def check_numbers(numbers: tuple[float, ...], name: str) -> None:
-    """Raises OptionError if there are no numbers, or if one of them is not finite."""
+    """Raises OptionError if there are no numbers, or if one of them is not finite in float32."""
+    given = " ".join(map(str, numbers)) or "nothing"
     if not numbers or not all(map(np.isfinite, numbers)):
-        given = " ".join(map(str, numbers)) or "nothing"
         raise OptionError(name, f"must be finite numbers, not {given}")
+    if max(map(abs, numbers)) > float(np.finfo(np.float32).max):
+        raise OptionError(name, f"must be finite in float32, not {given}")

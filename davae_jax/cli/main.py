@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import sys
-from collections.abc import Callable, Sequence
+from davae_jax.utils.signals import importing
 
-from davae_jax.cli.base import Command, exit_with, run_cli, run_command
-from davae_jax.utils.errors import InputError
+with importing("davae"):
+    import importlib.metadata
+    import sys
+    from collections.abc import Callable, Sequence
+
+    from davae_jax.cli.base import Command, exit_with, run_cli, run_command
+    from davae_jax.utils.errors import InputError
 
 
 def _command(module: str, name: str) -> Callable[[], type[Command]]:

@@ -71,6 +71,7 @@ class Prepare(Command):
     """Number of worker processes; does not change the result."""
 
     def run(self) -> None:
+        check_options(self, "", "input", len, "name a file or folder")
         check_options(self, "", "max_length", lambda n: n >= 3, "be at least 3")
         check_options(self, "", "encoder_positions", lambda n: n >= 5, "be at least 5")
         check_options(self, "", "decoder_vocab_size encoder_vocab_size", *VOCAB_SIZES)

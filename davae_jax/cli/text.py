@@ -238,8 +238,9 @@ class Sample(TextCommand):
 
     def check(self) -> None:
         super().check()
-        if self.n < 1:
-            raise OptionError("--n", f"must be at least 1, not {self.n}")
+        from davae_jax.inference.text_vae import check_count
+
+        check_count(self.n, least=1, name="--n")
 
     def results(self) -> list[dict]:
         return [{"sample": text} for text in self.load().sample(self.n, seed=self.seed, **self.sampling())]

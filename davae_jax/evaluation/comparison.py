@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ import numpy as np
 
 Results = dict[str, dict[int, dict[str, Any]]]  # setting → seed → what `davae evaluate --json` writes
 SIGNIFICANCE = 0.05
-RATE_AND_DISTORTION = "kl", "rec_nll"
 
 
 class Metric(NamedTuple):
@@ -83,8 +83,8 @@ def compare_settings(results: Results) -> dict[Metric, dict[str, Cell]]:
 
 
 def is_finite_number(x: Any) -> bool:
-    """Returns whether x is a finite number."""
-    return isinstance(x, (int, float)) and math.isfinite(x)
+    """Returns whether x is a number that is finite in Python's floating point. JSON has integers that are not."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def summary_statistics(results: Results) -> dict[str, dict[str, dict[str, Any]]]:

@@ -56,6 +56,7 @@ class DecodingState:
     tokens: prompts and generated ids. Columns after `position` contain the rest of longer prompts, or filler.
     lengths: the number of ids of each row's result: prompt and continuation, without the end token.
     done: True in rows whose end token has been sampled, and in rows that only fill up the batch.
+    finite: False in rows for which the model has computed NaN or infinity before they were done.
     counts: how often each id occurs in columns 0 to `position` of a row, for the repetition penalty.
     cache: keys and values of each layer for columns 0 to `position` − 1. Later columns contain filler, which no query
       sees before the step that overwrites it.
@@ -65,6 +66,7 @@ class DecodingState:
     tokens: Int[Array, "B C"]
     lengths: Int[Array, "B"]
     done: Bool[Array, "B"]
+    finite: Bool[Array, "B"]
     counts: Float[Array, "B V"]
     cache: KeyValueCache
 
@@ -82,8 +84,8 @@ def run_decoding_loop(
     settings: dict[str, Any],
     mode: SamplingMode,
     prefill: int,
-) -> tuple[Int[Array, "B C"], Int[Array, "B"]]:
-    """Continues the prompts of a batch. Returns the ids, and the number of ids of each row's result.
+) -> tuple[Int[Array, "B C"], Int[Array, "B"], Bool[Array, "B"]]:
+    """Continues the prompts of a batch.
 
     Args:
       start: the position at which the loop begins: the last one that all prompts contain.
@@ -91,6 +93,9 @@ def run_decoding_loop(
       key: row i samples with `fold_in(key, first_row + i)`.
       settings: temperature, top_k, top_p and repetition_penalty.
       prefill: the number of columns, at least `start`, that are read at once before the loop; 0 is off.
+
+    Returns:
+      The ids, the number of ids of each row's result, and whether all logits of each row were finite.
     """
     model = merge(graphdef, params)
     decoder = model.decoder
@@ -106,23 +111,26 @@ def run_decoding_loop(
         position = state.position
         current = lax.dynamic_slice_in_dim(state.tokens, position, 1, axis=1)
         final, cache = cached_step(decoder, current, latent_term, state.cache, relative_keys, position)
-        sampled = choose_next_ids(decoder.logits(final[:, 0]), state.counts, keys, position, settings, mode)
+        logits = decoder.logits(final[:, 0])
+        finite = state.finite & (state.done | jnp.isfinite(logits).all(-1))
+        sampled = choose_next_ids(logits, state.counts, keys, position, settings, mode)
         prompt_ids = lax.dynamic_slice_in_dim(state.tokens, position + 1, 1, axis=1)[:, 0]
         next_ids = jnp.where(position + 1 < batch.prompt_lengths, prompt_ids, sampled)
         tokens = lax.dynamic_update_slice_in_dim(state.tokens, next_ids[:, None], position + 1, axis=1)
         done = state.done | (next_ids == model.config.end_token_id)
         lengths = jnp.where(done, state.lengths, jnp.maximum(state.lengths, position + 2))
         counts = state.counts.at[jnp.arange(B), next_ids].add(1)
-        return DecodingState(position + 1, tokens, lengths, done, counts, cache)
+        return DecodingState(position + 1, tokens, lengths, done, finite, counts, cache)
 
     cache = empty_cache(decoder, B, C)
     if prefill:
         _, cache = cached_step(decoder, batch.tokens[:, :prefill], latent_term, cache, relative_keys, 0)
     is_known = jnp.broadcast_to(jnp.arange(C) <= start, batch.tokens.shape)
     counts = count_ids(batch.tokens, is_known, model.config.decoder.vocab_size)
-    state = DecodingState(jnp.asarray(start), batch.tokens, batch.prompt_lengths, batch.done, counts, cache)
+    finite = jnp.ones_like(batch.done)
+    state = DecodingState(jnp.asarray(start), batch.tokens, batch.prompt_lengths, batch.done, finite, counts, cache)
     state = lax.while_loop(unfinished, step, state)
-    return state.tokens, state.lengths
+    return state.tokens, state.lengths, state.finite
 
 
 def cached_step(

@@ -19,6 +19,13 @@ from davae_jax.utils.shapes import power_of_two
 LENGTH_LIMIT = 1 << 16  # tokens per text; the keys and values of longer ones would exceed any machine's memory
 
 
+class NotFiniteError(InputError):
+    """A model whose weights are finite computes NaN or infinity: a few of them are huge, or a latent is."""
+
+    def __init__(self, source: str = "the model"):
+        super().__init__(f"{source}: computes NaN or infinity; are its weights damaged, or is a latent far from 0?")
+
+
 def generate(
     model: DAVAE,
     latent: Float[Array, "B L"] | None,
@@ -48,6 +55,7 @@ def generate(
     Raises:
       InputError: a setting is out of its range, or a prompt is empty, too long, or contains the end token or an id
         outside the vocabulary.
+      NotFiniteError: the model computes NaN or infinity, from which any text could be sampled.
     """
     config = model.config
     max_length = config.max_out_length if max_length is None else max_length
@@ -59,7 +67,7 @@ def generate(
     graphdef, params = split(model)
     batch = _pad_to_bucket(latent, prompts, max_length, config)
     start = min(map(len, prompts)) - 1
-    tokens, lengths = run_decoding_loop(
+    tokens, lengths, finite = run_decoding_loop(
         graphdef,
         params,
         shard_batch(batch, params),  # on a mesh, each device has a shard of the rows and of their cache
@@ -71,6 +79,8 @@ def generate(
         mode=sampling_mode(settings),
         prefill=min(power_of_two(start), batch.tokens.shape[1]) if start else 0,
     )
+    if not np.asarray(finite).all():
+        raise NotFiniteError
     rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
     return [ids[:length].tolist() for _, (ids, length) in zip(prompts, rows, strict=False)]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
-from davae_jax.inference.generation import check_prompts, generate, sampling_settings
+from davae_jax.inference.generation import NotFiniteError, check_prompts, generate, sampling_settings
 from davae_jax.model.config import SAMPLING_SETTINGS, DAVAEConfig
 from davae_jax.model.davae import DAVAE
 from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours, slerp
@@ -27,6 +27,8 @@ from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.shapes import power_of_two
+
+MAX_TEXTS = 1_000_000  # that are made of noise; XLA ends the process if there is no memory for their latents
 
 
 class TextVAE:
@@ -43,6 +45,7 @@ class TextVAE:
       batch_size: number of texts per batch.
       progress: whether to show a progress bar.
       label: a function from the number of a text, counted from 1, to its name in warnings.
+      source: the name of the model in errors.
     """
 
     def __init__(self, model: DAVAE, encoder_tokenizer: EncoderTokenizer, decoder_tokenizer: DecoderTokenizer):
@@ -52,6 +55,7 @@ class TextVAE:
         self.batch_size = 16
         self.progress = False
         self.label = "text {}".format
+        self.source = "the model"
 
     @classmethod
     def from_pretrained(
@@ -75,7 +79,9 @@ class TextVAE:
         config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
         # The tokenizers are loaded first, so that an error in them does not come after a minute of loading weights.
         pair = load_tokenizers(config_folder(folder) if tokenizers is None else Path(tokenizers), config)
-        return cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
+        vae = cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
+        vae.source = str(source)
+        return vae
 
     @property
     def config(self) -> DAVAEConfig:
@@ -145,6 +151,8 @@ class TextVAE:
             noise = np.zeros(posterior.mean.shape, np.float32)
             noise[:n] = eps[start : start + n]
             latents.append(np.asarray(_scaled_latents(posterior, noise, std_scale))[:n])
+            if not np.isfinite(latents[-1]).all():
+                raise NotFiniteError(self.source)
         return np.concatenate(latents)
 
     def _posteriors(self, texts: Sequence[str]) -> Iterator[tuple[Posterior, int, int]]:
@@ -179,7 +187,10 @@ class TextVAE:
         texts = []
         for start, stop in self._batches(len(latent), "generate"):
             prompt_ids = None if ids is None else ids[start:stop]
-            out = generate(self.model, latent[start:stop], prompt_ids, key=key, first_row=start, **sampling)
+            try:
+                out = generate(self.model, latent[start:stop], prompt_ids, key=key, first_row=start, **sampling)
+            except NotFiniteError:
+                raise NotFiniteError(self.source) from None
             skip = [1] * len(out) if prompt_ids is None else [len(p) for p in prompt_ids]
             texts += self.decode_ids([row[n:] for row, n in zip(out, skip, strict=True)], clean=True)
         return texts
@@ -202,8 +213,7 @@ class TextVAE:
 
     def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
         """Returns n texts from the prior, z ~ N(0, I). Text i is the same for every n."""
-        if n < 0:
-            raise OptionError("n", f"must be 0 or more, not {n}")
+        check_count(n)
         return self.generate(self._standard_normal(n, seed), seed=seed, **sampling)
 
     def interpolate(
@@ -255,8 +265,7 @@ class TextVAE:
 
     def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:
         """Returns n texts at the distance `radius` from a text's posterior mean, in random directions."""
-        if n < 0:
-            raise OptionError("n", f"must be 0 or more, not {n}")
+        check_count(n)
         check_radius(radius)
         around = self.around(self.encode([text], std_scale=0.0), n, radius, seed=seed)
         return self.generate(around, seed=seed, **greedy_by_default(sampling))
@@ -301,6 +310,14 @@ def check_steps(steps: int, *, name: str = "steps") -> None:
         raise OptionError(name, f"must be 2 (both ends) to 10000, not {steps}")
 
 
+def check_count(n: int, *, least: int = 0, name: str = "n") -> None:
+    """Raises InputError (exit code 2) if the number of texts is out of its range."""
+    if n < least:
+        raise OptionError(name, f"must be {f'at least {least}' if least else '0 or more'}, not {n}")
+    if n > MAX_TEXTS:
+        raise OptionError(name, f"must be at most {MAX_TEXTS}, not {n}; for more texts, use several seeds")
+
+
 def greedy_by_default(sampling: dict) -> dict:
     """Returns the settings with top_k 1, or unchanged if they include one that a top_k of 1 would make ineffective."""
     is_sampled = sampling.keys() & set(SAMPLING_SETTINGS)
@@ -308,8 +325,8 @@ def greedy_by_default(sampling: dict) -> dict:
 
 
 def check_std_scale(std_scale: float) -> float:
-    """Returns `std_scale`. Raises InputError (exit code 2) if it is negative or not finite."""
-    if not 0 <= std_scale < float("inf"):
+    """Returns `std_scale`. Raises InputError (exit code 2) if it is negative or not finite in float32."""
+    if not 0 <= std_scale <= float(np.finfo(np.float32).max):
         raise OptionError("std_scale", f"must be a number of 0 or more, not {std_scale}")
     return std_scale
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 
@@ -38,13 +39,19 @@ def backend_problem(error: Exception, environ: Mapping[str, str] = os.environ) -
             if not str(error).startswith("Unable to initialize backend"):
                 if isinstance(error, InputError):
                     return None
-                foreign = [name for name in environ if name.startswith("JAX_") and not environ[name].isprintable()]
-                return f"{foreign[0]}={environ[foreign[0]]}: {first_line(error)}" if foreign else None
+                names = [name for name in environ if name.startswith("JAX_") and not environ[name].isprintable()]
+                names += _settings_in(str(error), environ)  # such as JAX_NUMPY_RANK_PROMOTION=raise
+                return f"{names[0]}={environ[names[0]]}: {first_line(error)}" if names else None
     elif not any(name.startswith("jax.") for name in sys.modules):  # they remain after an import that failed
         return None
     reason = first_line(error) if str(error).strip() else "its plugin is not installed, or there is no such device"
     names = [name for name in environ if name in DEVICE_VARIABLES]
-    # JAX's settings are named like their variables, in lower case.
-    names += [name for name in environ if name.startswith("JAX_") and name.lower() in reason.lower()]
+    names += _settings_in(reason, environ)
     settings = ", ".join(f"{name}={environ[name]}" for name in dict.fromkeys(names)) or "JAX_PLATFORMS is not set"
     return f"JAX cannot start ({settings}): {reason}"
+
+
+def _settings_in(reason: str, environ: Mapping[str, str]) -> list[str]:
+    """Returns the variables of JAX's settings that an error names, as jax_enable_x64 or jax.default_device."""
+    names = [name for name in environ if name.startswith("JAX_")]
+    return [name for name in names if re.search(rf"\bjax[_.]{re.escape(name[4:].lower())}\b", reason.lower())]

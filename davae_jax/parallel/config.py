@@ -46,6 +46,9 @@ class MeshConfig:
         return shape
 
 
+MAX_PORT = 65535
+
+
 @dataclass(frozen=True)
 class DistributedConfig:
     """Training with several processes.
@@ -81,8 +84,10 @@ class DistributedConfig:
         check_options(self, "distributed.", "num_processes", lambda _: num_processes >= 1, "be at least 1")
         if not 0 <= process_id < num_processes:
             raise OptionError("--distributed.process-id", f"must be 0 to {num_processes - 1}, not {process_id}")
-        if not re.fullmatch(r".+:\d+", coordinator):
+        if not re.fullmatch(r".+:[0-9]{1,9}", coordinator):
             raise OptionError("--distributed.coordinator", f"must be HOST:PORT, not {coordinator}")
+        if not 1 <= int(coordinator.rpartition(":")[2]) <= MAX_PORT:
+            raise OptionError("--distributed.coordinator", f"must have a port of 1 to {MAX_PORT}, not {coordinator}")
 
     def resolve(self, environ: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
         """Returns (coordinator, number of processes, index of this one); MPI's variables complete a coordinator."""

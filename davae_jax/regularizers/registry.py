@@ -123,7 +123,9 @@ def load_installed() -> None:
         try:
             cls = entry_point.load()
             REGISTRY.setdefault(cls.name, cls)
-        except (Exception, SystemExit) as e:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # SystemExit and others that are no Exception
             reason = f"{type(e).__name__}: {first_line(e)}"
             warnings.warn(f"regularizer {entry_point.name} of {entry_point.value}: {reason}", stacklevel=2)
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from davae_jax.checkpoints.study_folder import RATE_AND_DISTORTION
 from davae_jax.evaluation.comparison import (
-    RATE_AND_DISTORTION,
     Results,
     caveats,
     compare_settings,

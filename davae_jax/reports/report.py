@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from davae_jax.evaluation.comparison import is_finite_number
 from davae_jax.evaluation.evaluate import Evaluation
 from davae_jax.evaluation.measures import ACTIVE_VARIANCE
 from davae_jax.evaluation.table import sections
@@ -151,7 +152,7 @@ def training_curves(run: Path) -> list[Figure]:
     logs = {name: [line.values for line in read_log_lines(file, may_grow=True)] for name, file in files.items()}
     figures = []
     for key, title in CURVES.items():
-        logged = {name: [line for line in log if isinstance(line.get(key), int | float)] for name, log in logs.items()}
+        logged = {name: [line for line in log if is_finite_number(line.get(key))] for name, log in logs.items()}
         thinned = {name: thin(log) for name, log in logged.items() if log}
         if not thinned:
             continue

@@ -15,6 +15,9 @@ from davae_jax.tokenizers.files import read_file, require_unicode
 from davae_jax.utils.errors import InputError
 
 END, PAD, BOS, UNK = "<|endoftext|>", "<pad>", "<bos>", "<unk>"
+# Fields of a spiece.model that follow the pieces. Without them SentencePiece would take its defaults, which split texts
+# in another way.
+SETTINGS = {2: "the algorithm", 3: "the normalization"}
 
 
 class DecoderTokenizer:
@@ -144,6 +147,33 @@ def _load_sentencepiece(path: Path):
     if not data:  # SentencePiece would load nothing, without an error
         raise InputError(f"{path}: the file is empty")
     try:
-        return SentencePieceProcessor(model_proto=data)
+        pieces = SentencePieceProcessor(model_proto=data)
     except (RuntimeError, OSError, ValueError):
         raise InputError(f"{path}: not a SentencePiece model, or damaged") from None
+    fields = _field_numbers(data)
+    if missing := [name for number, name in SETTINGS.items() if number not in fields]:
+        raise InputError(f"{path}: is cut off: it lacks {' and '.join(missing)}, which follow the pieces")
+    return pieces
+
+
+def _field_numbers(message: bytes) -> set[int]:
+    """Returns the numbers of the fields in an intact protocol buffer (protobuf.dev, "Encoding")."""
+    numbers, position = set(), 0
+    while position < len(message):
+        tag, position = _read_varint(message, position)
+        numbers.add(tag >> 3)
+        wire_type, size = tag & 7, 0
+        if wire_type in (0, 2):  # an integer; bytes after their number
+            size, position = _read_varint(message, position)
+        position += {1: 8, 2: size, 5: 4}.get(wire_type, 0)
+    return numbers
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """Returns an integer of a protocol buffer, and the position after it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value, shift, position = value | (byte & 0x7F) << shift, shift + 7, position + 1
+        if byte < 0x80:
+            return value, position

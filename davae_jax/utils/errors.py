@@ -108,7 +108,10 @@ MAX_REASON = 400  # characters of another library's error; Orbax prints the whol
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, for a message of one line. A long one is cut off."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception:  # of a user's plugin, whose errors may fail to describe themselves
+        return type(error).__name__
     line = line.partition(" [tensorstore_spec=")[0]  # a page of settings
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
 
@@ -121,11 +124,16 @@ def on_one_line(message: str) -> str:
     """
     if (length := len(message)) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 4 :]} ({length:,} characters)"
+    return escape_controls(message)
+
+
+def escape_controls(text: str) -> str:
+    """Returns a text with its control characters and line breaks escaped."""
     return "".join(
         char.encode("unicode_escape").decode("ascii")
         if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
         else char
-        for char in message
+        for char in text
     )
 
 

@@ -206,8 +206,14 @@ def _refuse_pipe(path: Path) -> None:
 
 
 def read_stream(file: BinaryIO, max_bytes: int, name: str) -> bytes:
-    """Returns the rest of a stream. Raises InputError, which begins with its name, if that is more than `max_bytes`."""
-    data = file.read(max_bytes + 1)
+    """Returns the rest of a stream.
+
+    Raises InputError, which begins with its name, if that is more than `max_bytes` or cannot be read.
+    """
+    try:
+        data = file.read(max_bytes + 1)
+    except OSError as e:
+        raise InputError(f"{name}: cannot be read ({e.strerror})") from e
     if len(data) > max_bytes:
         raise InputError(f"{name}: is larger than {max_bytes >> 10:,} KiB")
     return data

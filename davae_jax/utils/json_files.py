@@ -11,6 +11,7 @@ from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.files import read_bounded
 
 MAX_BYTES = 1 << 24  # of a file: 16 MiB, which take up to 7 s and 0.5 GB; those of prepared texts may be larger
+SUM = "sum"  # the key of the sum that values carry of themselves
 MAX_DEPTH = 100  # of objects and lists in each other; copying or comparing deeper ones fails in Python's recursion
 
 
@@ -46,13 +47,22 @@ def json_sum(values: Any) -> int:
 
 
 def with_sum(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns values that carry their own sum, under the key "sum"."""
-    return values | {"sum": json_sum(values)}
+    """Returns values that carry their own sum, which is computed anew if they have one."""
+    return values | {SUM: json_sum(_without_sum(values))}
 
 
 def has_right_sum(values: dict[str, Any]) -> bool:
     """Returns whether values carry their own sum, and are what they were when `with_sum` added it."""
-    return values.get("sum") == json_sum({name: value for name, value in values.items() if name != "sum"})
+    return values.get(SUM) == json_sum(_without_sum(values))
+
+
+def has_wrong_sum(values: dict[str, Any]) -> bool:
+    """Returns whether values carry a sum that is not theirs. Those of earlier versions carry none."""
+    return SUM in values and not has_right_sum(values)
+
+
+def _without_sum(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != SUM}
 
 
 def _is_deeper(values: Any, depth: int) -> bool:

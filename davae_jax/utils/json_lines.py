@@ -34,7 +34,7 @@ def iterate_json_lines(path: Path) -> Iterator[JsonLine]:
 
 
 def read_log_lines(path: Path, *, may_grow: bool = False) -> list[JsonLine]:
-    """Returns the lines of a run's log, each an object with an integer "step"; [] if there is no such file.
+    """Returns the lines of a run's log that `has_step` accepts; [] if there is no such file.
 
     Other lines are skipped with one warning. They are what a killed run, a full disk or a crash of the system leaves,
     and must not keep a run from being resumed.
@@ -46,13 +46,19 @@ def read_log_lines(path: Path, *, may_grow: bool = False) -> list[JsonLine]:
         return []
     intact, damaged = [], []
     for line in iterate_json_lines(path):
-        (intact if line.values and type(line.values.get("step")) is int else damaged).append(line)
+        (intact if has_step(line) else damaged).append(line)
     if may_grow and damaged and not damaged[-1].data.endswith(b"\n"):
         damaged.pop()
     if damaged:
         others = f" and {len(damaged) - 1} others are" if damaged[1:] else " is"
         warnings.warn(f"{path}: line {damaged[0].number}{others} damaged and ignored", stacklevel=2)
     return intact
+
+
+def has_step(line: JsonLine) -> bool:
+    """Returns whether a line of a run's log is intact: an object with the number of a step."""
+    step = line.values.get("step") if line.values else None
+    return type(step) is int and 0 <= step < 1 << 62
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:

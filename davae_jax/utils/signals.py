@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,17 @@ def interrupt_on_signals(signals: Sequence[int] = SIGNALS) -> Iterator[None]:
             if received:
                 raise KeyboardInterrupt from None
             raise
+
+
+@contextlib.contextmanager
+def importing(prog: str) -> Iterator[None]:
+    """Ends the program with one line if it is interrupted while it imports its modules, for which it takes a second."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 class StopRequest:

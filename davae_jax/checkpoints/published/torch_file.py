@@ -81,6 +81,8 @@ def _read_parts(index: Path) -> dict[str, np.ndarray]:
         part = index.parent / file
         if Path(file).name != file or not os.path.isfile(part):  # False too for a name that cannot be one
             raise InputError(f"{index}: names {file!r}, which is not in its folder")
+        if file.endswith(INDEX_SUFFIX):
+            raise InputError(f"{index}: names {file!r}, which is an index and contains no tensors")
         tensors = read_tensors(part)
         expected = {name for name, other in files.items() if other == file}
         if different := sorted(expected ^ tensors.keys()):

@@ -65,11 +65,15 @@ class ShardBatches:
             S, T = round_up(int(longest[last_index]), 8), round_up(int(lengths[last_index]), 8)
             self._shapes.append((min(S, encoder_positions or S), T))
         self.steps_per_epoch = n // batch_size
+        # Texts from position ends[k - 1] to ends[k] have lengths[k] decoder ids.
+        self._lengths, self._ends = lengths, counts.cumsum()
         self._order = _Column(prepared.folder / "order.npy", len(prepared))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        records, shape = self.select_texts(step, start, stop)
-        texts = [self.prepared[i] for i in records.tolist()]
+        positions, shape = self._select_positions(step, start, stop)
+        lengths = self._lengths[np.searchsorted(self._ends, positions, side="right")]
+        records = zip(self._order[positions].tolist(), lengths.tolist(), strict=True)
+        texts = [self.prepared.read(i, n, self._order.path) for i, n in records]
         if any(len(ids) > length for text in texts for ids, length in zip(text, shape, strict=True)):
             raise InputError(f"{self._order.path}: does not match the shards; copy or prepare it again")
         return pad_batch(texts, shape, self.pad_id)
@@ -77,6 +81,11 @@ class ShardBatches:
     def select_texts(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the records of the rows from `start` to `stop` of a step's batch, and the lengths (S, T + 1) that
         they are padded to."""
+        positions, shape = self._select_positions(step, start, stop)
+        return self._order[positions], shape
+
+    def _select_positions(self, step: int, start: int, stop: int | None) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the positions in order.npy of the records that `select_texts` returns, and the lengths."""
         epoch, index = divmod(step, self.steps_per_epoch)
         k = permute(np.array([index]), self.steps_per_epoch, (self.seed, epoch))[0]
         positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
@@ -85,7 +94,7 @@ class ShardBatches:
             low, high = self._bounds[bucket : bucket + 2]
             in_bucket = bucket_ids == bucket
             positions[in_bucket] = low + permute(positions[in_bucket] - low, high - low, (self.seed, epoch, bucket + 1))
-        return self._order[positions[start:stop] % self.count], self._shapes[bucket_ids[-1]]
+        return positions[start:stop] % self.count, self._shapes[bucket_ids[-1]]
 
     def describe(self, step: int) -> str:
         return self.prepared.describe_lines(self.select_texts(step)[0].tolist())
@@ -127,7 +136,8 @@ class PreparedTexts:
         self.too_long = len(prepared) - len(self._records) + prepared.manifest["counts"]["too_long"]
 
     def ids(self, text: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.prepared[int(self._records[text])]
+        record = int(self._records[text])
+        return self.prepared.read(record, int(self.sizes[text, 1]), self.prepared.shard(record).with_suffix(".npy"))
 
     def describe_lines(self, texts: Sequence[int]) -> str:
         return self.prepared.describe_lines(self._records[texts].tolist())

@@ -35,7 +35,7 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.utils.arrays import read_array
 from davae_jax.utils.errors import InputError, first_line, system_reason
 from davae_jax.utils.files import check_utf8_path, file_sha256
-from davae_jax.utils.json_files import has_right_sum, read_json_object
+from davae_jax.utils.json_files import has_wrong_sum, read_json_object
 from davae_jax.utils.json_lines import iterate_json_lines
 from davae_jax.utils.open_files import OpenFiles, allow_open_files
 
@@ -112,7 +112,8 @@ class Prepared:
         # The files that decide which text is read when; those of the shards are too large, and have sums of their own.
         written = self.manifest.get("files", {})  # absent in the first versions
         read = ("order.npy", "lengths.npy", "held_out.jsonl")
-        hashes = self.manifest["tokenizers"] | {name: written[name] for name in read if name in written}
+        self._compared = {name: written[name] for name in read if name in written}
+        hashes = self.manifest["tokenizers"] | self._compared
         for name, digest in hashes.items():
             if file_sha256(folder / name) != digest:
                 raise InputError(f"{folder / name}: is not the file with which the texts were prepared; copy it again")
@@ -138,8 +139,7 @@ class Prepared:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the encoder ids and the decoder ids of record i. Raises InputError if the shard is damaged."""
-        n, i = self._locate(i)
-        path = self.folder / f"{self.shards[n]['name']}.arrayrecord"
+        path, (n, i) = self.shard(i), self._locate(i)
         try:
             # The time of `read([i])` grows with the size of the shard; `seek` and `read` take microseconds.
             with self._readers.use(n) as reader:
@@ -148,6 +148,23 @@ class Prepared:
             return decode_record(record, self.dtype)
         except (RuntimeError, ValueError, IndexError, OSError) as e:
             raise InputError(f"{path}: record {i} cannot be read ({first_line(e)})") from e
+
+    def read(self, i: int, length: int, source: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Returns record i as `prepared[i]`.
+
+        Raises InputError if it does not have `length` decoder ids, which the file `source` gives, as in a shard of
+        another prepared folder. Small shards often have the same size: their format fills up blocks of 64 KiB.
+        """
+        ids = self[i]
+        if len(ids[1]) != length:
+            # What has been compared with its hash is right.
+            wrong, right = (self.shard(i), source) if source.name in self._compared else (source, self.shard(i))
+            raise InputError(f"{wrong}: does not match {right.name}; copy or prepare it again")
+        return ids
+
+    def shard(self, i: int) -> Path:
+        """Returns the shard that contains record i."""
+        return self.folder / f"{self.shards[self._locate(i)[0]]['name']}.arrayrecord"
 
     def describe_lines(self, records: Sequence[int]) -> str:
         """Returns the input lines that these records come from, for messages."""
@@ -242,7 +259,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             intact &= all(type(line) is int and abs(line) < 1 << 62 for line in first_lines)
             intact &= first_lines == sorted(first_lines)
             intact &= len(files) > 0 and all(isinstance(text, str) for text in (shard["sha256"], *files))
-        intact &= "sum" not in manifest or has_right_sum(manifest)  # absent in the first versions
+        intact &= not has_wrong_sum(manifest)
         intact &= all("/" not in name and isinstance(x, str) for name, x in manifest.get("files", {}).items())
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         intact = False

@@ -191,10 +191,12 @@ class Checkpoints:
         loaded = {f"params.{name}": leaf for name, leaf in flatten(items[PARAMS_FOLDER]).items()} | items[STATE_ITEM]
         loaded = {name: loaded[name] for name in _leaves(like)}
         saved, checksums = metadata.get(SUMS), jax.device_get(array_sums(loaded))
-        saved = saved if isinstance(saved, dict) else {}
+        problem = sums_problem(path, saved)
+        if not isinstance(saved, dict):
+            raise _Damaged(problem)
         if differing := [name for name in checksums if int(checksums[name]) != saved.get(name)]:
             raise _Damaged(f"checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
-        if problem := sums_problem(path, saved):
+        if problem:
             raise _Damaged(problem)
         if not is_extra_state_intact(metadata):
             raise _Damaged("checksum mismatch in the extra state")

@@ -32,7 +32,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import file_sha256, is_partial, remove_folder, remove_partial, remove_removed, write_json
-from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object, with_sum
 from davae_jax.utils.locks import FolderLock
 
 # Hashes in train.json, and the option that names the hashed file.
@@ -63,6 +63,8 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         _check_not_lost(path)
         if stored.exists():
             old = read_json_object(stored)
+            is_intact = not has_wrong_sum(old)
+            old.pop(SUM, None)
             values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
             try:
                 old = upgrade_settings(old)
@@ -74,6 +76,9 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 if not complete_checkpoints(path):
                     _remove_preparations(path)
                     values.pop(TOKENIZER_HASHES, None)
+                elif changed and not is_intact:
+                    problem = "is damaged (its own sum differs); restore it, or choose another folder"
+                    raise InputError(f"{stored}: {problem}")
                 elif changed:
                     raise OptionError(
                         "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
@@ -82,7 +87,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
             raise OptionError(
                 "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
             )
-        write_json(stored, values)
+        write_json(stored, with_sum(values))
         remove_partial(path)
         remove_removed(path)
     except OSError as e:
@@ -100,7 +105,8 @@ def check_tokenizers(path: Path) -> None:
     stored = path / RUN_SETTINGS
     values = read_json_object(stored)
     if TOKENIZER_HASHES not in values:
-        write_json(stored, values | {TOKENIZER_HASHES: {name: file_sha256(path / name) for name in TOKENIZER_FILES}})
+        hashes = {name: file_sha256(path / name) for name in TOKENIZER_FILES}
+        write_json(stored, with_sum(values | {TOKENIZER_HASHES: hashes}))
     elif problems := tokenizer_changes(path, values):
         raise InputError(f"{'; '.join(problems)}; restore it, or choose another folder")
 
