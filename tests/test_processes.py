@@ -262,7 +262,8 @@ import os, sys, time
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 from davae_jax.parallel.config import DistributedConfig
-from davae_jax.parallel.multihost import connect, run_on_all_processes
+from davae_jax.parallel.agreement import run_on_all_processes
+from davae_jax.parallel.multihost import connect
 from davae_jax.utils.errors import InputError
 """
 

@@ -20,7 +20,8 @@ import jax
 from tqdm import tqdm
 
 from davae_jax.evaluation.examples import examples
-from davae_jax.parallel.multihost import all_processes, is_process_zero
+from davae_jax.parallel.agreement import all_processes
+from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.setup import Run
 from davae_jax.training.state import TrainState

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from davae_jax.data.batches import Batch
 from davae_jax.data.prefetch import prefetch
 from davae_jax.data.prepared.shards import THREADS
-from davae_jax.parallel.multihost import any_process_requested_stop, disconnect, is_process_zero
+from davae_jax.parallel.agreement import any_process_requested_stop
+from davae_jax.parallel.multihost import disconnect, is_process_zero
 from davae_jax.regularizers import RegularizerError
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.hooks import Hook, Profiler, default_hooks

@@ -13,7 +13,8 @@ from davae_jax.evaluation.evaluate import evaluate_run
 from davae_jax.evaluation.examples import examples, format_examples
 from davae_jax.evaluation.table import format_table
 from davae_jax.inference.text_vae import TextVAE
-from davae_jax.parallel.multihost import is_process_zero, run_on_process_zero
+from davae_jax.parallel.agreement import run_on_process_zero
+from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.regularizers import active
 from davae_jax.training.hooks import non_finite_error
 from davae_jax.training.run.log import Work

@@ -25,14 +25,14 @@ from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import abstract_model, merge, split
-from davae_jax.parallel.chips import Chip, find_chip
-from davae_jax.parallel.multihost import (
+from davae_jax.parallel.agreement import (
     check_same_on_all_processes,
     gather_params,
-    is_process_zero,
     run_on_all_processes,
     run_on_process_zero,
 )
+from davae_jax.parallel.chips import Chip, find_chip
+from davae_jax.parallel.multihost import is_process_zero
 from davae_jax.parallel.sharding import batch_sharding, make_mesh
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer

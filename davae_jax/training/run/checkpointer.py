@@ -34,7 +34,8 @@ from davae_jax.checkpoints.weights import (
     sums_problem,
     with_extra_state,
 )
-from davae_jax.parallel.multihost import all_processes, disconnect, is_process_zero, run_on_all_processes
+from davae_jax.parallel.agreement import all_processes, run_on_all_processes
+from davae_jax.parallel.multihost import disconnect, is_process_zero
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
