@@ -572,6 +572,7 @@ def test_other_texts_under_the_same_name(run, text_file):
         (["--seed", "-1"], "--seed must be an integer from 0 to 2³² − 1, not -1"),
         (["--data.valid", "x.txt"], "--data.valid is used only with --data.train"),
         (["--optimizer.eps", "0"], "--optimizer.eps must be above 0 and finite, not 0.0"),
+        (["--attention", "mosaic_tpu"], "--attention mosaic_tpu needs TPUs, and the devices are of the platform cpu"),
         (["--steps", "2147483648"], "--steps must be less than 2³¹"),
         (["--beta.cycles", "2147483648"], "--beta.cycles must be less than 2³¹"),
         (["--lagging.encoder-steps", "10000000000"], "--lagging.encoder-steps must be less than 2³¹"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from davae_jax.model.config import Attention
 from davae_jax.model.layers import dropout
 
 
@@ -36,6 +37,7 @@ def relative_attention(
     r_w_bias: Float[Array, "N H"],
     r_r_bias: Float[Array, "N H"],
     mask: Bool[Array, "*#BN T K"],
+    implementation: Attention = "xla",
 ) -> Float[Array, "B N T H"]:
     """Returns Σ_j softmax_j(score(i, j)) v_j with relative positions (Dai et al. 2019, section 3.3):
 
@@ -45,8 +47,12 @@ def relative_attention(
 
     Args:
       r: a vector for each distance; r[:, j] belongs to the distance of key j from the last query.
-      mask: True where a query sees a key.
+      mask: True where a query sees a key. The kernels need the same mask for all heads.
     """
+    if implementation == "mosaic_tpu":
+        from davae_jax.model import attention_tpu
+
+        return attention_tpu.relative_attention(q, k, v, r, r_w_bias, r_r_bias, mask)
     u, w = (bias.astype(q.dtype)[:, None] for bias in (r_w_bias, r_r_bias))
     content = jnp.einsum("bnth,bnkh->bntk", q + u, k, preferred_element_type=jnp.float32)
     position = jnp.einsum("bnth,nkh->bntk", q + w, r, preferred_element_type=jnp.float32)

@@ -310,3 +310,7 @@ def _require_heads_divide(section: str, config) -> None:
 
 # Which activations of a layer are saved for the backward pass (gradient checkpointing); the rest is recomputed.
 Remat = Literal["none", "dots", "full"]
+
+# How the decoder's attention is computed. xla: by XLA's operations, on any device; the reference. mosaic_tpu: by
+# kernels for TPUs that never write the scores to memory (`attention_tpu`).
+Attention = Literal["xla", "mosaic_tpu"]

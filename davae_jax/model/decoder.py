@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from davae_jax.model.attention import causal_mask, relative_attention
-from davae_jax.model.config import DecoderConfig, Remat
+from davae_jax.model.config import Attention, DecoderConfig, Remat
 from davae_jax.model.layers import (
     Buffer,
     Embedding,
@@ -99,6 +99,7 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
         remat: Remat = "none",
         segment_ids: Int[Array, "B T"] | None = None,
+        attention: Attention = "xla",
     ) -> DecoderOutput:
         """Reads T new tokens that follow the memory.
 
@@ -110,6 +111,7 @@ class Decoder(nnx.Module):
           remat: which activations of a layer are saved for the backward pass (`layers.apply_remat`).
           segment_ids: for rows that contain up to P texts, the number of each token's text (1 … P; 0 is padding). The
             latent is then [B, P, L], a token sees only tokens of its text, and there is no memory.
+          attention: how attention is computed.
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -131,7 +133,7 @@ class Decoder(nnx.Module):
                 r_NKH = layer.relative_keys(features)
                 past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
                 biases = self.r_w_bias[...], self.r_r_bias[...]
-                return layer(x, r_NKH, *biases, mask, past=past, key=layer_keys[i])[0]
+                return layer(x, r_NKH, *biases, mask, past=past, key=layer_keys[i], attention=attention)[0]
 
             return apply_remat(run, remat)(x), None
 
@@ -270,6 +272,7 @@ class DecoderLayer(nnx.Module):
         cache: tuple[Array, Array] | None = None,
         position: Int[Array, ""] | int = 0,
         key: jax.Array | None = None,
+        attention: Attention = "xla",
     ):
         """Applies the layer to T new tokens.
 
@@ -280,6 +283,7 @@ class DecoderLayer(nnx.Module):
           past: keys and values [B, N, M, H] of the recurrent memory, which come before the new ones.
           cache: buffers of keys and values [B, N, K, H]; the new ones are written at `position`.
           key: enables dropout.
+          attention: how attention is computed.
 
         Returns:
           The output, the latent not yet added, and the keys and values that the queries attended to.
@@ -292,8 +296,9 @@ class DecoderLayer(nnx.Module):
             k, v = (lax.dynamic_update_slice_in_dim(c, n, position, axis=2) for c, n in zip(cache, (k, v), strict=True))
             # Without the barrier, XLA's CPU backend writes the updated cache twice: for the loop's state and to read.
             k, v = lax.optimization_barrier((k, v))
-        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, mask).swapaxes(1, 2).reshape(x_BTD.shape)
-        attended = constrain(self.attention_out(context), "batch", None, None)
+        context = relative_attention(q, k, v, r_NKH, r_w_bias, r_r_bias, mask, attention)
+        attended = self.attention_out(context.swapaxes(1, 2).reshape(x_BTD.shape))
+        attended = constrain(attended, "batch", None, None)
         x = x_BTD + dropout(attended, self.dropout_rate, key_attention)
         inner = constrain(self.mlp_in(self.mlp_norm(x)), "batch", None, "mlp")
         mlp = constrain(self.mlp_out(jax.nn.gelu(inner, approximate=True)), "batch", None, None)

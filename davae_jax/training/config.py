@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from davae_jax.data.inputs.encodings import UTF_8, check_encoding
-from davae_jax.model.config import DAVAEConfig, Remat
+from davae_jax.model.config import Attention, DAVAEConfig, Remat
 from davae_jax.parallel.config import DistributedConfig, MeshConfig
 from davae_jax.regularizers.config import RegularizersConfig
 from davae_jax.utils.errors import VOCAB_SIZES, OptionError, check_integers, check_options
@@ -341,6 +341,9 @@ class TrainConfig:
 
     remat: Remat = "none"
     """Gradient checkpointing: the activations that a layer saves for the backward pass. none: all. dots: the results of matrix products. full: only the layer's input, which takes the least memory and, at the published size, 22 % more compute."""
+
+    attention: Attention = "xla"
+    """How the decoder's attention is computed in training. xla: on any device. mosaic_tpu: on TPUs, by kernels that never write the scores to memory."""
 
     accumulate: int = 1
     """Gradient accumulation: number of micro-batches per step."""

@@ -208,10 +208,11 @@ def reconstruction(
         if config.data.segment_length and config.data.segment_length < T:
             rec = reconstruction_in_segments(model.decoder, ids, targets, mask, latent, key, config)
             return rec, jnp.maximum(mask.sum(1), 1)
-        output = model.decoder(ids, latent, key=key, remat=config.remat)
+        output = model.decoder(ids, latent, key=key, remat=config.remat, attention=config.attention)
     else:
         mask = segments[..., None] == jnp.arange(1, P + 1)
-        output = model.decoder(ids, latent.reshape(B, P, -1), key=key, remat=config.remat, segment_ids=segments)
+        how = dict(key=key, remat=config.remat, attention=config.attention)
+        output = model.decoder(ids, latent.reshape(B, P, -1), segment_ids=segments, **how)
     rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
     return rec.reshape(-1), jnp.maximum(mask.sum(1), 1).reshape(-1)
 
@@ -248,7 +249,7 @@ def reconstruction_in_segments(
         memory, rec = carry
         i, ids, targets, mask = segment
         segment_key = None if key is None else jax.random.fold_in(key, i)
-        output = decoder(ids, latent, memory, window, segment_key, config.remat)
+        output = decoder(ids, latent, memory, window, segment_key, config.remat, attention=config.attention)
         rec = rec + chunked_nll(decoder, output.final, targets, mask, config.logits_chunk)
         return (decoder.extend_memory(memory, output.hidden, memory.capacity), rec), None
 

@@ -98,9 +98,7 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
     """
     if (folder := config.run_dir) is None:
         raise OptionError("--run-dir", "must name the folder of the run")
-    mesh, corpus = run_on_all_processes(
-        lambda: (make_mesh(config.mesh, config.batch_size, config.accumulate), load_corpus(config))
-    )
+    mesh, corpus = run_on_all_processes(lambda: (_make_mesh(config), load_corpus(config)))
     check_same_on_all_processes("the options", digest_settings(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
@@ -152,6 +150,15 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
         flops=functools.cache(functools.partial(model_flops, config)),
     )
     return run, state
+
+
+def _make_mesh(config: TrainConfig) -> Mesh:
+    """Returns the run's mesh. Raises InputError if it does not fit, or its devices cannot compute as they should."""
+    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
+    platform = mesh.devices.flat[0].platform
+    if config.attention == "mosaic_tpu" and platform != "tpu":
+        raise OptionError("--attention", f"mosaic_tpu needs TPUs, and the devices are of the platform {platform}")
+    return mesh
 
 
 def _print_saved(checkpoint: Path) -> None:

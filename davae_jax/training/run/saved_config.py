@@ -59,8 +59,9 @@ def digest_settings(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-# Settings that do not change the results. Plugins are compared by their contents (`training.run.folder.open_run`).
-NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin", "data.max_bad")
+# Settings that do not change the results, beyond rounding. Plugins are compared by their contents
+# (`training.run.folder.open_run`).
+NOT_COMPARED = ("run_dir", "log", "mesh", "distributed", "plugin", "data.max_bad", "attention")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
