@@ -25,7 +25,8 @@ LONGEST = [  # first those whose slow tests take longest
     *["test_processes", "test_readme", "test_train", "test_lowering", "test_compare", "test_sharding"],
     *["test_train_step", "test_previous_version", "test_packing", "test_convert", "test_plan", "test_regularizers"],
     *["test_golden_model", "test_parity", "test_model", "test_warm_start", "test_generation", "test_cli"],
-    *["test_golden_generation", "test_imports", "test_metrics", "test_long_texts", "test_prepare", "test_text"],
+    *["test_check", "test_imports", "test_long_runs", "test_numerics", "test_golden_generation", "test_attention_tpu"],
+    *["test_evaluate", "test_metrics", "test_hub", "test_long_texts", "test_prepare", "test_text"],
 ]
 
 
