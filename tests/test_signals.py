@@ -15,8 +15,11 @@ PROGRAMS = [path for path in sorted((ROOT / "convert").glob("*.py")) if path.nam
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored():
-    """None of the signals is ignored, though the tests may run under `nohup`, which ignores SIGHUP."""
+    """None of the signals is ignored, though the tests may run under `nohup`, which ignores SIGHUP, or as a job in a
+    shell's background, which ignores SIGINT.
+    """
     inherited = [signal.getsignal(number) for number in SIGNALS]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in SIGNALS[1:]:
         signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in SIGNALS]
