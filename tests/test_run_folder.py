@@ -138,6 +138,27 @@ def test_damaged_settings_are_named(content, tmp_path, config):
     assert (folder / "train.json").read_bytes() == content
 
 
+@pytest.mark.parametrize("values", [{}, {"version": "1.1", "data": []}, {"steps": 3, "data": {}, "model": "bert"}])
+def test_a_train_json_of_another_program_is_left(values, tmp_path, config):
+    """It may contain texts; what is beside it would be removed as the preparations of a run."""
+    folder = tmp_path / "squad"
+    for name, text in {"train.json": json.dumps(values), "vocab.txt": "mine", "init/a": "mine"}.items():
+        write(folder / name, [text])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=str(folder / "train.json")):
+        opened(folder, config)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_at_an_address_is_refused(config, tmp_path, monkeypatch):
+    """Its checkpoints would be lost with the machine."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"^s3:/bucket/run: is an address"):
+        opened(Path("s3://bucket/run"), config)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_before_the_first_checkpoint_all_may_change(config, tmp_path):
     """What the first start has prepared is of its own options, and is made anew."""
     folder = tmp_path / "run"
