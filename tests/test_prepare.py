@@ -24,6 +24,7 @@ from davae_jax.data.inputs import line_readers
 from davae_jax.data.inputs.bad_lines import BadLineLimit
 from davae_jax.data.inputs.readers import find_files, split_into_slices
 from davae_jax.data.prefetch import read_ahead
+from davae_jax.data.prepared import build_shards as build_shards_module
 from davae_jax.data.prepared.build_shards import build_shards
 from davae_jax.data.prepared.shard_batches import PreparedTexts, ShardBatches, permute
 from davae_jax.data.prepared.shard_index import merge_shards
@@ -496,6 +497,19 @@ def test_files_of_the_user_under_the_names_of_its_own_are_left(prepare, tmp_path
     refused = prepare(texts, output=other)
     assert refused.code == 2 and str(other / "prepare.json") in refused.err
     assert {path: path.read_bytes() for path in [texts, *other.iterdir()]} == before
+
+
+def test_a_file_of_a_year_that_python_does_not_know(prepare, tmp_path, monkeypatch):
+    """Some file systems keep such times, and others do not, so the time stands for the file's."""
+    texts = write_texts(tmp_path / "a.txt")
+    time = build_shards_module._describe_time
+    monkeypatch.setattr(build_shards_module, "_describe_time", lambda seconds: time(99999999999999.0))
+    for _ in range(2):
+        result = prepare(texts)
+        assert (result.code, result.err.strip()) == (0, "")
+    stored = json.loads((result.folder / "prepare.json").read_text(encoding="utf-8"))["inputs"][str(texts)]
+    assert stored == f"{texts.stat().st_size} bytes of 99999999999999.0 s"
+    assert time(0.0) == "1970-01-01T00:00:00+00:00"
 
 
 def test_files_among_the_statistics_are_left(prepare, tmp_path):

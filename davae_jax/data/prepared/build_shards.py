@@ -202,10 +202,15 @@ def _describe_tokenizers(tokenizers: Path | VocabularySizes) -> dict[str, Any]:
 def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
     """Returns the size and the modification time of every file, so that a changed file counts as a changed setting."""
     stats = {str(file): file.stat() for file in files}
-    return {
-        name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}"
-        for name, stat in stats.items()
-    }
+    return {name: f"{stat.st_size} bytes of {_describe_time(stat.st_mtime)}" for name, stat in stats.items()}
+
+
+def _describe_time(seconds: float) -> str:
+    """Returns a time as a date, or as its seconds if its year is none of Python's: a wrong clock or copy left it."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s"
 
 
 def _check_unchanged(output: Path, files: Sequence[Path], inputs: dict[str, str]) -> None:
