@@ -268,6 +268,27 @@ def test_metadata_that_have_lost_an_entry(tmp_path, capsys):
         assert ("metadata are damaged" if removed == "sums" else "extra state") in err
 
 
+@pytest.mark.parametrize("name", ["best", "7", "params", "run/checkpoints/best"])
+def test_a_checkpoint_that_was_copied_with_its_config(name, fixture, check, tmp_path):
+    """What it is shows in its contents; it is read wherever it lies, and damage is found as in the run."""
+    run = fixture("run")
+    newest = max(complete_checkpoints(run), key=lambda path: int(path.name))
+    expected = weights.flat_params(davae_jax.from_pretrained(run))
+    copy = shutil.copytree(newest, run.parent / name)
+    for file in ("config.json", "vocab.txt", "spiece.model"):
+        shutil.copyfile(run / file, copy / file)
+    if name == "7":  # the name of a step, and not the step of the checkpoint
+        with pytest.raises(InputError, match="not of the step in its name"):
+            davae_jax.from_pretrained(copy)
+        return
+    found = weights.flat_params(davae_jax.from_pretrained(copy))
+    assert found.keys() == expected.keys() and all((found[key] == expected[key]).all() for key in found)
+    assert check(copy)[:2] == (0, "one checkpoint of a run") and check(copy)[3] == []
+    export(copy, tmp_path / "out", format="safetensors")
+    flip(max((copy / "params").rglob("d/*"), key=lambda path: path.stat().st_size))
+    assert check(copy)[0] == 1
+
+
 def test_a_run_in_use(fixture, check):
     run = fixture("run")
     (run / "checkpoints" / "5").mkdir()

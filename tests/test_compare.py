@@ -220,6 +220,7 @@ def write(path, **values):
         (dict(settings={"a": ""}, evaluate="--json x"), "evaluate: --model and --json"),
         (dict(settings={"a b": "", "a-b": ""}), "settings 'a b' and 'a-b' would use the same folder"),
         (dict(train="'", settings={"a": ""}), "No closing quotation"),
+        (dict(settings={"长" * 86: ""}), "has more than 255 bytes"),
     ],
 )
 def test_invalid_studies(values, message, tmp_path, capsys):
@@ -228,6 +229,23 @@ def test_invalid_studies(values, message, tmp_path, capsys):
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"davae compare: error: {path}: ") and message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_folder_cannot_be_made_does_not_keep_the_others_back(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "b").touch()
+    done = []
+
+    def completed(study, name, seed, folder):
+        (folder.parent).mkdir(exist_ok=True)
+        done.append(name)
+        return {"kl": 1.0}
+
+    monkeypatch.setattr(compare, "complete_run", completed)
+    path = write(tmp_path / "study.toml", seeds=[0], settings={"a": "", "b": "", "c": ""})
+    assert main(["compare", str(path), "--output", str(out)]) == 1 and done == ["a", "c"]
+    assert capsys.readouterr().err == f"davae compare: error: {out / 'b'}: File exists\n"
 
 
 def test_an_option_of_several_values_replaces_the_common_one(tmp_path):

@@ -28,6 +28,7 @@ from davae_jax.evaluation.text_metrics import words
 from davae_jax.inference.generation import generate
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
+from davae_jax.reports.report import training_curves
 from davae_jax.tokenizers.decoder import END
 from davae_jax.utils.errors import OptionError
 
@@ -477,3 +478,18 @@ def test_demo_runs_use_the_demo_texts(davae, tmp_path):
     assert code == 2 and "--label mood" in err and "topic, aspect, good, degree, time, person, style" in err
     (tmp_path / "train.json").write_text('{"data": {"train": "x.txt"}}', encoding="utf-8")
     assert davae(model=tmp_path)[0] == 2
+
+
+def test_one_checkpoint_of_a_run_is_of_the_run(davae, tmp_path):
+    """It has the run's texts, if the run is one of the demo, and the run's curves."""
+    checkpoint = tmp_path / "checkpoints" / "3"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "train.json").write_text('{"data": {"train": null}}', encoding="utf-8")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    code, _, err = davae(model=checkpoint)
+    assert code == 1 and err.startswith(f"davae evaluate: error: {tmp_path / 'config.json'}: ")
+    for step in (1, 2):
+        with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            print(json.dumps({"step": step, "loss": 3.0 / step}), file=file)
+    assert [figure.caption for figure in training_curves(checkpoint)] == ["loss; x: steps"]
+    assert training_curves(tmp_path / "elsewhere") == []

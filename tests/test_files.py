@@ -1,16 +1,19 @@
 """Files that the user names: links are followed, devices are written to, and the longest names work."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import GOLDEN
 
 from davae_jax.cli.main import main
 from davae_jax.tokenizers.files import read_file
 from davae_jax.utils.errors import InputError
-from davae_jax.utils.files import check_output, file_sha256, read_bounded, write_output
+from davae_jax.utils.files import check_local, check_output, file_sha256, read_bounded, write_output
 from davae_jax.utils.json_files import read_json_object
 
 
@@ -37,6 +40,63 @@ def test_the_file_of_standard_output_is_not_replaced(tmp_path):
     with (tmp_path / "log").open("w") as log:
         subprocess.run([sys.executable, "-c", program], stdout=log, check=True, cwd=Path(__file__).parent.parent)
     assert (tmp_path / "log").read_text(encoding="utf-8") == "first\nsecond\nthird\n"
+
+
+@pytest.mark.parametrize("reason", [errno.EBUSY, errno.EROFS, errno.EACCES])
+def test_a_file_that_cannot_be_replaced_is_written_to(reason, tmp_path, monkeypatch):
+    """One that is mounted alone, as into a container; or in a folder into which nothing else can be written."""
+
+    def fails(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    path = tmp_path / "f.json"
+    path.write_text("a longer text than the new one", encoding="utf-8")
+    monkeypatch.setattr(Path, "replace", fails)
+    write_output(path, "new")
+    assert path.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match=os.strerror(reason)):
+        write_output(tmp_path / "none.json", "new")
+
+
+def test_a_file_in_a_read_only_folder_can_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "f.json"
+    path.touch()
+    monkeypatch.setattr(os, "access", lambda where, mode: Path(where) == path)
+    check_output(path)
+    with pytest.raises(InputError, match="Permission denied"):
+        check_output(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "convert m {}/m",
+        "prepare --input t.txt --output {}/p",
+        "compare s.toml --output {}/study",
+    ],
+)
+@pytest.mark.parametrize("place", ["s3://bucket", "gs:/bucket", "file:///tmp", "~"])
+def test_results_are_not_written_to_a_folder_that_is_called_as_an_address(argv, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / "small", "m", ignore=lambda *_: ["io.npz"])
+    Path("t.txt").write_text("a\n", encoding="utf-8")
+    Path("s.toml").write_text('[settings]\na = ""', encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    words = argv.format(place).split()
+    assert main(words) in (1, 2)
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and (str(Path(place)) in error[0]) and sorted(tmp_path.iterdir()) == before
+
+
+def test_folders_that_only_look_like_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "C:/x", "a:b/c", "~old/x", "/s3:/x", "x/s3:/y", "s3:", "."):
+        check_local(Path(name))
+    for name in ("s3://x", "~/x"):
+        with pytest.raises(InputError, match=str(Path(name))):
+            check_local(Path(name))
+        (tmp_path / Path(name).parts[0]).mkdir()
+        check_local(Path(name))
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "文" * 85], ids=["ASCII", "Chinese"])
@@ -66,14 +126,17 @@ def test_files_that_cannot_be_written(tmp_path):
         "evaluate --model m --data t.txt --json m/train.json",
         "check m --json m/config.json",
         "check k --json k/manifest.json",
+        "sample --model r/checkpoints/3 --output r/samples.jsonl",
+        "evaluate --model r/checkpoints/3 --data t.txt --json r/config.json",
         "plan --data.train u.txt t.txt --json t.txt",
     ],
 )
 def test_what_a_command_reads_is_not_replaced_by_its_result(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = ["t.txt", "u.txt", "m/config.json", "m/train.json", "k/vocab.txt", "k/manifest.json"]
+    names += ["r/config.json", "r/samples.jsonl", "r/checkpoints/3/params/d"]
     for path in map(Path, names):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(str(path), encoding="utf-8")
     Path("link").symlink_to("t.txt")
     assert main(argv.split()) == 2

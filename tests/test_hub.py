@@ -1,11 +1,15 @@
 """`davae convert ORG/NAME`, with a local server as the hub."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import GOLDEN
 from hub import serve
+
+from davae_jax.checkpoints.hub import resolve_source
+from davae_jax.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +39,16 @@ def test_a_repo_that_is_not_there(convert, tmp_path):
     last = run.stderr.strip().splitlines()
     assert len(last) == 1 and last[0].startswith("davae convert: error: acme/no-such-model: "), run.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["runs/latest", "latest/run", "./none", "../none", "none/."])
+def test_what_is_no_name_of_a_repo_is_not_looked_up(name, tmp_path, monkeypatch):
+    """A link whose folder was moved would otherwise be the name of somebody's repo."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("looked up"))
+    (tmp_path / "runs").mkdir()
+    for link in ("runs/latest", "latest"):
+        (tmp_path / link).symlink_to("moved")
+    with pytest.raises(InputError, match=f"^{re.escape(name)}: no such folder") as e:
+        resolve_source(name)
+    assert ("is a link to nothing" in str(e.value)) == ("latest" in name)

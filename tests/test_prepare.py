@@ -24,6 +24,7 @@ from davae_jax.data.inputs import line_readers
 from davae_jax.data.inputs.bad_lines import BadLineLimit
 from davae_jax.data.inputs.readers import find_files, split_into_slices
 from davae_jax.data.prefetch import read_ahead
+from davae_jax.data.prepared import build_shards as build_shards_module
 from davae_jax.data.prepared.build_shards import build_shards
 from davae_jax.data.prepared.shard_batches import PreparedTexts, ShardBatches, permute
 from davae_jax.data.prepared.shard_index import merge_shards
@@ -485,6 +486,47 @@ def test_invalid_options_and_columns(prepare, tmp_path):
     foreign = write_texts(tmp_path / "foreign.txt").parent
     refused = prepare(table, output=foreign)
     assert refused.code == 2 and "contains files, but no prepare.json" in refused.err
+    assert not (foreign / "parts").exists()
+
+
+def test_files_of_the_user_under_the_names_of_its_own_are_left(prepare, tmp_path):
+    """A folder called "parts" may be that of the texts themselves, and prepare.json of another program."""
+    novels = tmp_path / "novels"
+    (novels / "parts").mkdir(parents=True)
+    texts = write_texts(novels / "parts" / "a.txt")
+    refused = prepare(texts.parent, output=novels)
+    assert refused.code == 2 and f"{novels} contains files, but no prepare.json" in refused.err
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, text in {"prepare.json": '{"mine": 1}', "vocab.txt": "mine", "held_out.jsonl": "mine"}.items():
+        (other / name).write_text(text, encoding="utf-8")
+    before = {path: path.read_bytes() for path in [texts, *other.iterdir()]}
+    refused = prepare(texts, output=other)
+    assert refused.code == 2 and str(other / "prepare.json") in refused.err
+    assert {path: path.read_bytes() for path in [texts, *other.iterdir()]} == before
+
+
+def test_a_file_of_a_year_that_python_does_not_know(prepare, tmp_path, monkeypatch):
+    """Some file systems keep such times, and others do not, so the time stands for the file's."""
+    texts = write_texts(tmp_path / "a.txt")
+    time = build_shards_module._describe_time
+    monkeypatch.setattr(build_shards_module, "_describe_time", lambda seconds: time(99999999999999.0))
+    for _ in range(2):
+        result = prepare(texts)
+        assert (result.code, result.err.strip()) == (0, "")
+    stored = json.loads((result.folder / "prepare.json").read_text(encoding="utf-8"))["inputs"][str(texts)]
+    assert stored == f"{texts.stat().st_size} bytes of 99999999999999.0 s"
+    assert time(0.0) == "1970-01-01T00:00:00+00:00"
+
+
+def test_files_among_the_statistics_are_left(prepare, tmp_path):
+    """The folder "parts" of an earlier start was empty, and is taken; that of a complete folder is the user's."""
+    texts = write_texts(tmp_path / "a.txt")
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    assert prepare(texts).code == 0 and not (tmp_path / "out" / "parts").exists()
+    (tmp_path / "out" / "parts").mkdir()
+    mine = write_texts(tmp_path / "out" / "parts" / "mine.txt")
+    assert prepare(texts).code == 0 and mine.exists()
 
 
 def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):

@@ -147,11 +147,32 @@ def test_damaged_settings_are_not_taken_for_other_options(tmp_path, config):
     for damaged in (values | {"seed": 77}, values | {"digest_of_texts": 5}, {"steps": 3, "sum": values["sum"]}):
         settings.write_text(json.dumps(damaged))
         assert f"{settings}: is damaged (its own sum differs)" in check_folder(folder).damaged
-        with pytest.raises(InputError, match=r"train\.json: is damaged \(its own sum differs\)"):
+        with pytest.raises(InputError, match=r"train\.json: is damaged"):
             opened(folder, config)
     settings.write_text(json.dumps(values | {"sum": 5}))
     opened(folder, config)
     assert settings.read_bytes() == intact
+
+
+@pytest.mark.parametrize("values", [{}, {"version": "1.1", "data": []}, {"steps": 3, "data": {}, "model": "bert"}])
+def test_a_train_json_of_another_program_is_left(values, tmp_path, config):
+    """It may contain texts; what is beside it would be removed as the preparations of a run."""
+    folder = tmp_path / "squad"
+    for name, text in {"train.json": json.dumps(values), "vocab.txt": "mine", "init/a": "mine"}.items():
+        write(folder / name, [text])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=str(folder / "train.json")):
+        opened(folder, config)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_at_an_address_is_refused(config, tmp_path, monkeypatch):
+    """Its checkpoints would be lost with the machine."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"^s3:/bucket/run: is an address"):
+        opened(Path("s3://bucket/run"), config)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_before_the_first_checkpoint_all_may_change(config, tmp_path):

@@ -1,6 +1,7 @@
 """Folders that appear complete or not at all, and locks: nothing that another program or the user made is lost."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_a_path_that_orbax_cannot_read_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="choose another folder"):
         write(tmp_path / name / "dst")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_a_disk_is_mounted_is_refused_before_the_work(tmp_path, monkeypatch):
+    """It can be neither renamed nor replaced, which would be noticed when the work is done."""
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == dst)
+    with pytest.raises(InputError) as e, staged_folder(dst, overwrite=True):
+        raise AssertionError("begun")
+    assert str(e.value).startswith(f"{dst}: is where a disk is mounted")
+    write(dst / "in it")
 
 
 def test_without_locks_nothing_of_another_program_is_removed(tmp_path, monkeypatch):

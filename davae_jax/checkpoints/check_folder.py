@@ -30,6 +30,7 @@ from davae_jax.checkpoints.run_folder import (
     RUN_SETTINGS,
     complete_checkpoints,
     config_folder,
+    is_run_checkpoint,
     is_step,
     tokenizer_changes,
 )
@@ -73,7 +74,7 @@ def _kind(folder: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Any], lis
     """Returns what a folder is by its contents, and the function that checks it."""
     names = {path.name for path in folder.iterdir()}
     checkpoints = folder / CHECKPOINTS_FOLDER
-    if config_folder(folder) != folder and is_step(folder.resolve().name):
+    if is_run_checkpoint(folder) or (config_folder(folder) != folder and is_step(folder.resolve().name)):
         return "one checkpoint of a run", _check_checkpoint
     if names & {MANIFEST, SETTINGS}:
         return "prepared texts", _check_prepared
@@ -95,10 +96,11 @@ def _check_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     config, damaged = read_config(run)
     damaged += tokenizer_problems(run, config, needed=True)
     path = folder.resolve()
-    if path not in [complete.resolve() for complete in complete_checkpoints(run)]:
+    is_in_run = run != folder and is_step(path.name)  # otherwise it has been copied, or renamed
+    if is_in_run and path not in [complete.resolve() for complete in complete_checkpoints(run)]:
         return {"run": str(run)}, [*damaged, f"{folder}: is not a complete checkpoint"]
-    state = {"run": str(run), "step": int(path.name), "parameters": _stored_parameters(path)}
-    return state, damaged + checkpoint_problems(path, config)
+    state = {"run": str(run), "step": int(path.name)} if is_in_run else {}
+    return state | {"parameters": _stored_parameters(path)}, damaged + checkpoint_problems(path, config)
 
 
 def _check_run(folder: Path) -> tuple[dict[str, Any], list[str]]:

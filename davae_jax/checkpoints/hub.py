@@ -25,7 +25,9 @@ def resolve_source(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{source}: is a file; pass the folder that contains {CONFIG_FILE}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if links := [path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()]:
+        raise InputError(f"{source}: no such folder; {links[0]} is a link to nothing")  # not the name of a repo
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise InputError(f"{source}: no such folder")
     import huggingface_hub
 

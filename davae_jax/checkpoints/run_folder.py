@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
 CHECKPOINTS_FOLDER = "checkpoints"
 STATE_ITEM = "state"
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a checkpoint
 INIT_FOLDER = "init"  # in the run folder: the checkpoint that a warm start begins from
 RUN_SETTINGS = "train.json"
 TOKENIZER_HASHES = "digests_of_tokenizers"  # in RUN_SETTINGS: file → SHA-256
@@ -33,20 +34,27 @@ RUN_FILES = (RUN_SETTINGS, *LOGS)
 
 def model_files(*folders: str | Path | None) -> list[Path]:
     """Returns the files of models and runs, which may not exist, that no result of a command may replace."""
-    return [Path(folder) / name for folder in folders if folder for name in (*MODEL_FILES, *RUN_FILES)]
+    given = [Path(folder) for folder in folders if folder]
+    runs = [run for folder in given if folder.is_dir() and (run := config_folder(folder)) != folder]
+    return [folder / name for folder in (*given, *runs) for name in (*MODEL_FILES, *RUN_FILES)]
 
 
 def weights_path(folder: Path) -> Path | None:
     """Returns the Orbax checkpoint with a folder's weights, or None if there is none.
 
     `folder` is a converted checkpoint, a run folder (its newest complete checkpoint is taken) or one checkpoint of a
-    run.
+    run, which may have been copied elsewhere with config.json and the tokenizers.
     """
-    if config_folder(folder) != folder:
+    if config_folder(folder) != folder or is_run_checkpoint(folder):
         return folder.resolve()
     if (folder / PARAMS_FOLDER).is_dir():
         return folder / PARAMS_FOLDER
     return max(complete_checkpoints(folder), key=lambda path: int(path.name), default=None)
+
+
+def is_run_checkpoint(folder: Path) -> bool:
+    """Returns whether a folder is one checkpoint of a run by its contents. A converted model has no metadata here."""
+    return (folder / CHECKPOINT_METADATA).is_file() and (folder / PARAMS_FOLDER).is_dir()
 
 
 def config_folder(folder: Path) -> Path:

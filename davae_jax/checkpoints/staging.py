@@ -14,7 +14,7 @@ from zlib import crc32
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, MODEL_FILES, PARAMS_FOLDER, check_path
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import is_partial, write_bytes
+from davae_jax.utils.files import check_local, is_partial, write_bytes
 from davae_jax.utils.locks import FolderLock
 
 
@@ -34,9 +34,10 @@ def staged_folder(
       read_back: opens the new folder again before it is renamed, and returns its problems, a line for each.
 
     Raises:
-      InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or anything but a model, it
-        cannot be written, or it has problems when it is read back.
+      InputError: `dst` exists and `overwrite` is off, it contains one of the `sources` or anything but a model, it is
+        where a disk is mounted, it cannot be written, or it has problems when it is read back.
     """
+    check_local(dst)
     target = dst.resolve()
     # Not made from the name itself, which may be as long as the file system permits. A lock tells whether a folder's
     # program still runs on this machine only, so the name tells the machine.
@@ -47,6 +48,8 @@ def staged_folder(
         raise InputError(f"{dst}: exists already; choose another folder, or use --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"{dst}: is a file, not a folder")
+    if target.is_dir() and os.path.ismount(target):
+        raise InputError(f"{dst}: is where a disk is mounted, and cannot be replaced; choose a folder in it")
     check_path(target)
     for source in sources:
         if source.resolve().is_relative_to(target):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from davae_jax.checkpoints.orbax_logging import quiet_orbax
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path, is_step
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path, is_run_checkpoint, is_step
 from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
@@ -216,7 +216,7 @@ def flat_params(model: nnx.Module) -> FlatParams:
 
 def _checkpointable_name(path: Path) -> str:
     """Returns the name of the weights in an Orbax checkpoint; those of a run also contain optimizer states."""
-    return "AUTO" if path.name == PARAMS_FOLDER else PARAMS_FOLDER
+    return "AUTO" if path.name == PARAMS_FOLDER and not is_run_checkpoint(path) else PARAMS_FOLDER
 
 
 def _check_exists(path: Path) -> None:

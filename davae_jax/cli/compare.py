@@ -43,7 +43,7 @@ from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, on_one_line
-from davae_jax.utils.files import read_bounded, remove_partial, write_json, write_text
+from davae_jax.utils.files import check_local, read_bounded, remove_partial, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
@@ -52,6 +52,7 @@ TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
 COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
 MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
+MAX_NAME_BYTES = 255  # of a file or folder
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
 
 
@@ -82,6 +83,7 @@ class Compare(Command):
     def run(self) -> int:
         """Reads the study and runs it. Returns the exit code."""
         study = read_study(self.study)
+        check_local(self.output)
         check_path(self.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -106,9 +108,10 @@ class Compare(Command):
                     results[name][seed] = complete_run(
                         study, name, seed, self.output / setting_folder(name) / f"seed-{seed}"
                     )
-                except InputError as e:
+                except (InputError, OSError) as e:  # of one run; the others can be compared all the same
                     failed = True
-                    tqdm.write(f"davae compare: error: {on_one_line(str(e))}", file=sys.stderr)
+                    reason = f"{e.filename or self.output}: {e.strerror or e}" if isinstance(e, OSError) else str(e)
+                    tqdm.write(f"davae compare: error: {on_one_line(reason)}", file=sys.stderr)
                     continue
                 # Runs that are already complete take no time, so the output is not updated after each of them.
                 if time.monotonic() > written + PAGE_INTERVAL:
@@ -206,6 +209,8 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, str]:
         folder = setting_folder(name)
         if folder == COMPILED_FOLDER or folder.startswith("comparison."):
             raise _StudyError(f"setting {name!r} would use the folder {folder}, which is reserved")
+        if len(os.fsencode(folder)) > MAX_NAME_BYTES:
+            raise _StudyError(f"setting {name!r} would use a folder whose name has more than {MAX_NAME_BYTES} bytes")
         if (other := names.setdefault(folder, name)) != name:
             raise _StudyError(f"settings {other!r} and {name!r} would use the same folder")
     return settings

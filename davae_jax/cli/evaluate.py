@@ -174,10 +174,12 @@ def demo_texts(run: Path, labels: Sequence[str]) -> Data:
     """Returns the held-out texts of the demo and their factors.
 
     Raises:
-      OptionError: `run` is not a run of the demo, or a label is not one of its factors.
+      OptionError: `run` is not a run of the demo or one of its checkpoints, or a label is not one of its factors.
     """
+    from davae_jax.checkpoints.run_folder import config_folder
+
     try:
-        is_demo_run = read_json_object(run / "train.json")["data"]["train"] is None
+        is_demo_run = read_json_object(config_folder(run) / "train.json")["data"]["train"] is None
     except (OSError, ValueError, KeyError, TypeError):
         is_demo_run = False
     if not is_demo_run:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from davae_jax.checkpoints.run_folder import config_folder
 from davae_jax.evaluation.comparison import is_finite_number
 from davae_jax.evaluation.evaluate import Evaluation
 from davae_jax.evaluation.measures import ACTIVE_VARIANCE
@@ -147,7 +148,8 @@ def class_legend(colours: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def training_curves(run: Path) -> list[Figure]:
-    """Draws the metrics logged during training; returns [] if `run` is not a run folder."""
+    """Draws the metrics logged during training; returns [] if `run` is neither a run nor its checkpoint."""
+    run = config_folder(run)  # of one of its checkpoints
     files = {"training": run / "metrics.jsonl", "held-out": run / "held_out.jsonl"}
     logs = {name: [line.values for line in read_log_lines(file, may_grow=True)] for name, file in files.items()}
     figures = []

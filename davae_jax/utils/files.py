@@ -99,15 +99,30 @@ def check_output(path: Path, option: str = "--output", *, inputs: Iterable[Path]
         if path.is_file() and any(file.is_file() and path.samefile(file) for file in inputs):
             raise InputError(f"{path}: is read by this command; choose another file for {option}", exit_code=2)
         folder = path.resolve().parent
-        is_special = path.exists() and not path.is_file()
+        in_place = path.exists() and (not path.is_file() or not os.access(folder, os.W_OK))
         if path.is_dir():
             raise InputError(f"{path}: is a folder; {option} needs a file")
         if not folder.is_dir():
             raise InputError(f"{path}: cannot be written ({folder} does not exist)")
-        if not os.access(path if is_special else folder, os.W_OK):
+        if not os.access(path if in_place else folder, os.W_OK):
             raise InputError(f"{path}: cannot be written (Permission denied)")
     except (OSError, RuntimeError) as e:  # a name that is too long; a loop of links, in Python 3.11 and 3.12
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+
+
+def check_local(folder: Path) -> None:
+    """Raises InputError if a folder that is to be made is meant to be elsewhere.
+
+    The path of "s3://bucket/run" is s3:/bucket/run, a folder in the working folder, and that of "--run-dir=~/run",
+    which no shell expands, is in a folder called "~". Where the user has such a folder, it is meant.
+    """
+    first = folder.parts[0] if folder.parts else ""
+    is_address = len(folder.parts) > 1 and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", first)
+    if not (is_address or first == "~") or os.path.lexists(first):
+        return
+    if is_address:
+        raise InputError(f"{folder}: is an address, and results are written to folders only; choose a folder")
+    raise InputError(f"{folder}: begins with ~, which the shell has not replaced; write it in full, or use $HOME")
 
 
 def check_utf8_path(path: Path) -> None:
@@ -121,7 +136,8 @@ def check_utf8_path(path: Path) -> None:
 def write_output(path: Path, text: str) -> None:
     """Writes a file that the user names, so that it appears complete or not at all.
 
-    A link is followed. A pipe, a device, or the file that standard output goes to is written to and not replaced.
+    A link is followed. A pipe, a device, or the file that standard output goes to is written to and not replaced, and
+    so is a file that cannot be replaced: its folder is read-only, or the file alone is mounted into a container.
 
     Raises:
       InputError: it cannot be written.
@@ -133,9 +149,18 @@ def write_output(path: Path, text: str) -> None:
         elif path.exists() and not path.is_file():
             path.write_text(text, **TEXT_ENCODING)
         else:
-            write_text(path.resolve(), text)
+            _write_or_replace(path.resolve(), text)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def _write_or_replace(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as e:
+        if e.errno not in (errno.EBUSY, errno.EACCES, errno.EROFS) or not os.access(path, os.W_OK):
+            raise
+        path.write_text(text, **TEXT_ENCODING)
 
 
 def _is_standard_output(path: Path) -> bool:

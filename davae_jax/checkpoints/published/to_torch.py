@@ -16,7 +16,7 @@ from davae_jax.checkpoints.check_weights import published_problems
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published import torch_file
 from davae_jax.checkpoints.published.published_names import INV_FREQ, POSITION_IDS, name_table
-from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, config_folder, weights_path
+from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, config_folder, is_run_checkpoint, weights_path
 from davae_jax.checkpoints.staging import copy_files, staged_folder
 from davae_jax.checkpoints.weights import load_weights, stored_metadata, stored_shapes
 from davae_jax.model.config import DAVAEConfig
@@ -77,7 +77,7 @@ def published_state(folder: Path, config: DAVAEConfig, dtype: np.dtype) -> dict[
     targets = {row.path: jax.ShapeDtypeStruct(row.model_shape, dtypes[row.path], sharding=device) for row in table}
     arrays = load_weights(path, targets)
     metadata = stored_metadata(path)
-    if path.name == PARAMS_FOLDER and "buffers" not in metadata:
+    if not is_run_checkpoint(path) and "buffers" not in metadata:
         raise InputError(f"{path}: its metadata is damaged: the list of buffers is missing")
     buffers = metadata.get("buffers", [])
     state = {}

@@ -8,8 +8,9 @@ manifest.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import shutil
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,7 @@ from davae_jax.tokenizers.training import (
 )
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import (
+    check_local,
     check_utf8_path,
     file_sha256,
     is_partial,
@@ -63,6 +65,7 @@ from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
 SHARED = "shared"  # the setting in prepare.json that says that small files share shards; absent in earlier versions
+OWN_SETTINGS = {"inputs", "max_length", "tokenizers"}  # by which a prepare.json is known as ours, in every version
 MAX_FILES = 10_000  # maximum number of files that share a shard
 # The default fraction of held-out texts, and their maximum size in bytes, which lowers the fraction for large inputs.
 HELD_OUT_FRACTION, HELD_OUT_BYTES = 0.01, 1 << 24
@@ -105,6 +108,7 @@ def build_shards(
       OptionError: the output was made with other settings or is inside an input folder, or the texts have more
         characters than `decoder_vocab_size`.
     """
+    check_local(output)
     check_outside(output, inputs, "--output")
     files = find_files(inputs)
     if isinstance(tokenizers, VocabularySizes) and (pipes := [file for file in files if not file.is_file()]):
@@ -164,7 +168,7 @@ def _build(
             merge_shards(output, stored, limit)
     except OSError as e:  # of a file that is written; readers raise InputError
         raise InputError(f"{e.filename or output}: cannot be written ({system_reason(e)})") from e
-    shutil.rmtree(output / PARTS, ignore_errors=True)
+    _remove_parts(output / PARTS)
 
 
 def group_slices(slices: Sequence[Sequence[FileSlice]], max_bytes: int) -> list[list[FileSlice]]:
@@ -209,10 +213,15 @@ def _describe_tokenizers(tokenizers: Path | VocabularySizes) -> dict[str, Any]:
 def _describe_inputs(files: Sequence[Path]) -> dict[str, str]:
     """Returns the size and the modification time of every file, so that a changed file counts as a changed setting."""
     stats = {str(file): file.stat() for file in files}
-    return {
-        name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()}"
-        for name, stat in stats.items()
-    }
+    return {name: f"{stat.st_size} bytes of {_describe_time(stat.st_mtime)}" for name, stat in stats.items()}
+
+
+def _describe_time(seconds: float) -> str:
+    """Returns a time as a date, or as its seconds if its year is none of Python's: a wrong clock or copy left it."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s"
 
 
 def _check_unchanged(output: Path, files: Sequence[Path], inputs: dict[str, str]) -> None:
@@ -246,7 +255,7 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict
       The same; without `SHARED` if an earlier version, whose shards contain one file each, began the work.
 
     Raises:
-      OptionError: the folder was made with other settings, or contains other files.
+      OptionError: the folder was made with other settings, or contains other files. They are left as they are.
       InputError: the folder cannot be written, or another program is writing to it.
     """
     path = folder / SETTINGS
@@ -254,15 +263,19 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(folder)
-        (folder / PARTS).mkdir(exist_ok=True)
         if path.exists():
             old = read_json_object(path, MAX_JSON_BYTES)
+            if not old.keys() >= OWN_SETTINGS:
+                raise OptionError(
+                    "--output", f"{path} is damaged, or of another program; restore it, or choose another folder"
+                )
             if SHARED not in old and _has_shards(folder):
                 del stored[SHARED]
             _check_settings(folder, old, stored)
-        elif any(file.name != PARTS and not is_partial(file) for file in folder.iterdir()):
+        elif not all(is_partial(file) or _is_empty_parts(file) for file in folder.iterdir()):
             raise OptionError("--output", f"{folder} contains files, but no {SETTINGS}; choose another folder")
         write_json(path, stored)
+        (folder / PARTS).mkdir(exist_ok=True)
         for parent in (folder, folder / PARTS):
             remove_partial(parent)
         return stored
@@ -270,6 +283,20 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict
         if isinstance(e, InputError):
             raise
         raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
+
+
+def _is_empty_parts(path: Path) -> bool:
+    """Returns whether a path is the folder with which earlier versions began. One with files is the user's."""
+    return path.name == PARTS and path.is_dir() and not any(path.iterdir())
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes the folder of the shards' statistics. Files that the user has put into it stay."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if re.fullmatch(r"\d+-\d+\.jsonl?", path.name):
+                path.unlink()
+        folder.rmdir()
 
 
 def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

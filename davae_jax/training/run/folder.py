@@ -31,7 +31,15 @@ from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
-from davae_jax.utils.files import file_sha256, is_partial, remove_folder, remove_partial, remove_removed, write_json
+from davae_jax.utils.files import (
+    check_local,
+    file_sha256,
+    is_partial,
+    remove_folder,
+    remove_partial,
+    remove_removed,
+    write_json,
+)
 from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object, with_sum
 from davae_jax.utils.locks import FolderLock
 
@@ -55,6 +63,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
         if config.plugin:
             values["digest_of_plugins"] = [plugin_digest(plugin) for plugin in config.plugin]
+        check_local(path)
         check_path(path)
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path}: is a link to nothing")
@@ -63,6 +72,8 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         _check_not_lost(path)
         if stored.exists():
             old = read_json_object(stored)
+            if not _is_of_a_run(old):
+                raise InputError(f"{stored}: is damaged, or of another program; restore it, or choose another folder")
             is_intact = not has_wrong_sum(old)
             old.pop(SUM, None)
             values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
@@ -109,6 +120,12 @@ def check_tokenizers(path: Path) -> None:
         write_json(stored, with_sum(values | {TOKENIZER_HASHES: hashes}))
     elif problems := tokenizer_changes(path, values):
         raise InputError(f"{'; '.join(problems)}; restore it, or choose another folder")
+
+
+def _is_of_a_run(values: dict[str, Any]) -> bool:
+    """Returns whether a train.json is one of a run, by its content: texts may be in a file of this name as well."""
+    sections = [values.get(name) for name in ("data", "model")]
+    return type(values.get("steps")) is int and all(isinstance(section, dict) for section in sections)
 
 
 def _check_not_lost(path: Path) -> None:
