@@ -267,7 +267,7 @@ def missing_package(file: Any, package: str) -> InputError:
 
 
 # Four bytes of a malicious file can stand for 128 KiB, and zstandard returns at once all that these bytes stand for.
-ZSTD_READ_BYTES = 1 << 10
+ZSTD_READ_BYTES = 1 << 9
 
 
 class _ZstdStream(io.RawIOBase):
@@ -287,7 +287,7 @@ class _ZstdStream(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._decompressed:
             compressed = self._compressed or self._raw.read(ZSTD_READ_BYTES)
-            self._compressed = b""
+            self._compressed, self._decompressed = b"", memoryview(b"")  # an empty view would keep what it is a part of
             if not compressed:
                 if self._inside_frame:
                     raise EOFError("the compressed file ends too early")
