@@ -7,6 +7,7 @@ needs. The sizes are by default those of the published decoder, with 8 texts of 
 """
 
 import json
+import math
 import re
 import sys
 
@@ -39,17 +40,10 @@ def compile_gradient(implementation: str, arrays: list, sharding: SingleDeviceSh
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b\w+\[([\d,]+)\]", text)}
     return {
         "kernels": text.count('custom_call_target="tpu_custom_call"'),
-        "arrays_of_scores": sorted(shape for shape in shapes if _elements(shape) >= B * N * T * K),
+        "arrays_of_scores": sorted(shape for shape in shapes if math.prod(shape) >= B * N * T * K),
         "bytes": compiled.cost_analysis()["bytes accessed"],
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 if __name__ == "__main__":

@@ -49,14 +49,15 @@ def read_parquet(file_slice: FileSlice, fields: Sequence[str]) -> Iterator[Chunk
     file = _open_parquet(path)
     _check_columns(file.schema_arrow, path, fields)
     groups = range(file_slice.start, file_slice.end)
-    for chunk in _column_chunks(file.metadata, groups, fields):
+    chunks = _column_chunks(file.metadata, groups, fields)
+    for chunk in chunks:
         _check_unpacked(path, chunk.total_compressed_size, chunk.total_uncompressed_size)
+    longest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)  # which no cell exceeds
     total_rows, rows_read = sum(file.metadata.row_group(i).num_rows for i in groups), 0
 
     def lines() -> Iterator[tuple[Line, int]]:
         nonlocal rows_read
-        rows = _rows_at_once(_column_bytes(file.metadata, groups, fields))
-        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[*fields]):
+        for batch in file.iter_batches(batch_size=_rows_at_once(longest), row_groups=groups, columns=[*fields]):
             rows_read += batch.num_rows
             yield from _lines([batch.column(field) for field in fields])
 
@@ -67,11 +68,6 @@ def _column_chunks(metadata: Any, groups: Sequence[int], fields: Sequence[str]) 
     """Returns what the file says of each of these columns in each of these row groups."""
     numbers = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path in fields]
     return [metadata.row_group(i).column(n) for i in groups for n in numbers]
-
-
-def _column_bytes(metadata: Any, groups: Sequence[int], fields: Sequence[str]) -> int:
-    """Returns the largest number of bytes of one of these columns in a row group, which no cell exceeds."""
-    return max((chunk.total_uncompressed_size for chunk in _column_chunks(metadata, groups, fields)), default=0)
 
 
 def _check_unpacked(path: Path, packed: int, unpacked: int) -> None:
