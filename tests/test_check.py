@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from input_files import write_texts
 from test_checkpointer import like, state_at
+from test_compare import DAMAGED_FILES
 from tokenizer_fixtures import sentences
 
 import davae_jax
@@ -460,17 +461,7 @@ def test_a_model_that_has_lost_one_of_its_tokenizers(name, model, fixture, check
         assert code == 1 and damaged == [f"{run / name}: is missing"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("seed-0.json", '{"train": 5}'),
-        ("seed-0.json", '{"train": [1], "evaluate": []}'),
-        ("seed-0.json", "{"),
-        ("seed-0/evaluation.json", '{"kl": "x"}'),
-        ("seed-0/evaluation.json", '{"warnings": [5]}'),
-        ("seed-0/evaluation.json", "{}"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), DAMAGED_FILES)
 def test_what_a_study_keeps_of_its_runs(name, content, fixture, check, tmp_path):
     fixture("study")
     out = tmp_path / "old" / "out"

@@ -27,6 +27,14 @@ from davae_jax.reports import charts
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.utils.errors import InputError
 
+DAMAGED_FILES = [  # of a run of a study
+    ("seed-0.json", '{"train": 5}'),
+    ("seed-0.json", '{"train": [1], "evaluate": []}'),
+    ("seed-0.json", "{"),
+    ("seed-0/evaluation.json", '{"kl": "x"}'),
+    ("seed-0/evaluation.json", '{"warnings": [5]}'),
+    ("seed-0/evaluation.json", "{}"),
+]
 STUDIES = Path(__file__).parent.parent / "studies"
 RESULTS = {
     "plain": {seed: {"kl": kl, "rec_nll": 20.0 - kl, "bleu": 50.0} for seed, kl in enumerate((1.0, 1.1, 0.9))},
@@ -318,17 +326,7 @@ def test_an_output_that_cannot_be_a_run_folder_is_refused_before_the_first_run(t
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("seed-0.json", '{"train": 5}'),
-        ("seed-0.json", '{"train": [1], "evaluate": []}'),
-        ("seed-0.json", "{"),
-        ("seed-0/evaluation.json", '{"kl": "x"}'),
-        ("seed-0/evaluation.json", '{"warnings": [5]}'),
-        ("seed-0/evaluation.json", "{}"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), DAMAGED_FILES)
 def test_a_damaged_file_of_a_run_is_written_anew(name, content, tmp_path, monkeypatch):
     """The run is trained, which a complete one does not repeat, and evaluated again."""
     folder, measures = tmp_path / "a" / "seed-0", {"kl": 1.0, "rec_nll": None}
