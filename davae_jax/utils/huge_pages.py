@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 
 KEEP = "4000000000"  # bytes; smaller buffers, and free memory up to this size, are kept
+# Each save has threads of its own, and memory that a thread frees serves threads of the same arena alone. Without a
+# limit there are eight arenas a core, and a training's memory grows for thousands of steps until each has its share.
+ARENAS = max(4, os.cpu_count() or 1)
 SETTINGS = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.arena_max={ARENAS}",
     "MALLOC_MMAP_THRESHOLD_": KEEP,
     "MALLOC_TRIM_THRESHOLD_": KEEP,
 }

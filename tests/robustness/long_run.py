@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from davae_jax.utils.huge_pages import SETTINGS
+
 MEASURES = {  # how much each may grow over the second half of a process's measurements
     "megabytes": 16.0,  # memory in use; besides, 2 % of it
     "programs": 0.0,
@@ -223,7 +225,9 @@ def main() -> int:
         if Results(args.output).done(phase) < count:
             command = [sys.executable, __file__, "--phase", phase, "--output", args.output]
             command += ["--steps", args.steps, "--generations", args.generations, "--run-dir", args.run_dir, *argv]
-            subprocess.run(list(map(str, command)), check=True)
+            # train.py gives itself these settings of the C library.
+            settings = SETTINGS if phase == "training" else {}
+            subprocess.run(list(map(str, command)), check=True, env=os.environ | settings)
     return 0 if report(Results(args.output)) else 1
 
 

@@ -115,7 +115,8 @@ class Checkpoints:
             self._on_complete(self.path(step))
         if not is_process_zero():
             return
-        checkpoints = [c for c in self._checkpointer.checkpoints if self.path(c.step).exists()]
+        remaining = set(os.listdir(self.run / CHECKPOINTS_FOLDER))  # Orbax lists those that were removed as well
+        checkpoints = [c for c in self._checkpointer.checkpoints if str(c.step) in remaining]
         losses = {c.step: c.metrics["held_out_loss"] for c in checkpoints if c.metrics}
         kept = sorted(c.step for c in checkpoints)[-self._keep :] + [
             min(losses, key=lambda s: (losses[s], -s), default=step)
