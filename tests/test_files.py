@@ -25,6 +25,15 @@ def test_a_link_is_followed(tmp_path):
         assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text(encoding="utf-8") == text
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o640])
+def test_permissions_are_kept(mode, tmp_path):
+    path = tmp_path / "f.json"
+    path.touch()
+    path.chmod(mode)
+    write_output(path, "new")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text(encoding="utf-8") == "new"
+
+
 def test_a_pipe_is_written_to(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -207,10 +208,9 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
 
     def work() -> int | None:
         cls = load()
-        # An interrupt lets the command remove what it has not completed. Python interrupts on SIGINT by itself, unless
-        # it is to be ignored.
+        # An interrupt lets the command remove what it has not completed. SIGINT may be ignored, as of a shell's job.
         with (
-            interrupt_on_signals(SIGNALS[1:]),
+            interrupt_on_signals([n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]),
             contextlib.nullcontext() if cls.is_filter else going_on_without_reader(),
         ):
             command = cls.parse(argv, prog)
