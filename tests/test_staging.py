@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -106,6 +108,21 @@ def test_links_in_a_loop(dst, tmp_path):
     with pytest.raises(InputError) as e:
         write(tmp_path / dst)
     assert str(e.value) == f"{tmp_path / dst}: Too many levels of symbolic links"
+
+
+def test_an_interrupt_while_the_old_folder_is_removed(tmp_path, monkeypatch):
+    dst = tmp_path / "dst"
+    write(dst, "old")
+    rmtree = shutil.rmtree
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        rmtree(*args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(dst, overwrite=True)
+    assert contents(dst) == {"config.json": "new"} and list(tmp_path.iterdir()) == [dst]
 
 
 def test_what_was_added_meanwhile_is_not_removed(tmp_path):

@@ -17,6 +17,7 @@ from davae_jax.checkpoints.sums import foreign_files
 from davae_jax.utils.errors import InputError, system_reason
 from davae_jax.utils.files import check_local, is_partial, resolve, write_bytes
 from davae_jax.utils.locks import FolderLock
+from davae_jax.utils.signals import interrupt_at_end
 
 
 @contextlib.contextmanager
@@ -69,12 +70,13 @@ def staged_folder(
             raise InputError(f"{dst}: is not what was written: {problems[0].replace(str(staging), str(dst))}")
         if _identity(target) != overwritten:
             raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
-        if overwritten:
-            old_lock.acquire(target)
-            _check_overwritten(dst)  # again: the work may have taken hours
-            target.rename(old)
-        staging.rename(target)
-        is_placed = True
+        with interrupt_at_end():
+            if overwritten:
+                old_lock.acquire(target)
+                _check_overwritten(dst)  # again: the work may have taken hours
+                target.rename(old)
+            staging.rename(target)
+            is_placed = True
     except InputError:
         raise
     except Exception as e:
@@ -84,16 +86,17 @@ def staged_folder(
         at_destination = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
         raise InputError(f"{dst}: cannot be written ({reason})" if at_destination else f"{file}: {reason}") from e
     finally:
-        lock.release()
-        if not is_placed and old.exists() and not target.exists():  # interrupted between the two renames
-            old.rename(target)
-        _remove(staging)
-        if is_placed:
-            _remove_old(old)
-        old_lock.release()
-        for parent in created:
-            with contextlib.suppress(OSError):  # not empty: it contains the result
-                parent.rmdir()
+        with interrupt_at_end():  # a removal that has begun is completed
+            lock.release()
+            if not is_placed and old.exists() and not target.exists():  # interrupted between the two renames
+                old.rename(target)
+            _remove(staging)
+            if is_placed:
+                _remove_old(old)
+            old_lock.release()
+            for parent in created:
+                with contextlib.suppress(OSError):  # not empty: it contains the result
+                    parent.rmdir()
 
 
 def _check_overwritten(dst: Path) -> None:

@@ -25,12 +25,15 @@ TEXT_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 @contextlib.contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Adds the file's name to an OSError that lacks it, as one of a write to a full disk does."""
+def naming_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks it, as one of a write to a full disk does.
+
+    temporary: a file whose name is replaced too, because users do not know it.
+    """
     try:
         yield
     except OSError as e:
-        if e.filename is not None:
+        if e.filename not in (None, temporary and str(temporary)):
             raise
         raise OSError(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e  # NumPy's have a message only
 
@@ -62,7 +65,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     # Not made from the name itself, which may be as long as the file system permits.
     file = path.with_name(f".{crc32(os.fsencode(path.name)):08x}.{os.getpid()}.partial")
     try:
-        with naming_file(path):
+        with naming_file(path, file):
             yield file
             file.replace(path)
     finally:
@@ -108,6 +111,14 @@ def check_output(path: Path, option: str = "--output", *, inputs: Iterable[Path]
             raise InputError(f"{path}: cannot be written (Permission denied)")
     except (OSError, RuntimeError) as e:  # a name that is too long; a loop of links, in Python 3.11 and 3.12
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+
+
+def is_same_folder(a: Path, b: Path) -> bool:
+    """Returns whether two paths lead to one existing folder."""
+    try:
+        return a.is_dir() and a.samefile(b)
+    except OSError:
+        return False
 
 
 def check_local(folder: Path) -> None:
