@@ -317,6 +317,24 @@ def test_an_interrupted_comparison_leaves_nothing_beside(tmp_path, monkeypatch):
     assert not any(path.exists() for path in leftovers) and (out / "notes.partial").exists()
 
 
+def test_a_comparison_of_another_program_is_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "study.toml", settings={"plain": ""})
+    notes = tmp_path / "out" / "comparison.md"
+    notes.write_text("my notes", encoding="utf-8")
+    argv = ["compare", str(tmp_path / "study.toml"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(compare, "complete_run", lambda *_: {"kl": 1.0, "rec_nll": 2.0})
+    for content in (None, "{}", "[1]"):
+        if content:
+            (tmp_path / "out" / "comparison.json").write_text(content, encoding="utf-8")
+        code = main(argv)
+        if content != "[1]":
+            assert code == 1 and "is of another program" in capsys.readouterr().err
+            assert notes.read_text(encoding="utf-8") == "my notes"
+    assert code == 0 and notes.read_text(encoding="utf-8") != "my notes"  # damaged, as by a crash
+    assert main(argv) == 0
+
+
 def test_an_output_that_cannot_be_a_run_folder_is_refused_before_the_first_run(tmp_path, capsys):
     study = write(tmp_path / "study.toml", train="--steps 1", evaluate="", seeds=[0], settings={"a": "", "b": ""})
     out = tmp_path / "\udcff"

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import zipfile
 import zlib
 from importlib.metadata import version
@@ -446,6 +447,23 @@ def test_an_interrupted_conversion_leaves_no_files(error, tmp_path, tiny, monkey
         with pytest.raises(InputError if error is OSError else error, match="midway"):
             convert(tiny, out, overwrite=overwrite)
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupt_while_orbax_writes(tmp_path, tiny, monkeypatch):
+    """Orbax's threads would go on, and write to the folder that is being removed."""
+    from orbax.checkpoint import v1 as ocp
+
+    save, complete = ocp.partial.save, []
+
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args, **options)
+        complete.append(True)
+
+    monkeypatch.setattr(ocp.partial, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny, tmp_path / "out")
+    assert complete == [True] and list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_between_the_two_renames(tmp_path, tiny, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from davae_jax.cli.main import main
 from davae_jax.tokenizers.files import read_file
 from davae_jax.utils.errors import InputError
-from davae_jax.utils.files import check_local, check_output, file_sha256, read_bounded, write_output
+from davae_jax.utils.files import check_local, check_output, file_sha256, read_bounded, write_output, write_text
 from davae_jax.utils.json_files import read_json_object
 
 
@@ -23,6 +23,24 @@ def test_a_link_is_followed(tmp_path):
         check_output(tmp_path / "link")
         write_output(tmp_path / "link", text)
         assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o640])
+def test_permissions_are_kept(mode, tmp_path):
+    path = tmp_path / "f.json"
+    path.touch()
+    path.chmod(mode)
+    write_output(path, "new")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text(encoding="utf-8") == "new"
+
+
+def test_errors_name_the_file_and_not_the_temporary_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "none" / "f.json"):
+        with pytest.raises(OSError) as e:
+            write_text(path, "new")
+        assert e.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
 def test_a_pipe_is_written_to(tmp_path):

@@ -31,7 +31,7 @@ from davae_jax.data.prepared.shard_index import merge_shards
 from davae_jax.data.prepared.shard_writer import ShardSettings, ShardTask, load_new_tokenizers, write_shards
 from davae_jax.data.prepared.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
-from davae_jax.tokenizers.load import load_tokenizers
+from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers
 from davae_jax.training.config import DataConfig, TrainConfig
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
@@ -343,6 +343,17 @@ def test_tokenizers_are_trained_where_none_are_given(prepare, tmp_path):
     assert prepare(tmp_path / "a.txt", output=tmp_path / "few").code == 0  # that folder has no shard yet
 
 
+def test_the_tokenizers_of_an_earlier_start_are_used_and_kept(prepare, tokenizer_folder, tmp_path, monkeypatch):
+    """Where their folder is that of the result, they must not be removed with what the earlier start has left."""
+    texts, out = write_texts(tmp_path / "a.txt"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(build_shards_module, "run_tasks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert prepare(texts, max_length=256).code == 130
+    (tmp_path / "link").symlink_to("out")
+    assert prepare(texts, tokenizers=tmp_path / "link").code == 0
+    assert all((out / name).read_bytes() == (tokenizer_folder / name).read_bytes() for name in TOKENIZER_FILES)
+
+
 # Interrupted work, and folders that are refused.
 
 
@@ -525,8 +536,8 @@ def test_files_among_the_statistics_are_left(prepare, tmp_path):
     (tmp_path / "out" / "parts").mkdir(parents=True)
     assert prepare(texts).code == 0 and not (tmp_path / "out" / "parts").exists()
     (tmp_path / "out" / "parts").mkdir()
-    mine = write_texts(tmp_path / "out" / "parts" / "mine.txt")
-    assert prepare(texts).code == 0 and mine.exists()
+    mine = [write_texts(tmp_path / "out" / "parts" / name) for name in ("mine.txt", "2026-11.jsonl")]
+    assert prepare(texts).code == 0 and all(file.exists() for file in mine)
 
 
 def test_a_full_disk_leaves_no_partial_shard(prepare, tmp_path):

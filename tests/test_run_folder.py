@@ -18,6 +18,7 @@ from davae_jax.checkpoints.weights import stored_shapes
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.training.hooks import SaveCheckpoint
+from davae_jax.training.initial_state import make_warm_start
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.folder import check_tokenizers, open_run
 from davae_jax.training.run.saved_config import digest_settings
@@ -183,6 +184,24 @@ def test_before_the_first_checkpoint_all_may_change(config, tmp_path):
     (folder / "init").mkdir()
     opened(folder, dataclasses.replace(config, init=dataclasses.replace(config.init, encoder="another")))
     assert sorted(path.name for path in folder.iterdir()) == ["train.json"]
+
+
+def test_the_tokenizers_of_an_earlier_start_are_used_and_kept(config, tmp_path):
+    """Where --tokenizers is the run folder itself, they must not be removed with what the earlier start has left."""
+    folder = tmp_path / "run"
+    opened(folder, config)
+    for name in ("vocab.txt", "spiece.model", "config.json"):
+        write(folder / name)
+    (tmp_path / "link").symlink_to("run")
+    opened(folder, dataclasses.replace(config, seed=5, tokenizers=tmp_path / "link"))
+    assert sorted(path.name for path in folder.iterdir()) == ["spiece.model", "train.json", "vocab.txt"]
+
+
+def test_what_a_killed_warm_start_has_left_beside_is_removed(config, tmp_path):
+    (tmp_path / "init").mkdir()
+    write(tmp_path / "init.json")
+    make_warm_start(config, config.model, tmp_path)
+    assert not (tmp_path / "init.json").exists()
 
 
 def damaged_checkpoints(run):

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from davae_jax.utils.signals import INTERRUPTED, SIGNALS, StopRequest, importing, interrupt_on_signals
+from davae_jax.utils import signals
+from davae_jax.utils.signals import (
+    INTERRUPTED,
+    SIGNALS,
+    StopRequest,
+    importing,
+    interrupt_at_end,
+    interrupt_on_signals,
+)
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = [path for path in sorted((ROOT / "convert").glob("*.py")) if path.name != "__init__.py"]
@@ -59,7 +67,7 @@ def test_an_error_that_a_library_makes_of_an_interrupt():
 
 
 def test_the_first_signal_asks_for_a_stop_and_a_later_one_interrupts(monkeypatch):
-    monkeypatch.setattr(StopRequest, "SAME_SIGNAL_SECONDS", 0.2)
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.2)
     with StopRequest() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGTERM)
@@ -79,3 +87,31 @@ def test_a_signal_that_is_ignored_stays_so():
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_same_signal_again_does_not_interrupt_the_clean_up(monkeypatch):
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.2)
+    removed = []
+    with pytest.raises(KeyboardInterrupt), interrupt_on_signals():
+        try:
+            with interrupt_at_end():
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            removed.append(True)
+            time.sleep(0.3)
+            with pytest.raises(KeyboardInterrupt):  # somebody insists
+                signal.raise_signal(signal.SIGTERM)
+    assert removed == [True]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_at_the_end_of_a_block(number):
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupt_on_signals(), interrupt_at_end():
+        signal.raise_signal(number)
+        done.append(True)
+    assert done == [True]
+    with interrupt_at_end():
+        done.append(True)
+    assert len(done) == 2

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from zlib import crc32
 import pytest
 
 from davae_jax.checkpoints.staging import staged_folder
+from davae_jax.checkpoints.sums import write_sums
 from davae_jax.utils import locks
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.locks import FolderLock
@@ -58,6 +61,68 @@ def test_what_is_not_of_a_model_is_never_removed(name, tmp_path):
         write(dst, overwrite=True)
     assert str(e.value).startswith(f"{dst / name}: ")
     assert contents(dst) == {"config.json": "old"} and contents(dst / name) == {"mine.txt": "mine"}
+
+
+@pytest.mark.parametrize("name", ["params/mine/notes.txt", "params/a.yaml", "vocab.txt/notes.txt"])
+def test_folders_of_the_user_with_a_name_of_a_model_are_never_removed(name, tmp_path):
+    dst = tmp_path / "dst"
+    write(dst, "old")
+    (dst / name).parent.mkdir(parents=True)
+    (dst / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="would be removed") as e:
+        write(dst, overwrite=True)
+    assert str(e.value).startswith(str(dst / name.removesuffix("/notes.txt")))
+    assert (dst / name).read_text(encoding="utf-8") == "mine" and contents(dst)["config.json"] == "old"
+
+
+def test_a_file_of_the_user_beside_the_parameters_is_never_removed(tmp_path):
+    dst = tmp_path / "dst"
+    with staged_folder(dst, overwrite=False) as staging:
+        (staging / "config.json").touch()
+        (staging / "params").mkdir()
+        (staging / "params" / "_METADATA").touch()
+        write_sums(staging / "params", {})
+    (dst / "params" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError) as e:
+        write(dst, overwrite=True)
+    assert str(e.value).startswith(f"{dst / 'params' / 'mine.txt'}: would be removed")
+    (dst / "params" / "mine.txt").unlink()
+    (dst / "params" / "sums.json").write_text("damaged")  # damaged parameters can be replaced
+    write(dst, overwrite=True)
+    assert contents(dst) == {"config.json": "new"}
+
+
+def test_a_folder_that_cannot_be_removed_is_refused_before_the_work(tmp_path, monkeypatch):
+    """One of another user in a folder that all may write to: it would be left under a hidden name."""
+    write(tmp_path / "dst", "old")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "dst")
+    with pytest.raises(InputError, match="cannot be removed"), staged_folder(tmp_path / "dst", overwrite=True):
+        raise AssertionError("work has begun")
+    assert contents(tmp_path / "dst") == {"config.json": "old"}
+
+
+@pytest.mark.parametrize("dst", ["loop", "loop/x"])
+def test_links_in_a_loop(dst, tmp_path):
+    (tmp_path / "loop").symlink_to("pool")
+    (tmp_path / "pool").symlink_to("loop")
+    with pytest.raises(InputError) as e:
+        write(tmp_path / dst)
+    assert str(e.value) == f"{tmp_path / dst}: Too many levels of symbolic links"
+
+
+def test_an_interrupt_while_the_old_folder_is_removed(tmp_path, monkeypatch):
+    dst = tmp_path / "dst"
+    write(dst, "old")
+    rmtree = shutil.rmtree
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        rmtree(*args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(dst, overwrite=True)
+    assert contents(dst) == {"config.json": "new"} and list(tmp_path.iterdir()) == [dst]
 
 
 def test_what_was_added_meanwhile_is_not_removed(tmp_path):

@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import compiler
 import jax
@@ -30,7 +31,7 @@ from davae_jax.cli.text import Generate
 from davae_jax.cli.train import generate_command, parse_train
 from davae_jax.parallel import multihost
 from davae_jax.training import loop
-from davae_jax.training.hooks import Every
+from davae_jax.training.hooks import Every, Profiler
 from davae_jax.training.presets import DEMO
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.locks import FolderLock
@@ -445,6 +446,21 @@ def test_training_imports_nothing_it_does_not_need(interrupted):
     *_, modules = interrupted
     assert "jax" in modules
     assert not modules & {"torch", "transformers", "sklearn", "pyarrow"}
+
+
+@pytest.mark.parametrize("fails", ["start_trace", "stop_trace"])
+def test_a_profile_that_cannot_be_written_is_named(fails, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, fail if name == fails else lambda *_: None)
+    log = SimpleNamespace(profile_steps=(1, 1))
+    profiler = Profiler(SimpleNamespace(config=SimpleNamespace(log=log), first_step=0, folder=tmp_path))
+    with pytest.raises(InputError) as e:
+        profiler.before_step(1)
+        profiler.after_step(1, None, last=False)
+    assert str(e.value).startswith(f"{tmp_path / 'profile'}: the profile cannot be written (RESOURCE_EXHAUSTED")
 
 
 def test_signal_before_the_first_step(text_file, tmp_path):

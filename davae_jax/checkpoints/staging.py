@@ -13,9 +13,11 @@ from pathlib import Path
 from zlib import crc32
 
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, MODEL_FILES, PARAMS_FOLDER, check_path
+from davae_jax.checkpoints.sums import foreign_files
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import check_local, is_partial, write_bytes
+from davae_jax.utils.files import check_local, is_partial, resolve, write_bytes
 from davae_jax.utils.locks import FolderLock
+from davae_jax.utils.signals import interrupt_at_end
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def staged_folder(
         where a disk is mounted, it cannot be written, or it has problems when it is read back.
     """
     check_local(dst)
-    target = dst.resolve()
+    target = resolve(dst)
     # Not made from the name itself, which may be as long as the file system permits. A lock tells whether a folder's
     # program still runs on this machine only, so the name tells the machine.
     prefix = f".{crc32(os.fsencode(target.name)):08x}.{crc32(socket.gethostname().encode()):08x}"
@@ -68,12 +70,13 @@ def staged_folder(
             raise InputError(f"{dst}: is not what was written: {problems[0].replace(str(staging), str(dst))}")
         if _identity(target) != overwritten:
             raise InputError(f"{dst}: was made by another program in the meantime and is left as it is")
-        if overwritten:
-            old_lock.acquire(target)
-            _check_overwritten(dst)  # again: the work may have taken hours
-            target.rename(old)
-        staging.rename(target)
-        is_placed = True
+        with interrupt_at_end():
+            if overwritten:
+                old_lock.acquire(target)
+                _check_overwritten(dst)  # again: the work may have taken hours
+                target.rename(old)
+            staging.rename(target)
+            is_placed = True
     except InputError:
         raise
     except Exception as e:
@@ -83,16 +86,17 @@ def staged_folder(
         at_destination = file == target or file.is_relative_to(staging) or staging.is_relative_to(file)
         raise InputError(f"{dst}: cannot be written ({reason})" if at_destination else f"{file}: {reason}") from e
     finally:
-        lock.release()
-        if not is_placed and old.exists() and not target.exists():  # interrupted between the two renames
-            old.rename(target)
-        _remove(staging)
-        if is_placed:
-            _remove_old(old)
-        old_lock.release()
-        for parent in created:
-            with contextlib.suppress(OSError):  # not empty: it contains the result
-                parent.rmdir()
+        with interrupt_at_end():  # a removal that has begun is completed
+            lock.release()
+            if not is_placed and old.exists() and not target.exists():  # interrupted between the two renames
+                old.rename(target)
+            _remove(staging)
+            if is_placed:
+                _remove_old(old)
+            old_lock.release()
+            for parent in created:
+                with contextlib.suppress(OSError):  # not empty: it contains the result
+                    parent.rmdir()
 
 
 def _check_overwritten(dst: Path) -> None:
@@ -100,9 +104,13 @@ def _check_overwritten(dst: Path) -> None:
     names = sorted(path.name for path in dst.iterdir()) if dst.is_dir() else []
     if names and CONFIG_FILE not in names:
         raise InputError(f"{dst}: contains files, but no checkpoint; only a checkpoint can be overwritten")
-    own = {*MODEL_FILES, PARAMS_FOLDER}
-    if others := [name for name in names if name not in own and not is_partial(Path(name))]:
-        raise InputError(f"{dst / others[0]}: would be removed; only a folder of a model alone can be overwritten")
+    own = {name for name in (*MODEL_FILES, PARAMS_FOLDER) if (dst / name).is_dir() == (name == PARAMS_FOLDER)}
+    others = [dst / name for name in names if name not in own and not is_partial(Path(name))]
+    if others := others + foreign_files(dst / PARAMS_FOLDER):
+        raise InputError(f"{others[0]}: would be removed; only a folder of a model alone can be overwritten")
+    for folder, _, _ in os.walk(dst.resolve()):
+        if not os.access(folder, os.W_OK | os.X_OK):  # it could be renamed, and would stay under a hidden name
+            raise InputError(f"{folder}: cannot be removed (Permission denied); choose another folder")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -154,6 +162,8 @@ def copy_files(names: Sequence[str], source: Path, staging: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # an empty one that cannot be listed, by an unusual umask
+            path.rmdir()
     else:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from davae_jax.checkpoints.run_folder import CHECKPOINT_METADATA
 from davae_jax.utils.errors import InputError, system_reason
-from davae_jax.utils.files import write_json
+from davae_jax.utils.files import is_partial, write_json
 from davae_jax.utils.json_files import has_right_sum, read_json_object, with_sum
 
 SUMS_FILE = "sums.json"  # in the folder of the parameters: {"arrays": …, "files": …, "sum": …}
+ORBAX_METADATA = (CHECKPOINT_METADATA, "_METADATA")  # one of which is in every version's folder
 BLOCK = 1 << 20  # bytes that are read at a time
 
 
@@ -72,6 +74,22 @@ def read_sums(folder: Path) -> dict[str, Any] | None:
     if not is_intact or not all(_is_inside(name) and _is_entry(entry) for name, entry in files.items()):
         raise InputError(f"{path}: is damaged")
     return values
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """Returns the files in a folder of parameters that were not written with them.
+
+    Without sums, or if they are damaged, a folder that contains Orbax's metadata is taken for parameters alone.
+    """
+    try:
+        sums = read_sums(folder)
+    except (InputError, OSError):
+        sums = None
+    if sums is None and any((folder / name).exists() for name in ORBAX_METADATA):
+        return []
+    own = {SUMS_FILE, *sums["files"]} if sums else set()
+    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path for path in files if path.relative_to(folder).as_posix() not in own and not is_partial(path)]
 
 
 def file_problems(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_f
 from davae_jax.model.davae import Params, split
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.json_files import json_sum
+from davae_jax.utils.signals import interrupt_at_end
 
 FlatParams = dict[str, Any]  # "decoder.layers.3.qkv_weight" → array
 INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
@@ -176,8 +177,10 @@ def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, A
     with context, quiet_orbax():
         for group in groups:
             sums |= {name: array_sum(np.asarray(array)) for name, array in group.items()}
-            ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata | {SUMS: SUMS_FILE})
-        ocp.partial.finalize(path.absolute())
+            with interrupt_at_end():  # Orbax's threads would go on and write to a folder that is being removed
+                ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata | {SUMS: SUMS_FILE})
+        with interrupt_at_end():
+            ocp.partial.finalize(path.absolute())
     write_sums(path, sums)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -207,10 +208,9 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
 
     def work() -> int | None:
         cls = load()
-        # An interrupt lets the command remove what it has not completed. Python interrupts on SIGINT by itself, unless
-        # it is to be ignored.
+        # An interrupt lets the command remove what it has not completed. SIGINT may be ignored, as of a shell's job.
         with (
-            interrupt_on_signals(SIGNALS[1:]),
+            interrupt_on_signals([n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]),
             contextlib.nullcontext() if cls.is_filter else going_on_without_reader(),
         ):
             command = cls.parse(argv, prog)
@@ -232,7 +232,8 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
         return code
 
     def show_warning(message, category, filename, lineno, file=None, line=None):
-        say(f"warning: {message}")
+        if not (category is RuntimeWarning and "was never awaited" in str(message)):  # of a library that has failed
+            say(f"warning: {message}")
 
     open_closed_streams()
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
@@ -289,14 +290,18 @@ def _report_unraisable(unraisable: Any) -> None:
 
     An interrupt is sent again. Errors in Orbax's coroutines are ignored: when a checkpoint cannot be read, Orbax closes
     its event loop while other reads are running, and each of them would print a traceback after the line that reports
-    the error. Everything else is reported as usual.
+    the error. So are errors of event loops that could not be made for want of open files, which has been reported.
+    Everything else is reported as usual.
     """
     exception = unraisable.exc_value
     code = getattr(unraisable.object, "cr_code", None)
     is_of_orbax = code is not None and "orbax" in code.co_filename
+    is_of_loop = getattr(unraisable.object, "__qualname__", "") == "BaseEventLoop.__del__"
     if isinstance(exception, KeyboardInterrupt):
         repeat_interrupt()
-    elif not (is_of_orbax or (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception))):
+    elif not (
+        is_of_orbax or is_of_loop or (isinstance(exception, RuntimeError) and "Event loop is closed" in str(exception))
+    ):
         sys.__unraisablehook__(unraisable)
 
 

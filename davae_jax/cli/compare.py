@@ -45,12 +45,14 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, on_one_line
 from davae_jax.utils.files import check_local, read_bounded, remove_partial, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
+from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
 COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
+COMPARISON_KEYS = {"settings", "seeds", "found"}  # of comparison.json, which is written before the other files
 MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
 MAX_NAME_BYTES = 255  # of a file or folder
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
@@ -91,9 +93,23 @@ class Compare(Command):
             raise InputError(f"{self.output}: cannot be used as the output folder ({e.strerror})") from None
         with FolderLock() as lock, interrupt_on_signals():  # an interrupted training run saves a checkpoint
             lock.acquire(self.output)
+            self.check_output_files()
             for folder in (self.output, *(self.output / setting_folder(name) for name in study.settings)):
                 remove_partial(folder)
             return self.compare(study)
+
+    def check_output_files(self) -> None:
+        """Raises InputError if a file that will be replaced is not one of an earlier comparison."""
+        there = [self.output / f"comparison.{kind}" for kind in ("json", "md", "html", "svg")]
+        there = [path for path in there if os.path.lexists(path)]
+        try:
+            is_own = read_json_object(self.output / "comparison.json").keys() >= COMPARISON_KEYS
+        except FileNotFoundError:
+            is_own = False
+        except InputError:  # damaged: it is written anew
+            is_own = True
+        if there and not is_own:
+            raise InputError(f"{there[0]}: would be replaced, and is of another program; choose another --output")
 
     def compare(self, study: Study) -> int:
         """Trains and evaluates the runs that are incomplete, and writes the comparison. Returns the exit code."""

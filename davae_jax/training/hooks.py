@@ -13,8 +13,9 @@ or derive a class from `Hook`.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.setup import Run
 from davae_jax.training.state import TrainState
 from davae_jax.training.step import all_finite
-from davae_jax.utils.errors import StepError
+from davae_jax.utils.errors import InputError, StepError, first_line, system_reason
 
 
 @dataclasses.dataclass
@@ -112,14 +113,26 @@ class Profiler:
 
     def before_step(self, step: int) -> None:
         if step - self._offset == self.first and is_process_zero():
-            jax.profiler.start_trace(str(self._folder))
+            with self._write_errors():
+                jax.profiler.start_trace(str(self._folder))
             self._tracing = True
 
     def after_step(self, step: int, state: TrainState, last: bool) -> None:
         if self._tracing and (last or step - self._offset == self.last):
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
             self._tracing = False
+            with self._write_errors():
+                jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turns an error of the profiler into one that names the folder, such as that of a full disk."""
+        try:
+            yield
+        except Exception as e:
+            raise InputError(
+                f"{self._folder}: the profile cannot be written ({system_reason(e) or first_line(e)})"
+            ) from e
 
 
 def default_hooks(config: TrainConfig) -> list[Hook]:

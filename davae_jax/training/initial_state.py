@@ -36,14 +36,13 @@ def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> No
 
     Does nothing if the checkpoint exists.
     """
-    if (folder / INIT_FOLDER).exists():
-        return
     settings = folder / "init.json"
-    model.to_json(settings)
-    sources = dataclasses.asdict(config.init)
-    report = warm_start(folder / INIT_FOLDER, config=settings, seed=config.seed, **sources)
-    settings.unlink()
-    print(format_report(report, sources))
+    if not (folder / INIT_FOLDER).exists():
+        model.to_json(settings)
+        sources = dataclasses.asdict(config.init)
+        report = warm_start(folder / INIT_FOLDER, config=settings, seed=config.seed, **sources)
+        print(format_report(report, sources))
+    settings.unlink(missing_ok=True)  # that of a start that was killed too
 
 
 def warm_start_config(model: DAVAEConfig, folder: Path) -> DAVAEConfig:

@@ -25,12 +25,15 @@ TEXT_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 @contextlib.contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Adds the file's name to an OSError that lacks it, as one of a write to a full disk does."""
+def naming_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks it, as one of a write to a full disk does.
+
+    temporary: a file whose name is replaced too, because users do not know it.
+    """
     try:
         yield
     except OSError as e:
-        if e.filename is not None:
+        if e.filename not in (None, temporary and str(temporary)):
             raise
         raise OSError(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e  # NumPy's have a message only
 
@@ -62,7 +65,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     # Not made from the name itself, which may be as long as the file system permits.
     file = path.with_name(f".{crc32(os.fsencode(path.name)):08x}.{os.getpid()}.partial")
     try:
-        with naming_file(path):
+        with naming_file(path, file):
             yield file
             file.replace(path)
     finally:
@@ -110,6 +113,14 @@ def check_output(path: Path, option: str = "--output", *, inputs: Iterable[Path]
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
 
 
+def is_same_folder(a: Path, b: Path) -> bool:
+    """Returns whether two paths lead to one existing folder."""
+    try:
+        return a.is_dir() and a.samefile(b)
+    except OSError:
+        return False
+
+
 def check_local(folder: Path) -> None:
     """Raises InputError if a folder that is to be made is meant to be elsewhere.
 
@@ -125,6 +136,16 @@ def check_local(folder: Path) -> None:
     raise InputError(f"{folder}: begins with ~, which the shell has not replaced; write it in full, or use $HOME")
 
 
+def resolve(path: Path) -> Path:
+    """Returns the absolute path with all links followed; it need not exist. Raises InputError if links form a loop."""
+    try:
+        path.stat()
+    except OSError as e:  # `Path.resolve` raises an error for a loop in some versions of Python only
+        if e.errno == errno.ELOOP:
+            raise InputError(f"{path}: {e.strerror}") from None
+    return path.resolve()
+
+
 def check_utf8_path(path: Path) -> None:
     """Raises InputError if a path is not UTF-8: libraries in C++ that open files by their names cannot take it."""
     try:
@@ -136,8 +157,9 @@ def check_utf8_path(path: Path) -> None:
 def write_output(path: Path, text: str) -> None:
     """Writes a file that the user names, so that it appears complete or not at all.
 
-    A link is followed. A pipe, a device, or the file that standard output goes to is written to and not replaced, and
-    so is a file that cannot be replaced: its folder is read-only, or the file alone is mounted into a container.
+    A link is followed. A file that is replaced keeps its permissions: others must not read what they could not read
+    before. A pipe, a device, or the file that standard output goes to is written to and not replaced, and so is a file
+    that cannot be replaced: its folder is read-only, or the file alone is mounted into a container.
 
     Raises:
       InputError: it cannot be written.
@@ -156,7 +178,12 @@ def write_output(path: Path, text: str) -> None:
 
 def _write_or_replace(path: Path, text: str) -> None:
     try:
-        write_text(path, text)
+        with atomic_write(path) as file:
+            if path.exists():
+                file.touch(mode=0o600)
+            file.write_text(text, **TEXT_ENCODING)
+            if path.exists():
+                shutil.copymode(path, file)
     except OSError as e:
         if e.errno not in (errno.EBUSY, errno.EACCES, errno.EROFS) or not os.access(path, os.W_OK):
             raise

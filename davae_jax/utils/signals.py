@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 INTERRUPTED = 130  # the exit code of a program that was ended by one of these signals
+SAME_SIGNAL_SECONDS = 1.0  # after the first: schedulers signal both a job and each of its processes, users press twice
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -21,12 +22,15 @@ def interrupt_on_signals(signals: Sequence[int] = SIGNALS) -> Iterator[None]:
     """Raises KeyboardInterrupt on these signals as on Ctrl-C while the block runs.
 
     A library that is running when the signal arrives may replace the interrupt by another exception; the block then
-    still raises KeyboardInterrupt.
+    still raises KeyboardInterrupt. Signals within `SAME_SIGNAL_SECONDS` of the first do not interrupt the clean-up that
+    it has begun.
     """
-    received = []
+    received: list[float] = []  # times by time.monotonic
 
     def interrupt(number: int, frame: Any) -> None:
-        received.append(number)
+        if received and time.monotonic() < received[0] + SAME_SIGNAL_SECONDS:
+            return
+        received.append(time.monotonic())
         raise KeyboardInterrupt
 
     with _handlers(interrupt, signals):
@@ -58,14 +62,16 @@ class StopRequest:
                 if stop.requested:
                     break
 
-    A later signal raises KeyboardInterrupt at once. Signals within a second of the first count as the same one, because
-    schedulers signal both a job and each of its processes.
+    A later signal raises KeyboardInterrupt at once. Signals within `SAME_SIGNAL_SECONDS` of the first count as the same
+    one.
+
+    Attributes:
+      requested: whether a signal has arrived.
+      number: the first signal, None before it.
     """
 
-    SAME_SIGNAL_SECONDS = 1.0
-
     def __init__(self):
-        self.requested = False
+        self.requested, self.number = False, None
         self._first_signal = 0.0  # by time.monotonic
 
     def __enter__(self) -> StopRequest:
@@ -78,14 +84,28 @@ class StopRequest:
 
     def _handle(self, number: int, frame: Any) -> None:
         if not self.requested:
-            self.requested = True
+            self.requested, self.number = True, number
             self._first_signal = time.monotonic()
-        elif time.monotonic() > self._first_signal + self.SAME_SIGNAL_SECONDS:
+        elif time.monotonic() > self._first_signal + SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
 
-def repeat_interrupt(seconds: float = 0.05) -> None:
-    """Sends SIGINT to the main thread a moment later.
+@contextlib.contextmanager
+def interrupt_at_end() -> Iterator[None]:
+    """Handles a signal of `SIGNALS`, as outside of the block, at the end of the block instead of within it.
+
+    For a library that goes on in threads of its own when it is interrupted. A later signal interrupts at once, as of
+    `StopRequest`.
+    """
+    with StopRequest() as stop:
+        yield
+    if stop.number is not None:
+        signal.raise_signal(stop.number)
+        raise KeyboardInterrupt  # the signal is ignored outside
+
+
+def repeat_interrupt(seconds: float = SAME_SIGNAL_SECONDS + 0.05) -> None:
+    """Sends SIGINT to the main thread a moment later, when it no longer counts as the same signal.
 
     For an interrupt that was raised inside a library's callback, in which Python can only report and discard it.
     """

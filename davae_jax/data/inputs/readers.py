@@ -28,6 +28,7 @@ from davae_jax.data.inputs.line_readers import (
 )
 from davae_jax.data.inputs.table_readers import parquet_slice_bounds, read_arrow, read_parquet
 from davae_jax.utils.errors import InputError, OptionError, first_line
+from davae_jax.utils.files import resolve
 from davae_jax.utils.json_files import read_json_object
 
 
@@ -134,8 +135,8 @@ def check_outside(output: Path, inputs: Iterable[Path], option: str) -> None:
     A hidden folder may be there, because `find_files` leaves it out.
     """
     for path in inputs:
-        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            parts = output.resolve().relative_to(path.resolve()).parts
+        if path.is_dir() and resolve(output).is_relative_to(path.resolve()):
+            parts = resolve(output).relative_to(path.resolve()).parts
             if not any(part.startswith(".") for part in parts):
                 raise OptionError(option, f"{output} is inside the input folder {path}; choose another folder")
 

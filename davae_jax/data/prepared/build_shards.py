@@ -54,6 +54,7 @@ from davae_jax.utils.files import (
     check_utf8_path,
     file_sha256,
     is_partial,
+    is_same_folder,
     remove_partial,
     to_json,
     write_bytes,
@@ -119,7 +120,8 @@ def build_shards(
     if len(to_json(stored)) > MAX_JSON_BYTES // 3:  # the manifest contains the names again, for the shards
         raise InputError(f"{name_files(files)}: too many files; put several of them into one")
     with FolderLock() as lock:
-        stored = _open_folder(output, stored, lock)
+        own = isinstance(tokenizers, Path) and is_same_folder(tokenizers, output)
+        stored = _open_folder(output, stored, lock, keep_tokenizers=own)
         limit = BadLineLimit(max_bad, input_bytes)
         _build(output, stored, files, settings, tokenizers, workers or available_cores(), limit)
     manifest = Prepared(output).manifest  # a folder that was complete may have lost files since, as in a copy
@@ -245,11 +247,14 @@ def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:
 # ---- prepare.json
 
 
-def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict[str, Any]:
+def _open_folder(
+    folder: Path, stored: dict[str, Any], lock: FolderLock, *, keep_tokenizers: bool = False
+) -> dict[str, Any]:
     """Makes the output folder, or checks that an existing one was made with the same settings. Locks it.
 
     Args:
       stored: the content of prepare.json.
+      keep_tokenizers: the tokenizers that an earlier call has left there are those to be used.
 
     Returns:
       The same; without `SHARED` if an earlier version, whose shards contain one file each, began the work.
@@ -271,7 +276,7 @@ def _open_folder(folder: Path, stored: dict[str, Any], lock: FolderLock) -> dict
                 )
             if SHARED not in old and _has_shards(folder):
                 del stored[SHARED]
-            _check_settings(folder, old, stored)
+            _check_settings(folder, old, stored, keep_tokenizers)
         elif not all(is_partial(file) or _is_empty_parts(file) for file in folder.iterdir()):
             raise OptionError("--output", f"{folder} contains files, but no {SETTINGS}; choose another folder")
         write_json(path, stored)
@@ -294,13 +299,15 @@ def _remove_parts(folder: Path) -> None:
     """Removes the folder of the shards' statistics. Files that the user has put into it stay."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if re.fullmatch(r"\d+-\d+\.jsonl?", path.name):
+            if re.fullmatch(r"\d{5,}-\d{4,}\.jsonl?", path.name):
                 path.unlink()
         folder.rmdir()
 
 
-def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises OptionError if settings have changed and shards exist. If none exist, removes the tokenizers."""
+def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any], keep_tokenizers: bool) -> None:
+    """Raises OptionError if settings have changed and shards exist. If none exist, removes the tokenizers or keeps
+    them.
+    """
     # Folders of earlier versions, or of the default, do not have these settings.
     changed = changed_settings(
         from_stored_names(old),
@@ -314,7 +321,7 @@ def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> N
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         reason = f"was prepared with other settings: {', '.join(changed[:3])}{more}; choose another folder"
         raise OptionError("--output", f"{folder} {reason}")
-    for name in TOKENIZER_FILES:
+    for name in () if keep_tokenizers else TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
 
 

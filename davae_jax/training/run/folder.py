@@ -35,6 +35,7 @@ from davae_jax.utils.files import (
     check_local,
     file_sha256,
     is_partial,
+    is_same_folder,
     remove_folder,
     remove_partial,
     remove_removed,
@@ -85,7 +86,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 raise InputError(f"{stored}: is damaged; restore it, or choose another folder") from None
             if is_other:
                 if not complete_checkpoints(path):
-                    _remove_preparations(path)
+                    _remove_preparations(path, config.tokenizers)
                     values.pop(TOKENIZER_HASHES, None)
                 elif changed and not is_intact:
                     problem = "is damaged (its own sum differs); restore it, or choose another folder"
@@ -145,9 +146,13 @@ def _check_not_lost(path: Path) -> None:
         warnings.warn(f"{step}: is not a complete checkpoint and is left out", stacklevel=2)
 
 
-def _remove_preparations(path: Path) -> None:
-    """Removes tokenizers, config and initial checkpoint of an earlier start; no checkpoint may depend on them."""
-    for name in (CONFIG_FILE, *TOKENIZER_FILES):
+def _remove_preparations(path: Path, tokenizers: Path | None) -> None:
+    """Removes tokenizers, config and initial checkpoint of an earlier start; no checkpoint may depend on them.
+
+    tokenizers: the folder of those to be used; the user may mean the ones of the earlier start.
+    """
+    is_source = tokenizers is not None and is_same_folder(tokenizers, path)
+    for name in (CONFIG_FILE, *(() if is_source else TOKENIZER_FILES)):
         (path / name).unlink(missing_ok=True)
     if (path / INIT_FOLDER).exists():
         remove_folder(path / INIT_FOLDER)
