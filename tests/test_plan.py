@@ -98,6 +98,8 @@ def test_the_state_of_the_published_size():
     layer = 3 * D * (D + 1) + 2 * D * (D + 1) + 4 * D * D + 4 * D + 4 * D * D + D + 4 * D
     decoder = V * D + D * 256 + 2 * D + D // 2 + 32 * layer + 2 * D
     assert found["parameters"] == 4 * (encoder + decoder)
+    encoder_layer = 4 * 768 * 769 + 2 * 768 * F + F + 768 + 4 * 768
+    assert found["stacked layers"] == 4 * (12 * encoder_layer + 32 * layer)
     assert found["optimizer state"] == pytest.approx(8 * (encoder + decoder), abs=16)
     assert found["discriminator and its optimizer"] == pytest.approx(16 * (1024 * 257 + 1025), abs=16)
     assert memory(with_(config, accumulate=2), mesh)["gradients"] == 2 * found["gradients"]

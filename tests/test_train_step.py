@@ -13,7 +13,7 @@ from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.model.latent import kl_per_dimension
-from davae_jax.training.config import AdversarialConfig, FreeBitsConfig, NoiseConfig, TrainConfig
+from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
 from davae_jax.training.objective import StepContext, free_bits_kl, gradient, objective
 from davae_jax.training.optimizers import make_optimizer, skip_spikes
 from davae_jax.training.state import init_state
@@ -152,6 +152,29 @@ def test_remat_gives_the_same_gradients(model):
     plain, dots, full = (gradients(model, with_(remat=r)) for r in ("none", "dots", "full"))
     for a, b, c in zip(*map(jax.tree.leaves, (plain, dots, full)), strict=True):
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
+
+
+@pytest.mark.parametrize("segment_length", [None, 2])
+def test_scanned_layers_give_the_same_gradients(segment_length, monkeypatch):
+    """With dropout, so that each layer must get its own key, and with the memory, of which each layer has its own."""
+    encoder = dataclasses.replace(CONFIG.encoder, num_hidden_layers=2)
+    decoder = dataclasses.replace(CONFIG.decoder, num_layers=3)
+    model = new_model(dataclasses.replace(CONFIG, encoder=encoder, decoder=decoder), scale=4.0)
+    settings = with_(remat="dots", data=DataConfig(segment_length=segment_length))
+    graphdef, params = split(model)
+
+    def gradients():
+        # A new function each time: JAX would take the program of the other setting for the same one.
+        context = StepContext(KEY, jnp.float32(0.3))
+        traced = jax.jit(lambda p: gradient(p, graphdef, BATCH, context, settings)[0]).trace(params)
+        return traced.lower().compile()(params), str(traced.jaxpr).count("scan[")
+
+    unrolled, scans = gradients()
+    monkeypatch.setattr("davae_jax.model.layers.SCAN_ABOVE", 1)
+    scanned, more_scans = gradients()
+    assert more_scans > scans
+    for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
 
 

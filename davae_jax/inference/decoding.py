@@ -148,13 +148,14 @@ def cached_step(
     T, C = ids.shape[1], cache[0][0].shape[2]
     mask = causal_mask(T, C, offset=position)
 
-    def apply_layer(i: int, layer: DecoderLayer, x: Float[Array, "B T D"]):
+    def apply_layer(layer: DecoderLayer, x: Float[Array, "B T D"], inputs):
+        r_N2CH, layer_cache = inputs
         # Column j of the cache is at the distance position + T − 1 − j from the last of the T queries.
-        r_NKH = lax.dynamic_slice_in_dim(relative_keys[i], C - T - position, C, axis=1)
+        r_NKH = lax.dynamic_slice_in_dim(r_N2CH, C - T - position, C, axis=1)
         biases = decoder.r_w_bias[...], decoder.r_r_bias[...]
-        return layer(x, r_NKH, *biases, mask, cache=cache[i], position=position)
+        return layer(x, r_NKH, *biases, mask, cache=layer_cache, position=position)
 
-    output, cache = decoder.apply_layers(ids, latent_term, apply_layer)
+    output, cache = decoder.apply_layers(ids, latent_term, apply_layer, list(zip(relative_keys, cache, strict=True)))
     return output.final, cache
 
 

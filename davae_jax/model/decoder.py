@@ -8,7 +8,7 @@ tokens stay valid as the text grows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from davae_jax.model.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    apply_in_order,
     apply_remat,
     dropout,
     gather_per_token,
@@ -100,6 +101,7 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         segment_ids: Int[Array, "B T"] | None = None,
         attention: Attention = "xla",
+        scan: bool = False,
     ) -> DecoderOutput:
         """Reads T new tokens that follow the memory.
 
@@ -112,6 +114,7 @@ class Decoder(nnx.Module):
           segment_ids: for rows that contain up to P texts, the number of each token's text (1 … P; 0 is padding). The
             latent is then [B, P, L], a token sees only tokens of its text, and there is no memory.
           attention: how attention is computed.
+          scan: compile one of many layers (`layers.apply_in_order`).
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -128,24 +131,29 @@ class Decoder(nnx.Module):
         if segment_ids is not None:
             mask = mask & same_segment(segment_ids)
 
-        def apply_layer(i: int, layer: DecoderLayer, x: Float[Array, "B T D"]):
-            def run(x):
+        def apply_layer(layer: DecoderLayer, x: Float[Array, "B T D"], inputs):
+            def run(x, inputs):
+                key, memory_BCD = inputs
                 r_NKH = layer.relative_keys(features)
-                past = None if memory is None else layer.memory_keys_values(memory.hidden[i])
+                past = None if memory is None else layer.memory_keys_values(memory_BCD)
                 biases = self.r_w_bias[...], self.r_r_bias[...]
-                return layer(x, r_NKH, *biases, mask, past=past, key=layer_keys[i], attention=attention)[0]
+                return layer(x, r_NKH, *biases, mask, past=past, key=key, attention=attention)[0]
 
-            return apply_remat(run, remat)(x), None
+            return apply_remat(run, remat)(x, inputs), None
 
-        return self.apply_layers(ids, self.latent_term(latent, segment_ids), apply_layer, input_key=key_input)[0]
+        inputs = list(zip(layer_keys, [None] * len(self.layers) if memory is None else memory.hidden[:-1], strict=True))
+        latent_term = self.latent_term(latent, segment_ids)
+        return self.apply_layers(ids, latent_term, apply_layer, inputs, input_key=key_input, scan=scan)[0]
 
     def apply_layers(
         self,
         ids: Int[Array, "B T"],
         latent_term: Float[Array, "B #T D"] | float,
-        apply_layer: Callable[[int, DecoderLayer, Float[Array, "B T D"]], tuple[Float[Array, "B T D"], Any]],
+        apply_layer: Callable[[DecoderLayer, Float[Array, "B T D"], Any], tuple[Float[Array, "B T D"], Any]],
+        inputs: Sequence,
         *,
         input_key: jax.Array | None = None,
+        scan: bool = False,
     ) -> tuple[DecoderOutput, list]:
         """Runs the decoder's stages in order: embedding + latent, each layer + latent, final LayerNorm.
 
@@ -153,23 +161,24 @@ class Decoder(nnx.Module):
 
         Args:
           latent_term: the return value of `latent_term`.
-          apply_layer: called as `apply_layer(i, layer, x)`. It returns the output of layer i, the latent not yet added,
-            and a second value of the caller's choice (in cached decoding, the layer's keys and values).
+          apply_layer: called as `apply_layer(layer, x, inputs[i])`. It returns the layer's output, the latent not yet
+            added, and a second value of the caller's choice (in cached decoding, the layer's keys and values).
+          inputs: what else each layer needs.
           input_key: enables dropout of the input.
+          scan: compile one of many layers (`layers.apply_in_order`).
 
         Returns:
           The hidden states, and a list of the second values that `apply_layer` returned.
         """
         x = constrain(self.embedding(ids) + latent_term, "batch", None, None)
         x = dropout(x, self.dropout_rate, input_key)
-        hidden, extras = [x], []
-        for i, layer in enumerate(self.layers):
-            with jax.named_scope(f"layer_{i}"):
-                x, extra = apply_layer(i, layer, x)
-                x = x + self.post_layer_term(latent_term)
-            hidden.append(x)
-            extras.append(extra)
-        return DecoderOutput(tuple(hidden), self.norm(x)), extras
+
+        def apply_with_latent(layer: DecoderLayer, x: Float[Array, "B T D"], given):
+            x, extra = apply_layer(layer, x, given)
+            return x + self.post_layer_term(latent_term), extra
+
+        outputs, extras = apply_in_order(self.layers, apply_with_latent, x, inputs, scan)
+        return DecoderOutput((x, *outputs), self.norm(outputs[-1])), extras
 
     def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns the logits of the tied embedding, in float32."""

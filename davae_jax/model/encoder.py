@@ -17,6 +17,7 @@ from davae_jax.model.layers import (
     LayerNorm,
     Linear,
     Segments,
+    apply_in_order,
     apply_remat,
     dropout,
     residual_stddev,
@@ -69,6 +70,7 @@ class Encoder(nnx.Module):
         key: jax.Array | None = None,
         remat: Remat = "none",
         segments: Segments | None = None,
+        scan: bool = False,
     ) -> EncoderOutput:
         """Encodes rows of ids; id 0 is padding, which no token attends to.
 
@@ -78,12 +80,13 @@ class Encoder(nnx.Module):
           remat: which activations of a layer are saved for the backward pass (`layers.apply_remat`).
           segments: for rows with several texts. A token then sees only tokens of its text, and positions count from
             the beginning of the text.
+          scan: compile one of many layers (`layers.apply_in_order`).
         """
-        keys = split_keys(key, len(self.layers) + 1)
+        key_input, *layer_keys = split_keys(key, 1 + len(self.layers))
         with jax.named_scope("embeddings"):
             positions = jnp.arange(ids.shape[1]) if segments is None else segments.positions()
             h = self.word(ids) + self.position(positions) + self.token_type(jnp.zeros((), jnp.int32))
-            h = dropout(self.norm(h), self.dropout_rate, keys[0])
+            h = dropout(self.norm(h), self.dropout_rate, key_input)
             if embedding_noise is not None:
                 h = h + embedding_noise.astype(h.dtype)
             h = constrain(h, "batch", None, None)
@@ -92,22 +95,16 @@ class Encoder(nnx.Module):
         if segments is not None:
             mask &= same_segment(segments.segment_ids)
         score_bias = jnp.where(mask, 0.0, -10000.0)
-        hidden = [h]
-        for i, layer in enumerate(self.layers):
-            with jax.named_scope(f"layer_{i}"):
 
-                def run(x, layer=layer, key=keys[i + 1]):
-                    return layer(x, score_bias, key)
+        def apply_layer(layer: EncoderLayer, x: Float[Array, "B S D"], key: jax.Array | None):
+            return apply_remat(lambda x, key: layer(x, score_bias, key), remat)(x, key), None
 
-                hidden.append(apply_remat(run, remat)(hidden[-1]))
-        first = (
-            hidden[-1][:, 0]
-            if segments is None
-            else jnp.take_along_axis(hidden[-1], segments.starts[..., None], axis=1)
-        )
+        outputs, _ = apply_in_order(self.layers, apply_layer, h, layer_keys, scan)
+        last = outputs[-1]
+        first = last[:, 0] if segments is None else jnp.take_along_axis(last, segments.starts[..., None], axis=1)
         pooled = jnp.tanh(self.pooler(first))
         mean, logvar = jnp.split(self.posterior(pooled), 2, axis=-1)
-        return EncoderOutput(tuple(hidden), pooled, mean, logvar)
+        return EncoderOutput((h, *outputs), pooled, mean, logvar)
 
 
 class EncoderLayer(nnx.Module):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.layers import SCAN_ABOVE
 from davae_jax.parallel.chips import Chip
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh
@@ -39,6 +40,7 @@ def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
 
     gradients: float32, like the weights; twice if gradients are accumulated over micro-batches.
     saved activations: those that the backward pass reads, given the remat policy.
+    stacked layers: the copy of the layers' weights that `layers.apply_in_order` makes of many layers.
     recomputed layer (peak): all activations of the largest layer, which remat recomputes in the backward pass.
     logits: those of one chunk, and their gradient.
     gathered weights: the whole embedding table in the compute dtype and its unsharded gradient, the largest arrays
@@ -57,6 +59,9 @@ def state_memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
         "parameters": bytes_per_device(main),
         "gradients": gradients * bytes_per_device(main),
         "optimizer state": bytes_per_device(state.optimizer),
+        "stacked layers": sum(
+            bytes_per_device(half["layers"]) for half in main.values() if len(half.get("layers", ())) > SCAN_ABOVE
+        ),
         "discriminator and its optimizer": bytes_per_device((state.discriminator_optimizer, state.step))
         + (1 + gradients) * bytes_per_device(discriminator),
     }

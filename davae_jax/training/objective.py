@@ -189,7 +189,7 @@ def encode(model: DAVAE, batch: Batch, keys: dict[str, jax.Array], config: Train
     ids = token_noise(ids, special, config.noise, model.config.encoder.vocab_size, keys["token"], segments)
     shape = (*ids.shape, model.config.encoder.hidden_size)
     noise = embedding_noise(keys["embedding"], shape, config.noise)
-    output = model.encoder(ids, noise, keys["encoder"], config.remat, segments)
+    output = model.encoder(ids, noise, keys["encoder"], config.remat, segments, scan=True)
     mean, logvar, pooled = (x.reshape(-1, x.shape[-1]) for x in (output.mean, output.logvar, output.pooled))
     return EncodedTexts(Posterior(mean, logvar), pooled)
 
@@ -208,10 +208,10 @@ def reconstruction(
         if config.data.segment_length and config.data.segment_length < T:
             rec = reconstruction_in_segments(model.decoder, ids, targets, mask, latent, key, config)
             return rec, jnp.maximum(mask.sum(1), 1)
-        output = model.decoder(ids, latent, key=key, remat=config.remat, attention=config.attention)
+        output = model.decoder(ids, latent, key=key, remat=config.remat, attention=config.attention, scan=True)
     else:
         mask = segments[..., None] == jnp.arange(1, P + 1)
-        how = dict(key=key, remat=config.remat, attention=config.attention)
+        how = dict(key=key, remat=config.remat, attention=config.attention, scan=True)
         output = model.decoder(ids, latent.reshape(B, P, -1), segment_ids=segments, **how)
     rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
     return rec.reshape(-1), jnp.maximum(mask.sum(1), 1).reshape(-1)
@@ -249,7 +249,7 @@ def reconstruction_in_segments(
         memory, rec = carry
         i, ids, targets, mask = segment
         segment_key = None if key is None else jax.random.fold_in(key, i)
-        output = decoder(ids, latent, memory, window, segment_key, config.remat, attention=config.attention)
+        output = decoder(ids, latent, memory, window, segment_key, config.remat, attention=config.attention, scan=True)
         rec = rec + chunked_nll(decoder, output.final, targets, mask, config.logits_chunk)
         return (decoder.extend_memory(memory, output.hidden, memory.capacity), rec), None
 
