@@ -23,10 +23,9 @@ from davae_jax.planning.shapes import (
     batch_shapes,
     bytes_per_device,
     cached_abstract_state,
-    rows_per_device,
 )
 from davae_jax.training.config import TrainConfig
-from davae_jax.training.flops import longest_rows, num_shards
+from davae_jax.training.flops import longest_rows, num_shards, rows_per_device
 from davae_jax.training.objective import StepContext, objective
 
 USABLE_MEMORY = 0.9  # of a chip's memory: the rest is for the runtime and fragmentation

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from davae_jax.parallel.sharding import RULES
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.shapes import round_up
 
@@ -20,6 +21,16 @@ class Product(NamedTuple):
     devices: int  # number of devices that it is sharded over; any others repeat the same computation
     backward: int = 2  # number of products of the same size in the backward pass
     recomputed: int = 0  # number of times that the backward pass recomputes it
+
+
+class AttentionShape(NamedTuple):
+    """The sizes of one layer's attention: texts, heads, queries, keys and the width of a head."""
+
+    B: int
+    N: int
+    T: int
+    K: int
+    H: int
 
 
 def model_flops(config: TrainConfig, lengths: tuple[int, int]) -> int:
@@ -46,10 +57,8 @@ def forward_products(
     model = config.model
     encoder, decoder = model.encoder, model.decoder
     B, (S, T), L = config.batch_size, lengths or longest_rows(config), model.latent_size
-    segments, K = 1, T
-    if (segment := config.data.segment_length) and segment < T:
-        segments, K = math.ceil(T / segment), segment + decoder.max_memory_length
-        T = segments * segment
+    segments, size, K = decoder_segments(config, T)
+    T = segments * size
     batch_shards, fsdp, tensor = mesh["data"] * mesh["fsdp"], mesh["fsdp"], mesh["tensor"]
 
     def devices(width: int, batch: int = batch_shards) -> int:
@@ -84,6 +93,28 @@ def forward_products(
 def num_shards(width: int, devices: int) -> int:
     """Returns the number of devices that a dimension is sharded over: all, or one if they do not divide it."""
     return devices if width % devices == 0 else 1
+
+
+def rows_per_device(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """Returns how many texts one device processes at once."""
+    shards = math.prod(mesh[axis] for axis in RULES["batch"])
+    return math.ceil(config.batch_size / shards / config.accumulate)
+
+
+def decoder_segments(config: TrainConfig, T: int) -> tuple[int, int, int]:
+    """Returns how the decoder reads T tokens: (number of segments, tokens of each, keys that each attends to)."""
+    segment = config.data.segment_length
+    if not segment or segment >= T:
+        return 1, T, T
+    return math.ceil(T / segment), segment, segment + config.model.decoder.max_memory_length
+
+
+def attention_shape(config: TrainConfig, mesh: Mapping[str, int]) -> AttentionShape:
+    """Returns the sizes of the decoder's attention on one device, for the longest rows."""
+    decoder = config.model.decoder
+    _, T, K = decoder_segments(config, longest_rows(config)[1])
+    N, H = decoder.num_attention_heads, decoder.hidden_size // decoder.num_attention_heads
+    return AttentionShape(rows_per_device(config, mesh), N // num_shards(N, mesh["tensor"]), T, K, H)
 
 
 def longest_rows(config: TrainConfig) -> tuple[int, int]:
