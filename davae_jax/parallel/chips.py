@@ -16,6 +16,11 @@ class Chip(NamedTuple):
     kinds: tuple[str, ...]  # JAX's `Device.device_kind`
     attention: tuple[str, ...] = ("xla",)  # the implementations of attention that run on it (`model.config.Attention`)
 
+    @property
+    def platform(self) -> str:
+        """Returns JAX's `Device.platform`."""
+        return "tpu" if self.name.startswith("TPU") else "gpu"
+
 
 GB, GiB, TERA = 1e9, 2**30, 1e12
 TPU_ATTENTION = ("xla", "mosaic_tpu")

@@ -10,6 +10,10 @@ from davae_jax.parallel.sharding import RULES
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.shapes import round_up
 
+# The products of one layer's attention, forward and backward, each of 2·B·N·T·K·H FLOPs. xla: content, position and
+# context, and two gradients of each. mosaic_tpu: a tile of BQ queries and BK = 2·BQ keys needs BQ + BK columns of r, so
+# that the three products of the position are half again as large; backward computes content and position anew.
+ATTENTION_PRODUCTS = {"xla": (3, 6), "mosaic_tpu": (3.5, 9.5)}
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
@@ -20,7 +24,7 @@ class Product(NamedTuple):
     flops: int  # for the whole batch
     devices: int  # number of devices that it is sharded over; any others repeat the same computation
     backward: int = 2  # number of products of the same size in the backward pass
-    recomputed: int = 0  # number of times that the backward pass recomputes it
+    recomputed: float = 0  # number of products of the same size that are computed besides
 
 
 class AttentionShape(NamedTuple):
@@ -51,8 +55,8 @@ def forward_products(
     T²·D in the decoder (content, position, context), computed in full although half of each is masked; the tied
     embedding adds 6·B·T·D·V as logits and nothing as a table. Recomputation is counted separately, in `recomputed`:
     remat "dots" repeats attention; "full" repeats whole layers except the decoder's last product, which its gradient
-    does not need; several chunks repeat the logits. Texts in segments attend to K = segment + memory positions instead
-    of T. Norms, softmax, dropout and the optimizer are not counted.
+    does not need; kernels compute a part of attention anew; several chunks repeat the logits. Texts in segments attend
+    to K = segment + memory positions instead of T. Norms, softmax, dropout and the optimizer are not counted.
     """
     model = config.model
     encoder, decoder = model.encoder, model.decoder
@@ -79,7 +83,7 @@ def forward_products(
         Product("decoder", 2 * B * T * 4 * D * D, devices(4 * D)),
         # The keys of positions do not depend on the batch: every data shard computes them, the fsdp axis together.
         Product("decoder", 2 * segments * K * D * D, devices(D, num_shards(D, fsdp)), backward=1, recomputed=layer),
-        Product("attention", 2 * B * T * K * 3 * D, devices(N), recomputed=attention),
+        Product("attention", 2 * B * T * K * 3 * D, devices(N), recomputed=_recomputed(config.attention, attention)),
     ] * decoder.num_layers
     products += [
         Product("logits", 2 * B * T * D * V, devices(V), recomputed=int(config.logits_chunk < T)),
@@ -88,6 +92,16 @@ def forward_products(
         Product("latent", 3 * 2 * B * (4 * L * L + 4 * L), devices(4 * L)),
     ]
     return products
+
+
+def _recomputed(implementation: str, remat: int) -> float:
+    """Returns what an implementation of attention computes besides a forward and a backward pass, in forward passes.
+
+    Args:
+      remat: how often the forward pass is repeated.
+    """
+    forward, backward = ATTENTION_PRODUCTS.get(implementation, ATTENTION_PRODUCTS["xla"])
+    return ((1 + remat) * forward + backward) / sum(ATTENTION_PRODUCTS["xla"]) * 3 - 3
 
 
 def num_shards(width: int, devices: int) -> int:
