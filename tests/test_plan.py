@@ -287,10 +287,36 @@ def test_time_follows_from_work_and_traffic():
     assert slow.compute_seconds == 2 * fast.compute_seconds == pytest.approx(fast.flops_per_device / 989e12 * 4)
     assert slow.communication_seconds == 2 * fast.communication_seconds
     assert fast.communication_seconds == pytest.approx(fast.traffic["data"].bytes / 450e9 * 2)
-    assert fast.seconds == (
-        max(fast.compute_seconds, fast.communication_seconds),
-        fast.compute_seconds + fast.communication_seconds,
-    )
+    computing = fast.compute_seconds + fast.memory_seconds
+    assert fast.seconds == (max(computing, fast.communication_seconds), computing + fast.communication_seconds)
+
+
+# ---- the implementations of attention
+
+
+def test_auto_is_planned_with_the_kernels_where_they_run():
+    """Of what attention alone keeps and recomputes nothing of the scores' size is left."""
+    v4, v5e = (make_plan(with_(RANDENG, batch_size=8), CHIPS[name], 1, 0.4) for name in ("tpu-v4", "tpu-v5e"))
+    assert (v4.attention, v5e.attention) == ("xla", "mosaic_tpu")
+    scores = 8 * 25 * 511 * 511 * 4
+    saved = v4.memory["recomputed layer (peak)"] - v5e.memory["recomputed layer (peak)"]
+    assert 1.5 * scores < saved < 4 * scores
+    assert v4.attention_bytes == 32 * (18 + 14 + 18) * scores
+    # Heads are padded to 128 lanes, 511 tokens to 512.
+    assert v5e.attention_bytes == 32 * (17 + 20 + 17) * 8 * 25 * 512 * 128 * 2
+    layer = 2 * 8 * 25 * 511 * 511 * 64
+    assert v5e.recomputed - v4.recomputed == pytest.approx(32 * layer * (3.5 + 9.5 + 3.5 - 3 - 6 - 3), abs=64)
+    wait = v4.attention_bytes / 1228e9 - 32 * layer * 12 / (275e12 * 0.4)
+    assert v4.memory_seconds == pytest.approx(wait) and v5e.memory_seconds < v4.memory_seconds / 4
+    assert v5e.seconds[1] == v5e.compute_seconds + v5e.memory_seconds + v5e.communication_seconds
+
+
+def test_attention_of_segments_counts_each():
+    """Four segments of 128, in two micro-batches, with 512 keys of memory; on a GPU, without remat."""
+    data = dataclasses.replace(RANDENG.data, segment_length=128)
+    config = with_(RANDENG, batch_size=8, accumulate=2, data=data, remat="none")
+    plan = make_plan(config, H200, 2, 0.4)
+    assert plan.attention_bytes == 32 * 4 * 2 * (8 + 13) * 2 * 25 * 128 * (128 + 512) * 4
 
 
 def test_the_command(capsys, tmp_path):
@@ -398,6 +424,7 @@ def test_min_chips_of_any_number():
         (["--mesh.fsdp", "3"], "--mesh.data -1 --mesh.fsdp 3 --mesh.tensor 1: does not fit 8 devices"),
         (["--batch-size", "12"], "--batch-size must be a multiple of data × fsdp = 8, not 12"),
         (["--batch-szie", "12"], "--batch-szie"),
+        (["--attention", "mosaic_tpu"], "--attention mosaic_tpu does not run on H200, which runs xla"),
     ],
 )
 def test_invalid_options(argv, message, capsys):

@@ -262,16 +262,17 @@ import os, sys, time
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 from davae_jax.parallel.config import DistributedConfig
-from davae_jax.parallel.agreement import run_on_all_processes
+from davae_jax.parallel.agreement import run_on_all_processes, value_of_process_zero
 from davae_jax.parallel.multihost import connect
 from davae_jax.utils.errors import InputError
 """
 
 
 def test_an_error_of_any_process_is_that_of_all():
-    """And process 0 may end before the others have."""
+    """And process 0 may end before the others have. A value of process 0 is that of all, too."""
     program = f"""{CONNECT}
 connect(DistributedConfig("127.0.0.1:{free_port()}", 2, int(os.environ["ID"]), 60))
+print(value_of_process_zero(lambda: 3 + jax.process_index()), end=" ")
 def work():
     if jax.process_index() == 1:
         raise InputError("wrong " * 1000, exit_code=7)
@@ -283,7 +284,7 @@ except InputError as e:
     os._exit(e.exit_code)
 """
     results = run_programs(program, [{"ID": i} for i in range(2)])
-    assert [out for out, _ in results] == ["7 process 1: wrong wro\n", "7 wrong wrong wrong wr\n"], results
+    assert [out for out, _ in results] == ["3 7 process 1: wrong wro\n", "3 7 wrong wrong wrong wr\n"], results
 
 
 def test_processes_that_do_not_come(text_file, tmp_path):  # noqa: F811

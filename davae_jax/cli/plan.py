@@ -105,8 +105,13 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
             for name, axis in plan.traffic.items()
         ),
         "",
+        _row("memory traffic of attention", "GB"),
+        _row(f"  {plan.attention}", f"{plan.attention_bytes / 1e9:.3f}")
+        + f"  at {chip.bandwidth / 1e9:.1f} GB/s; on this chip run: {', '.join(chip.attention)}",
+        "",
         _row(f"time per step, {plan.efficiency:.0%} of bfloat16 peak", "s"),
         _row("  compute", f"{plan.compute_seconds:.4f}"),
+        _row("  attention, waiting for memory", f"{plan.memory_seconds:.4f}"),
         _row("  communication", f"{plan.communication_seconds:.4f}"),
         _row("  step", f"{plan.seconds[0]:.4f}") + f" (full overlap) to {plan.seconds[1]:.4f} (no overlap)",
         _row("tokens per second", f"{plan.tokens / plan.seconds[1]:,.0f}")

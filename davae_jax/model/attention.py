@@ -48,6 +48,7 @@ def relative_attention(
     Args:
       r: a vector for each distance; r[:, j] belongs to the distance of key j from the last query.
       mask: True where a query sees a key. The kernels need the same mask for all heads.
+      implementation: how it is computed (`model.config.Attention`).
     """
     if implementation == "mosaic_tpu":
         from davae_jax.model import attention_tpu

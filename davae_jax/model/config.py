@@ -312,5 +312,6 @@ def _require_heads_divide(section: str, config) -> None:
 Remat = Literal["none", "dots", "full"]
 
 # How the decoder's attention is computed. xla: by XLA's operations, on any device; the reference. mosaic_tpu: by
-# kernels for TPUs that never write the scores to memory (`attention_tpu`).
-Attention = Literal["xla", "mosaic_tpu"]
+# kernels for TPUs that never write the scores to memory (`attention_tpu`). auto: a training run tries the others on its
+# devices and chooses one (`training.choose_attention`); where none has been chosen, it is xla.
+Attention = Literal["auto", "xla", "mosaic_tpu"]

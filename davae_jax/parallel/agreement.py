@@ -68,6 +68,12 @@ def run_on_process_zero(work: Callable[[], None]) -> None:
     run_on_all_processes(work if is_process_zero() else lambda: None)
 
 
+def value_of_process_zero(work: Callable[[], int]) -> int:
+    """Runs `work` on process 0 and returns its result on all. If it fails, all raise (see `run_on_all_processes`)."""
+    value = run_on_all_processes(work if is_process_zero() else lambda: 0)
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def check_same_on_all_processes(name: str, value: str) -> None:
     """Raises InputError on every process if `value` differs between processes; `name` is for the message."""
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)

@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh
 
 from davae_jax.model.davae import Params
 from davae_jax.parallel.chips import Chip
-from davae_jax.planning.shapes import FLOAT32_BYTES, bytes_per_device, cached_abstract_state, rows_per_device
+from davae_jax.planning.shapes import FLOAT32_BYTES, bytes_per_device, cached_abstract_state
 from davae_jax.training.config import TrainConfig
-from davae_jax.training.flops import longest_rows
+from davae_jax.training.flops import longest_rows, rows_per_device
 
 
 class Traffic(NamedTuple):

@@ -24,10 +24,9 @@ from davae_jax.planning.shapes import (
     batch_shapes,
     bytes_per_device,
     cached_abstract_state,
-    rows_per_device,
 )
 from davae_jax.training.config import TrainConfig
-from davae_jax.training.flops import longest_rows, num_shards
+from davae_jax.training.flops import longest_rows, num_shards, rows_per_device
 from davae_jax.training.objective import StepContext, objective
 
 USABLE_MEMORY = 0.9  # of a chip's memory: the rest is for the runtime and fragmentation
@@ -151,9 +150,8 @@ def _residuals(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDt
 def _shape_settings(config: TrainConfig) -> TrainConfig:
     """Returns a config with the fields that the objective's shapes depend on, so that equal ones share a trace."""
     defaults = TrainConfig(model=config.model, data=config.data)
-    return dataclasses.replace(
-        defaults, dtype=config.dtype, remat=config.remat, logits_chunk=config.logits_chunk, noise=config.noise
-    )
+    names = ("dtype", "remat", "logits_chunk", "noise", "attention")
+    return dataclasses.replace(defaults, **{name: getattr(config, name) for name in names})
 
 
 def _bytes_per_row(x: jax.ShapeDtypeStruct, config: TrainConfig, tensor: int) -> float:

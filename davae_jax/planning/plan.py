@@ -12,6 +12,7 @@ import jax
 
 from davae_jax.parallel.chips import Chip
 from davae_jax.parallel.sharding import make_abstract_mesh
+from davae_jax.planning.attention import attention_traffic, memory_wait, with_planned_attention
 from davae_jax.planning.communication import Traffic, traffic
 from davae_jax.planning.memory import fits_memory, memory, min_chips
 from davae_jax.planning.shapes import cached_abstract_state
@@ -31,8 +32,11 @@ class Plan(NamedTuple):
     recomputed: int  # FLOPs that remat and the logits' chunks add in one step, on all devices
     flops_per_device: int  # with recomputation, and with work that several devices repeat
     traffic: dict[str, Traffic]  # by axis of the mesh
+    attention: str  # the implementation of the decoder's attention
+    attention_bytes: int  # that it moves between a device and its memory in one step
     tokens: int  # decoder tokens per step
     compute_seconds: float
+    memory_seconds: float  # by which attention's memory traffic takes longer than its compute
     communication_seconds: float
     efficiency: float
     min_chips: tuple[int, dict[str, int]] | None  # the smallest number of chips with enough memory, and their mesh
@@ -44,7 +48,7 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> tuple[float, float]:
         """Returns the time of one step: with communication and compute fully overlapped, and without any overlap."""
-        both = self.compute_seconds, self.communication_seconds
+        both = self.compute_seconds + self.memory_seconds, self.communication_seconds
         return max(both), sum(both)
 
 
@@ -52,14 +56,16 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
     """Plans a run on `chips` chips. `efficiency` is the attained fraction of their peak FLOP/s and link rates.
 
     Raises:
-      InputError: the mesh does not divide the chips or the batch (exit code 2).
+      InputError: the mesh does not divide the chips or the batch, or the chips do not run the implementation of
+        attention that the config names (exit code 2).
     """
+    config = with_planned_attention(config, chip)
     mesh = make_abstract_mesh(config.mesh, config.batch_size, chips, config.accumulate)
     products = forward_products(config, mesh.shape)
     flops: dict[str, int] = {}
     for product in products:
         flops[product.component] = flops.get(product.component, 0) + (1 + product.backward) * product.flops
-    per_device = sum((1 + p.backward + p.recomputed) * p.flops // p.devices for p in products)
+    per_device = sum(round((1 + p.backward + p.recomputed) * p.flops / p.devices) for p in products)
     params = cached_abstract_state(config, mesh).params
     traffic_by_axis = traffic(config, mesh, chip)
     return Plan(
@@ -70,11 +76,14 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
         weights={name: sum(w.size for w in jax.tree.leaves(weights)) for name, weights in params.items()},
         memory=memory(config, mesh),
         flops=flops,
-        recomputed=sum(p.recomputed * p.flops for p in products),
+        recomputed=sum(round(p.recomputed * p.flops) for p in products),
         flops_per_device=per_device,
         traffic=traffic_by_axis,
+        attention=config.attention,
+        attention_bytes=round(attention_traffic(config, mesh.shape, chip)),
         tokens=config.batch_size * longest_rows(config)[1],
         compute_seconds=per_device / (chip.flops * efficiency),
+        memory_seconds=memory_wait(config, mesh.shape, chip, efficiency),
         communication_seconds=sum(axis.bytes / (axis.rate * efficiency) for axis in traffic_by_axis.values()),
         efficiency=efficiency,
         min_chips=min_chips(config, chip),

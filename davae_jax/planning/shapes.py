@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax.sharding import AbstractMesh
 from davae_jax.data.batches import Batch
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, abstract_model
-from davae_jax.parallel.sharding import RULES
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import longest_rows
 from davae_jax.training.state import TrainState, abstract_state
@@ -38,12 +36,6 @@ def batch_shapes(config: TrainConfig, rows: int) -> Batch:
     S, T = longest_rows(config)
     ids = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     return Batch(ids((rows, S)), ids((rows, T)), ids((rows, T)), ids((rows, 1)))
-
-
-def rows_per_device(config: TrainConfig, mesh: Mapping[str, int]) -> int:
-    """Returns how many texts one device processes at once."""
-    shards = math.prod(mesh[axis] for axis in RULES["batch"])
-    return math.ceil(config.batch_size / shards / config.accumulate)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -342,8 +342,8 @@ class TrainConfig:
     remat: Remat = "none"
     """Gradient checkpointing: the activations that a layer saves for the backward pass. none: all. dots: the results of matrix products. full: only the layer's input, which takes the least memory and, at the published size, 22 % more compute."""
 
-    attention: Attention = "xla"
-    """How the decoder's attention is computed in training. xla: on any device. mosaic_tpu: on TPUs, by kernels that never write the scores to memory."""
+    attention: Attention = "auto"
+    """How the decoder's attention is computed in training. xla: on any device. mosaic_tpu: on TPUs, by kernels that never write the scores to memory. auto: at the start, one layer is computed with each that the devices can run, and the fastest of those that agree with xla is used; on a CPU, xla."""
 
     accumulate: int = 1
     """Gradient accumulation: number of micro-batches per step."""

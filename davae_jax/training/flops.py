@@ -6,9 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from davae_jax.parallel.sharding import RULES
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.shapes import round_up
 
+# The products of one layer's attention, forward and backward, each of 2·B·N·T·K·H FLOPs. xla: content, position and
+# context, and two gradients of each. mosaic_tpu: a tile of BQ queries and BK = 2·BQ keys needs BQ + BK columns of r, so
+# that the three products of the position are half again as large; backward computes content and position anew.
+ATTENTION_PRODUCTS = {"xla": (3, 6), "mosaic_tpu": (3.5, 9.5)}
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
@@ -19,7 +24,17 @@ class Product(NamedTuple):
     flops: int  # for the whole batch
     devices: int  # number of devices that it is sharded over; any others repeat the same computation
     backward: int = 2  # number of products of the same size in the backward pass
-    recomputed: int = 0  # number of times that the backward pass recomputes it
+    recomputed: float = 0  # number of products of the same size that are computed besides
+
+
+class AttentionShape(NamedTuple):
+    """The sizes of one layer's attention: texts, heads, queries, keys and the width of a head."""
+
+    B: int
+    N: int
+    T: int
+    K: int
+    H: int
 
 
 def model_flops(config: TrainConfig, lengths: tuple[int, int]) -> int:
@@ -40,16 +55,14 @@ def forward_products(
     T²·D in the decoder (content, position, context), computed in full although half of each is masked; the tied
     embedding adds 6·B·T·D·V as logits and nothing as a table. Recomputation is counted separately, in `recomputed`:
     remat "dots" repeats attention; "full" repeats whole layers except the decoder's last product, which its gradient
-    does not need; several chunks repeat the logits. Texts in segments attend to K = segment + memory positions instead
-    of T. Norms, softmax, dropout and the optimizer are not counted.
+    does not need; kernels compute a part of attention anew; several chunks repeat the logits. Texts in segments attend
+    to K = segment + memory positions instead of T. Norms, softmax, dropout and the optimizer are not counted.
     """
     model = config.model
     encoder, decoder = model.encoder, model.decoder
     B, (S, T), L = config.batch_size, lengths or longest_rows(config), model.latent_size
-    segments, K = 1, T
-    if (segment := config.data.segment_length) and segment < T:
-        segments, K = math.ceil(T / segment), segment + decoder.max_memory_length
-        T = segments * segment
+    segments, size, K = decoder_segments(config, T)
+    T = segments * size
     batch_shards, fsdp, tensor = mesh["data"] * mesh["fsdp"], mesh["fsdp"], mesh["tensor"]
 
     def devices(width: int, batch: int = batch_shards) -> int:
@@ -70,7 +83,7 @@ def forward_products(
         Product("decoder", 2 * B * T * 4 * D * D, devices(4 * D)),
         # The keys of positions do not depend on the batch: every data shard computes them, the fsdp axis together.
         Product("decoder", 2 * segments * K * D * D, devices(D, num_shards(D, fsdp)), backward=1, recomputed=layer),
-        Product("attention", 2 * B * T * K * 3 * D, devices(N), recomputed=attention),
+        Product("attention", 2 * B * T * K * 3 * D, devices(N), recomputed=_recomputed(config.attention, attention)),
     ] * decoder.num_layers
     products += [
         Product("logits", 2 * B * T * D * V, devices(V), recomputed=int(config.logits_chunk < T)),
@@ -81,9 +94,41 @@ def forward_products(
     return products
 
 
+def _recomputed(implementation: str, remat: int) -> float:
+    """Returns what an implementation of attention computes besides a forward and a backward pass, in forward passes.
+
+    Args:
+      remat: how often the forward pass is repeated.
+    """
+    forward, backward = ATTENTION_PRODUCTS.get(implementation, ATTENTION_PRODUCTS["xla"])
+    return ((1 + remat) * forward + backward) / sum(ATTENTION_PRODUCTS["xla"]) * 3 - 3
+
+
 def num_shards(width: int, devices: int) -> int:
     """Returns the number of devices that a dimension is sharded over: all, or one if they do not divide it."""
     return devices if width % devices == 0 else 1
+
+
+def rows_per_device(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """Returns how many texts one device processes at once."""
+    shards = math.prod(mesh[axis] for axis in RULES["batch"])
+    return math.ceil(config.batch_size / shards / config.accumulate)
+
+
+def decoder_segments(config: TrainConfig, T: int) -> tuple[int, int, int]:
+    """Returns how the decoder reads T tokens: (number of segments, tokens of each, keys that each attends to)."""
+    segment = config.data.segment_length
+    if not segment or segment >= T:
+        return 1, T, T
+    return math.ceil(T / segment), segment, segment + config.model.decoder.max_memory_length
+
+
+def attention_shape(config: TrainConfig, mesh: Mapping[str, int]) -> AttentionShape:
+    """Returns the sizes of the decoder's attention on one device, for the longest rows."""
+    decoder = config.model.decoder
+    _, T, K = decoder_segments(config, longest_rows(config)[1])
+    N, H = decoder.num_attention_heads, decoder.hidden_size // decoder.num_attention_heads
+    return AttentionShape(rows_per_device(config, mesh), N // num_shards(N, mesh["tensor"]), T, K, H)
 
 
 def longest_rows(config: TrainConfig) -> tuple[int, int]:

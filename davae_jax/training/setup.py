@@ -37,6 +37,7 @@ from davae_jax.parallel.sharding import batch_sharding, make_mesh
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
+from davae_jax.training.choose_attention import check_attention, choose_attention
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
@@ -108,6 +109,7 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = run_on_all_processes(lambda: warm_start_config(model, folder))
     config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, attention=choose_attention(config, mesh.shape))
     tokenizers, batches, held_out = run_on_all_processes(lambda: _tokenize(config, corpus, folder))
     corpus = corpus._replace(held_out=held_out)
     run_on_process_zero(lambda: model.to_json(folder / CONFIG_FILE))
@@ -155,9 +157,7 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
 def _make_mesh(config: TrainConfig) -> Mesh:
     """Returns the run's mesh. Raises InputError if it does not fit, or its devices cannot compute as they should."""
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
-    platform = mesh.devices.flat[0].platform
-    if config.attention == "mosaic_tpu" and platform != "tpu":
-        raise OptionError("--attention", f"mosaic_tpu needs TPUs, and the devices are of the platform {platform}")
+    check_attention(config.attention, mesh.devices.flat[0])
     return mesh
 
 

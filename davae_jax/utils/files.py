@@ -56,6 +56,12 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
         raise InputError(f"TMPDIR {parent or ''}: temporary files cannot be written ({e.strerror or e})") from e
 
 
+def user_cache_folder() -> Path:
+    """Returns the user's folder for what can be computed anew: davae-jax in XDG_CACHE_HOME or ~/.cache."""
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(parent) / "davae-jax"
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary file in the folder of `path`, which replaces `path` at the end of the `with` block.
