@@ -114,7 +114,13 @@ def test_its_gradients_are_those_of_finite_differences():
 
 def test_a_training_step_is_that_of_the_reference(monkeypatch):
     """With dropout of the position features and of the rest, remat, and micro-batches; two steps."""
-    monkeypatch.setattr(attention_tpu, "relative_attention", fused)
+    shapes = []
+
+    def recorded(q, *arguments):
+        shapes.append(q.shape)
+        return fused(q, *arguments)
+
+    monkeypatch.setattr(attention_tpu, "relative_attention", recorded)
     decoder = dataclasses.replace(CONFIG.decoder, num_layers=1, embedding_dropout_prob=0.3)
     model = new_model(dataclasses.replace(CONFIG, decoder=decoder), scale=4.0)
     graphdef, params = split(model)
@@ -128,6 +134,7 @@ def test_a_training_step_is_that_of_the_reference(monkeypatch):
         for _ in range(2):
             state, values = step(state, batch)
             logs.setdefault(attention, []).append([float(values[name]) for name in ("loss", "rec", "grad_norm")])
+    assert set(shapes) == {(2, 2, 11, 8)}
     np.testing.assert_allclose(logs["mosaic_tpu"], logs["xla"], rtol=2e-5)
 
 
