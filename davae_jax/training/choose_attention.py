@@ -118,6 +118,7 @@ def check_compiles(name: str, attend: Attend, inputs: Callable[[], Inputs]) -> N
 # ---- trials
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "packed"))
 def make_inputs(shape: AttentionShape, dtype: str, packed: bool) -> Inputs:
     """Returns random inputs: q, k, v, r, u, w, the mask and the gradient of the output.
 
