@@ -20,6 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.streams import WithoutReader, going_on_without_reader, open_closed_streams, stdout_is_broken
 from davae_jax.parallel.backend import backend_problem
+from davae_jax.utils.compile_cache import disable_compile_cache, use_compile_cache
 from davae_jax.utils.errors import InputError, OptionError, escape_controls, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
 from davae_jax.utils.signals import INTERRUPTED, SIGNALS, interrupt_on_signals, repeat_interrupt
@@ -35,6 +36,9 @@ class Command:
 
     debug: bool = False
     """On an error, print the traceback as well."""
+
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start need not compile them."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
@@ -213,8 +217,10 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
             interrupt_on_signals(SIGNALS[1:]),
             contextlib.nullcontext() if cls.is_filter else going_on_without_reader(),
         ):
-            command = cls.parse(argv, prog)
-            return command.run() if command else 0
+            if (command := cls.parse(argv, prog)) is None:
+                return 0
+            use_compile_cache() if command.compile_cache else disable_compile_cache()
+            return command.run()
 
     return run_cli(work, prog, debug="--debug" in argv)
 

@@ -50,7 +50,6 @@ from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
 MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
 MAX_NAME_BYTES = 255  # of a file or folder
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
@@ -207,7 +206,7 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, str]:
         if not isinstance(options, str):
             raise _StudyError(f"settings.{name} must be a string of options")
         folder = setting_folder(name)
-        if folder == COMPILED_FOLDER or folder.startswith("comparison."):
+        if folder.startswith("comparison."):
             raise _StudyError(f"setting {name!r} would use the folder {folder}, which is reserved")
         if len(os.fsencode(folder)) > MAX_NAME_BYTES:
             raise _StudyError(f"setting {name!r} would use a folder whose name has more than {MAX_NAME_BYTES} bytes")
@@ -329,8 +328,7 @@ def _unless_damaged(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[
 
 def _run_python(argv: Sequence[Any], log: Path) -> None:
     """Runs Python with these arguments and appends its output to a log."""
-    # The seeds of a setting run the same programs, so they share a compilation cache.
-    env = SETTINGS | {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED_FOLDER)} | os.environ
+    env = SETTINGS | os.environ
     words = [sys.executable, *map(str, argv)]
     with log.open("a", encoding="utf-8") as file:
         # Starts a new session, so that an interrupt from the terminal reaches only this process, which forwards it.
