@@ -23,6 +23,7 @@ from davae_jax.parallel.backend import backend_problem
 from davae_jax.utils.compile_cache import disable_compile_cache, use_compile_cache
 from davae_jax.utils.errors import InputError, OptionError, escape_controls, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
+from davae_jax.utils.progress import progress_lines
 from davae_jax.utils.signals import INTERRUPTED, SIGNALS, interrupt_on_signals, repeat_interrupt
 
 
@@ -244,7 +245,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
         sys.stdout.reconfigure(**TEXT_ENCODING)  # JSON Lines are UTF-8 in every locale
     code = 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), progress_lines(prog):
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)
         try:

@@ -46,6 +46,7 @@ from davae_jax.utils.errors import InputError, on_one_line
 from davae_jax.utils.files import check_local, read_bounded, remove_partial, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.locks import FolderLock
+from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
@@ -100,7 +101,7 @@ class Compare(Command):
         failed, written = False, time.monotonic()
         # Runs all settings with the first seed, then with the next, so that they can be compared early.
         runs = [(seed, name) for seed in study.seeds for name in study.settings]
-        with tqdm(runs, unit="run", disable=not sys.stderr.isatty()) as bar:
+        with progress_bar(runs, unit="run") as bar:
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 try:

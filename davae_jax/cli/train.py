@@ -17,6 +17,7 @@ from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
 from davae_jax.utils.compile_cache import disable_compile_cache, use_compile_cache
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
+from davae_jax.utils.progress import end_progress_lines
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 NO_CACHE = "--no-compile-cache"
@@ -127,6 +128,8 @@ def train_from_command_line(
     preset: str, config: TrainConfig, argv: Sequence[str], *, compile_cache: bool = True
 ) -> int:
     """Trains, and prints what to do next. Returns the exit code. argv: the options, for the command that resumes."""
+    from jax import distributed
+
     from davae_jax.parallel import multihost
     from davae_jax.training.loop import train
 
@@ -134,6 +137,8 @@ def train_from_command_line(
     if waiting := multihost.describe_waiting(config.distributed):
         print(waiting, flush=True)
     multihost.connect(config.distributed)
+    if distributed.is_initialized() and not multihost.is_process_zero():
+        end_progress_lines()
     # The processes of a run compile for GPUs together: one that loaded its program would leave the others waiting.
     use_compile_cache() if compile_cache and not multihost.compiles_together() else disable_compile_cache()
     result = train(config)
