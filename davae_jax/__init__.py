@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from davae_jax.model.davae import DAVAE
     from davae_jax.model.decoder import Memory
     from davae_jax.model.latent import Posterior
+    from davae_jax.utils.compile_cache import use_compile_cache
     from davae_jax.utils.errors import InputError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "losses",
     "metrics",
     "sampling",
+    "use_compile_cache",
 ]
 
 # Where each public name is defined, and which modules are public themselves.
@@ -48,6 +50,7 @@ _DEFINED_IN = {
     "TextVAE": "inference.text_vae",
     "from_pretrained": "checkpoints.pretrained",
     "generate": "inference.generation",
+    "use_compile_cache": "utils.compile_cache",
 }
 _MODULES = {"losses": "model.losses", "metrics": "evaluation.metrics", "sampling": "inference.sampling"}
 

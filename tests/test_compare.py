@@ -223,7 +223,7 @@ def write(path, **values):
         (dict(settings={"a": "--nonsense 3"}), "settings.a: "),
         (dict(settings={"a": "--seed 3"}), "settings.a: --seed and --run-dir"),
         (dict(settings={"a": "--run_dir=x"}), "settings.a: --seed and --run-dir"),
-        (dict(settings={"compiled": ""}), "setting 'compiled' would use the folder compiled, which is reserved"),
+        (dict(settings={"comparison.md": ""}), "would use the folder comparison.md, which is reserved"),
         (dict(settings={"a": ""}, evaluate="--dta x"), "evaluate: "),
         (dict(settings={"a": ""}, evaluate="--json x"), "evaluate: --model and --json"),
         (dict(settings={"a b": "", "a-b": ""}), "settings 'a b' and 'a-b' would use the same folder"),

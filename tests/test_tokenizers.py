@@ -244,6 +244,19 @@ def test_training_gives_the_same_vocabulary_again(size):
         assert len(tokens) <= size and {*"abcdefgh", *(f"##{c}" for c in "abcdefgh")} < set(tokens)
 
 
+def test_words_count_as_often_as_they_occur():
+    """The vocabulary is the library's for the texts themselves, of which only the words are passed on."""
+    from tokenizers import BertWordPieceTokenizer
+
+    texts = [f"今天 abc-abd ABC{'好' * i}" for i in range(9)] + ["xyz"] * 5
+    library = BertWordPieceTokenizer(lowercase=True)
+    continuing = [f"##{c}" for c in "bcdyz"]
+    tokens = {"special_tokens": [*SPECIAL_TOKENS, *continuing], "min_frequency": 1, "show_progress": False}
+    library.train_from_iterator(texts, vocab_size=24, **tokens)
+    vocabulary = library.get_vocab()
+    assert train_wordpiece(texts, 24).decode().split() == sorted(vocabulary, key=vocabulary.get)
+
+
 def test_a_folder_instead_of_a_file(tmp_path):
     (tmp_path / "vocab.txt").mkdir()
     (tmp_path / "spiece.model").mkdir()

@@ -21,8 +21,10 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.streams import WithoutReader, going_on_without_reader, open_closed_streams, stdout_is_broken
 from davae_jax.parallel.backend import backend_problem
+from davae_jax.utils.compile_cache import disable_compile_cache, use_compile_cache
 from davae_jax.utils.errors import InputError, OptionError, escape_controls, first_line, on_one_line
 from davae_jax.utils.files import TEXT_ENCODING
+from davae_jax.utils.progress import progress_lines
 from davae_jax.utils.signals import INTERRUPTED, SIGNALS, interrupt_on_signals, repeat_interrupt
 
 
@@ -36,6 +38,9 @@ class Command:
 
     debug: bool = False
     """On an error, print the traceback as well."""
+
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start need not compile them."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], prog: str) -> Command | None:
@@ -213,8 +218,10 @@ def run_command(load: Callable[[], type[Command]], argv: Sequence[str] | None, p
             interrupt_on_signals([n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]),
             contextlib.nullcontext() if cls.is_filter else going_on_without_reader(),
         ):
-            command = cls.parse(argv, prog)
-            return command.run() if command else 0
+            if (command := cls.parse(argv, prog)) is None:
+                return 0
+            use_compile_cache() if command.compile_cache else disable_compile_cache()
+            return command.run()
 
     return run_cli(work, prog, debug="--debug" in argv)
 
@@ -239,7 +246,7 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
         sys.stdout.reconfigure(**TEXT_ENCODING)  # JSON Lines are UTF-8 in every locale
     code = 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), progress_lines(prog):
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)
         try:

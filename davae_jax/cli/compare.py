@@ -47,11 +47,11 @@ from davae_jax.utils.files import check_local, read_bounded, remove_partial, wri
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
+from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-COMPILED_FOLDER = "compiled"  # JAX's compilation cache, in the output folder
 COMPARISON_KEYS = {"settings", "seeds", "found"}  # of comparison.json, which is written before the other files
 MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
 MAX_NAME_BYTES = 255  # of a file or folder
@@ -117,7 +117,7 @@ class Compare(Command):
         failed, written = False, time.monotonic()
         # Runs all settings with the first seed, then with the next, so that they can be compared early.
         runs = [(seed, name) for seed in study.seeds for name in study.settings]
-        with tqdm(runs, unit="run", disable=not sys.stderr.isatty()) as bar:
+        with progress_bar(runs, unit="run") as bar:
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 try:
@@ -223,7 +223,7 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, str]:
         if not isinstance(options, str):
             raise _StudyError(f"settings.{name} must be a string of options")
         folder = setting_folder(name)
-        if folder == COMPILED_FOLDER or folder.startswith("comparison."):
+        if folder.startswith("comparison."):
             raise _StudyError(f"setting {name!r} would use the folder {folder}, which is reserved")
         if len(os.fsencode(folder)) > MAX_NAME_BYTES:
             raise _StudyError(f"setting {name!r} would use a folder whose name has more than {MAX_NAME_BYTES} bytes")
@@ -345,8 +345,7 @@ def _unless_damaged(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[
 
 def _run_python(argv: Sequence[Any], log: Path) -> None:
     """Runs Python with these arguments and appends its output to a log."""
-    # The seeds of a setting run the same programs, so they share a compilation cache.
-    env = SETTINGS | {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / COMPILED_FOLDER)} | os.environ
+    env = SETTINGS | os.environ
     words = [sys.executable, *map(str, argv)]
     with log.open("a", encoding="utf-8") as file:
         # Starts a new session, so that an interrupt from the terminal reaches only this process, which forwards it.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
-
-from tqdm import tqdm
 
 from davae_jax.cli.base import Command, option_hint
 from davae_jax.data import demo_corpus
@@ -23,6 +20,7 @@ from davae_jax.parallel.config import MeshConfig
 from davae_jax.utils.errors import InputError, OptionError, check_options
 from davae_jax.utils.files import check_output, to_json, write_output
 from davae_jax.utils.json_files import read_json_object
+from davae_jax.utils.progress import progress_bar
 
 MAX_SAMPLES = 1_000_000  # the tables of all samples of a batch are in memory
 
@@ -99,7 +97,7 @@ class Evaluate(Command):
             data = demo_texts(Path(self.model), self.label)
         mesh = None if self.mesh == MeshConfig(data=1) else make_mesh(self.mesh, self.batch_size)
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype, mesh=mesh)
-        vae.batch_size, vae.progress = self.batch_size, sys.stderr.isatty()
+        vae.batch_size, vae.progress = self.batch_size, True
         evaluation = evaluate(
             vae,
             data.texts[: self.n],
@@ -114,7 +112,7 @@ class Evaluate(Command):
         if self.json:
             write_output(self.json, to_json(as_json(measures)))
         if self.html:
-            with tqdm(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
+            with progress_bar(total=1, desc="report", unit="page", disable=not vae.progress) as bar:
                 write_output(self.html, report(evaluation._replace(measures=measures), Path(self.model)))
                 bar.update()
 

@@ -130,7 +130,7 @@ class TextCommand(Command):
 
         vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype)
         vae.batch_size = self.batch_size
-        vae.progress = sys.stderr.isatty()
+        vae.progress = True
         vae.label = label
         return vae
 

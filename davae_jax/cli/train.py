@@ -15,8 +15,12 @@ from davae_jax.cli.base import exit_with, going_on_without_reader, parse_options
 from davae_jax.regularizers import check_registered, config_with_plugins, load_installed, load_plugin
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
+from davae_jax.utils.compile_cache import disable_compile_cache, use_compile_cache
 from davae_jax.utils.errors import ConfigError, InputError, OptionError
+from davae_jax.utils.progress import end_progress_lines
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
+
+NO_CACHE = "--no-compile-cache"
 
 
 def parse_train(argv: Sequence[str]) -> tuple[str, TrainConfig] | None:
@@ -96,13 +100,17 @@ def _plugin_paths(argv: Sequence[str]) -> Iterator[Path]:
 
 def _describe(preset: str, description: str) -> str:
     others = ", ".join(f"{name} ({text.rstrip('.')})" for name, (text, _) in PRESETS.items() if name != preset)
-    return f"Trains a DAVAE. Preset {preset}: {description} Other presets, as the first word: {others}."
+    return (
+        f"Trains a DAVAE. Preset {preset}: {description} Other presets, as the first word: {others}. "
+        f"As for every command, --debug prints the traceback of an error as well, and {NO_CACHE} keeps no compiled "
+        "programs in the user's cache folder."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs train.py. Returns the exit code: 0, 2 for bad arguments, 130 if interrupted, 1 for a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = [arg for arg in argv if arg != "--debug"]  # on an error, prints the traceback as well
+    options = [arg for arg in argv if arg not in ("--debug", NO_CACHE)]  # of the program, not of the training
 
     def work() -> int:
         with interrupt_on_signals(), going_on_without_reader():
@@ -111,13 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from davae_jax.parallel.multihost import explain_lost_process  # imports JAX, which --help does not need
 
             with explain_lost_process():
-                return train_from_command_line(*parsed, options)
+                return train_from_command_line(*parsed, options, compile_cache=NO_CACHE not in argv)
 
     return run_cli(work, "train.py", debug="--debug" in argv)
 
 
-def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str]) -> int:
+def train_from_command_line(
+    preset: str, config: TrainConfig, argv: Sequence[str], *, compile_cache: bool = True
+) -> int:
     """Trains, and prints what to do next. Returns the exit code. argv: the options, for the command that resumes."""
+    from jax import distributed
+
     from davae_jax.parallel import multihost
     from davae_jax.training.loop import train
 
@@ -125,6 +137,10 @@ def train_from_command_line(preset: str, config: TrainConfig, argv: Sequence[str
     if waiting := multihost.describe_waiting(config.distributed):
         print(waiting, flush=True)
     multihost.connect(config.distributed)
+    if distributed.is_initialized() and not multihost.is_process_zero():
+        end_progress_lines()
+    # The processes of a run compile for GPUs together: one that loaded its program would leave the others waiting.
+    use_compile_cache() if compile_cache and not multihost.compiles_together() else disable_compile_cache()
     result = train(config)
     if result.interrupted:
         multihost.disconnect()

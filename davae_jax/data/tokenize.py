@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from davae_jax.data.inputs.file_lines import FileLines
 from davae_jax.tokenizers.decoder import DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.utils.errors import InputError
+from davae_jax.utils.progress import progress_bar
 
 TEXTS_PER_CALL = 1000  # number of texts per call of a tokenizer, after which the progress bar is updated
 
@@ -71,7 +71,7 @@ def tokenize(
       InputError: no text remains.
     """
     encoder_rows, decoder_rows, lines, too_long = [], [], [], 0
-    with tqdm(total=len(texts), desc="tokenize", unit="text", disable=None, leave=False) as bar:
+    with progress_bar(total=len(texts), desc="tokenize", unit="text", leave=False) as bar:
         for start in range(0, len(texts), TEXTS_PER_CALL):
             chunk = texts[start : start + TEXTS_PER_CALL]
             non_blank = [i for i, text in enumerate(chunk) if text.strip()]

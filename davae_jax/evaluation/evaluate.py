@@ -7,7 +7,6 @@ from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from davae_jax.data.tokenize import tokenize
 from davae_jax.evaluation.caveats import collect_warnings
@@ -19,6 +18,7 @@ from davae_jax.model.config import SAMPLING_SETTINGS
 from davae_jax.model.latent import Posterior
 from davae_jax.tokenizers.decoder import END, UNK
 from davae_jax.utils.errors import InputError, OptionError
+from davae_jax.utils.progress import progress_bar
 
 # Groups of metrics that a training run computes at its end.
 END_OF_RUN = ("latent", "reconstruction", "posterior samples", "prior samples")
@@ -119,7 +119,7 @@ def _compute(outputs: ModelOutputs, measures: Collection[str]) -> dict[str, Any]
     """Returns the metrics of these groups, with their confidence intervals under `intervals`."""
     values, intervals = {}, {}
     selected = [name for name in MEASURES if name in measures]
-    with tqdm(selected, unit="group", disable=not outputs.vae.progress) as bar:
+    with progress_bar(selected, unit="group", disable=not outputs.vae.progress) as bar:
         for name in bar:
             bar.set_description(name)
             group, group_intervals = MEASURES[name](outputs)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from davae_jax.data.batches import pad_rows
 from davae_jax.data.tokenize import TokenizedTexts
@@ -20,6 +19,7 @@ from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.model.losses import reconstruction_nll
 from davae_jax.parallel.sharding import shard_batch
+from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.shapes import power_of_two
 
 
@@ -53,7 +53,7 @@ def per_text(
     order = np.argsort([len(row) for row in texts.decoder_ids], kind="stable")
     positions, key = model.config.encoder.max_position_embeddings, jax.random.key(seed % 2**32)
     batches = []
-    with tqdm(total=n, desc="evaluate", unit="text", disable=not progress) as bar:
+    with progress_bar(total=n, desc="evaluate", unit="text", disable=not progress) as bar:
         for start in range(0, n, batch_size):
             batch = order[start : start + batch_size]
             rows = [texts.ids(i) for i in batch]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
@@ -26,6 +25,7 @@ from davae_jax.tokenizers.decoder import END, DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.utils.errors import InputError, OptionError
+from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.shapes import power_of_two
 
 MAX_TEXTS = 1_000_000  # that are made of noise; XLA ends the process if there is no memory for their latents
@@ -297,7 +297,7 @@ class TextVAE:
 
     def _batches(self, n: int, description: str) -> Iterator[tuple[int, int]]:
         """Yields (start, stop) of each batch of n texts, and shows a progress bar named `description`."""
-        with tqdm(total=n, desc=description, unit="text", disable=not self.progress) as bar:
+        with progress_bar(total=n, desc=description, unit="text", disable=not self.progress) as bar:
             for start in range(0, n, self.batch_size):
                 stop = min(start + self.batch_size, n)
                 yield start, stop

@@ -94,6 +94,11 @@ def disconnect() -> None:
     jax.distributed.shutdown()
 
 
+def compiles_together() -> bool:
+    """Returns whether the processes of this run share the work of compiling a program, as they do for GPUs."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1 and jax.default_backend() == "gpu"
+
+
 def is_process_zero() -> bool:
     """Returns whether this is process 0, the only one that writes logs and prints."""
     return jax.process_index() == 0

@@ -44,7 +44,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
@@ -69,6 +68,7 @@ from davae_jax.parity.module_values import (
 )
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import temporary_folder
+from davae_jax.utils.progress import progress_bar
 
 Dtype = Literal["float32", "bfloat16"]
 ZERO_GRADIENTS = "gradient of key and relative biases"
@@ -165,7 +165,7 @@ def compare(
         reason = f"must be {module_values.NUM_SEGMENTS} to {longest}, the encoder's positions, not {length}"
         raise OptionError("--length", reason)
     inputs = make_inputs(config, batch_size, length, seed)
-    bar = tqdm(total=12 if gradients else 9, disable=None, leave=False)
+    bar = progress_bar(total=12 if gradients else 9, leave=False)
 
     def report_progress(name: str) -> None:
         bar.set_description(name)

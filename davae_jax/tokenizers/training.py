@@ -6,13 +6,15 @@ import io
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from davae_jax.utils.errors import InputError, OptionError, first_line
 
 # SentencePiece uses the first of these characters to separate texts from each other, the second for blanks.
 BOUNDARY, SPACE = "\u2585", "\u2581"
+WORDS_PER_TEXT = 1000  # of those that WordPiece is trained on
 MAX_WORD = 100  # characters of a word; a longer one is unknown to BERT's WordPiece, whatever the vocabulary
 _NOT_LEARNED = dict.fromkeys(map(ord, f" \r\n{SPACE}"))
 # What tokenizers are trained on: so many texts and bytes, and of each text so many characters. Training takes about 50
@@ -40,39 +42,54 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> bytes:
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer(lowercase=True)
-    texts = [_without_long_words(tokenizer.normalizer.normalize_str(text), tokenizer) for text in texts]
+    words = _count_words(texts, tokenizer)
     # The library breaks ties in the order of a hash table, which differs between processes. There are none left if it
     # need not choose between characters, and knows beforehand the ids of those that continue a word.
-    characters, continuing = Counter(), set()
-    for run, count in Counter(run for text in texts for run in text.split()).items():
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(run):
-            characters.update(dict.fromkeys(word, count))
-            continuing.update(word[1:])
+    characters = Counter()
+    for word, count in words.items():
+        characters.update(dict.fromkeys(word, count))
     rare = sorted(characters, key=lambda character: (-characters[character], character))[vocab_size:]
     if rare:
-        remove = dict.fromkeys(map(ord, rare))
-        texts = [text.translate(remove) for text in texts]
-        continuing.difference_update(rare)
+        remove, all_words, words = dict.fromkeys(map(ord, rare)), words, Counter()
+        for word, count in all_words.items():
+            words[word.translate(remove)] += count
+    continuing = sorted(set(chain.from_iterable(word[1:] for word in words)))
     tokenizer.train_from_iterator(
-        texts,
+        _repeat_words(words),
         vocab_size=vocab_size,
         limit_alphabet=vocab_size,  # the default keeps only the 1,000 most frequent characters
         min_frequency=1,
-        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in sorted(continuing))],
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in continuing)],
         show_progress=False,
     )
     vocabulary = tokenizer.get_vocab()
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode("utf-8")
 
 
-def _without_long_words(text: str, tokenizer: Any) -> str:
-    """Returns a normalized text without the words that WordPiece turns into [UNK] because of their length.
+def _count_words(texts: Sequence[str], tokenizer: Any) -> Counter[str]:
+    """Returns the normalized words of the texts and how often each occurs.
 
-    The time to train on a word grows with the square of its length.
+    Words that WordPiece turns into [UNK] because of their length are left out: the time to train on a word grows with
+    the square of its length.
     """
-    if not any(len(run) > MAX_WORD for run in text.split()):
-        return text
-    return " ".join(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text) if len(word) <= MAX_WORD)
+    runs = Counter(chain.from_iterable(tokenizer.normalizer.normalize_str(text).split() for text in texts))
+    words = Counter()
+    for run, count in runs.items():
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(run):
+            if len(word) <= MAX_WORD:
+                words[word] += count
+    return words
+
+
+def _repeat_words(words: Counter[str]) -> Iterator[str]:
+    """Yields texts that contain every word as often as it occurs, but a word of one character once.
+
+    WordPiece counts pairs of characters. A word of one has none, and nearly all words of a Chinese text are such words.
+    """
+    for word, count in words.items():
+        count = 1 if len(word) == 1 else count
+        for start in range(0, count, WORDS_PER_TEXT):
+            yield " ".join([word] * min(count - start, WORDS_PER_TEXT))
 
 
 def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, option: str, source: str = "the texts") -> bytes:

@@ -85,7 +85,12 @@ def choose_attention(config: TrainConfig, mesh: Mapping[str, int]) -> str:
 
     def index_of_fastest() -> int:
         key = cache_key(config, mesh, names)
-        trials, source = cached_trials(user_cache_folder(), key, lambda: try_all(attends, inputs()))
+        try:
+            folder = user_cache_folder()
+        except FileNotFoundError:  # nothing is kept
+            trials, source = try_all(attends, inputs()), "tried now"
+        else:
+            trials, source = cached_trials(folder, key, lambda: try_all(attends, inputs()))
         print(format_trials(trials, f"{key['device']}, {source}"))
         return names.index(fastest(trials))
 

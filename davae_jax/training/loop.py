@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from davae_jax.data.batches import Batch
 from davae_jax.data.prefetch import prefetch
@@ -27,6 +26,7 @@ from davae_jax.training.state import TrainState
 from davae_jax.training.step import Logs
 from davae_jax.utils.errors import StepError
 from davae_jax.utils.locks import FolderLock
+from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.signals import StopRequest
 
 
@@ -69,7 +69,7 @@ def take_steps(run: Run, state: TrainState, hooks: Sequence[Hook], stop: StopReq
     steps, step = run.config.steps, run.first_step
     batches = prefetch(run.batches, run.batch_sharding, step, threads=THREADS if run.corpus.prepared else 0)
     profiler, unlogged, last = Profiler(run), None, step == steps
-    with tqdm(total=steps, initial=step, unit="step", disable=None if is_process_zero() else True) as bar:
+    with progress_bar(total=steps, initial=step, unit="step", disable=None if is_process_zero() else True) as bar:
         while not last:
             step += 1
             wait_start = time.perf_counter()

@@ -57,9 +57,17 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def user_cache_folder() -> Path:
-    """Returns the user's folder for what can be computed anew: davae-jax in XDG_CACHE_HOME or ~/.cache."""
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(parent) / "davae-jax"
+    """Returns the user's folder for what can be computed anew: davae-jax in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+      FileNotFoundError: the user has no home folder.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        caches = caches if caches.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder") from None
+    return caches / "davae-jax"
 
 
 @contextlib.contextmanager

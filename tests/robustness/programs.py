@@ -72,8 +72,7 @@ def fingerprint_study(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         str(p.relative_to(folder)): _metrics(p) for p in sorted(folder.glob("*/seed-*/evaluation.json"))
     }
-    names = (path for path in folder.glob("*") if path.name != "compiled")
-    return found | {"files": sorted(path.name for path in names)}
+    return found | {"files": sorted(path.name for path in folder.glob("*"))}
 
 
 def _metrics(path: Path) -> str:

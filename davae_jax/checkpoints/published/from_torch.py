@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from davae_jax.checkpoints.check_weights import converted_problems
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.published.published_names import BUFFERS, NameRow
@@ -24,6 +22,7 @@ from davae_jax.checkpoints.staging import copy_files, staged_folder
 from davae_jax.checkpoints.weights import FlatParams, save_weights
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers
+from davae_jax.utils.progress import progress_bar
 
 
 def convert(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> Path:
@@ -70,7 +69,7 @@ def write_params(
       buffers: the keys of `published_names.BUFFERS` that an export writes back.
       label: the description of the progress bar.
     """
-    bar = tqdm(list(_write_groups(table)), desc=label, unit="group", disable=None)
+    bar = progress_bar(list(_write_groups(table)), desc=label, unit="group")
     save_weights(folder / PARAMS_FOLDER, map(load_group, bar), {"buffers": buffers})
 
 

@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from davae_jax.data.inputs.bad_lines import BadLineLimit
 from davae_jax.data.inputs.encodings import UTF_8
 from davae_jax.data.inputs.file_lines import name_files
@@ -62,6 +60,7 @@ from davae_jax.utils.files import (
 )
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
+from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.settings import changed_settings
 from davae_jax.utils.worker_pool import available_cores, run_tasks
 
@@ -238,9 +237,7 @@ def _check_unchanged(output: Path, files: Sequence[Path], inputs: dict[str, str]
 
 def _run_with_progress(tasks: list[ShardTask], workers: int) -> None:
     total = sum(file_slice.size for task in tasks for file_slice in task.slices)
-    with tqdm(
-        total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False
-    ) as bar:
+    with progress_bar(total=total, desc="prepare", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
         run_tasks(write_shards, tasks, workers, bar, counts=2)
 
 
