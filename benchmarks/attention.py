@@ -20,6 +20,7 @@ import os
 import platform
 import re
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -55,10 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     shape = AttentionShape(*args.shape)
-    values = {"date": date.today().isoformat(), "jax": jax.__version__, "machine": platform.platform()}
+    libtpu = version("libtpu") if importlib.util.find_spec("libtpu") else None
+    values = {"date": date.today().isoformat(), "jax": jax.__version__, "libtpu": libtpu}
+    values["machine"] = f"{platform.platform()}, {os.cpu_count()} cores"
+    print(", ".join(f"{name} {value}" for name, value in values.items()), flush=True)
     predicted = []
-    if args.chips and importlib.util.find_spec("libtpu") is None:
-        print("not compiled for TPUs: JAX's TPU package (libtpu) is not installed\n")
+    if args.chips and libtpu is None:
+        print("not compiled for TPUs: JAX's TPU package (libtpu) is not installed")
     elif args.chips:
         print(f"predicted, compiled without a chip: gradients, {describe(shape, args.dtype)}")
         print(HEADER, flush=True)
