@@ -20,6 +20,7 @@ def share_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="davae-jax-programs-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["DAVAE_PROGRESS_SECONDS"] = "0"  # no line in the output that a test reads, however slow the machine is
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

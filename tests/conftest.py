@@ -17,9 +17,7 @@ import pytest
 from tiny_checkpoint import make_checkpoint
 
 import davae_jax
-from davae_jax.utils import progress
 
-progress.INTERVAL = 1e6  # no line in the output that a test reads, however slow the machine is
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever names no device runs on the first
 
 GOLDEN = Path(__file__).parent / "golden"

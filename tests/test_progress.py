@@ -4,6 +4,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import davae_jax
 from davae_jax.cli.base import run_cli
 from davae_jax.utils import progress
@@ -22,7 +24,7 @@ def wait_for_lines(capsys, number: int) -> list[str]:
 
 
 def test_lines_of_the_innermost_bar(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "INTERVAL", 0.02)
+    monkeypatch.setenv(progress.VARIABLE, "0.02")
     shown = []
 
     def work():
@@ -43,6 +45,14 @@ def test_lines_of_the_innermost_bar(capsys, monkeypatch):
     capsys.readouterr()
     time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", ["", "-1", "nan", "1e30", "often"])
+def test_an_interval_that_is_none(value, capsys, monkeypatch):
+    monkeypatch.setenv(progress.VARIABLE, value)
+    assert run_cli(lambda: 0, "davae x") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"davae x: error: DAVAE_PROGRESS_SECONDS={value}: must be a number of seconds")
 
 
 def test_bars_without_lines_are_those_of_tqdm(capsys):

@@ -246,11 +246,12 @@ def run_cli(work: Callable[[], int | None], prog: str, *, debug: bool = False) -
     with contextlib.suppress(AttributeError):  # a caller may have replaced the stream by one of another type
         sys.stdout.reconfigure(**TEXT_ENCODING)  # JSON Lines are UTF-8 in every locale
     code = 0
-    with warnings.catch_warnings(), progress_lines(prog):
+    with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)
         try:
-            code = work() or 0
+            with progress_lines(prog):
+                code = work() or 0
             print(end="", flush=True)  # a full disk is noticed here, where it can be reported
             return code
         except ParseError as e:

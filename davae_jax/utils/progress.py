@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -12,7 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-INTERVAL = 15.0  # seconds between two lines
+from davae_jax.utils.errors import InputError
+
+VARIABLE, SECONDS = "DAVAE_PROGRESS_SECONDS", "15"  # between two lines; 0 prints none
 _LINE = "{n_fmt} of {total_fmt} {unit}, {remaining} left{postfix}"
 _stop: threading.Event | None = None  # ends the lines; None if none are printed
 _bars: list[weakref.ref[tqdm]] = []  # whose state the lines show, the innermost last
@@ -35,13 +38,19 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, disable: bool | None 
 
 @contextlib.contextmanager
 def progress_lines(prog: str) -> Iterator[None]:
-    """Prints a line every `INTERVAL` while the block runs, if standard error is not a terminal."""
+    """Prints a line every 15 seconds while the block runs, if standard error is not a terminal.
+
+    The environment may name another number of seconds, 0 for no lines, in DAVAE_PROGRESS_SECONDS. Raises InputError if
+    that is no such number.
+    """
     global _stop
     if _stop is not None or sys.stderr.isatty():
         yield
         return
+    seconds = _interval()
     _stop = threading.Event()
-    threading.Thread(target=_print_lines, args=(prog, _stop), daemon=True).start()
+    if seconds:
+        threading.Thread(target=_print_lines, args=(prog, seconds, _stop), daemon=True).start()
     try:
         yield
     finally:
@@ -55,10 +64,20 @@ def end_progress_lines() -> None:
         _stop.set()
 
 
-def _print_lines(prog: str, stop: threading.Event) -> None:
+def _interval() -> float:
+    value = os.environ.get(VARIABLE, SECONDS)
+    try:
+        if 0 <= (seconds := float(value)) <= threading.TIMEOUT_MAX:
+            return seconds
+    except ValueError:
+        pass
+    raise InputError(f"{VARIABLE}={value}: must be a number of seconds between two lines of progress, or 0 for none")
+
+
+def _print_lines(prog: str, seconds: float, stop: threading.Event) -> None:
     start = time.monotonic()
     with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
-        while not stop.wait(INTERVAL):
+        while not stop.wait(seconds):
             state = next((str(bar) for ref in reversed(_bars) if _is_open(bar := ref())), "working")
             sys.stderr.write(f"{prog}: {time.monotonic() - start:.0f} s: {state}\n")
             sys.stderr.flush()
