@@ -154,13 +154,20 @@ def test_every_mesh_computes_as_one_device(shape, N):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="JAX's TPU package (libtpu) is not installed")
-@pytest.mark.parametrize("chip", ["tpu-v5e", pytest.param("tpu-v6e", marks=pytest.mark.extended)])
-def test_no_array_of_the_size_of_the_scores_is_in_the_program(chip, tmp_path):
-    """A decoder layer of the published width, for a TPU: two kernels, and a fraction of the reference's memory.
+@pytest.mark.parametrize(
+    ("chip", "part", "times"),
+    [
+        ("tpu-v5e", "attention", 6),
+        pytest.param("tpu-v6e", "attention", 6, marks=pytest.mark.extended),
+        pytest.param("tpu-v5e", "layer", 2.5, marks=pytest.mark.extended),
+    ],
+)
+def test_no_array_of_the_size_of_the_scores_is_in_the_program(chip, part, times, tmp_path):
+    """Attention, and the decoder layer, of the published width for a TPU: two kernels, and less memory and traffic.
 
     What `davae plan` says of attention's traffic is what separates the two, within a third.
     """
-    command = [sys.executable, ROOT / "benchmarks" / "attention.py", "--chips", chip, "--parts", "layer"]
+    command = [sys.executable, ROOT / "benchmarks" / "attention.py", "--chips", chip, "--parts", part]
     command += ["--measured-shape", *map(str, (1, 1, 8, 8, 8)), "--json", tmp_path / "costs.json"]
     env = compiler.own_environment() | {"JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
@@ -172,7 +179,7 @@ def test_no_array_of_the_size_of_the_scores_is_in_the_program(chip, tmp_path):
     assert fused["kernels"] == 2 and not fused["arrays_of_scores"]
     assert reference["kernels"] == 0 and reference["arrays_of_scores"]
     assert fused["temporary_bytes"] < reference["temporary_bytes"] / 4
-    assert fused["bytes"] < reference["bytes"] / 2.5
+    assert fused["bytes"] < reference["bytes"] / times
     shape = AttentionShape(*costs["shape"])
     planned = [attention_bytes(name, shape, 2, "tpu", backward=True) for name in ("xla", "mosaic_tpu")]
     assert reference["bytes"] - fused["bytes"] == pytest.approx(planned[0] - planned[1], rel=1 / 3)
