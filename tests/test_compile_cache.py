@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from test_train import ROOT, TINY, text_file  # noqa: F401 (a fixture)
+from test_train import ROOT, TEXTS, TINY
 
 from davae_jax.cli.base import Command, run_command
 from davae_jax.cli.train import main as train_main
@@ -179,8 +179,9 @@ def test_training_has_the_option(cache, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_starts(text_file, tmp_path):
-    options = shlex.join(["--data.train", str(text_file), *map(str, TINY)])
+def test_the_benchmark_of_starts(tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    options = shlex.join(["--data.train", str(tmp_path / "texts.txt"), *map(str, TINY)])
     command = [sys.executable, ROOT / "benchmarks" / "startup.py", "--rounds", 1, "--options", options]
     subprocess.run([*map(str, command), "--json", str(tmp_path / "out.json")], check=True, stdout=subprocess.PIPE)
     rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"]
