@@ -115,7 +115,7 @@ def test_where_jax_rejects_every_entry_one_line_says_so(cache, events):
     for entry in cache.glob("*-cache"):
         entry.write_bytes(b"of another machine")
     (line,) = start(1, 2, 3, 4)
-    assert line.startswith(f"{cache}: JAX rejects") and "\n" not in line
+    assert line.startswith(f"{cache}: JAX cannot load") and "\n" not in line
     assert not jax.config.jax_enable_compilation_cache
     assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
 
@@ -140,6 +140,16 @@ def test_entries_that_cannot_be_written_are_reported_once(cache):
         for program in ("jit_f", "jit_g"):
             explain(f"Error writing persistent compilation cache entry for '{program}': OSError: no space\n...", None)
     assert [str(w.message) for w in shown] == [f"{cache}: compiled programs cannot be kept (OSError: no space)"]
+
+
+@pytest.mark.parametrize("reason", ["OSError: [Errno 28] No space left on device: 'x'", "Timeout: .lockfile"])
+def test_entries_that_the_system_does_not_let_be_read_are_no_damaged_ones(cache, reason):
+    start()
+    shown = []
+    explain = compile_cache._explaining(lambda message, *_: shown.append(message), cache)
+    explain(f"Error reading persistent compilation cache entry for 'jit_program_1': {reason}", None)
+    assert shown == [f"{cache}: JAX cannot load the programs that it has kept ({reason}); they are compiled anew"]
+    assert list(cache.glob("jit_program_1-*-cache")) and not jax.config.jax_enable_compilation_cache
 
 
 def test_a_folder_in_the_environment_wins(cache, tmp_path, monkeypatch):
