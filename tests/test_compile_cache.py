@@ -1,6 +1,10 @@
 """Compiled programs are kept on the disk: where, for whom, and what happens to entries that cannot be used."""
 
+import json
 import os
+import shlex
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from functools import partial
@@ -9,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from test_train import ROOT, TEXTS, TINY
 
 from davae_jax.cli.base import Command, run_command
 from davae_jax.cli.train import main as train_main
@@ -110,7 +115,7 @@ def test_where_jax_rejects_every_entry_one_line_says_so(cache, events):
     for entry in cache.glob("*-cache"):
         entry.write_bytes(b"of another machine")
     (line,) = start(1, 2, 3, 4)
-    assert line.startswith(f"{cache}: JAX rejects") and "\n" not in line
+    assert line.startswith(f"{cache}: JAX cannot load") and "\n" not in line
     assert not jax.config.jax_enable_compilation_cache
     assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
 
@@ -135,6 +140,16 @@ def test_entries_that_cannot_be_written_are_reported_once(cache):
         for program in ("jit_f", "jit_g"):
             explain(f"Error writing persistent compilation cache entry for '{program}': OSError: no space\n...", None)
     assert [str(w.message) for w in shown] == [f"{cache}: compiled programs cannot be kept (OSError: no space)"]
+
+
+@pytest.mark.parametrize("reason", ["OSError: [Errno 28] No space left on device: 'x'", "Timeout: .lockfile"])
+def test_entries_that_the_system_does_not_let_be_read_are_no_damaged_ones(cache, reason):
+    start()
+    shown = []
+    explain = compile_cache._explaining(lambda message, *_: shown.append(message), cache)
+    explain(f"Error reading persistent compilation cache entry for 'jit_program_1': {reason}", None)
+    assert shown == [f"{cache}: JAX cannot load the programs that it has kept ({reason}); they are compiled anew"]
+    assert list(cache.glob("jit_program_1-*-cache")) and not jax.config.jax_enable_compilation_cache
 
 
 def test_a_folder_in_the_environment_wins(cache, tmp_path, monkeypatch):
@@ -171,3 +186,16 @@ def test_training_has_the_option(cache, monkeypatch):
     monkeypatch.setattr("davae_jax.training.loop.train", lambda _: TrainResult(None, None, 0, interrupted=True))
     assert train_main([]) == train_main(["--no-compile-cache"]) == 130
     assert calls == ["use_compile_cache", "disable_compile_cache"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_starts(tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    options = shlex.join(["--data.train", str(tmp_path / "texts.txt"), *map(str, TINY)])
+    command = [sys.executable, ROOT / "benchmarks" / "startup.py", "--rounds", 1, "--options", options]
+    subprocess.run([*map(str, command), "--json", str(tmp_path / "out.json")], check=True, stdout=subprocess.PIPE)
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"]
+    assert list(rows) == [
+        f"{what}, {cache}" for cache in ("cold", "warm") for what in ("train.py, first step", "davae sample")
+    ]
+    assert all(row["seconds"]["median"] > 0 for row in rows.values())

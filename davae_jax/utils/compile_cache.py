@@ -8,6 +8,8 @@ of the entries, which contain machine code; and one line in place of JAX's warni
 from __future__ import annotations
 
 import atexit
+import builtins
+import contextlib
 import glob
 import json
 import os
@@ -166,8 +168,8 @@ def _explaining(show: Callable[..., None], folder: Path) -> Callable[..., None]:
     """Returns a function for `warnings.showwarning` that handles JAX's warnings about entries of the folder.
 
     A damaged entry is removed, so that JAX replaces it. If several cannot be loaded, this JAX rejects what it has
-    compiled for this machine, and the cache is switched off with one line. Entries that cannot be written are reported
-    once.
+    compiled for this machine: the cache is switched off with one line, and so it is if the system does not let it be
+    read. Entries that cannot be written are reported once.
     """
     failed = {"reading": 0, "writing": 0}
 
@@ -176,20 +178,25 @@ def _explaining(show: Callable[..., None], folder: Path) -> Callable[..., None]:
             return show(message, *args, **kwargs)
         action, program, reason = failure.groups()
         failed[action] += 1
-        if action == "reading" and failed[action] < REJECTED:
-            for entry in folder.glob(f"{glob.escape(program)}-*{ENTRY}"):
-                entry.unlink(missing_ok=True)
+        if action == "reading" and failed[action] < REJECTED and not _is_of_system(reason):
+            with contextlib.suppress(OSError):
+                for entry in folder.glob(f"{glob.escape(program)}-*{ENTRY}"):
+                    entry.unlink(missing_ok=True)
         elif action == "reading":
             disable_compile_cache()
-            show(
-                f"{folder}: JAX rejects the programs that it has kept ({first_line(reason)}); they are compiled anew",
-                *args,
-                **kwargs,
-            )
+            problem = f"JAX cannot load the programs that it has kept ({first_line(reason)}); they are compiled anew"
+            show(f"{folder}: {problem}", *args, **kwargs)
         elif failed[action] == 1:
             show(f"{folder}: compiled programs cannot be kept ({first_line(reason)})", *args, **kwargs)
 
     return show_warning
+
+
+def _is_of_system(reason: str) -> bool:
+    """Returns whether a reason, which begins with an exception's name, is a full disk, missing rights or a lock."""
+    name = reason.partition(":")[0]
+    kind = getattr(builtins, name, None)
+    return name == "Timeout" or (isinstance(kind, type) and issubclass(kind, OSError))
 
 
 def _reason(error: OSError) -> str:
