@@ -136,7 +136,7 @@ def test_gathers_of_the_compiled_step(mesh, batch_size):
 @pytest.mark.slow
 @pytest.mark.extended
 def test_gathers_of_the_whole_depth():
-    """Takes minutes. CI compiles one layer (above), and lowers the whole depth."""
+    """Takes a minute and more. CI compiles one layer (above), and lowers the whole depth."""
     check(compiled((1, 8, 1), 16, layers=None), layers=RANDENG.model.decoder.num_layers)
 
 
