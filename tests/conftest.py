@@ -38,10 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left with one when the others have finished.
-
-    pytest-xdist would begin with those that have the most tests (--no-loadscope-reorder).
-    """
+    """The longest files first, so that no worker is left with one when the others have finished."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
