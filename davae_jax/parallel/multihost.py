@@ -117,5 +117,11 @@ def explain_lost_process() -> Iterator[None]:
     except Exception as e:
         if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
-        reason = f"process {jax.process_index()}: {type(e).__name__}: {first_line(e)}"
-        raise InputError(f"{reason}; if another process ended before, see its output") from e
+        raise InputError(suspect_other_processes(f"{type(e).__name__}: {first_line(e)}")) from e
+
+
+def suspect_other_processes(reason: str) -> str:
+    """Returns the message of an error that the loss of another process may have caused, if there are others."""
+    if jax.process_count() == 1:
+        return reason
+    return f"process {jax.process_index()}: {reason}; if another process ended before, see its output"

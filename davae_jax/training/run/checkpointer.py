@@ -35,7 +35,7 @@ from davae_jax.checkpoints.weights import (
     with_extra_state,
 )
 from davae_jax.parallel.agreement import all_processes, run_on_all_processes
-from davae_jax.parallel.multihost import disconnect, is_process_zero
+from davae_jax.parallel.multihost import disconnect, is_process_zero, suspect_other_processes
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
@@ -218,15 +218,16 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
-        """Turns Orbax's errors into an InputError that names the last complete checkpoint."""
+        """Turns errors of Orbax, which waits for all processes, into an InputError that names the last checkpoint."""
         try:
             yield
         except Exception as e:
-            reason = system_reason(e) or first_line(e)
-            raise InputError(
-                f"{self.run / CHECKPOINTS_FOLDER}: step {self._saving} cannot be saved ({reason}); "
+            reason = system_reason(e)
+            problem = (
+                f"{self.run / CHECKPOINTS_FOLDER}: step {self._saving} cannot be saved ({reason or first_line(e)}); "
                 f"the last complete checkpoint is {self.last}"
-            ) from e
+            )
+            raise InputError(problem if reason else suspect_other_processes(problem)) from e
 
 
 class _Damaged(Exception):
