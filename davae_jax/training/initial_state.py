@@ -34,7 +34,7 @@ def is_warm_start(config: TrainConfig) -> bool:
 def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> None:
     """Writes the initial checkpoint of a warm start into the run folder, and prints the source of each weight.
 
-    Does nothing if the checkpoint exists.
+    If the checkpoint exists, it only removes the file that a killed start may have left.
     """
     settings = folder / "init.json"
     if not (folder / INIT_FOLDER).exists():

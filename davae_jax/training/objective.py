@@ -203,15 +203,15 @@ def reconstruction(
     """
     ids, targets, segments = batch.decoder_ids, batch.decoder_targets, target_segments(batch)
     (B, P), T = batch.lengths.shape, ids.shape[1]
+    how = dict(key=key, remat=config.remat, attention=config.attention, scan=True)
     if batch.decoder_segments is None:
         mask = segments > 0
         if config.data.segment_length and config.data.segment_length < T:
             rec = reconstruction_in_segments(model.decoder, ids, targets, mask, latent, key, config)
             return rec, jnp.maximum(mask.sum(1), 1)
-        output = model.decoder(ids, latent, key=key, remat=config.remat, attention=config.attention, scan=True)
+        output = model.decoder(ids, latent, **how)
     else:
         mask = segments[..., None] == jnp.arange(1, P + 1)
-        how = dict(key=key, remat=config.remat, attention=config.attention, scan=True)
         output = model.decoder(ids, latent.reshape(B, P, -1), segment_ids=segments, **how)
     rec = chunked_nll(model.decoder, output.final, targets, mask, config.logits_chunk)
     return rec.reshape(-1), jnp.maximum(mask.sum(1), 1).reshape(-1)

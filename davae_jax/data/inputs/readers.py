@@ -135,8 +135,8 @@ def check_outside(output: Path, inputs: Iterable[Path], option: str) -> None:
     A hidden folder may be there, because `find_files` leaves it out.
     """
     for path in inputs:
-        if path.is_dir() and resolve(output).is_relative_to(path.resolve()):
-            parts = resolve(output).relative_to(path.resolve()).parts
+        if path.is_dir() and (target := resolve(output)).is_relative_to(folder := path.resolve()):
+            parts = target.relative_to(folder).parts
             if not any(part.startswith(".") for part in parts):
                 raise OptionError(option, f"{output} is inside the input folder {path}; choose another folder")
 

@@ -302,9 +302,7 @@ def _remove_parts(folder: Path) -> None:
 
 
 def _check_settings(folder: Path, old: dict[str, Any], new: dict[str, Any], keep_tokenizers: bool) -> None:
-    """Raises OptionError if settings have changed and shards exist. If none exist, removes the tokenizers or keeps
-    them.
-    """
+    """Raises OptionError if settings have changed and shards exist. If none exist, may remove the tokenizers."""
     # Folders of earlier versions, or of the default, do not have these settings.
     changed = changed_settings(
         from_stored_names(old),
