@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from davae_jax.model import layers as model_layers
-from davae_jax.model.davae import abstract_model, split
+from davae_jax.model import stack
+from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.planning.shapes import batch_shapes
 from davae_jax.training.config import DataConfig, TrainConfig
@@ -51,10 +51,10 @@ def measure(layers: int, width: int, scan: bool) -> dict[str, float]:
     mesh = Mesh(
         np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
     )
-    model = abstract_model(config.model, dtype=config.dtype)
-    state, batch = abstract_state(model, config, mesh), batch_shapes(config, config.batch_size)
-    usual, model_layers.SCAN_ABOVE = model_layers.SCAN_ABOVE, model_layers.SCAN_ABOVE if scan else layers
+    usual, stack.SCAN_ABOVE = stack.SCAN_ABOVE, stack.SCAN_ABOVE if scan else layers
     try:
+        model = abstract_training_model(config.model, dtype=config.dtype)
+        state, batch = abstract_state(model, config, mesh), batch_shapes(config, config.batch_size)
         with jax.set_mesh(mesh):
             times = [time.process_time()]
             lowered = make_train_step(split(model)[0], config, state).lower(state, batch)
@@ -62,7 +62,7 @@ def measure(layers: int, width: int, scan: bool) -> dict[str, float]:
             compiled = lowered.compile()
             times.append(time.process_time())
     finally:
-        model_layers.SCAN_ABOVE = usual
+        stack.SCAN_ABOVE = usual
     trace, compile_ = np.diff(times)
     memory = compiled.memory_analysis().temp_size_in_bytes
     return {"layers": layers, "scan": scan, "trace": trace, "compile": compile_, "temporary": memory}
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, first = [], None
     print(f"{'layers':>6} {'':11} {'trace s':>8} {'compile s':>10} {'ratio':>6} {'temporary MB':>13}")
     for layers in args.layers:
-        for scan in (True, False) if layers > model_layers.SCAN_ABOVE else (False,):
+        for scan in (True, False) if layers > stack.SCAN_ABOVE else (False,):
             row = measure(layers, args.width, scan)
             seconds = row["trace"] + row["compile"]
             first = first or seconds

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from davae_jax.checkpoints.run_folder import complete_checkpoints
+from davae_jax.model.stack import stack_layers
 from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError
@@ -39,6 +40,20 @@ def test_saved_restored_and_reported(tmp_path):
     state, extra_state = Checkpoints(tmp_path, keep=1).restore(like(state_at(0)))
     jax.tree.map(np.testing.assert_array_equal, state, state_at(3))
     assert len(extra_state) == 1 and np.isnan(extra_state[0]["loss"])
+
+
+def test_stacked_layers_are_saved_one_by_one(tmp_path, monkeypatch):
+    """So that every command reads them, and a run resumes with them stacked or not."""
+    monkeypatch.setattr("davae_jax.model.stack.SCAN_ABOVE", 1)
+    layers = {i: {"weight": jnp.full((2, 3), 1.0 + i)} for i in range(3)}
+    state = TrainState(jnp.int32(1), {"encoder": {"layers": layers}}, ({"encoder": {"layers": layers}},), (), {}, {})
+    stacked = stack_layers(state)
+    assert stacked.params["encoder"]["layers"]["stacked"]["weight"].shape == (3, 2, 3)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(stacked)
+    for wanted in (stacked, state):
+        found, _ = Checkpoints(tmp_path, keep=1).restore(like(wanted))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_an_array_that_is_not_what_was_saved(tmp_path, capsys, monkeypatch):

@@ -10,7 +10,8 @@ from small_model import CONFIG
 
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch
-from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.davae import abstract_model, abstract_training_model, split
+from davae_jax.model.stack import unstack_layers
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh, partition_spec
 from davae_jax.training.config import AdversarialConfig, DataConfig, OptimizerConfig, TrainConfig
@@ -136,6 +137,17 @@ def test_partition_specs(tmp_path):
     (adam,) = (s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s))
     for moment in (adam.mu, adam.nu):
         assert all(leaf.sharding.spec == places[path] for path, leaf in flatten(moment).items())
+
+
+def test_stacked_layers_are_sharded_as_each_of_them(monkeypatch):
+    mesh = make_mesh(MeshConfig(2, 2, 2), B)
+    listed = abstract_state(abstract_model(MODEL), TRAIN, mesh)
+    monkeypatch.setattr("davae_jax.model.stack.SCAN_ABOVE", 0)
+    stacked = abstract_state(abstract_training_model(MODEL), TRAIN, mesh)
+    assert stacked.params["decoder"]["layers"]["stacked"]["qkv_weight"].sharding.spec == P(None, None, "tensor", "fsdp")
+    found = unstack_layers(stacked)
+    for (path, a), b in zip(jax.tree.leaves_with_path(listed), jax.tree.leaves(found), strict=True):
+        assert a.shape == b.shape and a.sharding.is_equivalent_to(b.sharding, a.ndim), path
 
 
 def _is_adam(node):

@@ -205,6 +205,28 @@ def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_a_run_resumes_with_stacked_layers(run, text_file, tmp_path, monkeypatch):
+    """From a checkpoint of step 6 of a run with a list of layers, on a mesh: the numbers but for rounding, the files
+    and what commands read from them are the same."""
+    whole, _ = run
+    folder = tmp_path / "stacked"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "8")
+    monkeypatch.setattr("davae_jax.model.stack.SCAN_ABOVE", 0)
+    options = [*SAME, "--log.checkpoint", 3, "--log.samples", 4, "--log.figures", 1]
+    code, out, err = tiny(text_file, folder, *options, "--mesh.fsdp", 2, devices=2)
+    assert code == 0 and "steps 6 to 8" in out, err
+    a, b = (metrics_of(f)[-1] for f in (whole, folder))
+    for name in ("loss", "rec", "kl", "loss_d", "grad_norm"):
+        assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
+    assert [x.shape for x in a] == [x.shape for x in b]
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    texts = [TextVAE.from_pretrained(f).reconstruct(TEXTS[:2]) for f in (whole, folder)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.slow
 def test_a_run_on_a_mesh_repeated_is_the_same_run(text_file, tmp_path):
     """Twice in one go, and from the checkpoint of step 6: every weight, moment and logged number, bit for bit."""

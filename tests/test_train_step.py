@@ -11,8 +11,9 @@ from small_model import CONFIG, new_model
 
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch
-from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.davae import abstract_model, abstract_training_model, split
 from davae_jax.model.latent import kl_per_dimension
+from davae_jax.model.stack import stack_layers, unstack_layers
 from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
 from davae_jax.training.objective import StepContext, free_bits_kl, gradient, objective
 from davae_jax.training.optimizers import make_optimizer, skip_spikes
@@ -164,16 +165,18 @@ def test_scanned_layers_give_the_same_gradients(segment_length, monkeypatch):
     settings = with_(remat="dots", data=DataConfig(segment_length=segment_length))
     graphdef, params = split(model)
 
-    def gradients():
-        # A new function each time: JAX would take the program of the other setting for the same one.
+    def gradients(graphdef, params):
         context = StepContext(KEY, jnp.float32(0.3))
         traced = jax.jit(lambda p: gradient(p, graphdef, BATCH, context, settings)[0]).trace(params)
         return traced.lower().compile()(params), str(traced.jaxpr).count("scan[")
 
-    unrolled, scans = gradients()
-    monkeypatch.setattr("davae_jax.model.layers.SCAN_ABOVE", 1)
-    scanned, more_scans = gradients()
-    assert more_scans > scans
+    unrolled, scans = gradients(graphdef, params)
+    monkeypatch.setattr("davae_jax.model.stack.SCAN_ABOVE", 1)
+    stacked = stack_layers(params)
+    assert stacked["decoder"]["layers"]["stacked"]["mlp_in"]["weight"].shape[0] == 3
+    scanned, more_scans = gradients(split(abstract_training_model(model.config))[0], stacked)
+    scanned = unstack_layers(scanned)
+    assert more_scans > scans and jax.tree.structure(scanned) == jax.tree.structure(unrolled)
     for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
 
@@ -244,6 +247,32 @@ def test_every_optimizer_learns_and_decays_matrices_alone(model, name):
     for path, weight in weights.items():
         decays = weight.ndim > 1 and not path.endswith("bias")  # some biases have two axes
         np.testing.assert_allclose(moved[path], -1e-2 * 0.5 * weight * decays, rtol=1e-5, atol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_an_optimizer_updates_stacked_layers_as_each_of_a_list(name, monkeypatch):
+    """With halves of different depths, and gradients whose size differs from layer to layer."""
+    encoder = dataclasses.replace(CONFIG.encoder, num_hidden_layers=2)
+    decoder = dataclasses.replace(CONFIG.decoder, num_layers=3)
+    params = split(new_model(dataclasses.replace(CONFIG, encoder=encoder, decoder=decoder)))[1]
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda w: 10.0 ** rng.integers(-3, 3) * rng.standard_normal(w.shape, np.float32), params)
+    settings = dataclasses.replace(CLEAN.optimizer, name=name, warmup=0.0, learning_rate=1e-2, weight_decay=0.5)
+    optimizer = make_optimizer(settings, 10, separate_decoder=name == "adamw")
+
+    @jax.jit
+    def take_two(params, grads):
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+        return optimizer.update(jax.tree.map(lambda g: g + 1, grads), state, params)
+
+    one_by_one = take_two(params, grads)
+    monkeypatch.setattr("davae_jax.model.stack.SCAN_ABOVE", 1)
+    stacked = take_two(stack_layers(params), stack_layers(grads))
+    assert len(jax.tree.leaves(stacked)) < len(jax.tree.leaves(one_by_one)) / 1.5
+    stacked = unstack_layers(stacked)
+    assert jax.tree.structure(stacked[0]) == jax.tree.structure(one_by_one[0])
+    for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_spikes_are_skipped():

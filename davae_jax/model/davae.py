@@ -12,13 +12,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from davae_jax.model import stack
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.decoder import Decoder, Memory, Window
 from davae_jax.model.discriminator import Discriminator
 from davae_jax.model.encoder import Encoder
 from davae_jax.model.latent import Posterior
 
-Params = dict[str, Any]  # nested dicts of weights and buffers; a list of layers is a dict with the keys 0, 1, …
+# Nested dicts of weights and buffers; a list of layers is a dict with the keys 0, 1, …, a stack one with "stacked".
+Params = dict[str, Any]
 
 
 class DAVAE(nnx.Module):
@@ -148,6 +150,15 @@ class InitKeys:
 def abstract_model(config: DAVAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32) -> DAVAE:
     """Returns the model with `jax.ShapeDtypeStruct`s in place of arrays: nothing is allocated or initialized."""
     return nnx.eval_shape(lambda: DAVAE(config, rngs=InitKeys(jax.random.key(0)), dtype=dtype, param_dtype=param_dtype))
+
+
+def abstract_training_model(config: DAVAEConfig, *, dtype=jnp.float32) -> DAVAE:
+    """Returns the abstract model that a training step compiles, in which many layers are one stack (`model.stack`)."""
+    model = abstract_model(config, dtype=dtype)
+    for half in (model.encoder, model.decoder):
+        if len(half.layers) > stack.SCAN_ABOVE:
+            half.layers = stack.Stack(half.layers)
+    return model
 
 
 def weight_axes(model: nnx.Module) -> Params:

@@ -25,7 +25,6 @@ from davae_jax.model.layers import (
     Embedding,
     LayerNorm,
     Linear,
-    apply_in_order,
     apply_remat,
     dropout,
     gather_per_token,
@@ -35,6 +34,7 @@ from davae_jax.model.layers import (
     same_segment,
     split_keys,
 )
+from davae_jax.model.stack import apply_in_order
 from davae_jax.parallel.sharding import constrain
 from davae_jax.utils.shapes import power_of_two
 
@@ -101,7 +101,6 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         segment_ids: Int[Array, "B T"] | None = None,
         attention: Attention = "xla",
-        scan: bool = False,
     ) -> DecoderOutput:
         """Reads T new tokens that follow the memory.
 
@@ -114,7 +113,6 @@ class Decoder(nnx.Module):
           segment_ids: for rows that contain up to P texts, the number of each token's text (1 … P; 0 is padding). The
             latent is then [B, P, L], a token sees only tokens of its text, and there is no memory.
           attention: how attention is computed.
-          scan: compile one of many layers (`layers.apply_in_order`).
         """
         T = ids.shape[1]
         C = 0 if memory is None else memory.capacity
@@ -143,7 +141,7 @@ class Decoder(nnx.Module):
 
         inputs = list(zip(layer_keys, [None] * len(self.layers) if memory is None else memory.hidden[:-1], strict=True))
         latent_term = self.latent_term(latent, segment_ids)
-        return self.apply_layers(ids, latent_term, apply_layer, inputs, input_key=key_input, scan=scan)[0]
+        return self.apply_layers(ids, latent_term, apply_layer, inputs, input_key=key_input)[0]
 
     def apply_layers(
         self,
@@ -153,7 +151,6 @@ class Decoder(nnx.Module):
         inputs: Sequence,
         *,
         input_key: jax.Array | None = None,
-        scan: bool = False,
     ) -> tuple[DecoderOutput, list]:
         """Runs the decoder's stages in order: embedding + latent, each layer + latent, final LayerNorm.
 
@@ -165,7 +162,6 @@ class Decoder(nnx.Module):
             added, and a second value of the caller's choice (in cached decoding, the layer's keys and values).
           inputs: what else each layer needs.
           input_key: enables dropout of the input.
-          scan: compile one of many layers (`layers.apply_in_order`).
 
         Returns:
           The hidden states, and a list of the second values that `apply_layer` returned.
@@ -177,7 +173,7 @@ class Decoder(nnx.Module):
             x, extra = apply_layer(layer, x, given)
             return x + self.post_layer_term(latent_term), extra
 
-        outputs, extras = apply_in_order(self.layers, apply_with_latent, x, inputs, scan)
+        outputs, extras = apply_in_order(self.layers, apply_with_latent, x, inputs)
         return DecoderOutput((x, *outputs), self.norm(outputs[-1])), extras
 
     def logits(self, final: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -17,13 +17,13 @@ from davae_jax.model.layers import (
     LayerNorm,
     Linear,
     Segments,
-    apply_in_order,
     apply_remat,
     dropout,
     residual_stddev,
     same_segment,
     split_keys,
 )
+from davae_jax.model.stack import apply_in_order
 from davae_jax.parallel.sharding import constrain
 
 
@@ -70,7 +70,6 @@ class Encoder(nnx.Module):
         key: jax.Array | None = None,
         remat: Remat = "none",
         segments: Segments | None = None,
-        scan: bool = False,
     ) -> EncoderOutput:
         """Encodes rows of ids; id 0 is padding, which no token attends to.
 
@@ -80,7 +79,6 @@ class Encoder(nnx.Module):
           remat: which activations of a layer are saved for the backward pass (`layers.apply_remat`).
           segments: for rows with several texts. A token then sees only tokens of its text, and positions count from
             the beginning of the text.
-          scan: compile one of many layers (`layers.apply_in_order`).
         """
         key_input, *layer_keys = split_keys(key, 1 + len(self.layers))
         with jax.named_scope("embeddings"):
@@ -99,7 +97,7 @@ class Encoder(nnx.Module):
         def apply_layer(layer: EncoderLayer, x: Float[Array, "B S D"], key: jax.Array | None):
             return apply_remat(lambda x, key: layer(x, score_bias, key), remat)(x, key), None
 
-        outputs, _ = apply_in_order(self.layers, apply_layer, h, layer_keys, scan)
+        outputs, _ = apply_in_order(self.layers, apply_layer, h, layer_keys)
         last = outputs[-1]
         first = last[:, 0] if segments is None else jnp.take_along_axis(last, segments.starts[..., None], axis=1)
         pooled = jnp.tanh(self.pooler(first))

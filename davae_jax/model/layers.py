@@ -9,9 +9,8 @@ such a weight faster than the columns of its transpose (`benchmarks/matvec.py`);
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 from davae_jax.model.config import Remat
 from davae_jax.parallel.sharding import Axes, embedding_lookup
 
-M = TypeVar("M", bound=nnx.Module)
-SCAN_ABOVE = 8  # layers; the time that XLA takes to compile a training step grows with the layers up to this number
 INIT_STDDEV = 0.02  # of the normal initialization, as in BERT and GPT-2, if no initializer_range is given
 
 
@@ -127,48 +124,6 @@ def apply_remat(layer: Callable, remat: Remat) -> Callable:
             return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         case "full":
             return jax.checkpoint(layer)
-
-
-def apply_in_order(
-    layers: Sequence[M],
-    apply: Callable[[M, Array, Any], tuple[Array, Any]],
-    x: Array,
-    inputs: Sequence,
-    scan: bool = False,
-) -> tuple[list[Array], list]:
-    """Applies layers of one kind one after the other, the first to x, each other one to the output of the one before.
-
-    Args:
-      apply: called as `apply(layer, x, inputs[i])`. It returns the layer's output and a second value of any kind.
-      inputs: a pytree for each layer, all of the same structure.
-      scan: compile one layer, as the body of a loop, if there are more than SCAN_ABOVE. That takes a copy of their
-        weights, which are stacked. The results are the same but for rounding.
-
-    Returns:
-      The outputs of all layers, and the second values.
-    """
-    if not scan or len(layers) <= SCAN_ABOVE:
-        outputs, extras = [], []
-        for i, layer in enumerate(layers):
-            with jax.named_scope(f"layer_{i}"):
-                x, extra = apply(layer, x, inputs[i])
-            outputs.append(x)
-            extras.append(extra)
-        return outputs, extras
-
-    graphdef, _ = nnx.split(layers[0])
-    per_layer = [(nnx.split(layer)[1], given) for layer, given in zip(layers, inputs, strict=True)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
-
-    def body(x, one):
-        weights, given = one
-        with jax.named_scope("layer"):
-            x, extra = apply(nnx.merge(graphdef, weights), x, given)
-        return x, (x, extra)
-
-    _, results = lax.scan(body, x, stacked)
-    outputs, extras = zip(*[jax.tree.map(operator.itemgetter(i), results) for i in range(len(layers))], strict=True)
-    return list(outputs), list(extras)
 
 
 def split_keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -34,6 +34,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),  # N·H: the outputs of all heads in one axis
     "mlp": ("tensor",),  # F: the feed-forward width
     "vocab": ("tensor",),  # V: rows of the embedding tables, and logits
+    "layer": (),  # the layers of a stack (`model.stack`): each device has its part of every layer
 }
 
 
@@ -79,7 +80,9 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     """Returns the sharding of a weight; without a mesh, it is on the first device."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if len(shape) == 1:  # vectors are not sharded over fsdp: they are small, and hundreds of small all-gathers are slow
+    if (
+        len(shape) - axes.count("layer") == 1
+    ):  # vectors are not sharded over fsdp: they are small, and hundreds of small all-gathers are slow
         axes = tuple(None if name == "embed" else name for name in axes)
     # The model's operations name no output shardings, so the axes must be Auto, even if the caller's mesh differs.
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from davae_jax.model.davae import abstract_model, split
-from davae_jax.model.layers import SCAN_ABOVE
+from davae_jax.model.stack import is_stacked
 from davae_jax.parallel.chips import Chip
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh
@@ -39,13 +39,21 @@ def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
 
     gradients: float32, like the weights; twice if gradients are accumulated over micro-batches.
     saved activations: those that the backward pass reads, given the remat policy.
-    stacked layers: the copy of the layers' weights that `layers.apply_in_order` makes of many layers.
+    copy for a save: what a save's copy of stacked layers (`model.stack`) needs beyond the memory of a step.
     recomputed layer (peak): all activations of the largest layer, which remat recomputes in the backward pass.
     logits: those of one chunk, and their gradient.
     gathered weights: the whole embedding table in the compute dtype and its unsharded gradient, the largest arrays
       that are gathered at once.
     """
-    return state_memory(config, mesh) | step_memory(config, mesh.shape)
+    kept, of_step = state_memory(config, mesh), step_memory(config, mesh.shape)
+    free = kept["gradients"] + sum(of_step.values())
+    return kept | of_step | {"copy for a save": max(0, stacked_memory(config, mesh) - free)}
+
+
+def stacked_memory(config: TrainConfig, mesh: AbstractMesh) -> int:
+    """Returns the bytes per device of the stacked weights and moments."""
+    leaves = jax.tree_util.tree_leaves_with_path(cached_abstract_state(config, mesh))
+    return bytes_per_device([leaf for path, leaf in leaves if is_stacked(path)])
 
 
 def state_memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
@@ -58,9 +66,6 @@ def state_memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
         "parameters": bytes_per_device(main),
         "gradients": gradients * bytes_per_device(main),
         "optimizer state": bytes_per_device(state.optimizer),
-        "stacked layers": sum(
-            bytes_per_device(half["layers"]) for half in main.values() if len(half.get("layers", ())) > SCAN_ABOVE
-        ),
         "discriminator and its optimizer": bytes_per_device((state.discriminator_optimizer, state.step))
         + (1 + gradients) * bytes_per_device(discriminator),
     }

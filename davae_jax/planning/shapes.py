@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from davae_jax.data.batches import Batch
 from davae_jax.model.config import DAVAEConfig
-from davae_jax.model.davae import DAVAE, abstract_model
+from davae_jax.model.davae import DAVAE, abstract_training_model
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import longest_rows
 from davae_jax.training.state import TrainState, abstract_state
@@ -28,7 +28,7 @@ def cached_abstract_state(config: TrainConfig, mesh: AbstractMesh) -> TrainState
 
 @functools.lru_cache(maxsize=4)
 def _cached_abstract_model(config: DAVAEConfig, dtype: str) -> DAVAE:
-    return abstract_model(config, dtype=dtype)
+    return abstract_training_model(config, dtype=dtype)
 
 
 def batch_shapes(config: TrainConfig, rows: int) -> Batch:

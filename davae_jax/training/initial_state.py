@@ -13,6 +13,7 @@ from davae_jax.checkpoints.run_folder import CONFIG_FILE, INIT_FOLDER
 from davae_jax.checkpoints.warm_start import format_report, warm_start
 from davae_jax.model.config import DAVAEConfig
 from davae_jax.model.davae import DAVAE, InitKeys, split
+from davae_jax.model.stack import stack_layers
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.state import TrainState, init_state
 
@@ -61,11 +62,11 @@ def initial_state(abstract: TrainState, model: DAVAEConfig, config: TrainConfig,
     """Returns the state before the first step, each array created with its sharding in `abstract`."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if is_warm_start(config):
-        params = split(from_pretrained(folder / INIT_FOLDER, mesh=shardings.step.mesh))[1]
+        params = stack_layers(split(from_pretrained(folder / INIT_FOLDER, mesh=shardings.step.mesh))[1])
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params)
 
     def make_state(key):
-        return init_state(split(DAVAE(model, rngs=InitKeys(key)))[1], config)
+        return init_state(stack_layers(split(DAVAE(model, rngs=InitKeys(key)))[1]), config)
 
     # One compiled program for all weights is faster than thousands of small ones.
     return jax.jit(make_state, out_shardings=shardings)(jax.random.key(config.seed))

@@ -189,7 +189,7 @@ def encode(model: DAVAE, batch: Batch, keys: dict[str, jax.Array], config: Train
     ids = token_noise(ids, special, config.noise, model.config.encoder.vocab_size, keys["token"], segments)
     shape = (*ids.shape, model.config.encoder.hidden_size)
     noise = embedding_noise(keys["embedding"], shape, config.noise)
-    output = model.encoder(ids, noise, keys["encoder"], config.remat, segments, scan=True)
+    output = model.encoder(ids, noise, keys["encoder"], config.remat, segments)
     mean, logvar, pooled = (x.reshape(-1, x.shape[-1]) for x in (output.mean, output.logvar, output.pooled))
     return EncodedTexts(Posterior(mean, logvar), pooled)
 
@@ -203,7 +203,7 @@ def reconstruction(
     """
     ids, targets, segments = batch.decoder_ids, batch.decoder_targets, target_segments(batch)
     (B, P), T = batch.lengths.shape, ids.shape[1]
-    how = dict(key=key, remat=config.remat, attention=config.attention, scan=True)
+    how = dict(key=key, remat=config.remat, attention=config.attention)
     if batch.decoder_segments is None:
         mask = segments > 0
         if config.data.segment_length and config.data.segment_length < T:
@@ -249,7 +249,7 @@ def reconstruction_in_segments(
         memory, rec = carry
         i, ids, targets, mask = segment
         segment_key = None if key is None else jax.random.fold_in(key, i)
-        output = decoder(ids, latent, memory, window, segment_key, config.remat, attention=config.attention, scan=True)
+        output = decoder(ids, latent, memory, window, segment_key, config.remat, attention=config.attention)
         rec = rec + chunked_nll(decoder, output.final, targets, mask, config.logits_chunk)
         return (decoder.extend_memory(memory, output.hidden, memory.capacity), rec), None
 

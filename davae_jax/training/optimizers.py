@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from davae_jax.model.davae import Params
+from davae_jax.model.stack import first_layers, layer_axes, stacked_halves
 from davae_jax.training.config import OptimizerConfig
 from davae_jax.training.schedules import learning_rate
 
@@ -22,7 +23,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, separate_decoder: bool =
       separate_decoder: keep the decoder's moments and step count apart from the encoder's.
     """
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    optimizer = optax.chain(clip, _update(config, steps, separate_decoder))
+    optimizer = optax.chain(clip, per_layer(_update(config, steps, separate_decoder)))
     return skip_spikes(optimizer, config.spike) if config.spike else optimizer
 
 
@@ -53,6 +54,31 @@ def skip_spikes(optimizer: optax.GradientTransformation, factor: float) -> optax
         rate = 1 / jnp.minimum(state.seen + 1, memory)
         usual = jnp.where(spike, 1.1 * state.usual, state.usual + rate * (norm - state.usual))
         return updates, SpikeState(usual, state.seen + 1, state.skipped + spike, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer that updates each layer of a stack as it would a weight of its own (`model.stack`).
+
+    What counts the axes of a weight, or takes its norm, then sees one layer's. Steps are counted once for all.
+    """
+
+    def init(params: Params) -> optax.OptState:
+        if not (halves := stacked_halves(params)):
+            return optimizer.init(params)
+        one_layer = jax.eval_shape(lambda p: optimizer.init(first_layers(p)), params)
+        function = optimizer.init
+        for half in halves:
+            function = jax.vmap(function, (layer_axes(params, half),), layer_axes(one_layer, half))
+        return function(params)
+
+    def update(grads: Params, state: optax.OptState, params: Params):
+        function = optimizer.update
+        for half in stacked_halves(params):
+            axes, state_axes = layer_axes(params, half), layer_axes(state, half)
+            function = jax.vmap(function, (axes, state_axes, axes), (axes, state_axes))
+        return function(grads, state, params)
 
     return optax.GradientTransformation(init, update)
 

@@ -24,7 +24,8 @@ from davae_jax.data.prepared.shards import is_prepared
 from davae_jax.data.tokenize import filter_by_length, tokenize
 from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.config import DAVAEConfig
-from davae_jax.model.davae import abstract_model, merge, split
+from davae_jax.model.davae import abstract_model, abstract_training_model, merge, split
+from davae_jax.model.stack import unstack_layers
 from davae_jax.parallel.agreement import (
     check_same_on_all_processes,
     gather_params,
@@ -63,7 +64,7 @@ class Run:
     lock: FolderLock  # of the folder, on process 0
     corpus: Corpus
     tokenizers: Tokenizers
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef  # of the model outside a step, with a list of layers
     mesh: Mesh
     batch_sharding: NamedSharding
     batches: BatchSource
@@ -81,7 +82,7 @@ class Run:
 
         All processes must call this method.
         """
-        params = gather_params(state.params)
+        params = unstack_layers(gather_params(state.params))
         if not is_process_zero():
             return None
         vae = TextVAE(merge(self.graphdef, params), *self.tokenizers)
@@ -114,7 +115,7 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
     corpus = corpus._replace(held_out=held_out)
     run_on_process_zero(lambda: model.to_json(folder / CONFIG_FILE))
 
-    module = abstract_model(model, dtype=config.dtype)
+    module = abstract_training_model(model, dtype=config.dtype)
     graphdef = split(module)[0]
     abstract = abstract_state(module, config, mesh)
     checkpoints = Checkpoints(folder, config.log.keep, on_complete=_print_saved if is_process_zero() else None)
@@ -130,7 +131,7 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
         lock=lock,
         corpus=corpus,
         tokenizers=tokenizers,
-        graphdef=graphdef,
+        graphdef=split(abstract_model(model, dtype=config.dtype))[0],
         mesh=mesh,
         batch_sharding=rows,
         batches=batches,

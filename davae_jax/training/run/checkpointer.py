@@ -34,6 +34,7 @@ from davae_jax.checkpoints.weights import (
     sums_problem,
     with_extra_state,
 )
+from davae_jax.model.stack import stack_layers, unstack_layers
 from davae_jax.parallel.agreement import all_processes, run_on_all_processes
 from davae_jax.parallel.multihost import disconnect, is_process_zero, suspect_other_processes
 from davae_jax.training.state import TrainState
@@ -85,7 +86,7 @@ class Checkpoints:
           InputError: this save or the previous one failed.
         """
         self.wait()
-        step = int(state.step)
+        step, state = int(state.step), unstack_layers(state)
         checksums = {name: int(value) for name, value in jax.device_get(array_sums(_leaves(state))).items()}
         metadata = with_extra_state({SUMS: checksums}, copy.deepcopy(extra_state))
         comparable = held_out_loss is not None and math.isfinite(held_out_loss)
@@ -131,7 +132,7 @@ class Checkpoints:
         Damaged checkpoints are reported on stderr and renamed to STEP.damaged.
 
         Args:
-          like: a state of `jax.ShapeDtypeStruct` with shardings.
+          like: a state of `jax.ShapeDtypeStruct` with shardings. Its layers may be stacked, as no checkpoint's are.
 
         Raises:
           InputError: every checkpoint is damaged, or the files of one may not be read, which is no damage.
@@ -140,7 +141,7 @@ class Checkpoints:
         for step in sorted(map(_step, complete_checkpoints(self.run)), reverse=True):
             reason = None
             try:
-                state, extra_state = self._load(step, like)
+                state, extra_state = self._load(step, unstack_layers(like))
             except _Damaged as e:
                 reason = str(e)
             if not all_processes(reason is None):
@@ -157,7 +158,7 @@ class Checkpoints:
             self.step = step
             if damaged:
                 multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-            return state, extra_state
+            return _as_in(like, state), extra_state
         reasons = "; ".join(f"{self.path(step)}: {reason}" for step, reason in damaged.items())
         disconnect()  # all processes raise the error; connected, the first to end would abort the others
         raise InputError(f"{reasons}; no intact checkpoint remains")
@@ -264,6 +265,13 @@ def _checkpointables(state: TrainState) -> dict[str, Any]:
     """Returns the two items of a checkpoint: the weights as nested dicts, the rest of the state by path."""
     rest = {name: leaf for name, leaf in _leaves(state).items() if not name.startswith("params.")}
     return {PARAMS_FOLDER: nest(flatten(state.params)), STATE_ITEM: rest}
+
+
+def _as_in(like: TrainState, state: TrainState) -> TrainState:
+    """Returns a state with its layers stacked as those of `like`, and with the shardings of `like`."""
+    if jax.tree.structure(state) == jax.tree.structure(like):
+        return state
+    return jax.jit(stack_layers, out_shardings=jax.tree.map(lambda x: x.sharding, like))(state)
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:
