@@ -15,7 +15,7 @@ import numpy as np
 from hlo import aliases, collectives
 from jax.sharding import AxisType, Mesh
 
-from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.planning.shapes import batch_shapes, bytes_per_device
 from davae_jax.training.config import DataConfig
@@ -46,7 +46,7 @@ def main(mesh: list[int], layers: int | None, batch_size: int, length: int, topo
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     mesh = Mesh(np.array(where).reshape(mesh), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
-    model = abstract_model(config.model, dtype=config.dtype)
+    model = abstract_training_model(config.model, dtype=config.dtype)
     state = abstract_state(model, config, mesh)
     batch = batch_shapes(config, batch_size)
     with jax.set_mesh(mesh):
