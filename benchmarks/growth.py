@@ -53,7 +53,7 @@ SIZES = {
     "texts": [10_000, 100_000, 1_000_000],
     "compile": [1, 2, 4, 8, 9, 16, 32],
 }
-SMALLEST = {"batch": [1], "length": [16, 256], "latent": [8], "devices": [2], "texts": [100], "compile": [1]}
+SMALLEST = {"batch": [1], "length": [16, 256], "latent": [8], "devices": [2], "texts": [100]}
 
 
 def main(argv: list[str] | None = None) -> None:

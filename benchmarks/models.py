@@ -29,6 +29,7 @@ SMALLEST_TRAINING = shlex.split(
     "--model.max-out-length 12"
 )
 
+VOCABULARY = 400  # of the tokenizers that `write_texts` makes
 # Ids of tokenizers that are trained, for `dataclasses.replace` of a model's config.
 TRAINED_IDS = {"cls_token_id": SPECIAL_TOKENS.index("[CLS]"), "sep_token_id": SPECIAL_TOKENS.index("[SEP]")}
 
@@ -112,7 +113,7 @@ def write_texts(folder: Path, count: int, *, tokenizers: bool = False) -> Path:
     file = folder / "texts.txt"
     file.write_text("\n".join(texts) + "\n", encoding="utf-8")
     if tokenizers:
-        contents = train_wordpiece(corpus[:1000], 400), train_sentencepiece(corpus[:1000], 400, option="vocabulary")
+        contents = train_wordpiece(corpus[:1000], VOCABULARY), train_sentencepiece(corpus[:1000], VOCABULARY, option="")
         for name, content in zip(TOKENIZER_FILES, contents, strict=True):
             (folder / name).write_bytes(content)
     return file

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks.common import Row, make_parser, parse, positive, report, row
-from benchmarks.models import TRAINED_IDS, random_model, write_texts
+from benchmarks.models import TRAINED_IDS, VOCABULARY, random_model, write_texts
 from davae_jax import DAVAEConfig
 from davae_jax.data.batches import Batch, TextBatches
 from davae_jax.data.inputs.readers import read_texts
@@ -26,6 +26,7 @@ from davae_jax.data.tokenize import TokenizedTexts, tokenize
 from davae_jax.model.davae import split
 from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.presets import DEMO
+from davae_jax.training.run.vocabularies import with_vocabularies
 from davae_jax.training.state import init_state
 from davae_jax.training.step import make_train_step
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         published = DAVAEConfig()
         if args.smallest:
+            published = with_vocabularies(published, VOCABULARY, VOCABULARY)
             published = dataclasses.replace(published, **TRAINED_IDS)
             args.texts, args.tokenizers = write_texts(Path(scratch), 50, tokenizers=True), Path(scratch)
         if not args.texts or not args.tokenizers:
@@ -57,8 +59,10 @@ def measure(texts: TokenizedTexts, max_length: int, steps: int, published: DAVAE
     small = DEMO.model
     model = dataclasses.replace(
         published,
-        encoder=dataclasses.replace(small.encoder, vocab_size=21128, max_position_embeddings=512),
-        decoder=dataclasses.replace(small.decoder, vocab_size=50048),
+        encoder=dataclasses.replace(
+            small.encoder, vocab_size=published.encoder.vocab_size, max_position_embeddings=512
+        ),
+        decoder=dataclasses.replace(small.decoder, vocab_size=published.decoder.vocab_size),
         latent_size=small.latent_size,
     )
     pad_id = published.pad_token_id
