@@ -8,11 +8,9 @@ the time between steps that the program waits for a batch, as metrics.jsonl name
 PyTorch's DataLoader on the same tokenized texts.
 """
 
-import contextlib
 import json
 import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import Row, in_turns, make_parser, parse, positive, report, row
+from benchmarks.common import ROOT, Row, in_turns, make_parser, parse, positive, report, row, run_python
 from benchmarks.models import SMALLEST_TRAINING, TRAINED_IDS, write_texts
-from davae_jax.cli.train import parse_train
 from davae_jax.data.batches import TextBatches
 from davae_jax.data.packing import PackedBatches
 from davae_jax.data.prepared.build_shards import VocabularySizes, build_shards
@@ -31,7 +28,6 @@ from davae_jax.data.prepared.shard_writer import ShardSettings
 from davae_jax.data.prepared.shards import Prepared
 from davae_jax.data.tokenize import TokenizedTexts, tokenize
 from davae_jax.tokenizers.load import load_tokenizers
-from davae_jax.training.loop import train
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.vocabularies import with_vocabularies
 
@@ -98,7 +94,9 @@ def batch_rows(texts: TokenizedTexts, prepared: Prepared, batch_size: int, pad_i
     peer = "PyTorch's DataLoader"
     functions = {name: partial(read, source) for name, source in sources.items()}
     functions[peer] = lambda: read_torch(texts, batch_size, pad_id)
-    rates = in_turns({name: partial(cpu_rate, function) for name, function in functions.items()}, rounds)
+    timed = {name: partial(cpu_rate, function) for name, function in functions.items()}
+    in_turns(timed, 1)  # imports PyTorch
+    rates = in_turns(timed, rounds)
     for name in sources:
         labels = {"table": "Texts per second of processor time", "what": name}
         yield row(labels, "texts/s", rates[name], peer=(peer, rates[peer]))
@@ -129,9 +127,7 @@ def cpu_rate(function: Callable[[], int]) -> float:
 def waiting(options: list[str], folder: Path, steps: int) -> Row:
     """Trains, and returns the median share of the time that waits for batches, and the texts per second."""
     log = ["--log.every", "2", "--log.samples", "0", "--log.figures", "0", "--run-dir", str(folder)]
-    _, config = parse_train([*options, *log, "--steps", str(steps)])
-    with contextlib.redirect_stdout(sys.stderr):
-        train(config)
+    run_python(ROOT / "train.py", *options, *log, "--steps", steps)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = rows[len(rows) // 5 :]  # the first ones include the compilation
     return {

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"layers": args.layers, "width": args.width, "vocab": args.vocab}
         model = random_model(resize(RANDENG_1B.model, encoder=SMALL_ENCODER, decoder=sizes))
     twin = random_twin(model.config) if args.peer_seconds else None
-    limits = Limits(memory_rate(16), matmul_rate(64)) if args.smallest else Limits(memory_rate(), matmul_rate())
+    limits = Limits(memory_rate(64), matmul_rate(512)) if args.smallest else Limits(memory_rate(), matmul_rate())
     cells = [(batch, length) for batch in sorted(args.batches) for length in sorted(args.lengths)]
     report(args, measure(model, twin, cells, args.rounds, limits, args.peer_seconds))
 

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {"layers": args.layers, "width": args.width}
     config = resize(RANDENG_1B.model, encoder=sizes, decoder=SMALL_DECODER)
     cells = [(batch, length) for batch in args.batches for length in args.lengths]
-    report(args, measure(config, cells, args.rounds, 64 if args.smallest else 2048))
+    report(args, measure(config, cells, args.rounds, 512 if args.smallest else 2048))
 
 
 def measure(config: DAVAEConfig, cells: list[tuple[int, int]], rounds: int, width: int) -> Iterator[Row]:

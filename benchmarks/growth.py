@@ -7,11 +7,12 @@ length (in segments of 128 tokens with the recurrent memory), the layers, the la
 seconds of a step, the temporary memory of its program and the memory of its state; the limit is the time of the step's
 products at the FLOP/s of this machine. Further axes:
 
-  devices   megabytes that a device sends in a step: those of the compiled program, and those that `davae plan` expects
-            for rings. The devices are emulated, so no time is measured. XLA's CPU compiler reduces gradients whole
-            where others scatter them, which is up to twice the bytes
-  texts     `davae prepare` and the start of reading, for corpora of several sizes
-  compile   processor time for compiling the step, against the layers
+  data, fsdp, tensor   megabytes that a device sends in a step, for a mesh of several devices on this axis: those of the
+                       compiled program, and those that `davae plan` expects for rings. The devices are emulated, so no
+                       time is measured. XLA's CPU compiler reduces gradients whole where others scatter them, which is
+                       up to twice the bytes
+  texts                `davae prepare` and the start of reading, for corpora of several sizes
+  compile              processor time for compiling the step, against the layers
 """
 
 import contextlib
@@ -49,11 +50,14 @@ SIZES = {
     "layers": [1, 2, 4, 8, 9, 16, 32],
     "latent": [8, 32, 128, 512, 2048],
     "vocabulary": [1_024, 4_096, 16_384, 65_536],
-    "devices": [2, 4, 8],
+    "data": [2, 4, 8],
+    "fsdp": [2, 4, 8],
+    "tensor": [2, 4, 8],
     "texts": [10_000, 100_000, 1_000_000],
     "compile": [1, 2, 4, 8, 9, 16, 32],
 }
-SMALLEST = {"batch": [1], "length": [16, 256], "latent": [8], "devices": [2], "texts": [100]}
+MESH_AXES = ("data", "fsdp", "tensor")
+SMALLEST = {"batch": [1], "length": [256], "fsdp": [2], "texts": [100]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--axes", nargs="+", choices=SIZES, default=list(SIZES))
     args = parse(parser, argv, {"axes": list(SMALLEST)})
     sizes = SMALLEST if args.smallest else SIZES
-    if "devices" in args.axes:
+    if meshes := set(args.axes) & set(MESH_AXES):
         with contextlib.suppress(RuntimeError):  # JAX has been used: the caller has chosen their number
-            jax.config.update("jax_num_cpu_devices", max(sizes["devices"]))
+            jax.config.update("jax_num_cpu_devices", max(max(sizes[axis]) for axis in meshes))
         sys.path.append(str(ROOT / "tests"))  # hlo.py
-    report(args, measure({axis: sizes[axis] for axis in args.axes}, args.rounds, 64 if args.smallest else 2048))
+    report(args, measure({axis: sizes[axis] for axis in args.axes}, args.rounds, 512 if args.smallest else 2048))
 
 
 def measure(axes: dict[str, list[int]], rounds: int, width: int) -> Iterator[Row]:
@@ -73,9 +77,9 @@ def measure(axes: dict[str, list[int]], rounds: int, width: int) -> Iterator[Row
     for axis, sizes in axes.items():
         for size in sizes:
             labels = {"table": axis, axis: size}
-            if axis == "devices":
-                for name in ("data", "fsdp", "tensor"):
-                    yield {**labels, "axis of the mesh": name, **collective_bytes(size, name)}
+            if axis in MESH_AXES:
+                labels = {"table": "devices", "axis of the mesh": axis, "devices": size}
+                yield {**labels, **collective_bytes(size, axis)}
             elif axis == "texts":
                 with tempfile.TemporaryDirectory() as folder:
                     yield {**labels, **prepare_memory.measure_corpus(Path(folder), size)}

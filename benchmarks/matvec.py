@@ -24,7 +24,7 @@ WEIGHTS = 8  # matrices of each shape, so that none stays in the processor's cac
 def main(argv: list[str] | None = None) -> None:
     args = parse(make_parser(__doc__, __file__, rounds=7), argv, {})
     if args.smallest:
-        report(args, measure([1], [(16, 32)], args.rounds, memory_rate(16)))
+        report(args, measure([1], [(16, 32)], args.rounds, memory_rate(64)))
     else:
         report(args, measure([1, 2, 4, 8], SHAPES, args.rounds, memory_rate()))
 
