@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizers", type=Path, help="folder with spiece.model and vocab.txt")
     parser.add_argument("--steps", type=positive, default=8, help="timed steps of each kind")
     parser.add_argument("--max-length", type=positive, default=128)
-    args = parse(parser, argv, {"steps": 1, "max_length": 40})
+    parser.add_argument("--buckets", type=positive, nargs="+", default=[1, 4, 8], help="numbers of length buckets")
+    args = parse(parser, argv, {"steps": 1, "max_length": 40, "buckets": [1]})
     with tempfile.TemporaryDirectory() as scratch:
         published = DAVAEConfig()
         if args.smallest:
@@ -51,10 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         tokenizers = load_tokenizers(args.tokenizers, published)
         found = read_texts(args.texts)
         texts = tokenize(found, *tokenizers, max_length=args.max_length, source=str(args.texts))
-        report(args, measure(texts, args.max_length, args.steps, published))
+        report(args, measure(texts, args.max_length, args.steps, published, args.buckets))
 
 
-def measure(texts: TokenizedTexts, max_length: int, steps: int, published: DAVAEConfig) -> Iterator[Row]:
+def measure(
+    texts: TokenizedTexts, max_length: int, steps: int, published: DAVAEConfig, buckets: list[int]
+) -> Iterator[Row]:
     """Yields a row for each kind of batches, for a model of the demo's widths with the published vocabularies."""
     small = DEMO.model
     model = dataclasses.replace(
@@ -69,11 +72,10 @@ def measure(texts: TokenizedTexts, max_length: int, steps: int, published: DAVAE
     packed = PackedBatches(texts, ROWS, pad_id=pad_id, row_length=max_length)
     per_step = trained(packed.batch(0)) / np.mean([len(ids) - 1 for ids in texts.decoder_ids])  # texts per step
     kinds = {
-        "one length": TextBatches(texts, round(per_step), pad_id=pad_id),
-        "4 buckets": TextBatches(texts, round(per_step), pad_id=pad_id, buckets=4),
-        "8 buckets": TextBatches(texts, round(per_step), pad_id=pad_id, buckets=8),
-        "packed": packed,
+        "one length" if n == 1 else f"{n} buckets": TextBatches(texts, round(per_step), pad_id=pad_id, buckets=n)
+        for n in buckets
     }
+    kinds["packed"] = packed
     graphdef, params = split(random_model(model))
     rates = speeds(kinds, make_train_step(graphdef, DEMO), init_state(params, DEMO), steps)
     for name, batches in kinds.items():

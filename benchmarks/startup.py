@@ -87,7 +87,6 @@ def measure(rounds: int, full: Path | None, options: list[str]) -> Iterator[Row]
                     seconds = start(command, folder / what, result)
                     figures.setdefault((what, cache), []).append(seconds)
                     print(f"round {number + 1}: {what}, {cache}: {seconds[0]:.1f} s", file=sys.stderr, flush=True)
-    return figures
     for (what, cache), pairs in figures.items():
         seconds, cpu_seconds = zip(*pairs)
         peer = ("cold", [wall for wall, _ in figures[what, "cold"]]) if cache == "warm" else None
