@@ -30,11 +30,11 @@ SMALLEST = {"batches": [1, 2], "lengths": [8], "layers": 1, "width": 64, "vocab"
 SMALL_ENCODER = {"layers": 1, "width": 64, "vocab": 64}  # decoding does not use it
 
 
-class Limits(NamedTuple):
-    """What this machine can do."""
+class Sizes(NamedTuple):
+    """Of what shows the limits of this machine."""
 
-    bytes_per_s: float
-    flop_per_s: float
+    megabytes: int = 1024
+    matrix: int = 2048
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,13 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"layers": args.layers, "width": args.width, "vocab": args.vocab}
         model = random_model(resize(RANDENG_1B.model, encoder=SMALL_ENCODER, decoder=sizes))
     twin = random_twin(model.config) if args.peer_seconds else None
-    limits = Limits(memory_rate(64), matmul_rate(512)) if args.smallest else Limits(memory_rate(), matmul_rate())
+    sizes = Sizes(64, 512) if args.smallest else Sizes()
     cells = [(batch, length) for batch in sorted(args.batches) for length in sorted(args.lengths)]
-    report(args, measure(model, twin, cells, args.rounds, limits, args.peer_seconds))
+    report(args, measure(model, twin, cells, args.rounds, sizes, args.peer_seconds))
 
 
 def measure(
-    model: DAVAE, twin, cells: list[tuple[int, int]], rounds: int, limits: Limits, peer_seconds: float
+    model: DAVAE, twin, cells: list[tuple[int, int]], rounds: int, sizes: Sizes, peer_seconds: float
 ) -> Iterator[Row]:
     """Yields a row for each number of texts and of tokens.
 
@@ -80,7 +80,7 @@ def measure(
         if "published" in rates:
             peer = "PyTorch without a cache", rates["published"]
             per_work = 1 / (min(rates["published"]) * length)
-        limit = fastest(model, batch, length, limits)
+        limit = fastest(model, batch, length, sizes)
         yield row({"texts": batch, "tokens": length}, "tokens/s", rates["davae-jax"], peer=peer, limit=limit)
 
 
@@ -111,7 +111,7 @@ def rate(run: Callable[[], int], texts: int) -> float:
     return texts * steps / (time.perf_counter() - start)
 
 
-def fastest(model: DAVAE, batch: int, length: int, limits: Limits) -> tuple[str, float]:
+def fastest(model: DAVAE, batch: int, length: int, sizes: Sizes) -> tuple[str, float]:
     """Returns which limit holds, and the tokens per second of a program that reaches it.
 
     A step reads all weights of the decoder once, except those that are applied to positions alone, and the keys and
@@ -120,8 +120,8 @@ def fastest(model: DAVAE, batch: int, length: int, limits: Limits) -> tuple[str,
     weights = [w for path, w in flat_params(model).items() if path.startswith("decoder.") and ".relative." not in path]
     config, itemsize = model.config.decoder, weights[0].dtype.itemsize
     keys_values = 2 * config.num_layers * config.hidden_size * itemsize * batch * length / 2
-    reading = (sum(w.nbytes for w in weights) + keys_values) / limits.bytes_per_s
-    multiplying = 2 * batch * sum(w.size for w in weights) / limits.flop_per_s
+    reading = (sum(w.nbytes for w in weights) + keys_values) / memory_rate(sizes.megabytes)
+    multiplying = 2 * batch * sum(w.size for w in weights) / matmul_rate(sizes.matrix)
     name = "memory stream" if reading > multiplying else "FLOP/s"
     return name, batch / max(reading, multiplying)
 

@@ -38,13 +38,12 @@ def main(argv: list[str] | None = None) -> None:
 def measure(config: DAVAEConfig, cells: list[tuple[int, int]], rounds: int, width: int) -> Iterator[Row]:
     """Yields a row for each number of texts and of tokens. `width` is that of the product that shows the limit."""
     model, twin, rng = random_model(config), random_twin(config), np.random.default_rng(0)
-    flop_per_s = matmul_rate(width)
     for batch, length in cells:
         ids = rng.integers(1, config.encoder.vocab_size, (batch, length))
         functions = {"davae-jax": partial(model.encode, ids.astype(np.int32)), "PyTorch": partial(encode, twin, ids)}
         times = time_in_turns(functions, rounds)
         rates = {name: [batch / t for t in seconds] for name, seconds in times.items()}
-        limit = "FLOP/s", flop_per_s / flops_per_text(config, length)
+        limit = "FLOP/s", matmul_rate(width) / flops_per_text(config, length)
         peer = "PyTorch", rates["PyTorch"]
         yield row({"texts": batch, "tokens": length}, "texts/s", rates["davae-jax"], peer=peer, limit=limit)
 

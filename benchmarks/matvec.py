@@ -24,13 +24,13 @@ WEIGHTS = 8  # matrices of each shape, so that none stays in the processor's cac
 def main(argv: list[str] | None = None) -> None:
     args = parse(make_parser(__doc__, __file__, rounds=7), argv, {})
     if args.smallest:
-        report(args, measure([1], [(16, 32)], args.rounds, memory_rate(64)))
+        report(args, measure([1], [(16, 32)], args.rounds, 64))
     else:
-        report(args, measure([1, 2, 4, 8], SHAPES, args.rounds, memory_rate()))
+        report(args, measure([1, 2, 4, 8], SHAPES, args.rounds, 1024))
 
 
-def measure(counts: list[int], shapes: list[tuple[int, int]], rounds: int, stream: float) -> Iterator[Row]:
-    """Yields a row for each number of vectors and each shape."""
+def measure(counts: list[int], shapes: list[tuple[int, int]], rounds: int, megabytes: int) -> Iterator[Row]:
+    """Yields a row for each number of vectors and each shape. `megabytes` are those that show the memory stream."""
     rng = np.random.default_rng(0)
     for count in counts:
         for d_in, d_out in shapes:
@@ -51,7 +51,7 @@ def measure(counts: list[int], shapes: list[tuple[int, int]], rounds: int, strea
                 "GB/s",
                 rates["used"],
                 peer=("x @ W", rates["in_out"]),
-                limit=("memory stream", stream / 1e9),
+                limit=("memory stream", memory_rate(megabytes) / 1e9),
                 **{"einsum, GB/s": summarize(rates["einsum"])},
             )
 
