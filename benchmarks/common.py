@@ -149,8 +149,8 @@ _fastest: dict[str, float] = {}  # rates of this process, by function: other pro
 def memory_rate(megabytes: int = 1024) -> float:
     """Returns the bytes per second that a sum over an array reads with all cores.
 
-    It is measured anew at each call, so that the limit of a row is measured beside the row: the fastest of five runs, or
-    of an earlier call.
+    It is measured anew at each call, so that the limit of a row is measured beside the row: the fastest of five runs,
+    or of an earlier call.
     """
     import jax
     import numpy as np

@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"layers": args.layers, "width": args.width, "vocab": args.vocab}
         model = random_model(resize(RANDENG_1B.model, encoder=SMALL_ENCODER, decoder=sizes))
     twin = random_twin(model.config) if args.peer_seconds else None
-    sizes = Sizes(64, 512) if args.smallest else Sizes()
+    shown_by = Sizes(64, 512) if args.smallest else Sizes()
     cells = [(batch, length) for batch in sorted(args.batches) for length in sorted(args.lengths)]
-    report(args, measure(model, twin, cells, args.rounds, sizes, args.peer_seconds))
+    report(args, measure(model, twin, cells, args.rounds, shown_by, args.peer_seconds))
 
 
 def measure(

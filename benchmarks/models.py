@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import tempfile
 from dataclasses import replace
@@ -91,7 +92,12 @@ def random_model(config: DAVAEConfig) -> DAVAE:
 
 
 def random_twin(config: DAVAEConfig):
-    """Returns a PyTorch twin of this config with PyTorch's initial weights, for evaluation."""
+    """Returns a PyTorch twin of this config with PyTorch's initial weights, for evaluation.
+
+    PyTorch's threads wait without spinning, if it is not imported yet: one that spins for another that has no core takes
+    ten times as long, and JAX's threads may have the core.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from davae_jax.parity.twin import Twin
 
     return Twin(config.to_dict()).eval()
