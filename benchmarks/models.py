@@ -94,8 +94,8 @@ def random_model(config: DAVAEConfig) -> DAVAE:
 def random_twin(config: DAVAEConfig):
     """Returns a PyTorch twin of this config with PyTorch's initial weights, for evaluation.
 
-    PyTorch's threads wait without spinning, if it is not imported yet: one that spins for another that has no core takes
-    ten times as long, and JAX's threads may have the core.
+    PyTorch's threads wait without spinning, if it is not imported yet: a product takes ten times as long where one
+    spins for another that has no core, and JAX's threads may have it.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from davae_jax.parity.twin import Twin
