@@ -5,6 +5,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from davae_jax.utils.errors import InputError
+
 
 def find_questions() -> dict[str, str]:
     """Returns the first line of the docstring of each benchmark, by name. No benchmark is imported."""
@@ -24,7 +26,11 @@ def main(argv: list[str] | None = None) -> None:
         width = max(map(len, questions))
         print("\n".join(f"{benchmark:{width}}  {question}" for benchmark, question in questions.items()))
     elif name in questions:
-        importlib.import_module(f"benchmarks.{name}").main(options)
+        try:
+            importlib.import_module(f"benchmarks.{name}").main(options)
+        except InputError as e:
+            print(f"python -m benchmarks {name}: {e}", file=sys.stderr)
+            raise SystemExit(e.exit_code) from None
     else:
         print(f"python -m benchmarks: there is no {name!r}; choose from {', '.join(questions)}", file=sys.stderr)
         raise SystemExit(2)

@@ -98,6 +98,14 @@ def test_a_process_tells_its_own_memory():
         common.run_python("-c", "raise SystemExit(3)")
 
 
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["decode", str(tmp_path / "none")])
+    assert error.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"python -m benchmarks decode: {tmp_path / 'none'}: ") and err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_the_smallest_size(name, tmp_path, monkeypatch):
