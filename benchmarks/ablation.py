@@ -1,18 +1,21 @@
-"""Evaluates each remedy for posterior collapse on the demo corpus, by a demo run without that remedy.
+"""What does each remedy for posterior collapse contribute on the demo corpus?
 
-    python benchmarks/ablation.py [RUNS_FOLDER] [--only NAME …]
+    python -m benchmarks ablation [RUNS_FOLDER] [--only NAME …]
 
-Trains the runs that are incomplete in RUNS_FOLDER (default runs/ablation), which takes four minutes per run on two
-cores, and prints the table of docs/ablation.md.
+Trains the demo once without each remedy, as far as RUNS_FOLDER (default runs/ablation) lacks these runs, which takes
+four minutes per run on two cores, and prints the table of docs/ablation.md.
 """
 
-import argparse
 import json
-import subprocess
+import shlex
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.common import ROOT, Row, make_parser, parse, report, run_python
+from benchmarks.models import SMALLEST_TRAINING
+
 SETTINGS = {
     "the demo": [],
     "no KL annealing": ["--beta.ratio-zero", "0", "--beta.ratio-increase", "0"],
@@ -24,39 +27,44 @@ SETTINGS = {
         *["--beta.ratio-zero", "0", "--beta.ratio-increase", "0", "--beta.max", "0.1", "--free-bits.mode", "off"]
     ],
 }
+SMALLEST = [*SMALLEST_TRAINING, "--steps", "2", "--log.figures", "8"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__, __file__)
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs/ablation"), metavar="RUNS_FOLDER")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    args = parser.parse_args()
-    rows = []
-    for name in args.only:
-        folder = args.runs / name.replace(" ", "-")
+    parser.add_argument("--options", default="", help="further options of train.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        smallest = {"runs": Path(scratch), "only": ["no free bits"], "options": shlex.join(SMALLEST)}
+        args = parse(parser, argv, smallest)
+        report(args, measure(args.runs, args.only, shlex.split(args.options)))
+
+
+def measure(runs: Path, names: list[str], options: list[str]) -> Iterator[Row]:
+    """Yields the row of each run, which is trained first if it is not complete."""
+    for name in names:
+        folder = runs.absolute() / name.replace(" ", "-")
         if not (folder / "figures.json").exists():
-            command = [sys.executable, ROOT / "train.py", "--run-dir", folder, "--log.samples", "0", *SETTINGS[name]]
-            subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
-        rows.append(row(name, folder))
-    titles = ["run", "KL, nats", "active units", "mutual information", "BLEU", "exact", "BLEU sampled", "prior valid"]
-    print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
-    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+            train = [ROOT / "train.py", "--run-dir", folder, "--log.samples", "0", *options, *SETTINGS[name]]
+            print(run_python(*train).output, file=sys.stderr)
+        yield row_of(name, folder)
 
 
-def row(name: str, folder: Path) -> list[str]:
-    """Returns the table cells of a run, from its final evaluation and the last line of its log."""
+def row_of(name: str, folder: Path) -> Row:
+    """Returns the figures of a run, from its final evaluation and the last line of its log."""
     metrics = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return [
-        name,
-        f"{last['kl_unmasked']:.1f}",
-        f"{metrics['active_units']} of {metrics['latent_size']}",
-        f"{metrics['mutual_information']:.2f}",
-        f"{metrics['bleu']:.1f}",
-        f"{metrics['exact_match']:.1%}",
-        f"{metrics['bleu_sampled']:.1f}",
-        f"{metrics['prior_valid']:.1%}",
-    ]
+    return {
+        "run": name,
+        "KL, nats": last["kl_unmasked"],
+        "active units": f"{metrics['active_units']} of {metrics['latent_size']}",
+        "mutual information": metrics["mutual_information"],
+        "BLEU": metrics["bleu"],
+        "exact, %": 100 * metrics["exact_match"],
+        "BLEU sampled": metrics["bleu_sampled"],
+        "prior valid, %": 100 * metrics["prior_valid"],
+    }
 
 
 if __name__ == "__main__":

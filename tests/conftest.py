@@ -26,7 +26,7 @@ LONGEST = [  # first those whose slow tests take longest
     *["test_train_step", "test_previous_version", "test_packing", "test_convert", "test_plan", "test_regularizers"],
     *["test_golden_model", "test_parity", "test_model", "test_warm_start", "test_generation", "test_cli"],
     *["test_check", "test_imports", "test_long_runs", "test_numerics", "test_golden_generation", "test_attention_tpu"],
-    "test_choose_attention",
+    *["test_choose_attention", "test_benchmarks"],
     *["test_evaluate", "test_metrics", "test_hub", "test_long_texts", "test_prepare", "test_text"],
 ]
 

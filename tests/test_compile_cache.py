@@ -1,10 +1,6 @@
 """Compiled programs are kept on the disk: where, for whom, and what happens to entries that cannot be used."""
 
-import json
 import os
-import shlex
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from functools import partial
@@ -13,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from test_train import ROOT, TEXTS, TINY
 
 from davae_jax.cli.base import Command, run_command
 from davae_jax.cli.train import main as train_main
@@ -186,16 +181,3 @@ def test_training_has_the_option(cache, monkeypatch):
     monkeypatch.setattr("davae_jax.training.loop.train", lambda _: TrainResult(None, None, 0, interrupted=True))
     assert train_main([]) == train_main(["--no-compile-cache"]) == 130
     assert calls == ["use_compile_cache", "disable_compile_cache"]
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_starts(tmp_path):
-    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    options = shlex.join(["--data.train", str(tmp_path / "texts.txt"), *map(str, TINY)])
-    command = [sys.executable, ROOT / "benchmarks" / "startup.py", "--rounds", 1, "--options", options]
-    subprocess.run([*map(str, command), "--json", str(tmp_path / "out.json")], check=True, stdout=subprocess.PIPE)
-    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"]
-    assert list(rows) == [
-        f"{what}, {cache}" for cache in ("cold", "warm") for what in ("train.py, first step", "davae sample")
-    ]
-    assert all(row["seconds"]["median"] > 0 for row in rows.values())

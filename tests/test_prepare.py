@@ -19,6 +19,7 @@ from input_files import FORMATS, TEXTS, write_input, write_texts
 from test_train import TINY, metrics_of, train
 from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
+from benchmarks import prepare_memory
 from davae_jax.cli.main import main
 from davae_jax.data.inputs import line_readers
 from davae_jax.data.inputs.bad_lines import BadLineLimit
@@ -939,10 +940,7 @@ def test_a_run_on_prepared_texts_resumes_bit_for_bit(tokenizer_folder, tmp_path)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts(tmp_path):
-    script = ROOT / "benchmarks" / "prepare_memory.py"
-    command = [sys.executable, script, tmp_path, "--texts", "2000", "--scales", "1", "10", "--json"]
-    found = json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
-    one, ten = found
+    one, ten = prepare_memory.measure(tmp_path, 2000, [1, 10])
     assert ten["texts"] > 9 * one["texts"]
-    for what in ("prepare_mb", "read_mb"):
+    for what in ("prepare, peak MB", "read, peak MB"):
         assert ten[what] < 1.1 * one[what]

@@ -78,6 +78,8 @@ def small(line):
         if "--init" in line:  # the halves bring their sizes
             options = ["--batch-size", "4", "--log.figures", "0", "--log.samples", "0", "--steps", "2"]
         line = re.sub(r" --steps \d+", "", line) + " " + shlex.join(options)
+    if line.startswith("python -m benchmarks "):
+        return line + " --smallest"
     return line + (
         " --max-length 12" if re.match(r"davae (generate|recon|inter|analogy|sample|attr|neigh|combine)", line) else ""
     )
