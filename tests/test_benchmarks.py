@@ -1,14 +1,22 @@
 """`python -m benchmarks`: each benchmark at its smallest size. The structure of what it writes is asserted, no time."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from benchmarks import common
 from benchmarks.__main__ import find_questions, main
+from davae_jax.model.davae import abstract_model, split
+from davae_jax.training.config import NoiseConfig
+from davae_jax.training.objective import StepContext, gradient
 
 QUESTIONS = find_questions()
 SUMMARY = {"median", "least", "most"}
@@ -106,10 +114,39 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path, capsys):
     assert err.startswith(f"python -m benchmarks decode: {tmp_path / 'none'}: ") and err.count("\n") == 1
 
 
+def test_the_peer_of_training_computes_the_same_loss_and_gradient():
+    """On texts of different lengths, without noise; the latents' noise is that of the step."""
+    torch = pytest.importorskip("torch")
+    from benchmarks.torch_training import TorchTraining
+    from benchmarks.train_step import SIZES, config_of, initial_params, make_batches, published_weights
+
+    config = config_of(**SIZES["smallest"])
+    adversarial = dataclasses.replace(config.adversarial, weight=0.1)
+    free_bits = dataclasses.replace(config.free_bits, target=0.0)
+    config = dataclasses.replace(config, adversarial=adversarial, free_bits=free_bits, noise=NoiseConfig(embedding=0.0))
+    (batch,), params = make_batches(config, 1), initial_params(config)
+    batch = batch._replace(lengths=np.arange(len(batch.lengths), dtype=np.int32)[:, None] % 40 + 3)
+    context = StepContext(jax.random.key(3), beta=jnp.float32(config.beta.max))
+    graphdef = split(abstract_model(config.model))[0]
+    grads, logs = jax.jit(lambda p: gradient(p, graphdef, batch, context, config))(params)
+    key_of_latents = jax.random.split(context.key, 6)[3]
+    eps = jax.random.normal(key_of_latents, (len(batch.lengths), config.model.latent_size))
+
+    peer = TorchTraining(config, published_weights(config, params))
+    peer.steps_taken = config.steps  # where β is at its maximum
+    losses = peer.loss(batch, torch.tensor(np.asarray(eps)))
+    losses["loss"].backward()
+    for name in ("loss", "rec", "kl", "loss_g"):
+        assert losses[name].item() == pytest.approx(float(logs[name]), rel=1e-5), name
+    norm = sum(p.grad.square().sum() for p in peer.main if p.grad is not None).sqrt().item()
+    expected = optax.tree.norm({half: grads[half] for half in ("encoder", "decoder")})
+    assert norm == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_the_smallest_size(name, tmp_path, monkeypatch):
-    if name in ("decode", "encode", "load", "data"):
+    if name in ("decode", "encode", "load", "data", "train_step"):
         torch = pytest.importorskip("torch")
         torch.set_num_threads(1)  # several would wait for each other where there are more workers than cores
     monkeypatch.chdir(tmp_path)  # nothing is left in the folder where it is started
