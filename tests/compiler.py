@@ -8,8 +8,9 @@ from importlib.metadata import version
 
 # The programs of the tests are small and run a few times each, so that optimizing them takes longer than it saves.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # later versions do not know this flag, and end a process that sets it
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # takes half of the compilation's time
+if version("jaxlib").startswith("0.10."):  # later versions do not know the first flag, and end a process that sets it
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # they take half of the compilation's time
+    QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # a program in 32 parts has much in it 32 times
 
 
 def share_programs() -> None:
