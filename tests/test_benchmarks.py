@@ -106,12 +106,19 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path, capsys):
     assert err.startswith(f"python -m benchmarks decode: {tmp_path / 'none'}: ") and err.count("\n") == 1
 
 
+@pytest.fixture
+def one_torch_thread():
+    """Several would wait for each other where there are more workers than cores."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_the_smallest_size(name, tmp_path, monkeypatch):
-    if name in ("decode", "encode", "load", "data"):
-        torch = pytest.importorskip("torch")
-        torch.set_num_threads(1)  # several would wait for each other where there are more workers than cores
+def test_the_smallest_size(name, tmp_path, monkeypatch, one_torch_thread):
     monkeypatch.chdir(tmp_path)  # nothing is left in the folder where it is started
     file = tmp_path / "out.json"
     table = printed([name, "--smallest", "--json", str(file)])
