@@ -143,12 +143,19 @@ def test_the_peer_of_training_computes_the_same_loss_and_gradient():
     assert norm == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.fixture
+def one_torch_thread():
+    """Several would wait for each other where there are more workers than cores."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_the_smallest_size(name, tmp_path, monkeypatch):
-    if name in ("decode", "encode", "load", "data", "train_step"):
-        torch = pytest.importorskip("torch")
-        torch.set_num_threads(1)  # several would wait for each other where there are more workers than cores
+def test_the_smallest_size(name, tmp_path, monkeypatch, one_torch_thread):
     monkeypatch.chdir(tmp_path)  # nothing is left in the folder where it is started
     file = tmp_path / "out.json"
     table = printed([name, "--smallest", "--json", str(file)])
