@@ -16,6 +16,7 @@ from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path, is_run_checkpoint, is_step
 from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
+from davae_jax.model.quantized import QuantizedWeight
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.json_files import json_sum
 from davae_jax.utils.signals import interrupt_at_end
@@ -37,18 +38,8 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
     """
     from orbax.checkpoint import v1 as ocp
 
-    check_files(path)
-    stored, sums = stored_shapes(path), _run_sums(path)
+    stored, sums = _checked_shapes(path, targets), _run_sums(path)
     targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
-    problems = [f"{p} is missing" for p in targets if p not in stored]
-    problems += [f"{p} is unexpected" for p in stored if p not in targets]
-    problems += [
-        f"{p} has shape {list(stored[p].shape)}, expected {list(t.shape)}"
-        for p, t in targets.items()
-        if p in stored and tuple(stored[p].shape) != t.shape
-    ]
-    if problems:
-        raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     with quiet_orbax():
         try:
             read = {p: _stored(t, stored[p].dtype) for p, t in targets.items()} if sums else targets
@@ -66,6 +57,45 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
         arrays_contain = "1 array contains" if len(not_finite) == 1 else f"{len(not_finite)} arrays contain"
         raise InputError(f"{path}: {arrays_contain} NaN or infinity: {', '.join(not_finite)}")
     return arrays
+
+
+def iterate_weights(path: Path, targets: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields what `load_weights` reads, one weight after the other, in the stored dtype and in memory.
+
+    Only a few weights are in memory at a time (`iterate_arrays`). The caller checks that the values are finite.
+
+    Args:
+      targets: an object with the expected `shape` for each weight.
+
+    Raises:
+      InputError: the checkpoint is incomplete or damaged, or its arrays do not fit the targets.
+    """
+    _checked_shapes(path, targets)
+    sums = _run_sums(path)
+    for name, array in iterate_arrays(path, _checkpointable_name(path)):
+        if sums and array_sum(array) != sums.get(f"{PARAMS_FOLDER}.{name}"):
+            raise InputError(f"{path}: checksum mismatch in {name}")
+        yield name, array
+
+
+def _checked_shapes(path: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `stored_shapes(path)` after checking the files' sums, if there are any, and the names and shapes.
+
+    Raises InputError if they do not fit the targets. `decoder.inv_freq` may be missing.
+    """
+    check_files(path)
+    stored = stored_shapes(path)
+    targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
+    problems = [f"{p} is missing" for p in targets if p not in stored]
+    problems += [f"{p} is unexpected" for p in stored if p not in targets]
+    problems += [
+        f"{p} has shape {list(stored[p].shape)}, expected {list(t.shape)}"
+        for p, t in targets.items()
+        if p in stored and tuple(stored[p].shape) != t.shape
+    ]
+    if problems:
+        raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
+    return stored
 
 
 def _stored(target: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.ShapeDtypeStruct:
@@ -148,7 +178,10 @@ def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
             except Exception as e:  # Orbax and TensorStore raise many types for damaged files
                 _check_exists(path)
                 raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
-        yield from flatten(loaded).items()
+        arrays = flatten(loaded)
+        del loaded, targets
+        for name in list(arrays):
+            yield name, arrays.pop(name)  # the caller alone keeps it
 
 
 def _read_groups(stored: FlatParams) -> Iterator[FlatParams]:
@@ -168,6 +201,9 @@ def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, A
     """Writes an Orbax checkpoint, uncompressed, one group at a time, so that only one group is in memory.
 
     `path` must not exist, and the checkpoint is incomplete until this returns: the caller writes to a staging folder.
+
+    Raises:
+      InputError: the weights are quantized, so that what they were is not known.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -176,6 +212,8 @@ def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, A
     context.array.saving.use_compression = False
     with context, quiet_orbax():
         for group in groups:
+            if quantized := [name for name, array in group.items() if isinstance(array, QuantizedWeight)]:
+                raise InputError(f"{path}: quantized weights cannot be saved, such as {quantized[0]}")
             sums |= {name: array_sum(np.asarray(array)) for name, array in group.items()}
             with interrupt_at_end():  # Orbax's threads would go on and write to a folder that is being removed
                 ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata | {SUMS: SUMS_FILE})
