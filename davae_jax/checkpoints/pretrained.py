@@ -25,7 +25,7 @@ from davae_jax.checkpoints.weights import (
 from davae_jax.model.config import DAVAEConfig, WeightFormat
 from davae_jax.model.davae import DAVAE, abstract_model, merge, split, weight_axes
 from davae_jax.model.decoder import inverse_frequencies
-from davae_jax.model.quantized import QuantizedWeight, check_format, is_quantized, quantize
+from davae_jax.model.quantized import STORED_DTYPES, QuantizedWeight, check_format, is_quantized, quantize
 from davae_jax.parallel.sharding import Axes, weight_sharding
 from davae_jax.utils.errors import InputError
 
@@ -82,7 +82,7 @@ def _target(
     if weights == "float32" or not is_quantized(path, leaf.shape):
         return array(axes, leaf.shape, leaf.dtype)
     scale = array(axes[:-1], leaf.shape[:-1], jnp.float32) if weights == "int8" else None
-    return QuantizedWeight(array(axes, leaf.shape, weights), scale)
+    return QuantizedWeight(array(axes, leaf.shape, STORED_DTYPES[weights]), scale)
 
 
 def _put(
@@ -98,14 +98,15 @@ def _put(
     for path, array in arrays:
         target = targets[path]
         if isinstance(target, QuantizedWeight):
-            cast = quantize(np.asarray(array), target.values.dtype.name)
-            dtype, numbers = target.values.dtype, cast.values if cast.scale is None else cast.scale
+            try:
+                cast = quantize(np.asarray(array), "bfloat16" if target.scale is None else "int8")
+            except FloatingPointError as e:
+                raise InputError(f"{folder}: {path} contains {e}") from None
         else:
             with np.errstate(over="ignore"):
-                cast = numbers = np.asarray(array).astype(target.dtype)
-            dtype = target.dtype
-        if not is_finite(numbers):
-            problem = f"overflows in {dtype}" if is_finite(array) else "contains NaN or infinity"
-            raise InputError(f"{folder}: {problem}: {path}")
+                cast = np.asarray(array).astype(target.dtype)
+            if not is_finite(cast):
+                problem = f"overflows in {target.dtype}" if is_finite(array) else "contains NaN or infinity"
+                raise InputError(f"{folder}: {problem}: {path}")
         placed[path] = jax.device_put(cast, jax.tree.map(lambda leaf: leaf.sharding, target))
     return placed
