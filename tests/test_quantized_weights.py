@@ -178,7 +178,7 @@ def assert_same_weights(found, expected):
 @pytest.mark.parametrize("published", [False, True])
 def test_loading(weights, published, tiny_checkpoint, tiny_vae, tmp_path, monkeypatch):
     """Weight by weight: no array of the model's is in memory in float32 but those that stay so."""
-    monkeypatch.setattr("davae_jax.checkpoints.weights.READ_BYTES", 1)
+    monkeypatch.setattr("davae_jax.checkpoints.weights.WEIGHT_BYTES", 1)
     folder = tiny_checkpoint
     if published:
         folder = export(folder, tmp_path / "published", dtype="float32", format="safetensors")

@@ -26,6 +26,7 @@ INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
 SUMS = "sums"  # key of the metadata: of a run's checkpoint, the sums of its arrays; of parameters, the file of the sums
 EXTRA_STATE, EXTRA_STATE_SUM = "remembered", "remembered_sum"  # further keys of a run's checkpoint
 READ_BYTES = 1 << 28  # of arrays that `iterate_arrays` reads together
+WEIGHT_BYTES = 1 << 25  # the same of `iterate_weights`, whose caller has little memory
 
 
 def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
@@ -72,7 +73,7 @@ def iterate_weights(path: Path, targets: Mapping[str, Any]) -> Iterator[tuple[st
     """
     _checked_shapes(path, targets)
     sums = _run_sums(path)
-    for name, array in iterate_arrays(path, _checkpointable_name(path)):
+    for name, array in iterate_arrays(path, _checkpointable_name(path), WEIGHT_BYTES):
         if sums and array_sum(array) != sums.get(f"{PARAMS_FOLDER}.{name}"):
             raise InputError(f"{path}: checksum mismatch in {name}")
         yield name, array
@@ -153,10 +154,10 @@ def stored_metadata(path: Path) -> dict[str, Any]:
     return _metadata(path).custom_metadata or {}
 
 
-def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
+def iterate_arrays(path: Path, item: str, read_bytes: int = READ_BYTES) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each array of an Orbax checkpoint with its path, in the stored dtype and in memory.
 
-    A few arrays are read together. Not more than READ_BYTES, or the largest array, is in memory at a time.
+    A few arrays are read together. Not more than `read_bytes`, or the largest array, is in memory at a time.
 
     Args:
       item: the name of the arrays in the checkpoint, "AUTO" if they are all that it contains.
@@ -170,7 +171,7 @@ def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
     is_nested = any(isinstance(value, Mapping) for value in stored.values())
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    for group in _read_groups(flatten(stored)):
+    for group in _read_groups(flatten(stored), read_bytes):
         targets = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in group.items()}
         with context, quiet_orbax():
             try:
@@ -184,12 +185,12 @@ def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
             yield name, arrays.pop(name)  # the caller alone keeps it
 
 
-def _read_groups(stored: FlatParams) -> Iterator[FlatParams]:
+def _read_groups(stored: FlatParams, read_bytes: int) -> Iterator[FlatParams]:
     group: FlatParams = {}
     size = 0
     for name, leaf in stored.items():
         n = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if group and size + n > READ_BYTES:
+        if group and size + n > read_bytes:
             yield group
             group, size = {}, 0
         group[name] = leaf
