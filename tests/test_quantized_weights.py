@@ -118,6 +118,13 @@ def test_products_in_bfloat16_add_in_float32():
     assert matmul_transposed(x, stored, out_dtype=jnp.float32).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_only_a_cpu_computes_block_by_block(platform):
+    weight = jax.tree.map(jnp.asarray, quantize(normal(70, 16), "int8"))
+    lowered = jax.jit(matmul_transposed).trace(normal(1, 16), weight).lower(lowering_platforms=(platform,))
+    assert ("stablehlo.while" in lowered.as_text()) == (platform == "cpu")
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_rows_of_an_embedding(weights, models):
     stored, plain = (model.decoder.embedding for model in models[weights])
