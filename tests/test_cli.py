@@ -290,6 +290,7 @@ def test_davae_without_a_command(davae):
         ("sample --top-p much", "--top-p"),
         ("sample --n", "--n"),
         ("sample --dtype int8", "--dtype"),
+        ("sample --weights int4", "--weights"),
         ("sample --nope\x1b[31m\n\x07", "--nope\\x1b[31m\\n\\x07"),
         ("sample --n \x1b[31m", "\\x1b[31m"),
     ],

@@ -16,6 +16,7 @@ from davae_jax.checkpoints.orbax_logging import quiet_orbax
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, PARAMS_FOLDER, check_path, is_run_checkpoint, is_step
 from davae_jax.checkpoints.sums import SUMS_FILE, array_sum, array_sums, check_files, write_sums
 from davae_jax.model.davae import Params, split
+from davae_jax.model.quantized import QuantizedWeight
 from davae_jax.utils.errors import InputError, first_line
 from davae_jax.utils.json_files import json_sum
 from davae_jax.utils.signals import interrupt_at_end
@@ -25,6 +26,7 @@ INV_FREQ_PATH = "decoder.inv_freq"  # the only weight that a checkpoint may lack
 SUMS = "sums"  # key of the metadata: of a run's checkpoint, the sums of its arrays; of parameters, the file of the sums
 EXTRA_STATE, EXTRA_STATE_SUM = "remembered", "remembered_sum"  # further keys of a run's checkpoint
 READ_BYTES = 1 << 28  # of arrays that `iterate_arrays` reads together
+WEIGHT_BYTES = 1 << 25  # the same of `iterate_weights`, whose caller has little memory
 
 
 def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> FlatParams:
@@ -37,18 +39,8 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
     """
     from orbax.checkpoint import v1 as ocp
 
-    check_files(path)
-    stored, sums = stored_shapes(path), _run_sums(path)
+    stored, sums = _checked_shapes(path, targets), _run_sums(path)
     targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
-    problems = [f"{p} is missing" for p in targets if p not in stored]
-    problems += [f"{p} is unexpected" for p in stored if p not in targets]
-    problems += [
-        f"{p} has shape {list(stored[p].shape)}, expected {list(t.shape)}"
-        for p, t in targets.items()
-        if p in stored and tuple(stored[p].shape) != t.shape
-    ]
-    if problems:
-        raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     with quiet_orbax():
         try:
             read = {p: _stored(t, stored[p].dtype) for p, t in targets.items()} if sums else targets
@@ -66,6 +58,45 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
         arrays_contain = "1 array contains" if len(not_finite) == 1 else f"{len(not_finite)} arrays contain"
         raise InputError(f"{path}: {arrays_contain} NaN or infinity: {', '.join(not_finite)}")
     return arrays
+
+
+def iterate_weights(path: Path, targets: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields what `load_weights` reads, one weight after the other, in the stored dtype and in memory.
+
+    Only a few weights are in memory at a time (`iterate_arrays`). The caller checks that the values are finite.
+
+    Args:
+      targets: an object with the expected `shape` for each weight.
+
+    Raises:
+      InputError: the checkpoint is incomplete or damaged, or its arrays do not fit the targets.
+    """
+    _checked_shapes(path, targets)
+    sums = _run_sums(path)
+    for name, array in iterate_arrays(path, _checkpointable_name(path), WEIGHT_BYTES):
+        if sums and array_sum(array) != sums.get(f"{PARAMS_FOLDER}.{name}"):
+            raise InputError(f"{path}: checksum mismatch in {name}")
+        yield name, array
+
+
+def _checked_shapes(path: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `stored_shapes(path)` after checking the files' sums, if there are any, and the names and shapes.
+
+    Raises InputError if they do not fit the targets. `decoder.inv_freq` may be missing.
+    """
+    check_files(path)
+    stored = stored_shapes(path)
+    targets = {p: t for p, t in targets.items() if p in stored or p != INV_FREQ_PATH}
+    problems = [f"{p} is missing" for p in targets if p not in stored]
+    problems += [f"{p} is unexpected" for p in stored if p not in targets]
+    problems += [
+        f"{p} has shape {list(stored[p].shape)}, expected {list(t.shape)}"
+        for p, t in targets.items()
+        if p in stored and tuple(stored[p].shape) != t.shape
+    ]
+    if problems:
+        raise InputError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(problems)}")
+    return stored
 
 
 def _stored(target: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.ShapeDtypeStruct:
@@ -123,10 +154,10 @@ def stored_metadata(path: Path) -> dict[str, Any]:
     return _metadata(path).custom_metadata or {}
 
 
-def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
+def iterate_arrays(path: Path, item: str, read_bytes: int = READ_BYTES) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each array of an Orbax checkpoint with its path, in the stored dtype and in memory.
 
-    A few arrays are read together. Not more than READ_BYTES, or the largest array, is in memory at a time.
+    A few arrays are read together. Not more than `read_bytes`, or the largest array, is in memory at a time.
 
     Args:
       item: the name of the arrays in the checkpoint, "AUTO" if they are all that it contains.
@@ -140,7 +171,7 @@ def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
     is_nested = any(isinstance(value, Mapping) for value in stored.values())
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    for group in _read_groups(flatten(stored)):
+    for group in _read_groups(flatten(stored), read_bytes):
         targets = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in group.items()}
         with context, quiet_orbax():
             try:
@@ -148,15 +179,18 @@ def iterate_arrays(path: Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
             except Exception as e:  # Orbax and TensorStore raise many types for damaged files
                 _check_exists(path)
                 raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
-        yield from flatten(loaded).items()
+        arrays = flatten(loaded)
+        del loaded, targets
+        for name in list(arrays):
+            yield name, arrays.pop(name)  # the caller alone keeps it
 
 
-def _read_groups(stored: FlatParams) -> Iterator[FlatParams]:
+def _read_groups(stored: FlatParams, read_bytes: int) -> Iterator[FlatParams]:
     group: FlatParams = {}
     size = 0
     for name, leaf in stored.items():
         n = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if group and size + n > READ_BYTES:
+        if group and size + n > read_bytes:
             yield group
             group, size = {}, 0
         group[name] = leaf
@@ -168,6 +202,9 @@ def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, A
     """Writes an Orbax checkpoint, uncompressed, one group at a time, so that only one group is in memory.
 
     `path` must not exist, and the checkpoint is incomplete until this returns: the caller writes to a staging folder.
+
+    Raises:
+      InputError: the weights are quantized, so that what they were is not known.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -176,6 +213,8 @@ def save_weights(path: Path, groups: Iterable[FlatParams], metadata: dict[str, A
     context.array.saving.use_compression = False
     with context, quiet_orbax():
         for group in groups:
+            if quantized := [name for name, array in group.items() if isinstance(array, QuantizedWeight)]:
+                raise InputError(f"{path}: quantized weights cannot be saved, such as {quantized[0]}")
             sums |= {name: array_sum(np.asarray(array)) for name, array in group.items()}
             with interrupt_at_end():  # Orbax's threads would go on and write to a folder that is being removed
                 ocp.partial.save(path.absolute(), nest(group), custom_metadata=metadata | {SUMS: SUMS_FILE})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -95,6 +95,8 @@ class Combine(GreedyCommand):
 
     Writes lines {"texts", "weights", "text"}.
     """
+
+    weight_format: tyro.conf.Suppress[Literal["float32"]] = "float32"  # --weights are those of the texts
 
     weights: tuple[float, ...]
     """A weight for each text, after the texts: 0.5 0.5 is the midpoint of two texts, -1 1 1 is an analogy."""

@@ -19,7 +19,7 @@ from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.inputs.encodings import UTF_8, check_encoding
 from davae_jax.data.inputs.readers import is_plain_text
 from davae_jax.data.inputs.texts import decode_lines
-from davae_jax.model.config import SAMPLING_SETTINGS, check_sampling
+from davae_jax.model.config import SAMPLING_SETTINGS, WeightFormat, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import check_output, read_bounded, read_stream, write_output
 
@@ -60,6 +60,9 @@ class TextCommand(Command):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. On a CPU, float32 is faster."""
+
+    weight_format: Annotated[WeightFormat, tyro.conf.arg(name="weights")] = "float32"
+    """Storage of the weights. bfloat16 takes half of float32's memory and int8 a quarter; both are less exact."""
 
     batch_size: int = 16
     """Number of texts per batch; affects speed and memory, not results."""
@@ -128,7 +131,9 @@ class TextCommand(Command):
         """Loads the model. label: names the i-th text, from 1, in its warnings."""
         from davae_jax.inference.text_vae import TextVAE
 
-        vae = TextVAE.from_pretrained(self.model, tokenizers=self.tokenizers, dtype=self.dtype)
+        vae = TextVAE.from_pretrained(
+            self.model, tokenizers=self.tokenizers, dtype=self.dtype, weights=self.weight_format
+        )
         vae.batch_size = self.batch_size
         vae.progress = True
         vae.label = label

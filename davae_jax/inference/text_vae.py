@@ -17,9 +17,10 @@ from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
 from davae_jax.inference.generation import NotFiniteError, check_prompts, generate, sampling_settings
-from davae_jax.model.config import SAMPLING_SETTINGS, DAVAEConfig
+from davae_jax.model.config import SAMPLING_SETTINGS, DAVAEConfig, WeightFormat
 from davae_jax.model.davae import DAVAE
 from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours, slerp
+from davae_jax.model.quantized import check_format
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import END, DecoderTokenizer
 from davae_jax.tokenizers.encoder import EncoderTokenizer
@@ -64,22 +65,24 @@ class TextVAE:
         *,
         tokenizers: str | Path | None = None,
         dtype=jnp.float32,
+        weights: WeightFormat = "float32",
         mesh: Mesh | None = None,
     ) -> TextVAE:
         """Loads a model and its tokenizers.
 
         Args:
-          source, dtype, mesh: as for `davae_jax.from_pretrained`.
+          source, dtype, weights, mesh: as for `davae_jax.from_pretrained`.
           tokenizers: a folder with spiece.model and vocab.txt; the default is the source.
 
         Raises:
           InputError: a file is missing or damaged, or the tokenizers do not fit the model.
         """
+        check_format(weights)
         folder = resolve_source(source)
         config = DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE)
         # The tokenizers are loaded first, so that an error in them does not come after a minute of loading weights.
         pair = load_tokenizers(config_folder(folder) if tokenizers is None else Path(tokenizers), config)
-        vae = cls(from_pretrained(folder, dtype=dtype, mesh=mesh), *pair)
+        vae = cls(from_pretrained(folder, dtype=dtype, weights=weights, mesh=mesh), *pair)
         vae.source = str(source)
         return vae
 

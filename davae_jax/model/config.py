@@ -315,3 +315,6 @@ Remat = Literal["none", "dots", "full"]
 # kernels for TPUs that never write the scores to memory (`attention_tpu`). auto: a training run tries the others on its
 # devices and chooses one (`training.choose_attention`); where none has been chosen, it is xla.
 Attention = Literal["auto", "xla", "mosaic_tpu"]
+
+# How the matrices of encoder and decoder are stored for inference (`model.quantized`). float32: in the model's dtype.
+WeightFormat = Literal["float32", "bfloat16", "int8"]

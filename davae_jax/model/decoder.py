@@ -319,7 +319,7 @@ class DecoderLayer(nnx.Module):
 
     def _project(self, h: Float[Array, "B T D"], which: slice) -> list[Float[Array, "B N T H"]]:
         """Returns those of queries, keys and values (0, 1, 2) that the slice selects."""
-        weight, bias = (p[...][which].astype(self.dtype) for p in (self.qkv_weight, self.qkv_bias))
+        weight, bias = self.qkv_weight[...][which], self.qkv_bias[...][which].astype(self.dtype)
         n, D = bias.shape
         y = matmul_transposed(h, weight) + bias
         y = y.reshape(*h.shape[:-1], n, self.num_heads, D // self.num_heads)

@@ -18,7 +18,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from davae_jax.model import quantized
 from davae_jax.model.config import Remat
+from davae_jax.model.quantized import QuantizedWeight
 from davae_jax.parallel.sharding import Axes, embedding_lookup
 
 INIT_STDDEV = 0.02  # of the normal initialization, as in BERT and GPT-2, if no initializer_range is given
@@ -51,7 +53,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = matmul_transposed(x.astype(self.dtype), self.weight[...].astype(self.dtype))
+        y = matmul_transposed(x.astype(self.dtype), self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -82,21 +84,27 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return embedding_lookup(self.weight[...], ids).astype(self.dtype)
+        weight = self.weight[...]
+        rows = weight.rows(ids) if isinstance(weight, QuantizedWeight) else embedding_lookup(weight, ids)
+        return rows.astype(self.dtype)
 
     def logits(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns h · Eᵀ, the logits of a tied output embedding, accumulated in float32."""
-        return matmul_transposed(h.astype(self.dtype), self.weight[...].astype(self.dtype), out_dtype=jnp.float32)
+        return matmul_transposed(h.astype(self.dtype), self.weight[...], out_dtype=jnp.float32)
 
 
-def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*out I"], out_dtype=None) -> Array:
-    """Returns x · wᵀ over the last axis of both, [..., *out]. The axes of w are not merged, so each keeps its sharding.
+def matmul_transposed(x: Float[Array, "... I"], w: Float[Array, "*out I"] | QuantizedWeight, out_dtype=None) -> Array:
+    """Returns x · wᵀ over the last axis of both, [..., *out], computed in the dtype of x.
+
+    The axes of w are not merged, so each keeps its sharding.
 
     For up to 8 rows (decoding token by token) the product is computed with the weight on the left: on CPU, XLA then
     reads it from memory about twice as fast (`benchmarks/matvec.py`). The numbers are the same. The barrier keeps the
     compiler from folding the transpose back into the product.
     """
-    rows = x.size // x.shape[-1]
+    if isinstance(w, QuantizedWeight):
+        return quantized.matmul_transposed(x, w, out_dtype or x.dtype)
+    rows, w = x.size // x.shape[-1], w.astype(x.dtype)
     if rows > 8:
         return jnp.tensordot(x, w, axes=(-1, -1), preferred_element_type=out_dtype)
     w_OI, x_RI = w.reshape(-1, w.shape[-1]), x.reshape(rows, x.shape[-1])
