@@ -1,126 +1,97 @@
-"""Measures what weights in bfloat16 and int8 save, and what they change.
+"""What do weights in bfloat16 and int8 save, what do they cost, and what do they change?
 
-    python benchmarks/weights.py MODEL [--json FILE] [--batches 1 2 8 64] [--tokens 32] [--rounds 3] [--texts 32]
+    python -m benchmarks weights [DIR] [--batches 1 2 8 64] [--tokens 32] [--texts 32] [--layers N] [--width N]
 
-MODEL is a folder that `davae_jax.from_pretrained` reads. For float32, bfloat16 and int8 the program prints:
+DIR is a folder with a model, in any form; without it the model has random weights and the given sizes of the decoder.
+Three tables:
 
 - the bytes of the weights, and the peak memory of a process that loads the model and generates 8 tokens;
-- tokens per second after compilation, greedy, for each batch size (the formats take turns; the median of the rounds),
-  and in brackets the bytes per second of the decoder's weights, each read once per step, as a share of the memory
-  bandwidth that a sum over 1 GB reaches on this machine;
-- the difference from float32: of the logits of texts (largest and mean absolute value), of the KL (mean absolute
-  value), and the share of tokens that greedy decoding from the same latents leaves equal.
-
-The texts are samples of the float32 model if the folder has tokenizers, otherwise random ids.
+- tokens per second of greedy decoding, in turns, with float32 as the peer. The limit is the time to read the decoder's
+  weights once per token at the rate of this machine's memory;
+- differences from float32: of the logits of texts, of the KL, and of what greedy decoding makes of the same latents.
+  The texts are samples of the float32 model if the folder has tokenizers, otherwise random ids.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import davae_jax
+from benchmarks.common import Row, in_turns, make_parser, memory_rate, parse, positive, report, row, run_python
+from benchmarks.models import add_sizes, resize, write_published
 from davae_jax.checkpoints.weights import flat_params
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.tokenizers.load import TOKENIZER_FILES
+from davae_jax.training.presets import RANDENG_1B
 
-ROOT = Path(__file__).parent.parent
 FORMATS = ("float32", "bfloat16", "int8")
-PEAK = """
-import resource, sys
+ENCODER = {"layers": 4}  # of a model with random weights; decoding does not use it
+SMALLEST = {"batches": [1], "tokens": 4, "texts": 2, "layers": 1, "width": 64, "vocab": 64}
+LOAD_AND_GENERATE = """
+import sys
 import numpy as np
 import davae_jax
 model = davae_jax.from_pretrained(sys.argv[1], weights=sys.argv[2])
 davae_jax.generate(model, np.zeros((1, model.config.latent_size)), max_length=8, top_k=1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8, 64])
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--texts", type=int, default=32)
-    args = parser.parse_args(argv)
-    peaks = {weights: peak_memory(args.model, weights) for weights in FORMATS}
-    models = {weights: davae_jax.from_pretrained(args.model, weights=weights) for weights in FORMATS}
-    bandwidth = read_rate()
-    speeds = speed_rows(models, bandwidth, args.batches, args.tokens, args.rounds)
-    changes = change_rows(models, *make_texts(args.model, models["float32"], args.texts))
-    rows = [
-        {"weights": name, "bytes": sum(w.nbytes for w in flat_params(model).values()), "peak_bytes": peaks[name]}
-        | {"speed": speeds[name]}
-        | changes[name]
-        for name, model in models.items()
-    ]
-    print_rows(rows, bandwidth)
-    if args.json:
-        args.json.write_text(json.dumps({"read_bytes_per_s": bandwidth, "rows": rows}, indent=1) + "\n")
+    parser = make_parser(__doc__, __file__, rounds=3)
+    parser.add_argument("model", type=Path, nargs="?", metavar="DIR")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 8, 64], help="numbers of texts")
+    parser.add_argument("--tokens", type=positive, default=32, help="tokens of each text (32)")
+    parser.add_argument("--texts", type=positive, default=32, help="number of texts for the differences (32)")
+    add_sizes(parser, RANDENG_1B.model)
+    args = parse(parser, argv, SMALLEST)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model
+        if folder is None:
+            decoder = {"layers": args.layers, "width": args.width, "vocab": args.vocab}
+            encoder = ENCODER | ({"layers": 1, "width": 64, "vocab": 64} if args.smallest else {})
+            folder = write_published(
+                resize(RANDENG_1B.model, encoder=encoder, decoder=decoder), Path(scratch) / "model"
+            )
+        megabytes = 64 if args.smallest else 1024
+        report(args, measure(folder, args.batches, args.tokens, args.rounds, args.texts, megabytes))
 
 
-def peak_memory(folder: Path, weights: str) -> int:
-    """Returns the peak resident memory, in bytes, of a process that loads the model and generates 8 tokens."""
-    command = [sys.executable, "-c", PEAK, str(folder.absolute()), weights]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True).stdout)
-
-
-def speed_rows(models: dict, bandwidth: float, batches: list[int], tokens: int, rounds: int) -> dict[str, list[dict]]:
-    """Returns, for each format, the speed at each batch size. The formats take turns in every round."""
-    speeds: dict[str, list[dict]] = {name: [] for name in models}
+def measure(folder: Path, batches: list[int], tokens: int, rounds: int, texts: int, megabytes: int) -> Iterator[Row]:
+    """Yields the rows of the three tables. megabytes: of the array that shows the rate of the memory."""
+    peaks = {weights: run_python("-c", LOAD_AND_GENERATE, folder.absolute(), weights).peak_MB for weights in FORMATS}
+    models = {weights: davae_jax.from_pretrained(folder, weights=weights) for weights in FORMATS}
+    for name, model in models.items():
+        size = sum(w.nbytes for w in flat_params(model).values()) / 1e6
+        yield {"table": "Memory", "weights": name, "MB": size, "MB, peak of a process": peaks[name]}
     for batch in batches:
-        rates: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(rounds + 1):
-            for name, model in models.items():
-                seconds, steps = time_steps(model, batch, tokens)
-                if turn:  # the first one compiles
-                    rates[name].append(batch * steps / seconds)
+        turns = {name: partial(generation_rate, model, batch, tokens) for name, model in models.items()}
+        in_turns(turns, 1)  # compiles
+        rates = in_turns(turns, rounds)
         for name, model in models.items():
-            rate = statistics.median(rates[name])
-            share = decoder_bytes(model) * rate / batch / bandwidth
-            low, high = min(rates[name]), max(rates[name])
-            speeds[name].append(dict(batch=batch, tokens_per_s=rate, least=low, most=high, share_of_bandwidth=share))
-    return speeds
+            limit = "memory stream", batch * memory_rate(megabytes) / decoder_bytes(model)
+            labels = {"table": "Speed", "weights": name, "texts": batch}
+            peer = None if name == "float32" else ("float32", rates["float32"])
+            yield row(labels, "tokens/s", rates[name], peer=peer, limit=limit)
+    changes = find_changes(models, *make_texts(folder, models["float32"], texts))
+    yield from ({"table": "Differences", "weights": name} | found for name, found in changes.items())
 
 
-def time_steps(model: davae_jax.DAVAE, batch: int, tokens: int) -> tuple[float, int]:
-    """Returns the seconds that generation takes, and its number of steps, which is less if all texts end early."""
+def generation_rate(model: davae_jax.DAVAE, batch: int, tokens: int) -> float:
+    """Returns the tokens per second of greedy decoding; its steps are fewer than asked for if all texts end early."""
     latent = np.random.default_rng(0).standard_normal((batch, model.config.latent_size), np.float32)
     start = time.perf_counter()
     ids = davae_jax.generate(model, latent, max_length=tokens + 1, top_k=1)
-    seconds = time.perf_counter() - start
-    return seconds, min(tokens, max(map(len, ids)))
+    return batch * min(tokens, max(map(len, ids))) / (time.perf_counter() - start)
 
 
 def decoder_bytes(model: davae_jax.DAVAE) -> int:
     """Returns the bytes of the weights that a step reads: the decoder's without `relative`, which is applied once."""
     weights = flat_params(model).items()
     return sum(w.nbytes for path, w in weights if path.startswith("decoder.") and ".relative." not in path)
-
-
-def read_rate() -> float:
-    """Returns the memory bandwidth, in bytes per second, of a sum over 1 GB with all cores."""
-    x = np.ones(1 << 28, np.float32)
-    total = jax.jit(lambda parts: [part.sum() for part in parts])
-    parts = [jax.numpy.asarray(part) for part in np.split(x, 8 * (os.cpu_count() or 1))]
-    jax.block_until_ready(total(parts))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(total(parts))
-        times.append(time.perf_counter() - start)
-    return x.nbytes / min(times)
 
 
 def make_texts(folder: Path, model: davae_jax.DAVAE, n: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -134,7 +105,7 @@ def make_texts(folder: Path, model: davae_jax.DAVAE, n: int) -> tuple[list[list[
     return tuple(rng.integers(1, size, (n, 32)).tolist() for size in sizes)
 
 
-def change_rows(models: dict, encoder_ids: list[list[int]], decoder_ids: list[list[int]]) -> dict[str, dict]:
+def find_changes(models: dict, encoder_ids: list[list[int]], decoder_ids: list[list[int]]) -> dict[str, dict]:
     """Returns, for each format, how it differs from float32. All decode the latents of the float32 model."""
     encoder_ids, _ = pad(encoder_ids)
     padded, mask = pad(decoder_ids)
@@ -150,16 +121,16 @@ def change_rows(models: dict, encoder_ids: list[list[int]], decoder_ids: list[li
     for name, (other_kl, other_logits, other_texts) in values.items():
         difference = np.abs(other_logits - logits)
         equal = [equal_share(x[1:], y[1:]) for x, y in zip(texts, other_texts, strict=True)]
-        rows[name] = dict(
-            logits_rms=float(np.sqrt(np.mean(np.square(logits, dtype=np.float64)))),
-            logits_max_difference=float(difference.max()),
-            logits_mean_difference=float(difference.mean()),
-            equal_next_tokens=float((other_logits.argmax(-1) == logits.argmax(-1)).mean()),
-            kl=float(other_kl.mean()),
-            kl_mean_difference=float(np.abs(other_kl - kl).mean()),
-            equal_greedy_tokens=float(np.mean(equal)),
-            equal_greedy_texts=float(np.mean([x == y for x, y in zip(texts, other_texts, strict=True)])),
-        )
+        rows[name] = {
+            "logits, RMS": float(np.sqrt(np.mean(np.square(logits, dtype=np.float64)))),
+            "largest difference": float(difference.max()),
+            "mean difference": float(difference.mean()),
+            "equal next tokens": float((other_logits.argmax(-1) == logits.argmax(-1)).mean()),
+            "KL": float(other_kl.mean()),
+            "mean difference of the KL": float(np.abs(other_kl - kl).mean()),
+            "equal greedy tokens": float(np.mean(equal)),
+            "equal greedy texts": float(np.mean([x == y for x, y in zip(texts, other_texts, strict=True)])),
+        }
     return rows
 
 
@@ -176,22 +147,6 @@ def pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     array = np.zeros(mask.shape, np.int32)
     array[mask] = np.concatenate(rows)
     return array, mask
-
-
-def print_rows(rows: list[dict], bandwidth: float) -> None:
-    """Prints a line for each figure and a column for each format."""
-    print(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s, {os.cpu_count()} cores, jax {jax.__version__}")
-    lines = {"": [row["weights"] for row in rows]}
-    for name, label in [("bytes", "weights, MB"), ("peak_bytes", "peak memory, MB")]:
-        lines[label] = [f"{row[name] / 1e6:,.0f}" for row in rows]
-    for i, speed in enumerate(rows[0]["speed"]):
-        values = [row["speed"][i] for row in rows]
-        label = f"tokens/s at batch {speed['batch']}"
-        lines[label] = [f"{v['tokens_per_s']:.1f} ({v['share_of_bandwidth']:.0%})" for v in values]
-    for name in list(rows[0])[4:]:
-        lines[name.replace("_", " ")] = [f"{row[name]:.4g}" for row in rows]
-    for label, values in lines.items():
-        print(f"{label:26}" + "".join(f"{value:>18}" for value in values))
 
 
 if __name__ == "__main__":
