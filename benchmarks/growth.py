@@ -31,7 +31,8 @@ from benchmarks import compile_time, prepare_memory
 from benchmarks.common import ROOT, Row, make_parser, matmul_rate, parse, report, row
 from benchmarks.models import random_model, resize
 from davae_jax.data.batches import Batch
-from davae_jax.model.davae import abstract_model, split
+from davae_jax.model.davae import abstract_training_model, split
+from davae_jax.model.stack import stack_layers
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh
@@ -106,7 +107,8 @@ def config_of(axis: str = "", size: int = 0) -> TrainConfig:
 
 def step_row(labels: Row, config: TrainConfig, rounds: int, flop_per_s: float) -> Row:
     """Returns the seconds of a training step on full rows, and its memory."""
-    graphdef, params = split(random_model(config.model))
+    graphdef = split(abstract_training_model(config.model))[0]
+    params = stack_layers(split(random_model(config.model))[1])
     state, (S, T) = init_state(params, config), longest_rows(config)
     rng, model = np.random.default_rng(0), config.model
     encoder_ids = rng.integers(1, model.encoder.vocab_size, (config.batch_size, S), np.int32)
@@ -134,7 +136,7 @@ def collective_bytes(devices: int, axis: str) -> Row:
     mesh = Mesh(
         np.array(jax.devices("cpu")[:devices]).reshape(*shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 3
     )
-    model = abstract_model(config.model)
+    model = abstract_training_model(config.model)
     state = abstract_state(model, config, mesh)
     with jax.set_mesh(mesh):
         lowered = make_train_step(split(model)[0], config, state).lower(state, batch_shapes(config, config.batch_size))

@@ -93,11 +93,9 @@ def make_batches(config: TrainConfig, count: int = 8) -> list[Batch]:
 
 def initial_params(config: TrainConfig) -> Params:
     """Returns the weights of a new model."""
-    import jax
-
     from benchmarks.models import random_model
 
-    return jax.tree.map(jax.numpy.asarray, split(random_model(config.model))[1])
+    return split(random_model(config.model))[1]
 
 
 def published_weights(config: TrainConfig, params: Params) -> dict[str, np.ndarray]:

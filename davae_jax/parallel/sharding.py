@@ -80,9 +80,8 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     """Returns the sharding of a weight; without a mesh, it is on the first device."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if (
-        len(shape) - axes.count("layer") == 1
-    ):  # vectors are not sharded over fsdp: they are small, and hundreds of small all-gathers are slow
+    # Vectors are not sharded over fsdp: they are small, and hundreds of small all-gathers are slow.
+    if len(shape) - axes.count("layer") == 1:
         axes = tuple(None if name == "embed" else name for name in axes)
     # The model's operations name no output shardings, so the axes must be Auto, even if the caller's mesh differs.
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
