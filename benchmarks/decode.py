@@ -21,8 +21,7 @@ import numpy as np
 
 import davae_jax
 from benchmarks.common import Row, in_turns, make_parser, matmul_rate, memory_rate, parse, positive, report, row
-from benchmarks.models import add_sizes, random_model, random_twin, resize
-from davae_jax.checkpoints.weights import flat_params
+from benchmarks.models import add_sizes, decoder_weights, random_model, random_twin, resize
 from davae_jax.model.davae import DAVAE
 from davae_jax.training.presets import RANDENG_1B
 
@@ -118,7 +117,7 @@ def fastest(model: DAVAE, batch: int, length: int, sizes: Sizes) -> tuple[str, f
     A step reads all weights of the decoder once, except those that are applied to positions alone, and the keys and
     values of the tokens so far: in the mean, of half of them.
     """
-    weights = [w for path, w in flat_params(model).items() if path.startswith("decoder.") and ".relative." not in path]
+    weights = decoder_weights(model)
     config, itemsize = model.config.decoder, weights[0].dtype.itemsize
     keys_values = 2 * config.num_layers * config.hidden_size * itemsize * batch * length / 2
     reading = (sum(w.nbytes for w in weights) + keys_values) / memory_rate(sizes.megabytes)

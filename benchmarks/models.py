@@ -91,6 +91,11 @@ def random_model(config: DAVAEConfig) -> DAVAE:
     return merge(split(abstract_model(config))[0], params)
 
 
+def decoder_weights(model: DAVAE) -> list:
+    """Returns the weights that a step of decoding reads: the decoder's without `relative`, which is applied once."""
+    return [w for path, w in flat_params(model).items() if path.startswith("decoder.") and ".relative." not in path]
+
+
 def random_twin(config: DAVAEConfig):
     """Returns a PyTorch twin of this config with PyTorch's initial weights, for evaluation.
 

@@ -22,7 +22,7 @@ import numpy as np
 
 import davae_jax
 from benchmarks.common import Row, in_turns, make_parser, memory_rate, parse, positive, report, row, run_python
-from benchmarks.models import add_sizes, resize, write_published
+from benchmarks.models import add_sizes, decoder_weights, resize, write_published
 from davae_jax.checkpoints.weights import flat_params
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.tokenizers.load import TOKENIZER_FILES
@@ -72,7 +72,7 @@ def measure(folder: Path, batches: list[int], tokens: int, rounds: int, texts: i
         in_turns(turns, 1)  # compiles
         rates = in_turns(turns, rounds)
         for name, model in models.items():
-            limit = "memory stream", batch * memory_rate(megabytes) / decoder_bytes(model)
+            limit = "memory stream", batch * memory_rate(megabytes) / sum(w.nbytes for w in decoder_weights(model))
             labels = {"table": "Speed", "weights": name, "texts": batch}
             peer = None if name == "float32" else ("float32", rates["float32"])
             yield row(labels, "tokens/s", rates[name], peer=peer, limit=limit)
@@ -86,12 +86,6 @@ def generation_rate(model: davae_jax.DAVAE, batch: int, tokens: int) -> float:
     start = time.perf_counter()
     ids = davae_jax.generate(model, latent, max_length=tokens + 1, top_k=1)
     return batch * min(tokens, max(map(len, ids))) / (time.perf_counter() - start)
-
-
-def decoder_bytes(model: davae_jax.DAVAE) -> int:
-    """Returns the bytes of the weights that a step reads: the decoder's without `relative`, which is applied once."""
-    weights = flat_params(model).items()
-    return sum(w.nbytes for path, w in weights if path.startswith("decoder.") and ".relative." not in path)
 
 
 def make_texts(folder: Path, model: davae_jax.DAVAE, n: int) -> tuple[list[list[int]], list[list[int]]]:
