@@ -2,7 +2,7 @@
 
 JAX's coordination service, which runs in process 0, ends every process when one has sent no heartbeat for the timeout;
 its log message names that process. A collective operation that has lost a process raises an error, or waits until JAX
-ends it.
+ends it; a barrier of Orbax raises an error in the moment in which JAX ends the process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from davae_jax.parallel.launchers import OPTIONS, check_alone, expected_processe
 from davae_jax.utils.errors import InputError, first_line
 
 HEARTBEAT_TIMEOUT = 100  # seconds, JAX's default
+ABORT_SECONDS = 5  # between the moment when JAX's service notices a loss and the end of this process, on a busy machine
 
 
 def connect(config: DistributedConfig) -> None:
@@ -117,11 +119,17 @@ def explain_lost_process() -> Iterator[None]:
     except Exception as e:
         if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
-        raise InputError(suspect_other_processes(f"{type(e).__name__}: {first_line(e)}")) from e
+        raise suspect_other_processes(f"{type(e).__name__}: {first_line(e)}") from e
 
 
-def suspect_other_processes(reason: str) -> str:
-    """Returns the message of an error that the loss of another process may have caused, if there are others."""
+def suspect_other_processes(reason: str) -> InputError:
+    """Returns the error for a failure that the loss of another process may have caused, if there are others.
+
+    It first gives JAX the time to end this process, as it does where its coordination service has noticed the loss: its
+    message names the lost process, and a second one would be in the way. Process 0 waits longest, since its end would
+    abort the others before their messages.
+    """
     if jax.process_count() == 1:
-        return reason
-    return f"process {jax.process_index()}: {reason}; if another process ended before, see its output"
+        return InputError(reason)
+    time.sleep(ABORT_SECONDS * (2 if is_process_zero() else 1))
+    return InputError(f"process {jax.process_index()}: {reason}; if another process ended before, see its output")

@@ -228,7 +228,7 @@ class Checkpoints:
                 f"{self.run / CHECKPOINTS_FOLDER}: step {self._saving} cannot be saved ({reason or first_line(e)}); "
                 f"the last complete checkpoint is {self.last}"
             )
-            raise InputError(problem if reason else suspect_other_processes(problem)) from e
+            raise (InputError(problem) if reason else suspect_other_processes(problem)) from e
 
 
 class _Damaged(Exception):
