@@ -215,7 +215,8 @@ def held_out_batches(
 ) -> list[Batch]:
     """Returns the held-out texts on the devices, in batches of one shape, each as large as a micro-batch.
 
-    At most `config.log.held_out` texts are used. None may be too long (`filter_by_length`).
+    At most `config.log.held_out` texts are used, without a rest that fills no batch. None may be too long
+    (`filter_by_length`).
     """
     texts = texts[: config.log.held_out]
     if not texts:
