@@ -52,7 +52,7 @@ from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
 
 TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-COMPARISON_KEYS = {"settings", "seeds", "found"}  # of comparison.json, which is written before the other files
+COMPARISON_KEYS = {"settings", "seeds"}  # of comparison.json, which is written before the other files
 MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
 MAX_NAME_BYTES = 255  # of a file or folder
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
@@ -148,7 +148,7 @@ class Compare(Command):
         values = {
             "settings": study.settings,
             "seeds": study.seeds,
-            "found": results,
+            "metrics": results,
             "compared": summary_statistics(results),
         }
         write_json(self.output / "comparison.json", as_json(values))
