@@ -33,6 +33,9 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "attribute": ("strengthen or weaken an attribute that examples show", _command("latent", "Attribute")),
     "neighbours": ("sample texts around a text", _command("latent", "Neighbours")),
     "combine": ("add and subtract texts in the latent space", _command("latent", "Combine")),
+    "encode": ("encode texts to a file of latents, .npz or Parquet", _command("latent_files", "Encode")),
+    "decode": ("decode the latents of a file", _command("latent_files", "Decode")),
+    "traverse": ("decode latents along a dimension or a direction", _command("latent_files", "Traverse")),
     "evaluate": ("evaluate a model: metrics and an HTML report", _command("evaluate", "Evaluate")),
     "compare": ("train several settings over several seeds and compare them", _command("compare", "Compare")),
     "plan": (
