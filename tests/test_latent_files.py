@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from test_compare import Checked
 from tokenizer_fixtures import sentences
 
 from davae_jax import InputError
@@ -99,6 +100,8 @@ def test_latents_of_other_programs(davae, tiny_vae, tmp_path):
         out, code, err = davae("decode", "--latents", tmp_path / argv[0], *argv[1:])
         assert (code, err) == (0, "")
         assert rows_of(out) == [{"decoded": text} for text in tiny_vae.decode(latents)]
+    out, code, err = davae("decode", "--latents", tmp_path / "z.npy", "--key", "z")
+    assert (out, code) == ("", 2) and err.endswith("z.npy: is one array, which --key cannot name\n")
     sampled = davae("decode", "--latents", tmp_path / "z.npy", "--temperature", 2, "--seed", 3)[0]
     assert [row["decoded"] for row in rows_of(sampled)] == tiny_vae.generate(z, temperature=2.0, seed=3)
 
@@ -147,6 +150,7 @@ def test_traverse(davae, tiny_vae, tmp_path):
         assert tiny_vae.traverse(A, direction, step=1.5, each_side=1) == [row["decoded"] for row in expected]
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"<h2>{A}</h2>" in page and "<b>dimension 2</b>" in page and f"row 1 of {tmp_path / 'd.npy'}" in page
+    Checked(page)
     assert page.count("<li") <= 6 and all(row["decoded"].split()[0] in page for row in rows if row["decoded"].split())
 
 

@@ -117,7 +117,7 @@ def read_latents(path: Path, latent_size: int, key: str | None = None) -> Latent
       InputError: the file cannot be read, is empty, has no latents of this name, or they have another width or are not
         finite; the message names the file.
     """
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".parquet": _read_parquet}
+    readers = {".npz": _read_numpy, ".npy": _read_numpy, ".parquet": _read_parquet}
     if (read := readers.get(path.suffix.lower())) is None:
         raise InputError(f"{path}: unknown suffix; latents are read from {', '.join(readers)}", exit_code=2)
     if path.exists() and not path.is_file():
@@ -162,14 +162,13 @@ def _choose_key(path: Path, key: str | None, available: Collection[str]) -> str:
     return key
 
 
-def _read_npy(path: Path, key: str | None) -> tuple[np.ndarray, None]:
-    if key is not None:
-        raise InputError(f"{path}: is one array, which --key cannot name", exit_code=2)
-    return np.load(path, mmap_mode="r", allow_pickle=False), None
-
-
-def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | None]:
-    with np.load(path, allow_pickle=False) as archive:
+def _read_numpy(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | None]:
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        if key is not None:
+            raise InputError(f"{path}: is one array, which --key cannot name", exit_code=2)
+        return loaded, None
+    with loaded as archive:
         values = archive[_choose_key(path, key, [name for name in archive.files if name != TEXTS])]
         if not isinstance(values, np.ndarray):
             raise InputError(f"{path}: {key} is no array")
