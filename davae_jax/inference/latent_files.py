@@ -87,7 +87,7 @@ def _write_parquet(file: BinaryIO, latent_size: int) -> Iterator[Add]:
 
     latents = pa.list_(pa.float32(), latent_size)
     schema = pa.schema([(TEXT_COLUMN, pa.string()), ("mean", latents), ("logvar", latents)])
-    with ParquetWriter(file, schema) as writer:
+    with ParquetWriter(file, schema, write_page_checksum=True) as writer:
 
         def add(texts: Sequence[str], posterior: Posterior) -> None:
             values = [pa.array(np.asarray(x, np.float32).reshape(-1)) for x in posterior]
@@ -183,7 +183,7 @@ def _read_parquet(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | 
     parquet = _parquet(path)
     import pyarrow as pa
 
-    file = parquet.ParquetFile(path)
+    file = parquet.ParquetFile(path, page_checksum_verification=True)
     schema = file.schema_arrow
     lists = [name for name in schema.names if isinstance(schema.field(name).type, pa.ListType | pa.FixedSizeListType)]
     key = _choose_key(path, key, lists)
