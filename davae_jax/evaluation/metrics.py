@@ -21,8 +21,6 @@ from davae_jax.model.davae import DAVAE, merge, split
 from davae_jax.model.latent import Posterior, log_normal
 from davae_jax.model.losses import reconstruction_nll
 
-LOG_2PI = math.log(2 * math.pi)
-
 
 def active_units(means: Float[Array, "n L"], threshold: float = 0.01) -> int:
     """Counts the dimensions whose posterior mean has a variance above the threshold (Burda et al. 2016)."""
