@@ -39,7 +39,11 @@ def traversal_steps(line: Sequence[Mapping[str, Any]]) -> list[Step]:
     middle, end = texts[len(texts) // 2], len(texts) - 1
     steps = []
     for first, last, text in equal_runs(texts):
-        position = f"{offsets[first]:+g}" + (f" … {offsets[last]:+g}" if last > first else "")
+        position = _signed(offsets[first]) + (f" … {_signed(offsets[last])}" if last > first else "")
         segments = [segment for segment in changes(middle, text) if segment[0] != "lost"]
         steps.append(Step(position, mixed_colour(round(100 * (first + last) / 2 / end)), segments))
     return steps
+
+
+def _signed(offset: float) -> str:
+    return f"{offset:+g}" if offset else "0"
