@@ -219,15 +219,15 @@ class Traverse(GreedyCommand):
 
     def directions(self, latent_size: int) -> list[tuple[dict[str, int], np.ndarray]]:
         """Returns each direction's entry in the output, and the vector of length 1 along it."""
-        found = [({"dim": dim}, unit_direction(dim, latent_size, name="--dim")) for dim in self.dim]
+        pairs = [({"dim": dim}, unit_direction(dim, latent_size, name="--dim")) for dim in self.dim]
         if self.direction:
             from davae_jax.inference.latent_files import read_latents
 
             for row, vector in enumerate(read_latents(self.direction, latent_size, self.key).values, 1):
                 if not vector.any():
                     raise InputError(f"{self.direction}: row {row} is 0, which is no direction")
-                found.append(({"direction": row}, unit_direction(vector, latent_size)))
-        return found
+                pairs.append(({"direction": row}, unit_direction(vector, latent_size)))
+        return pairs
 
 
 def latent_size(model: str) -> int:

@@ -30,9 +30,8 @@ class RegularizersConfig:
 
 def config_with_plugins() -> type[RegularizersConfig]:
     """Returns `RegularizersConfig`, or if plugins are registered, a subclass with a field for each."""
-    built_in = {
-        option.name for option in dataclasses.fields(RegularizersConfig)
-    }  # `field` would be a local name in 3.12
+    # In Python 3.12.1, a variable `field` would hide the function.
+    built_in = {option.name for option in dataclasses.fields(RegularizersConfig)}
     plugins = [
         (name, cls, field(default_factory=cls))  # as the fields above
         for name, cls in REGISTRY.items()
