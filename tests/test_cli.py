@@ -17,7 +17,7 @@ from tokenizer_fixtures import sentences
 
 from davae_jax import TextVAE
 from davae_jax.checkpoints.published.to_torch import export
-from davae_jax.cli.main import COMMANDS, main
+from davae_jax.cli.main import COMMANDS, SUMMARIES, main
 from davae_jax.cli.renamed import replace_renamed
 from davae_jax.cli.train import main as train_main
 from davae_jax.cli.train import parse_train
@@ -269,9 +269,9 @@ def test_davae_without_a_command(davae):
     for argv in (["--help"], ["-h"]):
         result = davae(*argv)
         assert (result.code, result.err) == (0, "")
-        assert all(f"\n  {name} " in result.out for name in COMMANDS)
+        assert all(f"\n  {name} " in result.out for name in SUMMARIES)
     assert davae("--version").out == "0.1.0\n"
-    known = f"available: {', '.join(COMMANDS)} (davae --help)\n"
+    known = f"available: {', '.join(SUMMARIES)} (davae --help)\n"
     assert davae().err == f"davae: error: no command given; {known}"
     result = davae("generat", "--model", "x")
     assert (result.code, result.out) == (2, "")

@@ -28,6 +28,7 @@ from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.training.state import TrainState
+from davae_jax.utils.errors import OptionError
 
 U = 2.0**-24  # the unit roundoff of float32
 FORMATS = ["bfloat16", "int8"]
