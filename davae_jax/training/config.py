@@ -259,6 +259,11 @@ class InitConfig:
     decoder: str | None = None
     """Transformer-XL in the Fengshenbang 1.1B layout: folder or repo id."""
 
+    freeze: Annotated[
+        tuple[Literal["encoder", "decoder", "embeddings", "posterior"], ...], tyro.conf.UseAppendAction
+    ] = ()
+    """Part whose weights stay as they are: the encoder with its posterior head, the decoder with its latent projection, the embedding tables of both (the decoder's logits use its table too), or the posterior head. Can be given several times."""
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -359,5 +364,16 @@ class TrainConfig:
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be an integer from 0 to 2³² − 1")
         check_integers(self, unless=("seed",))
+        frozen = set(self.init.freeze)
+        if {"encoder", "decoder"} <= frozen:
+            raise OptionError("--init.freeze", "must leave the encoder or the decoder to train")
+        if self.posterior.mean_scale and frozen & {"encoder", "posterior"}:
+            raise OptionError(
+                "--posterior.mean-scale", "changes the posterior head, which --init.freeze leaves as it is"
+            )
+        if self.lagging.encoder_steps and frozen & {"encoder", "decoder"}:
+            raise OptionError(
+                "--lagging.encoder-steps", "needs an encoder and a decoder that --init.freeze does not name"
+            )
         if self.posterior.mean_scale and not self.data.pack and self.batch_size == self.accumulate:
             raise OptionError("--posterior.mean-scale", "needs a larger batch: a single text has no standard deviation")

@@ -40,7 +40,7 @@ def make_warm_start(config: TrainConfig, model: DAVAEConfig, folder: Path) -> No
     settings = folder / "init.json"
     if not (folder / INIT_FOLDER).exists():
         model.to_json(settings)
-        sources = dataclasses.asdict(config.init)
+        sources = {"encoder": config.init.encoder, "decoder": config.init.decoder}
         report = warm_start(folder / INIT_FOLDER, config=settings, seed=config.seed, **sources)
         print(format_report(report, sources))
     settings.unlink(missing_ok=True)  # that of a start that was killed too
