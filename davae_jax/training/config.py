@@ -249,9 +249,12 @@ def with_constant_rate(main: OptimizerConfig, learning_rate: float) -> Optimizer
     return dataclasses.replace(main, **rate)
 
 
+FREEZABLE = ("encoder", "decoder", "embeddings", "posterior")  # the weights of each: `training.freezing`
+
+
 @dataclass(frozen=True)
 class InitConfig:
-    """Pretrained encoder and decoder to start from. The model has their sizes."""
+    """Pretrained encoder and decoder to start from, whose sizes the model has, and weights that are not trained."""
 
     encoder: str | None = None
     """Hugging Face BERT: folder or repo id."""
@@ -259,10 +262,14 @@ class InitConfig:
     decoder: str | None = None
     """Transformer-XL in the Fengshenbang 1.1B layout: folder or repo id."""
 
-    freeze: Annotated[
-        tuple[Literal["encoder", "decoder", "embeddings", "posterior"], ...], tyro.conf.UseAppendAction
-    ] = ()
-    """Part whose weights stay as they are: the encoder with its posterior head, the decoder with its latent projection, the embedding tables of both (the decoder's logits use its table too), or the posterior head. Can be given several times."""
+    freeze: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PART")] = ()
+    """Part whose weights stay as they are: encoder (with its posterior head), decoder (with its latent projection), embeddings (the tables of both; the decoder's logits use its table too) or posterior (the posterior head). Can be given several times. The optimizer keeps nothing for them."""
+
+    def __post_init__(self):
+        if unknown := [part for part in self.freeze if part not in FREEZABLE]:
+            raise OptionError("--init.freeze", f"must be one of {', '.join(FREEZABLE)}, not {unknown[0]}")
+        # In one order and once, so that runs which freeze the same have the same settings.
+        object.__setattr__(self, "freeze", tuple(part for part in FREEZABLE if part in self.freeze))
 
 
 @dataclass(frozen=True)
