@@ -10,6 +10,7 @@ from collections.abc import Collection
 import jax
 
 from davae_jax.model.davae import Params
+from davae_jax.training.config import TrainConfig
 
 # The paths of weights that begin with one of a part's prefixes belong to it.
 PARTS = {
@@ -21,6 +22,11 @@ PARTS = {
     ),
     "posterior": (("encoder", "posterior"),),
 }
+
+
+def trains_table(config: TrainConfig) -> bool:
+    """Returns whether the decoder's embedding table is trained, which the logits use as well."""
+    return not {"decoder", "embeddings"} & set(config.init.freeze)
 
 
 def split_frozen(params: Params, parts: Collection[str]) -> tuple[Params, Params]:
