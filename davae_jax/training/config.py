@@ -134,14 +134,20 @@ class OptimizerConfig:
     learning_rate: float = 5e-5
     """Peak learning rate."""
 
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate schedule after the warmup: cosine decay to `end`, or constant."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate schedule after the warmup: cosine decay to `end`, constant, or constant until a linear decay to `end` over the last `decay-steps` steps (wsd: warmup, stable, decay; Hu et al. 2024). Until its decay, wsd does not depend on the number of steps."""
 
     warmup: float = 0.01
     """Fraction of all steps over which the learning rate rises from 0."""
 
+    warmup_steps: int = 0
+    """Number of these steps, in place of the fraction `warmup`; 0: the fraction counts."""
+
+    decay_steps: int = 0
+    """Number of last steps over which wsd decays; 0: none. May change when a run goes on."""
+
     end: float = 0.1
-    """Final learning rate of the cosine decay, as a fraction of the peak."""
+    """Final learning rate of a decay, as a fraction of the peak."""
 
     weight_decay: float = 0.1
     """Weight decay of matrices; biases and LayerNorms have none."""
@@ -161,6 +167,13 @@ class OptimizerConfig:
         check_options(self, "optimizer.", "eps", lambda x: 0 < x < float("inf"), "be above 0 and finite")
         check_options(self, "optimizer.", "warmup end", *_UNIT_INTERVAL)
         check_options(self, "optimizer.", "b1 b2", lambda x: 0 <= x < 1, "be in [0, 1)")
+        check_options(self, "optimizer.", "warmup_steps decay_steps", lambda n: n >= 0, "be at least 0")
+        if self.decay_steps and self.schedule != "wsd":
+            raise OptionError("--optimizer.decay-steps", "is used only with --optimizer.schedule wsd")
+
+    def count_warmup(self, steps: int) -> int:
+        """Returns the number of steps over which the learning rate rises, of a training of `steps` steps."""
+        return self.warmup_steps or round(self.warmup * steps)
 
 
 @dataclass(frozen=True)
@@ -245,7 +258,8 @@ class AdversarialConfig:
 
 def with_constant_rate(main: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
     """Returns the same optimizer with a constant learning rate, without weight decay or skipped steps."""
-    rate = dict(learning_rate=learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0, spike=0.0)
+    rate = dict(learning_rate=learning_rate, schedule="constant", warmup=0.0, warmup_steps=0, decay_steps=0)
+    rate |= dict(weight_decay=0.0, spike=0.0)
     return dataclasses.replace(main, **rate)
 
 
@@ -371,6 +385,10 @@ class TrainConfig:
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be an integer from 0 to 2³² − 1")
         check_integers(self, unless=("seed",))
+        rest = self.steps - self.optimizer.count_warmup(self.steps)
+        if self.optimizer.decay_steps > rest:
+            reason = f"must be at most {rest}, the steps after the warmup, not {self.optimizer.decay_steps}"
+            raise OptionError("--optimizer.decay-steps", reason)
         frozen = set(self.init.freeze)
         if {"encoder", "decoder"} <= frozen:
             raise OptionError("--init.freeze", "must leave the encoder or the decoder to train")
