@@ -29,6 +29,7 @@ from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
+from davae_jax.training.run.length import LENGTH_SETTINGS, describe_new_length, is_other_length, with_length_of
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import (
@@ -52,13 +53,14 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
     """Makes a run folder, or checks that an existing one can be continued. Locks it.
 
     Texts, tokenizers and plugins are compared by their contents, not by their paths. Without a checkpoint, the
-    settings may differ: the run then starts from the beginning.
+    settings may differ: the run then starts from the beginning. With one, the number of steps may, if no fewer than
+    it has taken; which schedules this changes is printed.
 
     Raises:
       InputError: the folder was made with another config (exit code 2; the message names the options), contains
         other files or only incomplete checkpoints, is used by another program, or cannot be written.
     """
-    stored = path / RUN_SETTINGS
+    stored, new_length = path / RUN_SETTINGS, None
     try:
         values = to_dict(config)
         values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
@@ -88,18 +90,22 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 if not complete_checkpoints(path):
                     _remove_preparations(path, config.tokenizers)
                     values.pop(TOKENIZER_HASHES, None)
-                elif changed and not is_intact:
+                elif not is_intact and (changed or is_other_length(old, values)):
                     problem = "is damaged (its own sum differs); restore it, or choose another folder"
                     raise InputError(f"{stored}: {problem}")
                 elif changed:
                     raise OptionError(
                         "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
                     )
+                elif is_other_length(old, values):
+                    new_length = _describe_length(path, old, config)
         elif not all(is_partial(file) for file in path.iterdir()):
             raise OptionError(
                 "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
             )
         write_json(stored, with_sum(values))
+        if new_length:
+            print(f"{path}: {new_length}")
         remove_partial(path)
         remove_removed(path)
     except OSError as e:
@@ -121,6 +127,17 @@ def check_tokenizers(path: Path) -> None:
         write_json(stored, with_sum(values | {TOKENIZER_HASHES: hashes}))
     elif problems := tokenizer_changes(path, values):
         raise InputError(f"{'; '.join(problems)}; restore it, or choose another folder")
+
+
+def _describe_length(path: Path, old: dict[str, Any], config: TrainConfig) -> str:
+    """Returns a line about a run that goes on for another number of steps. Raises OptionError if it has taken more.
+
+    old: the content of train.json.
+    """
+    done = max(int(step.name) for step in complete_checkpoints(path))
+    if config.steps < done:
+        raise OptionError("--steps", f"must be at least {done}, the steps that {path} has taken, not {config.steps}")
+    return describe_new_length(with_length_of(config, old), config, done)
 
 
 def _is_of_a_run(values: dict[str, Any]) -> bool:
@@ -159,11 +176,11 @@ def _remove_preparations(path: Path, tokenizers: Path | None) -> None:
 
 
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns the options in which two train.json differ, with both values.
+    """Returns the options in which two train.json differ, with both values, except for `LENGTH_SETTINGS`.
 
     Files are compared by contents, not by path. A hash that the older file lacks is not compared.
     """
-    changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES))
+    changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES, *LENGTH_SETTINGS))
     for section, source in old.get("init", {}).items():
         if (source is None) != (new["init"][section] is None):
             changed.append(f"init.{section} ({source}, now {new['init'][section]})")
