@@ -104,7 +104,7 @@ def published_weights(config: TrainConfig, params: Params) -> dict[str, np.ndarr
     return {row.name: row.to_file(np.asarray(arrays[row.path])) for row in name_table(config.model)}
 
 
-# ---- the process of a side, which takes steps when it is told to
+# ---- the process of a side, which takes as many steps as it reads from standard input
 
 
 def our_steps(config: TrainConfig) -> Callable[[int], float]:

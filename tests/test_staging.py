@@ -198,7 +198,7 @@ def test_a_place_where_a_disk_is_mounted_is_refused_before_the_work(tmp_path, mo
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == dst)
     with pytest.raises(InputError) as e, staged_folder(dst, overwrite=True):
         raise AssertionError("begun")
-    assert str(e.value).startswith(f"{dst}: is where a disk is mounted")
+    assert str(e.value).startswith(f"{dst}: is a mount point")
     write(dst / "in it")
 
 

@@ -5,6 +5,7 @@ Nothing is written. A program may be using the folder: what it writes or removes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import stat
@@ -36,7 +37,7 @@ from davae_jax.checkpoints.run_folder import (
 )
 from davae_jax.checkpoints.study_folder import run_problems
 from davae_jax.checkpoints.sums import SUMS_FILE, file_problems
-from davae_jax.checkpoints.weights import stored_shapes
+from davae_jax.checkpoints.weights import MissingSums, stored_metadata, stored_shapes
 from davae_jax.data.prepared.check_prepared import prepared_problems
 from davae_jax.data.prepared.shards import MANIFEST, SETTINGS, read_manifest
 from davae_jax.tokenizers.decoder import count_pieces
@@ -178,13 +179,20 @@ def _check_converted(folder: Path) -> tuple[dict[str, Any], list[str]]:
     params = folder / PARAMS_FOLDER
     wrong_files = file_problems(params)
     damaged = (wrong_files or value_problems(folder)) + tokenizer_problems(folder, read_config(folder)[0])
-    if (params / SUMS_FILE).exists():
-        sums = "wrong" if wrong_files else "right"
-    elif any(problem.startswith(f"{params / SUMS_FILE}: ") for problem in damaged):
-        sums = "missing"
-    else:
-        sums = "none; an earlier version wrote the model"
+    sums = _state_of_sums(params, bool(wrong_files))
     return {"parameters": _stored_parameters(params), "sums": sums}, damaged
+
+
+def _state_of_sums(params: Path, wrong_files: bool) -> str:
+    if (params / SUMS_FILE).exists():
+        return "wrong" if wrong_files else "right"
+    try:
+        stored_metadata(params)
+    except MissingSums:
+        return "missing"
+    except InputError:  # it is among the problems
+        pass
+    return "none; an earlier version wrote the model"
 
 
 def _check_published(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -218,8 +226,9 @@ def _check_tokenizers(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for name, count in zip(TOKENIZER_FILES, counts, strict=True):
         if not (folder / name).exists():
             state[name] = "missing"
-        elif not any(problem.startswith(f"{folder / name}: ") for problem in damaged):
-            state[name] = count(folder / name)
+        else:
+            with contextlib.suppress(InputError, OSError):  # it is among the problems
+                state[name] = count(folder / name)
     return state, damaged
 
 

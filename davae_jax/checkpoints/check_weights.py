@@ -66,9 +66,11 @@ def checkpoint_problems(path: Path, config: DAVAEConfig | None) -> list[str]:
     except InputError as e:
         return [*problems, str(e)]
     for item, prefix in ((PARAMS_FOLDER, f"{PARAMS_FOLDER}."), (STATE_ITEM, "")):
-        own = sums and {name: n for name, n in sums.items() if name.startswith(f"{PARAMS_FOLDER}.") == bool(prefix)}
+        sums_of_item = sums and {
+            name: n for name, n in sums.items() if name.startswith(f"{PARAMS_FOLDER}.") == bool(prefix)
+        }
         try:
-            problems += _wrong_values(path, item, prefix, own)
+            problems += _wrong_values(path, item, prefix, sums_of_item)
         except InputError as e:
             problems.append(str(e))
     return problems
@@ -176,6 +178,6 @@ def _differences(path: Path, tensors: Mapping[str, np.ndarray], state: Mapping[s
     for name in sorted(tensors.keys() ^ state.keys()):
         yield f"{path}: {name} is {'missing' if name in state else 'unexpected'}"
     for name in tensors.keys() & state.keys():
-        found, written = tensors[name], state[name]
-        if (found.shape, found.dtype) != (written.shape, written.dtype) or array_sum(found) != array_sum(written):
+        read, written = tensors[name], state[name]
+        if (read.shape, read.dtype) != (written.shape, written.dtype) or array_sum(read) != array_sum(written):
             yield f"{path}: {name} is not what was written"

@@ -77,8 +77,8 @@ def check_path(folder: Path) -> None:
     It takes paths for patterns, and for addresses of Google's storage if they contain "gs:/".
     """
     check_utf8_path(folder.absolute())
-    if found := [part for part in ("[", "]", "*", "?", "\\", "gs:/") if part in f"{folder.absolute()}/"]:
-        raise InputError(f"{folder}: checkpoints cannot be read from a path with {found[0]}; choose another folder")
+    if forbidden := [part for part in ("[", "]", "*", "?", "\\", "gs:/") if part in f"{folder.absolute()}/"]:
+        raise InputError(f"{folder}: checkpoints cannot be read from a path with {forbidden[0]}; choose another folder")
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

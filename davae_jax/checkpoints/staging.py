@@ -51,7 +51,7 @@ def staged_folder(
     if target.exists() and not target.is_dir():
         raise InputError(f"{dst}: is a file, not a folder")
     if target.is_dir() and os.path.ismount(target):
-        raise InputError(f"{dst}: is where a disk is mounted, and cannot be replaced; choose a folder in it")
+        raise InputError(f"{dst}: is a mount point, which cannot be replaced; choose a folder in it")
     check_path(target)
     for source in sources:
         if source.resolve().is_relative_to(target):

@@ -87,9 +87,9 @@ def foreign_files(folder: Path) -> list[Path]:
         sums = None
     if sums is None and any((folder / name).exists() for name in ORBAX_METADATA):
         return []
-    own = {SUMS_FILE, *sums["files"]} if sums else set()
+    listed = {SUMS_FILE, *sums["files"]} if sums else set()
     files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [path for path in files if path.relative_to(folder).as_posix() not in own and not is_partial(path)]
+    return [path for path in files if path.relative_to(folder).as_posix() not in listed and not is_partial(path)]
 
 
 def file_problems(folder: Path) -> list[str]:
@@ -115,8 +115,8 @@ def _file_problem(folder: Path, name: str, expected: list[int]) -> str | None:
     try:
         if not path.is_file():
             return f"{path}: is missing"
-        if (found := path.stat().st_size) != size:
-            return f"{path}: has {found} bytes, but had {size} when it was written"
+        if (actual := path.stat().st_size) != size:
+            return f"{path}: has {actual} bytes, but had {size} when it was written"
         if _size_and_sum(path)[1] != checksum:
             return f"{path}: is damaged (its CRC-32 differs)"
     except OSError as e:

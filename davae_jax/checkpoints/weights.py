@@ -49,8 +49,8 @@ def load_weights(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Fla
             _check_exists(path)
             raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
     if sums:
-        found = jax.device_get(array_sums(arrays))
-        if differing := [p for p in found if int(found[p]) != sums.get(f"{PARAMS_FOLDER}.{p}")]:
+        computed = jax.device_get(array_sums(arrays))
+        if differing := [p for p in computed if int(computed[p]) != sums.get(f"{PARAMS_FOLDER}.{p}")]:
             raise InputError(f"{path}: checksum mismatch in {len(differing)} arrays, the first is {differing[0]}")
         for p, t in targets.items():
             arrays[p] = arrays[p].astype(t.dtype)  # one at a time, so that no second copy of all is in memory
@@ -147,6 +147,10 @@ def _are_finite(arrays: FlatParams) -> FlatParams:
 def stored_shapes(path: Path) -> dict[str, Any]:
     """Returns an object with `shape` and `dtype` for each weight of an Orbax checkpoint, by path."""
     return flatten(_metadata(path).metadata)
+
+
+class MissingSums(InputError):
+    """The file of the sums that converted parameters were written with is missing."""
 
 
 def stored_metadata(path: Path) -> dict[str, Any]:
@@ -284,5 +288,5 @@ def _metadata(path: Path, item: str | None = None):
         check_files(path)
         raise InputError(f"{path}: not a complete checkpoint")
     if custom.get(SUMS) == SUMS_FILE and not (path / SUMS_FILE).is_file():
-        raise InputError(f"{path / SUMS_FILE}: is missing; copy the folder again")
+        raise MissingSums(f"{path / SUMS_FILE}: is missing; copy the folder again")
     return metadata

@@ -109,7 +109,7 @@ class Compare(Command):
         except InputError:  # damaged: it is written anew
             is_own = True
         if there and not is_own:
-            raise InputError(f"{there[0]}: would be replaced, and is of another program; choose another --output")
+            raise InputError(f"{there[0]}: belongs to another program and would be replaced; choose another --output")
 
     def compare(self, study: Study) -> int:
         """Trains and evaluates the runs that are incomplete, and writes the comparison. Returns the exit code."""

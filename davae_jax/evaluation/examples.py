@@ -12,13 +12,14 @@ from davae_jax.inference.text_vae import TextVAE
 from davae_jax.model.latent import analogy, interpolate
 
 SEED = 0
+COUNT = 4  # number of reconstructions, and of samples
 
 
-def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int = 4) -> dict[str, list]:
+def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str]) -> dict[str, list]:
     """Generates a few example texts by greedy decoding.
 
     Args:
-      texts: the first n of them are reconstructed from their posterior means.
+      texts: the first COUNT of them are reconstructed from their posterior means.
       triple: the texts a, b and c of the analogy.
 
     Returns:
@@ -27,10 +28,10 @@ def examples(vae: TextVAE, texts: Sequence[str], triple: Sequence[str], n: int =
       interpolation: texts on the line from the first to the last of the texts.
       analogy: a, b, c, and the text decoded from mean(b) − mean(a) + mean(c).
     """
-    texts = list(texts)[:n]
+    texts = list(texts)[:COUNT]
     means, (a, b, c) = np.split(vae.encode([*texts, *triple], std_scale=0.0), [len(texts)])
     line = interpolate(means[0], means[-1], 5)
-    prior = np.asarray(jax.random.normal(jax.random.key(SEED), (n, vae.config.latent_size)))
+    prior = np.asarray(jax.random.normal(jax.random.key(SEED), (COUNT, vae.config.latent_size)))
     # All latents are decoded in one batch, so that only one program is compiled.
     generated = iter(vae.generate(np.concatenate([means, prior, line, analogy(a, b, c)[None]]), top_k=1))
     return {

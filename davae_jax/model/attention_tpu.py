@@ -307,7 +307,7 @@ def _as_column(x: Float[Array, "1 BQ"]) -> Float[Array, "BQ 1"]:
 def _skew_back(ds: Float[Array, "BQ BK"]) -> Float[Array, "BQ BQ+BK"]:
     """Returns the gradient of what `_tile_scores` skews: row i begins at column BQ − i, with zeros beside it.
 
-    A rotation of each 128 columns to the left by the row's number, and of two neighbours the one that is meant.
+    A rotation of each 128 columns to the left by the row's number, and then a choice between two adjacent columns.
     """
     blocks = ds.shape[1] // LANES
     source = sum(lax.broadcasted_iota(jnp.int32, (BQ, LANES), axis) for axis in (0, 1))

@@ -19,7 +19,7 @@ DEVICE_VARIABLES = (
 def backend_problem(error: Exception, environ: Mapping[str, str] = os.environ) -> str | None:
     """Returns why JAX cannot be imported or has no devices, after an error of a program.
 
-    JAX looks for devices when it first needs one, which may be anywhere in a program, and its errors are of many types:
+    JAX looks for devices when it first needs one, which may be anywhere in a program, and raises many types of errors:
     if a platform's hardware is missing, an AssertionError without a message.
 
     Returns:

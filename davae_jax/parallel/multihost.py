@@ -18,7 +18,7 @@ import jax
 
 from davae_jax.parallel.config import DistributedConfig
 from davae_jax.parallel.launchers import OPTIONS, check_alone, expected_processes, local_devices, started_by_hand
-from davae_jax.utils.errors import InputError, first_line
+from davae_jax.utils.errors import InputError, OptionError, first_line
 
 HEARTBEAT_TIMEOUT = 100  # seconds, JAX's default
 ABORT_SECONDS = 5  # between the moment when JAX's service notices a loss and the end of this process, on a busy machine
@@ -60,7 +60,7 @@ def connect(config: DistributedConfig) -> None:
             )
     except Exception as e:  # a ValueError if JAX detects no cluster; the client of Kubernetes raises many types
         if coordinator is not None:
-            raise InputError(f"--distributed.coordinator {coordinator}: {first_line(e)}") from e
+            raise OptionError("--distributed.coordinator", f"{coordinator}: {first_line(e)}", exit_code=1) from e
         if not isinstance(e, ValueError):
             if not in_kubernetes:
                 raise
@@ -85,7 +85,7 @@ def _check_port_is_free(coordinator: str) -> None:
     try:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except OSError as e:
-        raise InputError(f"--distributed.coordinator {coordinator}: {e.strerror}") from e
+        raise OptionError("--distributed.coordinator", f"{coordinator}: {e.strerror}", exit_code=1) from e
 
 
 def disconnect() -> None:
@@ -119,17 +119,23 @@ def explain_lost_process() -> Iterator[None]:
     except Exception as e:
         if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
-        raise suspect_other_processes(f"{type(e).__name__}: {first_line(e)}") from e
+        if isinstance(e, jax.errors.JaxRuntimeError):
+            wait_for_abort()
+        raise InputError(suspect_other_processes(f"{type(e).__name__}: {first_line(e)}")) from e
 
 
-def suspect_other_processes(reason: str) -> InputError:
-    """Returns the error for a failure that the loss of another process may have caused, if there are others.
+def wait_for_abort() -> None:
+    """Gives JAX the time to end this process after an error that the loss of another one may have caused.
 
-    It first gives JAX the time to end this process, as it does where its coordination service has noticed the loss: its
-    message names the lost process, and a second one would be in the way. Process 0 waits longest, since its end would
-    abort the others before their messages.
+    JAX does so where its coordination service has noticed the loss. Its message names the lost process, and one of ours
+    would only follow it. Process 0 waits longest, since its end would abort the others before their messages.
     """
+    if jax.process_count() > 1:
+        time.sleep(ABORT_SECONDS * (2 if is_process_zero() else 1))
+
+
+def suspect_other_processes(reason: str) -> str:
+    """Returns the message of an error that the loss of another process may have caused, if there are others."""
     if jax.process_count() == 1:
-        return InputError(reason)
-    time.sleep(ABORT_SECONDS * (2 if is_process_zero() else 1))
-    return InputError(f"process {jax.process_index()}: {reason}; if another process ended before, see its output")
+        return reason
+    return f"process {jax.process_index()}: {reason}; if another process ended before, see its output"

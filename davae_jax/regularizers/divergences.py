@@ -115,9 +115,9 @@ class SIGReg(Regularizer):
         return epps_pulley(projected, batch, self.knots).mean(), {}
 
 
-def epps_pulley(x: Float[Array, "B K"], batch: LatentBatch, knots: int, end: float = 5.0) -> Float[Array, "K"]:
+def epps_pulley(x: Float[Array, "B K"], batch: LatentBatch, knots: int) -> Float[Array, "K"]:
     """Returns the Epps-Pulley statistic (1983) of each column over the texts."""
-    t = jnp.linspace(0, end, knots // 2 + 1, dtype=x.dtype)  # the integrand is even, so half of the interval is enough
+    t = jnp.linspace(0, 5.0, knots // 2 + 1, dtype=x.dtype)  # the integrand is even, so half of the interval is enough
     spacing = t[1] - t[0]
     trapezoid = jnp.full(t.shape, 2 * spacing).at[0].set(spacing).at[-1].set(spacing)
     normal = jnp.exp(-jnp.square(t) / 2)

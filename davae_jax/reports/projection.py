@@ -44,9 +44,9 @@ def discriminant(
     return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
 
 
-def first_halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"]:
+def first_halves(classes: Sequence[str]) -> Bool[np.ndarray, " n"]:
     """Selects half of the texts of each class at random, rounding up. Returns a mask of the selected texts."""
-    rng, classes = np.random.default_rng(seed), np.asarray(classes)
+    rng, classes = np.random.default_rng(0), np.asarray(classes)
     first = np.zeros(len(classes), bool)
     for name in np.unique(classes):
         rows = rng.permutation(np.flatnonzero(classes == name))
@@ -54,11 +54,11 @@ def first_halves(classes: Sequence[str], seed: int = 0) -> Bool[np.ndarray, " n"
     return first
 
 
-def subsample(rows: Int[np.ndarray, " n"], limit: int, seed: int = 0) -> Int[np.ndarray, " m"]:
+def subsample(rows: Int[np.ndarray, " n"], limit: int) -> Int[np.ndarray, " m"]:
     """Returns at most `limit` rows in order, sampled without replacement if there are more."""
     if len(rows) <= limit:
         return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
+    return np.sort(np.random.default_rng(0).choice(rows, limit, replace=False))
 
 
 def umap(means: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n 2"] | None:

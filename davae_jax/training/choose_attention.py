@@ -158,8 +158,8 @@ def _try(name: str, attend: Attend, inputs: Inputs, exact, rounding, measure) ->
     try:
         program = _compile(attend, inputs)
         ratios = {
-            result: float(_largest_ratio(found, *expected))
-            for result, found, *expected in zip(RESULTS, program(*inputs), exact, rounding, strict=True)
+            result: float(_largest_ratio(array, *expected))
+            for result, array, *expected in zip(RESULTS, program(*inputs), exact, rounding, strict=True)
         }
         result, error = max(ratios.items(), key=lambda item: np.nan_to_num(item[1], nan=np.inf))
         if not error <= 1 and name != REFERENCE:
@@ -198,8 +198,8 @@ def exact_results(inputs: Inputs) -> tuple[list[Array], list[Array]]:
     B, _, T, _ = inputs[0].shape
     relative = 4 * jnp.finfo(jnp.float32).eps * jnp.sqrt(inputs[1].shape[2] + B * T)
     rounding = [
-        2 * _block_errors(own - x) + relative * jnp.abs(x).max()
-        for own, x in zip(_text_by_text(inputs), exact, strict=True)
+        2 * _block_errors(alone - x) + relative * jnp.abs(x).max()
+        for alone, x in zip(_text_by_text(inputs), exact, strict=True)
     ]
     return exact, rounding
 
@@ -218,8 +218,8 @@ def _text_by_text(inputs: Inputs) -> list[Array]:
 
 
 @jax.jit
-def _largest_ratio(found: Array, exact: Array, rounding: Array) -> Array:
-    return (_block_errors(found.astype(jnp.float32) - exact) / rounding).max()
+def _largest_ratio(array: Array, exact: Array, rounding: Array) -> Array:
+    return (_block_errors(array.astype(jnp.float32) - exact) / rounding).max()
 
 
 def _block_errors(difference: Array) -> Array:

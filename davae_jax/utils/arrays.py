@@ -23,7 +23,7 @@ def read_array_header(path: Path, dimensions: int) -> tuple[tuple[int, ...], np.
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             begin = file.tell()
         size = path.stat().st_size
-    except Exception as e:  # NumPy evaluates the header as Python, whose errors are of many types
+    except Exception as e:  # NumPy evaluates the header as Python, which raises many types of errors
         raise InputError(f"{path}: cannot be read ({system_reason(e) or first_line(e)})") from None
     if len(shape) != dimensions or dtype.kind not in "iu" or fortran_order:
         raise InputError(f"{path}: is damaged; copy or prepare it again")

@@ -1,6 +1,6 @@
 """Keeps compiled programs on the disk, so that a command that is started again compiles nothing.
 
-JAX does so where it is told a folder. Here it is the user's cache folder, with what JAX leaves to the caller: one
+JAX does so if it is given a folder. Here that is the user's cache folder, with what JAX leaves to the caller: one
 folder for each type of processor, for which JAX compiles but which its keys do not name; a limit of the size; checksums
 of the entries, which contain machine code; and one line in place of JAX's warnings.
 """

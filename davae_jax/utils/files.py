@@ -136,7 +136,7 @@ def is_same_folder(a: Path, b: Path) -> bool:
 
 
 def check_local(folder: Path) -> None:
-    """Raises InputError if a folder that is to be made is meant to be elsewhere.
+    """Raises InputError if the path of a new folder is not one of this machine, such as an address of a bucket.
 
     The path of "s3://bucket/run" is s3:/bucket/run, a folder in the working folder, and that of "--run-dir=~/run",
     which no shell expands, is in a folder called "~". Where the user has such a folder, it is meant.

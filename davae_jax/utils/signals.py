@@ -104,11 +104,17 @@ def interrupt_at_end() -> Iterator[None]:
         raise KeyboardInterrupt  # the signal is ignored outside
 
 
-def repeat_interrupt(seconds: float = SAME_SIGNAL_SECONDS + 0.05) -> None:
+def ignore_interrupts() -> None:
+    """Ignores Ctrl-C, which a terminal sends to every process of a command: its main process stops the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def repeat_interrupt() -> None:
     """Sends SIGINT to the main thread a moment later, when it no longer counts as the same signal.
 
     For an interrupt that was raised inside a library's callback, in which Python can only report and discard it.
     """
+    seconds = SAME_SIGNAL_SECONDS + 0.05
     timer = threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.daemon = True
     timer.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
+from davae_jax.utils.signals import ignore_interrupts
 
 # Adds numbers to totals and returns the totals. The first of them is the number of units of the progress bar.
 ReportProgress = Callable[..., list[float]]
@@ -64,7 +64,7 @@ def run_tasks(
             cleanup.callback(stop.set)
             pending = {pool.submit(_work_in_process, work, task) for task in tasks}
         except OSError as e:
-            raise InputError(f"--workers {workers}: {_why_not_started(e)}") from e
+            raise OptionError("--workers", f"{workers}: {_why_not_started(e)}", exit_code=1) from e
         _wait_for(pending, progress, bar)
 
 
@@ -100,7 +100,7 @@ def _initialize_worker(progress, stop) -> None:
     """Sets up a worker process: one thread for tokenizers, Ctrl-C ignored, and an exit if the parent has ended."""
     global _progress, _stop
     _progress, _stop = progress, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_interrupts()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def exit_with_parent():

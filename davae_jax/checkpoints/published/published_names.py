@@ -47,9 +47,9 @@ def _under(name_prefix: str, path_prefix: str, *groups: list[NamePattern]) -> li
     ]
 
 
-def _weight_and_bias(name: str, path: str, transform: Transform = Transform.NONE) -> list[NamePattern]:
+def _weight_and_bias(name: str, path: str) -> list[NamePattern]:
     """Returns the patterns of the two tensors of a Linear or a LayerNorm."""
-    return [NamePattern(f"{name}.{tensor}", f"{path}.{tensor}", transform) for tensor in ("weight", "bias")]
+    return [NamePattern(f"{name}.{tensor}", f"{path}.{tensor}") for tensor in ("weight", "bias")]
 
 
 ENCODER_EMBEDDINGS = _under(

@@ -7,6 +7,8 @@ fourth of which is the state and the fifth the list of its storages; each storag
 and its data.
 
 The data are memory-mapped: a page is read when it is touched. The zip file's sums are checked, which PyTorch does not.
+Bytes after the end are refused, and a part that the directory calls a folder, for which PyTorch gives memory with any
+content. PyTorch alone refuses some fields of the directory, which say nothing about the contents.
 """
 
 from __future__ import annotations
@@ -210,8 +212,9 @@ def _arrays(state: Any, storages: Bytes, file_size: int) -> dict[str, np.ndarray
     return arrays
 
 
-def _listed(names: list[Any], most: int = 5) -> str:
-    return ", ".join([*map(shown, names[:most]), *(["…"] if len(names) > most else [])])
+def _listed(names: list[Any]) -> str:
+    """Returns the first five names, and "…" if there are more."""
+    return ", ".join([*map(shown, names[:5]), *(["…"] if len(names) > 5 else [])])
 
 
 def _array(tensor: Tensor, data: np.ndarray) -> np.ndarray:

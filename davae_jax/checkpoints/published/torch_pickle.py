@@ -10,6 +10,9 @@ tensor or an empty dict. There is nothing else to call, so that no pickle can ru
 An opcode makes at most one object, whose size is fixed or that of its own bytes, and nothing is ever hashed, compared
 or printed but texts and integers: memory is at most about 100 bytes and time a few microseconds for each byte of a
 pickle, of which callers pass at most MAX_PICKLE_BYTES.
+
+Deliberately refused, though PyTorch reads it: a protocol other than 2, a name twice, sparse and quantized tensors,
+float8, views that are marked as conjugate or negative, and files of Python 2.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ class PreparedTexts:
         """
         sizes = np.concatenate([_sizes(prepared, shard) for shard in prepared.shards])
         lengths, counts, longest = prepared.lengths()
-        found = *np.unique(sizes[:, 1], return_counts=True), sizes[:, 0].max()
-        if not all(map(np.array_equal, found, (lengths, counts, longest[-1]))):
+        actual = *np.unique(sizes[:, 1], return_counts=True), sizes[:, 0].max()
+        if not all(map(np.array_equal, actual, (lengths, counts, longest[-1]))):
             raise InputError(
                 f"{prepared.folder / 'lengths.npy'}: does not match the sizes in {prepared.shards[0]['name']}.npy"
                 " and the other shards; copy or prepare it again"

@@ -11,7 +11,7 @@ import numpy as np
 
 from davae_jax.data.inputs.bad_lines import BadLine, BadLineLimit
 from davae_jax.data.inputs.file_lines import FileLines, files_of, name_files
-from davae_jax.data.prepared.check_prepared import prepared_problems
+from davae_jax.data.prepared.check_prepared import prepared_problems, shard_problems
 from davae_jax.data.prepared.shard_writer import (
     MAX_BAD_LINES,
     PARTS,
@@ -86,10 +86,10 @@ def _read_back(folder: Path, manifest: dict[str, Any]) -> None:
     Raises InputError if a file is not what was written. A damaged shard is written again by the next call.
     """
     problems = prepared_problems(folder, manifest)
-    for shard in manifest["shards"]:
-        if any(problem.startswith(f"{folder / shard['name']}.") for problem in problems):
-            (folder / PARTS / f"{shard['name']}.json").unlink(missing_ok=True)
     if problems:
+        for shard in manifest["shards"]:
+            if shard_problems(folder, shard):
+                (folder / PARTS / f"{shard['name']}.json").unlink(missing_ok=True)
         raise InputError(f"{problems[0]}; the same command writes it again")
 
 

@@ -36,7 +36,7 @@ from davae_jax.checkpoints.weights import (
 )
 from davae_jax.model.stack import stack_layers, unstack_layers
 from davae_jax.parallel.agreement import all_processes, run_on_all_processes
-from davae_jax.parallel.multihost import disconnect, is_process_zero, suspect_other_processes
+from davae_jax.parallel.multihost import disconnect, is_process_zero, suspect_other_processes, wait_for_abort
 from davae_jax.training.state import TrainState
 from davae_jax.utils.errors import InputError, first_line, on_one_line, system_reason
 from davae_jax.utils.files import remove_folder, remove_removed
@@ -228,7 +228,10 @@ class Checkpoints:
                 f"{self.run / CHECKPOINTS_FOLDER}: step {self._saving} cannot be saved ({reason or first_line(e)}); "
                 f"the last complete checkpoint is {self.last}"
             )
-            raise (InputError(problem) if reason else suspect_other_processes(problem)) from e
+            if not reason:
+                wait_for_abort()
+                problem = suspect_other_processes(problem)
+            raise InputError(problem) from e
 
 
 class _Damaged(Exception):

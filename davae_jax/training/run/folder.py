@@ -76,7 +76,9 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
         if stored.exists():
             old = read_json_object(stored)
             if not _is_of_a_run(old):
-                raise InputError(f"{stored}: is damaged, or of another program; restore it, or choose another folder")
+                raise InputError(
+                    f"{stored}: is damaged, or belongs to another program; restore it, or choose another folder"
+                )
             is_intact = not has_wrong_sum(old)
             old.pop(SUM, None)
             values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
