@@ -251,7 +251,10 @@ def with_constant_rate(main: OptimizerConfig, learning_rate: float) -> Optimizer
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Pretrained encoder and decoder to start from. The model has their sizes."""
+    """Pretrained weights to start from: a whole model, or an encoder and a decoder. The model has their sizes."""
+
+    model: str | None = None
+    """Whole model: run folder, converted or published checkpoint, or Hugging Face repo id. It brings its tokenizers and all sizes; dropout is that of this run."""
 
     encoder: str | None = None
     """Hugging Face BERT: folder or repo id."""
@@ -263,6 +266,13 @@ class InitConfig:
         tuple[Literal["encoder", "decoder", "embeddings", "posterior"], ...], tyro.conf.UseAppendAction
     ] = ()
     """Part whose weights stay as they are: the encoder with its posterior head, the decoder with its latent projection, the embedding tables of both (the decoder's logits use its table too), or the posterior head. Can be given several times."""
+
+    def __post_init__(self):
+        for half in ("encoder", "decoder"):
+            if self.model is not None and getattr(self, half) is not None:
+                raise OptionError(
+                    f"--init.{half}", "cannot be given with --init.model, which has an encoder and a decoder"
+                )
 
 
 @dataclass(frozen=True)
@@ -364,6 +374,10 @@ class TrainConfig:
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be an integer from 0 to 2³² − 1")
         check_integers(self, unless=("seed",))
+        if self.init.model and self.data.decoder_vocab_size is not None:
+            raise OptionError(
+                "--data.decoder-vocab-size", "cannot be given with --init.model, which has its tokenizers"
+            )
         frozen = set(self.init.freeze)
         if {"encoder", "decoder"} <= frozen:
             raise OptionError("--init.freeze", "must leave the encoder or the decoder to train")
