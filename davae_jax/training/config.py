@@ -268,7 +268,10 @@ FREEZABLE = ("encoder", "decoder", "embeddings", "posterior")  # the weights of 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Pretrained encoder and decoder to start from, whose sizes the model has, and weights that are not trained."""
+    """Pretrained weights to start from, whose sizes the model has, and weights that are not trained."""
+
+    model: str | None = None
+    """Whole model: run folder, converted or published checkpoint, or Hugging Face repo id. It brings its tokenizers and all sizes; dropout is that of this run."""
 
     encoder: str | None = None
     """Hugging Face BERT: folder or repo id."""
@@ -280,6 +283,10 @@ class InitConfig:
     """Part whose weights stay as they are: encoder (with its posterior head), decoder (with its latent projection), embeddings (the tables of both; the decoder's logits use its table too) or posterior (the posterior head). Can be given several times. The optimizer keeps nothing for them."""
 
     def __post_init__(self):
+        for half in ("encoder", "decoder"):
+            if self.model is not None and (source := getattr(self, half)) is not None:
+                reason = f"{source} cannot be given with --init.model {self.model}, which has both halves"
+                raise OptionError(f"--init.{half}", reason)
         if unknown := [part for part in self.freeze if part not in FREEZABLE]:
             raise OptionError("--init.freeze", f"must be one of {', '.join(FREEZABLE)}, not {unknown[0]}")
         # In one order and once, so that runs which freeze the same have the same settings.
@@ -389,6 +396,9 @@ class TrainConfig:
         if self.optimizer.decay_steps > rest:
             reason = f"must be at most {rest}, the steps after the warmup, not {self.optimizer.decay_steps}"
             raise OptionError("--optimizer.decay-steps", reason)
+        if self.init.model and self.data.decoder_vocab_size is not None:
+            reason = f"{self.data.decoder_vocab_size} cannot be given with --init.model {self.init.model}"
+            raise OptionError("--data.decoder-vocab-size", f"{reason}, which has tokenizers of its own")
         frozen = set(self.init.freeze)
         if {"encoder", "decoder"} <= frozen:
             raise OptionError("--init.freeze", "must leave the encoder or the decoder to train")

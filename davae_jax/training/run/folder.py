@@ -11,7 +11,10 @@ profile/         a profiler trace, if --profile-steps is given
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from davae_jax.utils.files import (
 from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object, with_sum
 from davae_jax.utils.locks import FolderLock
 
+SOURCE_DIGEST = "digest_of_init_model"  # in train.json: of the weights of --init.model
 # Hashes in train.json, and the option that names the hashed file.
 CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
 
@@ -81,7 +85,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 )
             is_intact = not has_wrong_sum(old)
             old.pop(SUM, None)
-            values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
+            values |= {name: value for name, value in old.items() if name in (TOKENIZER_HASHES, SOURCE_DIGEST)}
             try:
                 old = upgrade_settings(old)
                 changed = changed_options(old, values) + changed_tokenizers(config, path)
@@ -92,6 +96,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 if not complete_checkpoints(path):
                     _remove_preparations(path, config.tokenizers)
                     values.pop(TOKENIZER_HASHES, None)
+                    values.pop(SOURCE_DIGEST, None)
                 elif not is_intact and (changed or is_other_length(old, values)):
                     problem = "is damaged (its own sum differs); restore it, or choose another folder"
                     raise InputError(f"{stored}: {problem}")
@@ -142,6 +147,17 @@ def _describe_length(path: Path, old: dict[str, Any], config: TrainConfig) -> st
     return describe_new_length(with_length_of(config, old), config, done)
 
 
+def record_source(path: Path, sums: Mapping[str, int]) -> None:
+    """Adds a digest of the weights that a run begins with to its train.json.
+
+    sums: of each array, by its path in the model (`checkpoints.sums.array_sums`).
+    """
+    digest = hashlib.sha256(json.dumps({name: int(value) for name, value in sorted(sums.items())}).encode()).hexdigest()
+    values = read_json_object(path / RUN_SETTINGS)
+    values.pop(SUM, None)
+    write_json(path / RUN_SETTINGS, with_sum(values | {SOURCE_DIGEST: digest}))
+
+
 def _is_of_a_run(values: dict[str, Any]) -> bool:
     """Returns whether a train.json is one of a run, by its content: texts may be in a file of this name as well."""
     sections = [values.get(name) for name in ("data", "model")]
@@ -183,9 +199,10 @@ def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Files are compared by contents, not by path. A hash that the older file lacks is not compared.
     """
     changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES, *LENGTH_SETTINGS))
-    for section, source in old.get("init", {}).items():
-        if (source is None) != (new["init"][section] is None):
-            changed.append(f"init.{section} ({source}, now {new['init'][section]})")
+    for name in ("model", "encoder", "decoder"):
+        before, now = (values.get("init", {}).get(name) for values in (old, new))
+        if (before is None) != (now is None):
+            changed.append(f"init.{name} ({before}, now {now})")
     for name, option in CONTENT_HASHES.items():
         if name in old and old[name] != new[name]:
             changed.append(f"{option} (other contents)")
