@@ -17,11 +17,15 @@ from davae_jax.checkpoints.run_folder import config_folder, weights_path
 from davae_jax.checkpoints.weights import stored_shapes
 from davae_jax.cli.main import main
 from davae_jax.model.config import DAVAEConfig
+from davae_jax.regularizers.posteriors import Capacity
+from davae_jax.training.config import BetaConfig, OptimizerConfig
 from davae_jax.training.hooks import SaveCheckpoint
 from davae_jax.training.initial_state import make_warm_start
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.folder import check_tokenizers, open_run
+from davae_jax.training.run.length import describe_new_length
 from davae_jax.training.run.saved_config import digest_settings
+from davae_jax.training.schedules import beta_at, learning_rate
 from davae_jax.training.setup import load_corpus
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.locks import FolderLock
@@ -122,6 +126,39 @@ def test_pretrained_halves_may_move_but_not_go(config, tmp_path):
     folder = begun(tmp_path / "run", dataclasses.replace(config, init=init))
     opened(folder, dataclasses.replace(config, init=dataclasses.replace(init, encoder="elsewhere/bert")))
     assert refusal(folder, config) == "init.encoder (elsewhere/bert, now None)"
+
+
+def test_a_run_may_become_longer(config, tmp_path, capsys):
+    """Which schedules this changes is said in one line, with the first step that is affected."""
+    folder = begun(tmp_path / "run", dataclasses.replace(config, steps=4))
+    opened(folder, dataclasses.replace(config, steps=8))
+    rate = lambda steps: learning_rate(config.optimizer, steps)(2)  # noqa: E731
+    assert capsys.readouterr().out == (
+        f"{folder}: goes on after step 3 to step 8, not 4; this changes: learning rate ({rate(8):.3g} at step 3, not "
+        f"{rate(4):.3g}), β ({beta_at(2, 8, config.beta):.3g} at step 3, not {beta_at(2, 4, config.beta):.3g})\n"
+    )
+    assert json.loads((folder / "train.json").read_text())["steps"] == 8
+    opened(folder, dataclasses.replace(config, steps=3))
+    assert "not 8" in capsys.readouterr().out
+    with pytest.raises(OptionError) as e:
+        opened(folder, dataclasses.replace(config, steps=2))
+    assert str(e.value) == f"--steps must be at least 3, the steps that {folder} has taken, not 2"
+    assert refusal(folder, dataclasses.replace(config, steps=9, seed=5)) == "seed (0, now 5)"
+    opened(folder, dataclasses.replace(config, steps=3))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stable_run_may_decay_later(config, tmp_path, capsys):
+    optimizer = OptimizerConfig(schedule="wsd", warmup_steps=1)
+    stable = dataclasses.replace(config, steps=3, optimizer=optimizer, beta=BetaConfig(start=0.1, max=0.1))
+    folder = begun(tmp_path / "run", stable)
+    decays = dataclasses.replace(stable, steps=5, optimizer=dataclasses.replace(optimizer, decay_steps=2))
+    opened(folder, decays)
+    said = capsys.readouterr().out
+    assert said == f"{folder}: goes on after step 3 to step 5, not 3; up to step 3 no schedule changes\n"
+    regularizers = dataclasses.replace(DEMO.regularizers, capacity=Capacity(weight=1.0))
+    before = dataclasses.replace(stable, regularizers=regularizers)
+    assert describe_new_length(before, dataclasses.replace(before, steps=9), 3).endswith(": regularizer capacity")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The KL's weight and the learning rate, step by step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from davae_jax.training.config import BetaConfig, OptimizerConfig
+from davae_jax.training.config import BetaConfig, OptimizerConfig, TrainConfig
 from davae_jax.training.schedules import beta_at, learning_rate
 from davae_jax.utils.errors import OptionError
 
@@ -59,6 +61,16 @@ def test_learning_rate():
     assert float(rate(5)) == 1.0 and float(rate(99)) == 2.0
 
 
+def test_warmup_stable_decay():
+    """10 steps up, level, 20 steps down to a quarter. Before the decay, the number of steps does not matter."""
+    config = OptimizerConfig(learning_rate=2.0, schedule="wsd", warmup_steps=10, decay_steps=20, end=0.25)
+    expected = [0.2 * i for i in range(10)] + [2.0] * 70 + [2 - 1.5 * i / 20 for i in range(21)]
+    np.testing.assert_allclose([learning_rate(config, 100)(step) for step in range(101)], expected, rtol=1e-5)
+    stable = dataclasses.replace(config, decay_steps=0)
+    for steps in (60, 1000):
+        np.testing.assert_allclose([learning_rate(stable, steps)(step) for step in range(80)], expected[:80], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "option"),
     [
@@ -66,6 +78,11 @@ def test_learning_rate():
         (lambda: BetaConfig(ratio_zero=0.6, ratio_increase=0.5), "--beta.ratio-zero"),
         (lambda: BetaConfig(cycles=0), "--beta.cycles"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate"),
+        (lambda: OptimizerConfig(decay_steps=5), "--optimizer.decay-steps"),
+        (
+            lambda: TrainConfig(20, optimizer=OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=11)),
+            "--optimizer.decay-steps",
+        ),
         (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup"),
     ],
 )

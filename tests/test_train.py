@@ -286,6 +286,24 @@ def test_a_run_resumes_with_stacked_layers(run, text_file, tmp_path, monkeypatch
     assert texts[0] == texts[1]
 
 
+def test_a_longer_run_is_the_same_run(text_file, tmp_path):
+    """A finished run that goes on, and then decays, is one that had its length from the beginning, bit for bit."""
+    schedule = ["--optimizer.schedule", "wsd", "--optimizer.warmup-steps", 1, "--beta.start", 0.1, "--beta.max", 0.1]
+    lengths = [["--steps", 2], ["--steps", 4, "--optimizer.decay-steps", 2]]
+    for folder, given in (("longer", lengths), ("whole", lengths[1:])):
+        for length in given:
+            code, out, err = tiny(text_file, tmp_path / folder, *schedule, *length)
+            assert code == 0, err
+        assert ("goes on after step 2 to step 4, not 2; up to step 2 no schedule changes" in out) == (
+            folder == "longer"
+        )
+    weights = [flat_params(davae_jax.from_pretrained(tmp_path / folder)) for folder in ("longer", "whole")]
+    for path, weight in weights[0].items():
+        assert np.array_equal(weight, weights[1][path]), path
+    code, _, err = tiny(text_file, tmp_path / "longer", *schedule, "--steps", 3)
+    assert code == 2 and err.count("\n") == 1 and "--steps must be at least 4" in err
+
+
 @pytest.mark.slow
 def test_a_run_on_a_mesh_repeated_is_the_same_run(text_file, tmp_path):
     """Twice in one go, and from the checkpoint of step 6: every weight, moment and logged number, bit for bit."""

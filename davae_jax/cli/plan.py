@@ -89,6 +89,7 @@ def format_plan(plan: Plan, tokenizers: str) -> str:
         + f", {config.dtype}, remat {config.remat}, {config.optimizer.name}",
         *(["each row counts as one text; packed rows may be longer for the encoder"] if config.data.pack else []),
         f"{sum(plan.weights.values()):,} weights: " + ", ".join(f"{name} {n:,}" for name, n in plan.weights.items()),
+        *([f"frozen: {', '.join(config.init.freeze)}"] if config.init.freeze else []),
         f"vocabulary sizes: encoder {model.encoder.vocab_size:,}, decoder {model.decoder.vocab_size:,} ({tokenizers})",
         "",
         _row("memory per device", "GB"),

@@ -197,9 +197,11 @@ def train_from_command_line(preset: str, config: TrainConfig, resume: str, *, co
     from jax import distributed
 
     from davae_jax.parallel import multihost
+    from davae_jax.training.initial_state import check_model_options
     from davae_jax.training.loop import train
 
     config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
+    check_model_options(config, PRESETS[preset][1].model)
     if waiting := multihost.describe_waiting(config.distributed):
         print(waiting, flush=True)
     multihost.connect(config.distributed)

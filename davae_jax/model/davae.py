@@ -179,8 +179,10 @@ def zero_buffers(trainable: Params, updates: Params) -> Params:
     """Returns gradients or updates in the layout of the params, with zeros for everything that is not trained.
 
     trainable: from `trainable_mask`.
+    updates: None for weights that have none.
     """
-    return jax.tree.map(lambda is_trained, x: x if is_trained else jnp.zeros_like(x), trainable, updates)
+    zero_unless = lambda is_trained, x: x if is_trained or x is None else jnp.zeros_like(x)  # noqa: E731
+    return jax.tree.map(zero_unless, trainable, updates)
 
 
 def _map_variables(function: Callable[[nnx.Variable], Any], model: nnx.Module) -> Params:

@@ -15,6 +15,7 @@ from davae_jax.parallel.chips import Chip
 from davae_jax.planning.shapes import FLOAT32_BYTES, bytes_per_device, cached_abstract_state
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import longest_rows, rows_per_device
+from davae_jax.training.freezing import split_frozen
 
 
 class Traffic(NamedTuple):
@@ -50,16 +51,19 @@ def _weight_bytes(config: TrainConfig, params: Params, fsdp: int) -> tuple[int, 
 
     data: all-reduces of the gradients. fsdp: all-gathers of the weights in the compute dtype, forward and backward,
     and reduce-scatters of the gradients; all-reduces if a weight is not sharded. The word table is gathered, and its
-    gradient reduced, for each chunk of the logits in the backward pass.
+    gradient reduced, for each chunk of the logits in the backward pass. Frozen weights have no gradient; all are
+    counted as gathered for a backward pass, which a frozen encoder does not have.
     """
     itemsize, T = jnp.dtype(config.dtype).itemsize, longest_rows(config)[1]
     word_table, chunks = params["decoder"]["embedding"]["weight"], math.ceil(T / config.logits_chunk)
+    trained, frozen = (jax.tree.leaves(part) for part in split_frozen(params, config.init.freeze))
     over_data = over_fsdp = 0
-    for weight in jax.tree.leaves(params):
-        size, reductions = bytes_per_device(weight), chunks if weight is word_table else 1
+    for weight in trained + frozen:
+        size, uses = bytes_per_device(weight), chunks if weight is word_table else 1
+        reductions = uses if any(weight is other for other in trained) else 0
         over_data += 2 * reductions * size
         if "fsdp" in weight.sharding.spec:
-            over_fsdp += fsdp * size * ((1 + reductions) * itemsize / FLOAT32_BYTES + reductions)
+            over_fsdp += fsdp * size * ((1 + uses) * itemsize / FLOAT32_BYTES + reductions)
         else:
             over_fsdp += 2 * reductions * size
     return over_data, over_fsdp

@@ -25,8 +25,9 @@ from davae_jax.planning.shapes import (
     bytes_per_device,
     cached_abstract_state,
 )
-from davae_jax.training.config import TrainConfig
+from davae_jax.training.config import InitConfig, TrainConfig
 from davae_jax.training.flops import longest_rows, num_shards, rows_per_device
+from davae_jax.training.freezing import join_frozen, split_frozen, trains_table
 from davae_jax.training.objective import StepContext, objective
 
 USABLE_MEMORY = 0.9  # of a chip's memory: the rest is for the runtime and fragmentation
@@ -37,7 +38,7 @@ TRACED_ROWS = 1009  # of the batch that is traced: a prime, so that no other dim
 def memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
     """Returns bytes per device by kind. The state is exact; activations are those that JAX saves, before XLA's fusions.
 
-    gradients: float32, like the weights; twice if gradients are accumulated over micro-batches.
+    gradients: float32, of the trained weights; twice if gradients are accumulated over micro-batches.
     saved activations: those that the backward pass reads, given the remat policy.
     copy for a save: what a save's copy of stacked layers (`model.stack`) needs beyond the memory of a step.
     recomputed layer (peak): all activations of the largest layer, which remat recomputes in the backward pass.
@@ -60,11 +61,12 @@ def state_memory(config: TrainConfig, mesh: AbstractMesh) -> dict[str, int]:
     """Returns the kinds of `memory` that do not depend on the batch."""
     state = cached_abstract_state(config, mesh)
     main = {name: params for name, params in state.params.items() if name != "discriminator"}
+    trained, _ = split_frozen(main, config.init.freeze)
     discriminator = state.params["discriminator"]
     gradients = 2 if config.accumulate > 1 else 1
     return {
         "parameters": bytes_per_device(main),
-        "gradients": gradients * bytes_per_device(main),
+        "gradients": gradients * bytes_per_device(trained),
         "optimizer state": bytes_per_device(state.optimizer),
         "discriminator and its optimizer": bytes_per_device((state.discriminator_optimizer, state.step))
         + (1 + gradients) * bytes_per_device(discriminator),
@@ -80,7 +82,8 @@ def step_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     outside_layers, *saved_per_layer = activations(config, rows, tensor)
     _, *all_per_layer = activations(dataclasses.replace(config, remat="none"), rows, tensor)
     layers = config.model.encoder.num_hidden_layers, decoder.num_layers
-    gathered = vocab_size * decoder.hidden_size * (itemsize + FLOAT32_BYTES) if mesh["fsdp"] > 1 else 0
+    table_gradient = FLOAT32_BYTES if trains_table(config) else 0
+    gathered = vocab_size * decoder.hidden_size * (itemsize + table_gradient) if mesh["fsdp"] > 1 else 0
     chunk = min(config.logits_chunk, longest_rows(config)[1])
     return {
         "saved activations": outside_layers + sum(n * saved for n, saved in zip(layers, saved_per_layer, strict=True)),
@@ -145,7 +148,8 @@ def _residuals(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDt
 
     def vjp(params, batch, key):
         context = StepContext(key, jnp.float32(1))
-        return jax.vjp(lambda p: objective(p, graphdef, batch, context, config).total, params)[1]
+        trained, frozen = split_frozen(params, config.init.freeze)
+        return jax.vjp(lambda p: objective(join_frozen(p, frozen), graphdef, batch, context, config).total, trained)[1]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     leaves = jax.tree.leaves(jax.eval_shape(vjp, params, batch_shapes(config, TRACED_ROWS), key))
@@ -154,7 +158,7 @@ def _residuals(config: TrainConfig, layers: tuple[int, int]) -> list[jax.ShapeDt
 
 def _shape_settings(config: TrainConfig) -> TrainConfig:
     """Returns a config with the fields that the objective's shapes depend on, so that equal ones share a trace."""
-    defaults = TrainConfig(model=config.model, data=config.data)
+    defaults = TrainConfig(model=config.model, data=config.data, init=InitConfig(freeze=config.init.freeze))
     names = ("dtype", "remat", "logits_chunk", "noise", "attention")
     return dataclasses.replace(defaults, **{name: getattr(config, name) for name in names})
 

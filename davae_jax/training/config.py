@@ -134,14 +134,20 @@ class OptimizerConfig:
     learning_rate: float = 5e-5
     """Peak learning rate."""
 
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate schedule after the warmup: cosine decay to `end`, or constant."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate schedule after the warmup: cosine decay to `end`, constant, or constant until a linear decay to `end` over the last `decay-steps` steps (wsd: warmup, stable, decay; Hu et al. 2024). Until its decay, wsd does not depend on the number of steps."""
 
     warmup: float = 0.01
     """Fraction of all steps over which the learning rate rises from 0."""
 
+    warmup_steps: int = 0
+    """Number of these steps, in place of the fraction `warmup`; 0: the fraction counts."""
+
+    decay_steps: int = 0
+    """Number of last steps over which wsd decays; 0: none. May change when a run goes on."""
+
     end: float = 0.1
-    """Final learning rate of the cosine decay, as a fraction of the peak."""
+    """Final learning rate of a decay, as a fraction of the peak."""
 
     weight_decay: float = 0.1
     """Weight decay of matrices; biases and LayerNorms have none."""
@@ -166,6 +172,13 @@ class OptimizerConfig:
         check_options(self, "optimizer.", "eps", lambda x: 0 < x < float("inf"), "be above 0 and finite")
         check_options(self, "optimizer.", "warmup end", *_UNIT_INTERVAL)
         check_options(self, "optimizer.", "b1 b2", lambda x: 0 <= x < 1, "be in [0, 1)")
+        check_options(self, "optimizer.", "warmup_steps decay_steps", lambda n: n >= 0, "be at least 0")
+        if self.decay_steps and self.schedule != "wsd":
+            raise OptionError("--optimizer.decay-steps", "is used only with --optimizer.schedule wsd")
+
+    def count_warmup(self, steps: int) -> int:
+        """Returns the number of steps over which the learning rate rises, of a training of `steps` steps."""
+        return self.warmup_steps or round(self.warmup * steps)
 
 
 @dataclass(frozen=True)
@@ -250,19 +263,39 @@ class AdversarialConfig:
 
 def with_constant_rate(main: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
     """Returns the same optimizer with a constant learning rate, without weight decay or skipped steps."""
-    rate = dict(learning_rate=learning_rate, schedule="constant", warmup=0.0, weight_decay=0.0, spike=0.0)
+    rate = dict(learning_rate=learning_rate, schedule="constant", warmup=0.0, warmup_steps=0, decay_steps=0)
+    rate |= dict(weight_decay=0.0, spike=0.0)
     return dataclasses.replace(main, **rate)
+
+
+FREEZABLE = ("encoder", "decoder", "embeddings", "posterior")  # the weights of each: `training.freezing`
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Pretrained encoder and decoder to start from. The model has their sizes."""
+    """Pretrained weights to start from, whose sizes the model has, and weights that are not trained."""
+
+    model: str | None = None
+    """Whole model: run folder, converted or published checkpoint, or Hugging Face repo id. It brings its tokenizers and all sizes; dropout is that of this run."""
 
     encoder: str | None = None
     """Hugging Face BERT: folder or repo id."""
 
     decoder: str | None = None
     """Transformer-XL in the Fengshenbang 1.1B layout: folder or repo id."""
+
+    freeze: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PART")] = ()
+    """Part whose weights stay as they are: encoder (with its posterior head), decoder (with its latent projection), embeddings (the tables of both; the decoder's logits use its table too) or posterior (the posterior head). Can be given several times. The optimizer keeps nothing for them."""
+
+    def __post_init__(self):
+        for half in ("encoder", "decoder"):
+            if self.model is not None and (source := getattr(self, half)) is not None:
+                reason = f"{source} cannot be given with --init.model {self.model}, which has both halves"
+                raise OptionError(f"--init.{half}", reason)
+        if unknown := [part for part in self.freeze if part not in FREEZABLE]:
+            raise OptionError("--init.freeze", f"must be one of {', '.join(FREEZABLE)}, not {unknown[0]}")
+        # In one order and once, so that runs which freeze the same have the same settings.
+        object.__setattr__(self, "freeze", tuple(part for part in FREEZABLE if part in self.freeze))
 
 
 @dataclass(frozen=True)
@@ -364,5 +397,23 @@ class TrainConfig:
             )
         check_options(self, "", "seed", lambda n: 0 <= n < 2**32, "be an integer from 0 to 2³² − 1")
         check_integers(self, unless=("seed",))
+        rest = self.steps - self.optimizer.count_warmup(self.steps)
+        if self.optimizer.decay_steps > rest:
+            reason = f"must be at most {rest}, the steps after the warmup, not {self.optimizer.decay_steps}"
+            raise OptionError("--optimizer.decay-steps", reason)
+        if self.init.model and self.data.decoder_vocab_size is not None:
+            reason = f"{self.data.decoder_vocab_size} cannot be given with --init.model {self.init.model}"
+            raise OptionError("--data.decoder-vocab-size", f"{reason}, which has tokenizers of its own")
+        frozen = set(self.init.freeze)
+        if {"encoder", "decoder"} <= frozen:
+            raise OptionError("--init.freeze", "must leave the encoder or the decoder to train")
+        if self.posterior.mean_scale and frozen & {"encoder", "posterior"}:
+            raise OptionError(
+                "--posterior.mean-scale", "changes the posterior head, which --init.freeze leaves as it is"
+            )
+        if self.lagging.encoder_steps and frozen & {"encoder", "decoder"}:
+            raise OptionError(
+                "--lagging.encoder-steps", "needs an encoder and a decoder that --init.freeze does not name"
+            )
         if self.posterior.mean_scale and not self.data.pack and self.batch_size == self.accumulate:
             raise OptionError("--posterior.mean-scale", "needs a larger batch: a single text has no standard deviation")

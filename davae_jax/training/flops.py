@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from davae_jax.parallel.sharding import RULES
 from davae_jax.training.config import TrainConfig
+from davae_jax.training.freezing import trains_table
 from davae_jax.utils.shapes import round_up
 
 # The products of one layer's attention, forward and backward, each of 2·B·N·T·K·H FLOPs. xla: content, position and
@@ -53,7 +54,8 @@ def forward_products(
     A product y = W·x costs 2 FLOPs per weight and token, and its backward pass twice that (the gradients of W and of
     x): 6·weights·tokens in all. Attention adds, per layer and text, two products of S²·D in the encoder and three of
     T²·D in the decoder (content, position, context), computed in full although half of each is masked; the tied
-    embedding adds 6·B·T·D·V as logits and nothing as a table. Recomputation is counted separately, in `recomputed`:
+    embedding adds 6·B·T·D·V as logits and nothing as a table. What `--init.freeze` names has no gradient of W, and
+    a frozen encoder no backward pass. Recomputation is counted separately, in `recomputed`:
     remat "dots" repeats attention; "full" repeats whole layers except the decoder's last product, which its gradient
     does not need; kernels compute a part of attention anew; several chunks repeat the logits. Texts in segments attend
     to K = segment + memory positions instead of T. Norms, softmax, dropout and the optimizer are not counted.
@@ -69,25 +71,33 @@ def forward_products(
         return batch * num_shards(width, tensor)
 
     layer, attention = int(config.remat == "full"), int(config.remat != "none")
+    frozen = set(config.init.freeze)
+    # A weight that is frozen has no gradient, and behind a frozen encoder there is nothing that needs one.
+    of_decoder, of_encoder = 2 - ("decoder" in frozen), 0 if "encoder" in frozen else 2
+    of_logits, of_posterior = 1 + trains_table(config), max(0, of_encoder - ("posterior" in frozen))
+    in_encoder = dict(backward=of_encoder, recomputed=layer if of_encoder else 0)
     D, F, N = encoder.hidden_size, encoder.intermediate_size, encoder.num_attention_heads
     products = [
-        Product("encoder", 2 * B * S * 4 * D * D, devices(D), recomputed=layer),
-        Product("encoder", 2 * B * S * 2 * D * F, devices(F), recomputed=layer),
-        Product("attention", 2 * B * S * S * 2 * D, devices(N), recomputed=attention),
+        Product("encoder", 2 * B * S * 4 * D * D, devices(D), **in_encoder),
+        Product("encoder", 2 * B * S * 2 * D * F, devices(F), **in_encoder),
+        Product("attention", 2 * B * S * S * 2 * D, devices(N), of_encoder, attention if of_encoder else 0),
     ] * encoder.num_hidden_layers
-    products += [Product("encoder", 2 * B * D * (D + 2 * L), batch_shards)]
+    products += [
+        Product("encoder", 2 * B * D * D, batch_shards, of_encoder),
+        Product("encoder", 2 * B * D * 2 * L, batch_shards, of_posterior),
+    ]
     D, N, V = decoder.hidden_size, decoder.num_attention_heads, decoder.vocab_size
     products += [
-        Product("decoder", 2 * B * T * 4 * D * D, devices(D), recomputed=layer),
-        Product("decoder", 2 * B * T * 4 * D * D, devices(4 * D), recomputed=layer),
-        Product("decoder", 2 * B * T * 4 * D * D, devices(4 * D)),
+        Product("decoder", 2 * B * T * 4 * D * D, devices(D), of_decoder, layer),
+        Product("decoder", 2 * B * T * 4 * D * D, devices(4 * D), of_decoder, layer),
+        Product("decoder", 2 * B * T * 4 * D * D, devices(4 * D), of_decoder),
         # The keys of positions do not depend on the batch: every data shard computes them, the fsdp axis together.
-        Product("decoder", 2 * segments * K * D * D, devices(D, num_shards(D, fsdp)), backward=1, recomputed=layer),
+        Product("decoder", 2 * segments * K * D * D, devices(D, num_shards(D, fsdp)), of_decoder - 1, layer),
         Product("attention", 2 * B * T * K * 3 * D, devices(N), recomputed=_recomputed(config.attention, attention)),
     ] * decoder.num_layers
     products += [
-        Product("logits", 2 * B * T * D * V, devices(V), recomputed=int(config.logits_chunk < T)),
-        Product("latent", 2 * B * L * D, batch_shards),
+        Product("logits", 2 * B * T * D * V, devices(V), of_logits, int(config.logits_chunk < T)),
+        Product("latent", 2 * B * L * D, batch_shards, of_decoder - (of_encoder == 0)),
         # The discriminator runs three times: on the latents for each of the two losses, and on samples of the prior.
         Product("latent", 3 * 2 * B * (4 * L * L + 4 * L), devices(4 * L)),
     ]

@@ -22,6 +22,7 @@ from davae_jax.model.layers import Segments
 from davae_jax.model.losses import chunked_nll, discriminator_loss, generator_loss
 from davae_jax.regularizers import LatentBatch, active, batch_normalized, regularizer_terms
 from davae_jax.training.config import FreeBitsConfig, TrainConfig
+from davae_jax.training.freezing import join_frozen, split_frozen
 from davae_jax.training.noise import embedding_noise, token_noise
 
 Logs = dict[str, Array]  # scalars, and kl_per_dim [L]
@@ -73,12 +74,19 @@ def gradient(
 
     The objective is a mean over texts, so the mean of the micro-batches' gradients is the gradient of the whole batch.
     There are three differences: each micro-batch has its own random numbers, free bits that are clamped on the mean of
-    the batch are clamped on that of the micro-batch, and regularizers see the statistics of the micro-batch.
+    the batch are clamped on that of the micro-batch, and regularizers see the statistics of the micro-batch. Frozen
+    weights have no gradient: None.
     """
-    grad = jax.grad(_total_and_logs, has_aux=True)
+    trained, frozen = split_frozen(params, config.init.freeze)
+
+    def total_and_logs(trained, batch, context):
+        terms = objective(join_frozen(trained, frozen), graphdef, batch, context, config)
+        return terms.total, terms.logs | {"loss": terms.model_loss}
+
+    grad = jax.grad(total_and_logs, has_aux=True)
     n = config.accumulate
     if n == 1:
-        return grad(params, graphdef, batch, context, config)
+        return grad(trained, batch, context)
 
     if batch.decoder_segments is not None:  # micro-batches differ in their number of texts
         context = context._replace(texts=(batch.lengths > 0).sum() / n)
@@ -86,22 +94,15 @@ def gradient(
     def add_micro_batch(total, micro_batch):
         i, rows = micro_batch
         micro_batch_key = jax.random.fold_in(context.key, i)
-        grads_and_logs = grad(params, graphdef, rows, context._replace(key=micro_batch_key), config)
+        grads_and_logs = grad(trained, rows, context._replace(key=micro_batch_key))
         return jax.tree.map(jnp.add, total, grads_and_logs), None
 
     # Micro-batch i has the rows i, i + n, …, so that each device contributes its own rows to every micro-batch.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(
-        lambda: grad(params, graphdef, jax.tree.map(lambda x: x[0], micro_batches), context, config)
-    )
+    shapes = jax.eval_shape(lambda: grad(trained, jax.tree.map(lambda x: x[0], micro_batches), context))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(n), micro_batches))
     return jax.tree.map(lambda x: x / n, total)
-
-
-def _total_and_logs(params, graphdef, batch, context, config) -> tuple[Float[Array, ""], Logs]:
-    terms = objective(params, graphdef, batch, context, config)
-    return terms.total, terms.logs | {"loss": terms.model_loss}
 
 
 def objective(

@@ -26,10 +26,14 @@ def beta_at(step: int | Array, steps: int, config: BetaConfig) -> Float[Array, "
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the schedule of the learning rate: step, counted from 0, → rate."""
-    warmup = round(config.warmup * steps)
+    warmup, decay = config.count_warmup(steps), config.decay_steps
     peak = config.learning_rate
-    if config.schedule == "constant":
-        after_warmup = optax.constant_schedule(peak)
+    parts, boundaries = [optax.linear_schedule(0.0, peak, max(warmup, 1))], [warmup]
+    if config.schedule == "cosine":
+        parts += [optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=config.end)]
     else:
-        after_warmup = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=config.end)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after_warmup], [warmup])
+        parts += [optax.constant_schedule(peak)]
+    if decay:
+        parts += [optax.linear_schedule(peak, config.end * peak, decay)]
+        boundaries += [steps - decay]
+    return optax.join_schedules(parts, boundaries)

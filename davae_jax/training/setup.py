@@ -41,7 +41,13 @@ from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.training.choose_attention import check_attention, choose_attention
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import model_flops
-from davae_jax.training.initial_state import initial_state, is_warm_start, make_warm_start, warm_start_config
+from davae_jax.training.initial_state import (
+    initial_state,
+    is_warm_start,
+    make_warm_start,
+    warm_start_config,
+    whole_model_config,
+)
 from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.training.run.folder import check_tokenizers, open_run
 from davae_jax.training.run.log import RunLog
@@ -109,6 +115,8 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
     if is_warm_start(config):
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = run_on_all_processes(lambda: warm_start_config(model, folder))
+    elif config.init.model:
+        model = run_on_all_processes(lambda: whole_model_config(model, config, folder))
     config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(config, attention=choose_attention(config, mesh.shape))
     tokenizers, batches, held_out = run_on_all_processes(lambda: _tokenize(config, corpus, folder))

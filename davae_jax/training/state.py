@@ -15,6 +15,7 @@ from davae_jax.model.davae import DAVAE, Params, split, weight_axes
 from davae_jax.parallel.sharding import weight_sharding
 from davae_jax.regularizers import Learned, Sizes, active, init_regularizer_params
 from davae_jax.training.config import TrainConfig, with_constant_rate
+from davae_jax.training.freezing import split_frozen
 from davae_jax.training.optimizers import make_optimizer
 
 
@@ -26,7 +27,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]  # number of steps taken
     params: Params
-    optimizer: optax.OptState  # of encoder and decoder
+    optimizer: optax.OptState  # of encoder and decoder, without what is frozen
     discriminator_optimizer: optax.OptState
     regularizers: dict[str, Params]  # parameters of regularizers, by name; not part of the model
     regularizer_optimizers: dict[str, optax.OptState]
@@ -49,7 +50,7 @@ def regularizer_optimizers(config: TrainConfig) -> dict[str, optax.GradientTrans
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
     """Returns the state before the first step, for a model's initial weights."""
-    main, discriminator = split_discriminator(params)
+    main, discriminator = split_discriminator(split_frozen(params, config.init.freeze)[0])
     optimizer, discriminator_optimizer = optimizers(config)
     sizes = Sizes(len(params["encoder"]["posterior"]["weight"]) // 2, len(params["decoder"]["embedding"]["weight"]))
     regularizers = init_regularizer_params(active(config.regularizers), config.seed, sizes)
@@ -99,7 +100,7 @@ def abstract_state(model: DAVAE, config: TrainConfig, mesh: Mesh | AbstractMesh)
     params = jax.tree.map(weight_layout, split(model)[1], weight_axes(model))
     state = jax.eval_shape(partial(init_state, config=config), params)
     main_optimizer, discriminator_optimizer = optimizers(config)
-    main, discriminator = split_discriminator(params)
+    main, discriminator = split_discriminator(split_frozen(params, config.init.freeze)[0])
     return TrainState(
         replicate(state.step),
         params,

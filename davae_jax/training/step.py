@@ -19,6 +19,7 @@ from davae_jax.model.latent import kl_per_dimension
 from davae_jax.parallel.sharding import batch_sharding
 from davae_jax.regularizers import normalized_head
 from davae_jax.training.config import LaggingConfig, TrainConfig
+from davae_jax.training.freezing import join_frozen, split_frozen
 from davae_jax.training.objective import Logs, StepContext, gradient, reconstruction
 from davae_jax.training.schedules import beta_at, learning_rate
 from davae_jax.training.state import TrainState, optimizers, regularizer_optimizers, split_discriminator
@@ -74,14 +75,16 @@ def train_step(
         encoder_only = is_encoder_only_step(state.step, config.steps, config.lagging)
         grads["decoder"] = jax.tree.map(lambda g: jnp.where(encoder_only, 0, g), grads["decoder"])
     main_grads, discriminator_grads = split_discriminator(grads)
-    main, discriminator = split_discriminator(state.params)
+    trained, frozen = split_frozen(state.params, config.init.freeze)
+    main, discriminator = split_discriminator(trained)
     updates, optimizer_state = optimizer.update(main_grads, state.optimizer, main)
     if lagging:
         updates, optimizer_state = freeze_decoder_update(encoder_only, updates, state.optimizer, optimizer_state)
     discriminator_updates, discriminator_state = discriminator_optimizer.update(
         discriminator_grads, state.discriminator_optimizer, discriminator
     )
-    params = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, discriminator_updates)
+    trained = optax.apply_updates(main, updates) | optax.apply_updates(discriminator, discriminator_updates)
+    params = join_frozen(trained, frozen)
     if config.posterior.mean_scale:
         head = params["encoder"]["posterior"]
         statistics = logs.pop("mean_std"), logs.pop("pooled")

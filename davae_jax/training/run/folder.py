@@ -11,7 +11,10 @@ profile/         a profiler trace, if --profile-steps is given
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from davae_jax.data.corpus import Corpus
 from davae_jax.regularizers import plugin_digest
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.training.config import TrainConfig
+from davae_jax.training.run.length import LENGTH_SETTINGS, describe_new_length, is_other_length, with_length_of
 from davae_jax.training.run.saved_config import LOCATIONS, differences, to_dict, upgrade_settings
 from davae_jax.utils.errors import InputError, OptionError, system_reason
 from davae_jax.utils.files import (
@@ -44,6 +48,7 @@ from davae_jax.utils.files import (
 from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object, with_sum
 from davae_jax.utils.locks import FolderLock
 
+SOURCE_DIGEST = "digest_of_init_model"  # in train.json: of the weights of --init.model
 # Hashes in train.json, and the option that names the hashed file.
 CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
 
@@ -52,13 +57,14 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
     """Makes a run folder, or checks that an existing one can be continued. Locks it.
 
     Texts, tokenizers and plugins are compared by their contents, not by their paths. Without a checkpoint, the
-    settings may differ: the run then starts from the beginning.
+    settings may differ: the run then starts from the beginning. With one, the number of steps may, if no fewer than
+    it has taken; which schedules this changes is printed.
 
     Raises:
       InputError: the folder was made with another config (exit code 2; the message names the options), contains
         other files or only incomplete checkpoints, is used by another program, or cannot be written.
     """
-    stored = path / RUN_SETTINGS
+    stored, new_length = path / RUN_SETTINGS, None
     try:
         values = to_dict(config)
         values |= {"digest_of_texts": corpus.digest, "digest_of_held_out": corpus.held_out_digest}
@@ -79,7 +85,7 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 )
             is_intact = not has_wrong_sum(old)
             old.pop(SUM, None)
-            values |= {name: value for name, value in old.items() if name == TOKENIZER_HASHES}
+            values |= {name: value for name, value in old.items() if name in (TOKENIZER_HASHES, SOURCE_DIGEST)}
             try:
                 old = upgrade_settings(old)
                 changed = changed_options(old, values) + changed_tokenizers(config, path)
@@ -90,18 +96,23 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
                 if not complete_checkpoints(path):
                     _remove_preparations(path, config.tokenizers)
                     values.pop(TOKENIZER_HASHES, None)
-                elif changed and not is_intact:
+                    values.pop(SOURCE_DIGEST, None)
+                elif not is_intact and (changed or is_other_length(old, values)):
                     problem = "is damaged (its own sum differs); restore it, or choose another folder"
                     raise InputError(f"{stored}: {problem}")
                 elif changed:
                     raise OptionError(
                         "--run-dir", f"{path} was made with another config: {', '.join(changed)}; choose another folder"
                     )
+                elif is_other_length(old, values):
+                    new_length = _describe_length(path, old, config)
         elif not all(is_partial(file) for file in path.iterdir()):
             raise OptionError(
                 "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
             )
         write_json(stored, with_sum(values))
+        if new_length:
+            print(f"{path}: {new_length}")
         remove_partial(path)
         remove_removed(path)
     except OSError as e:
@@ -123,6 +134,28 @@ def check_tokenizers(path: Path) -> None:
         write_json(stored, with_sum(values | {TOKENIZER_HASHES: hashes}))
     elif problems := tokenizer_changes(path, values):
         raise InputError(f"{'; '.join(problems)}; restore it, or choose another folder")
+
+
+def _describe_length(path: Path, old: dict[str, Any], config: TrainConfig) -> str:
+    """Returns a line about a run that goes on for another number of steps. Raises OptionError if it has taken more.
+
+    old: the content of train.json.
+    """
+    done = max(int(step.name) for step in complete_checkpoints(path))
+    if config.steps < done:
+        raise OptionError("--steps", f"must be at least {done}, the steps that {path} has taken, not {config.steps}")
+    return describe_new_length(with_length_of(config, old), config, done)
+
+
+def record_source(path: Path, sums: Mapping[str, int]) -> None:
+    """Adds a digest of the weights that a run begins with to its train.json.
+
+    sums: of each array, by its path in the model (`checkpoints.sums.array_sums`).
+    """
+    digest = hashlib.sha256(json.dumps({name: int(value) for name, value in sorted(sums.items())}).encode()).hexdigest()
+    values = read_json_object(path / RUN_SETTINGS)
+    values.pop(SUM, None)
+    write_json(path / RUN_SETTINGS, with_sum(values | {SOURCE_DIGEST: digest}))
 
 
 def _is_of_a_run(values: dict[str, Any]) -> bool:
@@ -161,14 +194,15 @@ def _remove_preparations(path: Path, tokenizers: Path | None) -> None:
 
 
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns the options in which two train.json differ, with both values.
+    """Returns the options in which two train.json differ, with both values, except for `LENGTH_SETTINGS`.
 
     Files are compared by contents, not by path. A hash that the older file lacks is not compared.
     """
-    changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES))
-    for section, source in old.get("init", {}).items():
-        if (source is None) != (new["init"][section] is None):
-            changed.append(f"init.{section} ({source}, now {new['init'][section]})")
+    changed = differences(old, new, ignored=(*LOCATIONS, *CONTENT_HASHES, *LENGTH_SETTINGS))
+    for name in ("model", "encoder", "decoder"):
+        before, now = (values.get("init", {}).get(name) for values in (old, new))
+        if (before is None) != (now is None):
+            changed.append(f"init.{name} ({before}, now {now})")
     for name, option in CONTENT_HASHES.items():
         if name in old and old[name] != new[name]:
             changed.append(f"{option} (other contents)")

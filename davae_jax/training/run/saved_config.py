@@ -45,7 +45,7 @@ def upgrade_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # Settings that are paths. Texts and tokenizers are compared by their contents; pretrained weights only
 # by whether they are given.
-LOCATIONS = ("data.train", "data.valid", "tokenizers", "init.encoder", "init.decoder")
+LOCATIONS = ("data.train", "data.valid", "tokenizers", "init.model", "init.encoder", "init.decoder")
 
 
 def digest_settings(config: TrainConfig) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from davae_jax.checkpoints.hub import resolve_source
-from davae_jax.checkpoints.run_folder import complete_checkpoints
+from davae_jax.checkpoints.run_folder import complete_checkpoints, config_folder
 from davae_jax.data.corpus import Corpus
 from davae_jax.model.config import DAVAEConfig, EncoderConfig
 from davae_jax.tokenizers.decoder import count_pieces
@@ -25,7 +25,7 @@ DEMO_DECODER_VOCAB_SIZE, DECODER_VOCAB_SIZE = 600, 8000  # if the config does no
 def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
     """Puts vocab.txt and spiece.model into the run folder, unless they exist.
 
-    They come from the prepared texts, from --tokenizers, from the pretrained encoder and decoder, or are trained on the
+    They come from the prepared texts, from --tokenizers, from the pretrained model or its halves, or are trained on the
     corpus, in this order.
 
     Raises:
@@ -41,13 +41,14 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
             source=corpus.source,
         ),
     )
-    pretrained = (config.init.encoder, config.init.decoder)
-    for name, pretrained_source, trainer in zip(TOKENIZER_FILES, pretrained, trainers, strict=True):
+    for name, pretrained, trainer in zip(TOKENIZER_FILES, _pretrained(config), trainers, strict=True):
         if (folder / name).is_file():
             continue
         if complete_checkpoints(folder):
             raise InputError(f"{folder / name}: is missing, and the checkpoints of this run cannot be used without it")
-        source = config.tokenizers or (resolve_source(pretrained_source) if pretrained_source else None)
+        source = config.tokenizers or (config_folder(resolve_source(pretrained)) if pretrained else None)
+        if config.init.model and config.tokenizers:
+            _check_same_tokenizer(config, name)
         if corpus.prepared:
             _check_same_file(corpus.prepared.folder / name, source and source / name)
             source = corpus.prepared.folder
@@ -57,6 +58,18 @@ def prepare_tokenizers(config: TrainConfig, folder: Path, corpus: Corpus) -> Non
             write_bytes(folder / name, (source / name).read_bytes())
         else:
             raise OptionError("--tokenizers", f"must be a folder with {name}; there is no {source / name}")
+
+
+def _pretrained(config: TrainConfig) -> tuple[str | None, str | None]:
+    """Returns the sources of the pretrained encoder and decoder, which may be one model."""
+    return config.init.model or config.init.encoder, config.init.model or config.init.decoder
+
+
+def _check_same_tokenizer(config: TrainConfig, name: str) -> None:
+    """Raises OptionError if a file of --tokenizers differs from that of --init.model, whose ids the weights know."""
+    of_model, given = config_folder(resolve_source(config.init.model)) / name, config.tokenizers / name
+    if of_model.is_file() and given.is_file() and of_model.read_bytes() != given.read_bytes():
+        raise OptionError("--tokenizers", f"{given} differs from {of_model} of --init.model, which brings its own")
 
 
 def _check_same_file(prepared: Path, given: Path | None) -> None:
@@ -113,9 +126,9 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
 
     Tokenizers are looked up in the same folders as by a run, if these exist on this machine.
     """
-    pretrained = config.init.encoder, config.init.decoder
     vocab, spiece = (
-        _find_tokenizer_file(config, name, source) for name, source in zip(TOKENIZER_FILES, pretrained, strict=True)
+        _find_tokenizer_file(config, name, source)
+        for name, source in zip(TOKENIZER_FILES, _pretrained(config), strict=True)
     )
     encoder_size = len(read_vocabulary(vocab)) if vocab else config.data.encoder_vocab_size
     # A plan may lack the texts; only the demo then uses the synthetic corpus.
@@ -137,5 +150,5 @@ def expected_vocabularies(config: TrainConfig, preset: str) -> tuple[int, int, s
 def _find_tokenizer_file(config: TrainConfig, name: str, pretrained: str | None) -> Path | None:
     if config.tokenizers:
         return config.tokenizers / name
-    folders = (*(config.data.train or ()), pretrained and Path(pretrained))
+    folders = (*(config.data.train or ()), pretrained and config_folder(Path(pretrained)))
     return next((folder / name for folder in folders if folder and (folder / name).is_file()), None)
