@@ -138,7 +138,7 @@ def compile_for(device, shape: AttentionShape, function, arguments) -> dict:
     }
 
 
-# ---- measured on the device that is there
+# ---- measured on the devices of this machine
 
 
 def measure(shape: AttentionShape, dtype: str) -> Iterator[Row]:

@@ -142,7 +142,7 @@ def collective_bytes(devices: int, axis: str) -> Row:
         lowered = make_train_step(split(model)[0], config, state).lower(state, batch_shapes(config, config.batch_size))
         fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         text = lowered.compile(compiler_options=fast).as_text()
-    compiled = sum(found.sent for found in collectives(text))
+    compiled = sum(collective.sent for collective in collectives(text))
     abstract = make_abstract_mesh(config.mesh, config.batch_size, devices)
     planned = sum(axis.bytes for axis in traffic(config, abstract, CHIPS["h200"]).values())
     return {"compiled, MB": compiled / 1e6, "planned, MB": planned / 1e6, "compiled / planned": compiled / planned}

@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.texts or not args.tokenizers:
             parser.error("TEXTS and --tokenizers are required")
         tokenizers = load_tokenizers(args.tokenizers, published)
-        found = read_texts(args.texts)
-        texts = tokenize(found, *tokenizers, max_length=args.max_length, source=str(args.texts))
+        texts = read_texts(args.texts)
+        texts = tokenize(texts, *tokenizers, max_length=args.max_length, source=str(args.texts))
         report(args, measure(texts, args.max_length, args.steps, published, args.buckets))
 
 

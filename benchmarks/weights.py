@@ -77,7 +77,7 @@ def measure(folder: Path, batches: list[int], tokens: int, rounds: int, texts: i
             peer = None if name == "float32" else ("float32", rates["float32"])
             yield row(labels, "tokens/s", rates[name], peer=peer, limit=limit)
     changes = find_changes(models, *make_texts(folder, models["float32"], texts))
-    yield from ({"table": "Differences", "weights": name} | found for name, found in changes.items())
+    yield from ({"table": "Differences", "weights": name} | values for name, values in changes.items())
 
 
 def generation_rate(model: davae_jax.DAVAE, batch: int, tokens: int) -> float:
