@@ -135,7 +135,7 @@ def train_from_command_line(
     from davae_jax.training.loop import train
 
     config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
-    check_model_options(config, PRESETS[preset][1].model)
+    check_model_options(config, given_model_fields(argv))
     if waiting := multihost.describe_waiting(config.distributed):
         print(waiting, flush=True)
     multihost.connect(config.distributed)
@@ -154,6 +154,12 @@ def train_from_command_line(
         print(f"{run.checkpoints.last}: complete")
         print(f"next: {generate_command(run.folder, run.corpus.example)}")
     return 0
+
+
+def given_model_fields(argv: Sequence[str]) -> set[str]:
+    """Returns the fields of the model's config that options set, such as "decoder.num_layers"."""
+    found = (re.match(r"--model\.([^=]+)", arg) for arg in argv)
+    return {match[1].replace("-", "_") for match in found if match}
 
 
 def generate_command(folder: Path, text: str) -> str:

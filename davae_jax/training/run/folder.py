@@ -110,6 +110,8 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
             raise OptionError(
                 "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
             )
+        if SOURCE_DIGEST in values:  # whose model is the one that the run began with, whatever is named now
+            values["init"]["model"] = old["init"]["model"]
         write_json(stored, with_sum(values))
         if new_length:
             print(f"{path}: {new_length}")
