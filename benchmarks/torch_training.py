@@ -71,19 +71,18 @@ class TorchTraining:
         self.steps_taken += 1
         return {name: value.detach() for name, value in losses.items()}
 
-    def loss(self, batch: Batch, eps: Tensor | None = None, train: bool = True) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, eps: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the loss of encoder and decoder, the discriminator's, and their parts.
 
         Args:
           eps: noise of the latents [B, L]; sampled by default.
-          train: apply dropout and noise on the embeddings.
         """
         config = self.config
         encoder_ids, decoder_ids, targets, lengths = map(torch.as_tensor, batch[:4])
-        mean_BL, logvar_BL = encode(self.twin, encoder_ids, config, train)
+        mean_BL, logvar_BL = encode(self.twin, encoder_ids, config)
         eps = torch.randn_like(mean_BL) if eps is None else eps
         latent_BL = mean_BL + eps * (logvar_BL / 2).exp()
-        logits_BTV = decode(self.twin, decoder_ids, latent_BL, config, train)
+        logits_BTV = decode(self.twin, decoder_ids, latent_BL, config)
         is_target_BT = torch.arange(targets.shape[1]) < lengths - 1
         targets = targets.long().masked_fill(~is_target_BT, -100)
         nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
@@ -97,14 +96,14 @@ class TorchTraining:
         return {"loss": loss, "loss_d": loss_d, "loss_g": loss_g, "rec": rec_B.mean(), "kl": kl}
 
 
-def encode(twin: Twin, ids_BS: Tensor, config: TrainConfig, train: bool) -> tuple[Tensor, Tensor]:
+def encode(twin: Twin, ids_BS: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Returns mean and log-variance [B, L] of each text."""
     encoder, sizes = twin.vae_model.encoder, config.model.encoder
     p = sizes.hidden_dropout_prob
     emb = encoder.embeddings
     x_BSD = emb.word_embeddings(ids_BS) + emb.position_embeddings.weight[: ids_BS.shape[1]]
-    x_BSD = F.dropout(emb.LayerNorm(x_BSD + emb.token_type_embeddings.weight[0]), p, train)
-    if train and config.noise.embedding:
+    x_BSD = F.dropout(emb.LayerNorm(x_BSD + emb.token_type_embeddings.weight[0]), p)
+    if config.noise.embedding:
         x_BSD = x_BSD + config.noise.embedding * torch.randn_like(x_BSD)
     bias_B11S = torch.where(ids_BS > 0, 0.0, MASKED)[:, None, None, :]
     for layer in encoder.encoder.layer:
@@ -112,24 +111,24 @@ def encode(twin: Twin, ids_BS: Tensor, config: TrainConfig, train: bool) -> tupl
             linear(x_BSD).unflatten(-1, (encoder.heads, -1)).transpose(1, 2)
             for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)
         )
-        p_attention = sizes.attention_probs_dropout_prob if train else 0.0
+        p_attention = sizes.attention_probs_dropout_prob
         context = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, bias_B11S, p_attention)
         attended_BSD = layer.attention.output.dense(context.transpose(1, 2).flatten(2))
-        x_BSD = layer.attention.output.LayerNorm(x_BSD + F.dropout(attended_BSD, p, train))
+        x_BSD = layer.attention.output.LayerNorm(x_BSD + F.dropout(attended_BSD, p))
         mlp_BSD = layer.output.dense(F.gelu(layer.intermediate.dense(x_BSD)))
-        x_BSD = layer.output.LayerNorm(x_BSD + F.dropout(mlp_BSD, p, train))
+        x_BSD = layer.output.LayerNorm(x_BSD + F.dropout(mlp_BSD, p))
     return encoder.linear(torch.tanh(encoder.pooler.dense(x_BSD[:, 0]))).chunk(2, dim=-1)
 
 
-def decode(twin: Twin, ids_BT: Tensor, latent_BL: Tensor, config: TrainConfig, train: bool) -> Tensor:
+def decode(twin: Twin, ids_BT: Tensor, latent_BL: Tensor, config: TrainConfig) -> Tensor:
     """Returns the logits [B, T, V] of texts without memory."""
     decoder, sizes = twin.vae_model.decoder, config.model.decoder
     body, T = decoder.transformer, ids_BT.shape[1]
     p, p_input = sizes.output_dropout_prob, sizes.embedding_dropout_prob
     latent_B1D = body.linear_emb(latent_BL)[:, None]
-    x_BTD = F.dropout(decoder.word_embeddings(ids_BT) + latent_B1D, p_input, train)
+    x_BTD = F.dropout(decoder.word_embeddings(ids_BT) + latent_B1D, p_input)
     features_KD = body.position_embeddings(T, x_BTD.dtype).flip(0)  # of the distances T − 1, …, 0
-    features_KD = F.dropout(features_KD, p_input, train)
+    features_KD = F.dropout(features_KD, p_input)
     future_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
     for layer in body.layers:
         attention = layer.attention
@@ -141,9 +140,9 @@ def decode(twin: Twin, ids_BT: Tensor, latent_BL: Tensor, config: TrainConfig, t
         position_BNTT = relative_shift((q_BNTH + body.r_r_bias[:, None]) @ r_NTH.transpose(-1, -2))
         score_BNTT = (position_BNTT / math.sqrt(q_BNTH.shape[-1])).masked_fill(future_TT, MASKED)
         context = F.scaled_dot_product_attention(q_BNTH + body.r_w_bias[:, None], k_BNTH, v_BNTH, score_BNTT)
-        x_BTD = x_BTD + F.dropout(attention.dense(context.transpose(1, 2).flatten(2)), p, train)
+        x_BTD = x_BTD + F.dropout(attention.dense(context.transpose(1, 2).flatten(2)), p)
         up_BTF = F.gelu(layer.mlp.dense_h_to_4h(layer.post_attention_layernorm(x_BTD)), approximate="tanh")
-        x_BTD = x_BTD + F.dropout(layer.mlp.dense_4h_to_h(up_BTF), p, train) + latent_B1D
+        x_BTD = x_BTD + F.dropout(layer.mlp.dense_4h_to_h(up_BTF), p) + latent_B1D
     return body.final_layernorm(x_BTD) @ decoder.word_embeddings.weight.T
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from davae_jax.model.davae import DAVAE
     from davae_jax.model.decoder import Memory
     from davae_jax.model.latent import Posterior
+    from davae_jax.training.config import TrainConfig
+    from davae_jax.training.train import train
     from davae_jax.utils.compile_cache import use_compile_cache
     from davae_jax.utils.errors import InputError
 
@@ -30,11 +32,13 @@ __all__ = [
     "Memory",
     "Posterior",
     "TextVAE",
+    "TrainConfig",
     "from_pretrained",
     "generate",
     "losses",
     "metrics",
     "sampling",
+    "train",
     "use_compile_cache",
 ]
 
@@ -48,8 +52,10 @@ _DEFINED_IN = {
     "Memory": "model.decoder",
     "Posterior": "model.latent",
     "TextVAE": "inference.text_vae",
+    "TrainConfig": "training.config",
     "from_pretrained": "checkpoints.pretrained",
     "generate": "inference.generation",
+    "train": "training.train",
     "use_compile_cache": "utils.compile_cache",
 }
 _MODULES = {"losses": "model.losses", "metrics": "evaluation.metrics", "sampling": "inference.sampling"}

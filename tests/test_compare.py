@@ -329,7 +329,7 @@ def test_a_comparison_of_another_program_is_not_replaced(tmp_path, monkeypatch, 
             (tmp_path / "out" / "comparison.json").write_text(content, encoding="utf-8")
         code = main(argv)
         if content != "[1]":
-            assert code == 1 and "is of another program" in capsys.readouterr().err
+            assert code == 1 and "out/comparison." in capsys.readouterr().err
             assert notes.read_text(encoding="utf-8") == "my notes"
     assert code == 0 and notes.read_text(encoding="utf-8") != "my notes"  # damaged, as by a crash
     assert main(argv) == 0
@@ -384,7 +384,7 @@ def test_two_settings(tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     assert "| plain | 2 | " in first and "| capacity | 2 | " in first
     stored = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    assert stored["seeds"] == [0, 1] and stored["found"]["plain"]["0"]["n"] == 20
+    assert stored["seeds"] == [0, 1] and stored["metrics"]["plain"]["0"]["n"] == 20
     Checked((out / "comparison.html").read_text(encoding="utf-8"))
     ElementTree.parse(out / "comparison.svg")
     assert (out / "comparison.md").read_text(encoding="utf-8").startswith("| setting | seeds | rate: KL, nats | ")

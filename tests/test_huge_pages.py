@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from davae_jax.cli import main as program
 from davae_jax.utils import huge_pages
 
 PROGRAM = """
@@ -66,3 +67,13 @@ def test_a_kernel_without_huge_pages(tmp_path, monkeypatch, state):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started anew"))
     huge_pages.restart_with_huge_pages()
+
+
+@pytest.mark.parametrize(("argv", "restarts"), [(["train", "--steps", "3"], 1), (["sample"], 0), ([], 0)])
+def test_davae_train_starts_anew_as_train_py_does(argv, restarts, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["davae", *argv])
+    monkeypatch.setattr(program, "restart_with_huge_pages", lambda: calls.append("restart"))
+    monkeypatch.setattr(program, "exit_with", lambda main: calls.append(main))
+    program.script()
+    assert calls == ["restart"] * restarts + [program.main]

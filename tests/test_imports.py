@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from davae_jax.cli.main import COMMANDS
+from davae_jax.cli.main import SUMMARIES
 from davae_jax.training.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_help_of_davae():
     assert imported_by(code) == set()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", SUMMARIES)
 def test_help_of_a_command(name):
     assert imported_by(f"from davae_jax.cli.main import main; assert main(['{name}', '--help']) == 0") == set()
 

@@ -16,7 +16,7 @@ from davae_jax.training.config import BetaConfig, DataConfig, NoiseConfig, Train
 from davae_jax.training.objective import reconstruction
 from davae_jax.training.state import init_state
 from davae_jax.training.step import make_train_step
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 
 BOS, END, PAD = CONFIG.bos_token_id, CONFIG.end_token_id, CONFIG.pad_token_id
 SEGMENT, LENGTHS = 8, np.array([22, 6, 15], np.int32)
@@ -140,5 +140,6 @@ def test_a_long_text_is_kept_though_the_encoder_cannot_read_all_of_it(tiny_vae):
 
 
 def test_packed_rows_have_no_segments():
-    with pytest.raises(InputError, match=r"--data\.segment-length is used only without --data\.pack"):
+    with pytest.raises(OptionError) as error:
         DataConfig(pack=True, segment_length=8)
+    assert error.value.option == "--data.segment-length"

@@ -188,7 +188,7 @@ def test_a_study_is_complete(unpacked, capsys):
     before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     assert davae(["compare", *expected["argv"]]) == 0
     comparison = json.loads((folder / "out" / "comparison.json").read_text(encoding="utf-8"))
-    assert comparison["found"] == expected["comparison"]["found"]
+    assert comparison["metrics"] == expected["comparison"]["found"]
     changed = {path.name for path, data in before.items() if path.read_bytes() != data}
     assert changed <= {"comparison.json", "comparison.md", "comparison.html", "comparison.svg"}
 

@@ -81,7 +81,9 @@ def small(line):
     if line.startswith("python -m benchmarks "):
         return line + " --smallest"
     return line + (
-        " --max-length 12" if re.match(r"davae (generate|recon|inter|analogy|sample|attr|neigh|combine)", line) else ""
+        " --max-length 12"
+        if re.match(r"davae (generate|recon|inter|analogy|sample|attr|neigh|combine|traverse|decode)", line)
+        else ""
     )
 
 
@@ -99,7 +101,10 @@ def test_the_readme_runs(place):
             done = subprocess.run(small(line), shell=True, cwd=folder, env=env, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             ran += 1
-            if re.match(r"davae (generate|reconstruct|interpolate|analogy|sample|attribute|neighbours|combine)", line):
+            if re.match(
+                r"davae (generate|reconstruct|interpolate|analogy|sample|attribute|neighbours|combine|traverse|decode)",
+                line,
+            ):
                 assert all(json.loads(row) for row in done.stdout.splitlines())
     assert ran >= 12
     # All examples in Python, one after the other as a reader would type them.

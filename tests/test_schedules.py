@@ -1,14 +1,13 @@
 """The KL's weight and the learning rate, step by step."""
 
 import dataclasses
-import re
 
 import numpy as np
 import pytest
 
 from davae_jax.training.config import BetaConfig, OptimizerConfig, TrainConfig
 from davae_jax.training.schedules import beta_at, learning_rate
-from davae_jax.utils.errors import InputError
+from davae_jax.utils.errors import OptionError
 
 
 def test_trapezoid():
@@ -73,21 +72,21 @@ def test_warmup_stable_decay():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "option"),
     [
-        (lambda: BetaConfig(max=-1.0), "--beta.max must be 0 or more and finite, not -1.0"),
-        (lambda: BetaConfig(ratio_zero=0.6, ratio_increase=0.5), "--beta.ratio-zero 0.6"),
-        (lambda: BetaConfig(cycles=0), "--beta.cycles must be at least 1, not 0"),
+        (lambda: BetaConfig(max=-1.0), "--beta.max"),
+        (lambda: BetaConfig(ratio_zero=0.6, ratio_increase=0.5), "--beta.ratio-zero"),
+        (lambda: BetaConfig(cycles=0), "--beta.cycles"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate"),
-        (lambda: OptimizerConfig(decay_steps=5), "--optimizer.decay-steps is used only with --optimizer.schedule wsd"),
+        (lambda: OptimizerConfig(decay_steps=5), "--optimizer.decay-steps"),
         (
             lambda: TrainConfig(20, optimizer=OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=11)),
-            "--optimizer.decay-steps must be at most 10, the steps after the warmup, not 11",
+            "--optimizer.decay-steps",
         ),
-        (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup must be in [0, 1], not 2.0"),
+        (lambda: OptimizerConfig(warmup=2.0), "--optimizer.warmup"),
     ],
 )
-def test_invalid_settings_raise(make, said):
-    with pytest.raises(InputError, match=re.escape(said)) as e:
+def test_invalid_settings_raise(make, option):
+    with pytest.raises(OptionError) as e:
         make()
-    assert e.value.exit_code == 2
+    assert (e.value.option, e.value.exit_code) == (option, 2)

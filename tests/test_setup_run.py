@@ -36,7 +36,7 @@ def test_the_default_tokenizers_know_every_character(config, tmp_path):
 
 def test_too_few_pieces_name_the_option(config, tmp_path):
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, decoder_vocab_size=600))
-    with pytest.raises(InputError, match=r"--data.decoder-vocab-size 600: the texts have \d+ different") as e:
+    with pytest.raises(InputError, match=r"^--data.decoder-vocab-size 600: ") as e:
         prepare_tokenizers(few, tmp_path, load_corpus(config))
     assert e.value.exit_code == 2
 

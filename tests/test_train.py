@@ -81,18 +81,31 @@ def started(*argv, devices=1, python=(), **kwargs):
     return subprocess.Popen(list(map(str, argv)), env=environment(devices), text=True, **kwargs)
 
 
+@contextlib.contextmanager
+def some_devices(n=1):
+    """A process that has n devices, and is not connected to others."""
+    devices = jax.local_devices()[:n]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multihost, "connect", lambda *_: None)  # only possible before JAX has devices
+        patch.setattr(jax, "device_count", lambda: n)
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
+
+
+def called(main, *argv, devices=1):
+    """Runs a program in this process, which saves the imports. Returns (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with some_devices(devices), redirect_stdout(out), redirect_stderr(err):
+        code = main(list(map(str, argv)))
+    return code, out.getvalue(), err.getvalue()
+
+
 def train(*argv, devices=1):
-    """Runs train.py in this process, which saves the imports. Returns (exit code, stdout, stderr)."""
+    """Runs train.py in this process. Returns (exit code, stdout, stderr)."""
     spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    out, err, some_devices = io.StringIO(), io.StringIO(), jax.local_devices()[:devices]
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(multihost, "connect", lambda *_: None)  # only possible before JAX has devices
-        patch.setattr(jax, "device_count", lambda: devices)
-        patch.setattr(jax, "devices", lambda *_: some_devices)
-        code = program.main(list(map(str, argv)))
-    return code, out.getvalue(), err.getvalue()
+    return called(program.main, *argv, devices=devices)
 
 
 def tiny(text_file, run_dir, *argv, devices=1):
@@ -203,6 +216,52 @@ def test_a_resumed_run_is_the_same_run(run, text_file, tmp_path):
     a, b = (state_of(f / "checkpoints" / "8") for f in (whole, folder))
     assert len(a) > 100
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def logged_by(run_dir):
+    """What a run logs, but for times."""
+    rates = {"tokens_per_s", "data_wait", "compile_s"}
+    return [{k: v for k, v in row.items() if k not in rates} for row in metrics_of(run_dir)]
+
+
+def assert_same_run(a, b):
+    """Two runs of 8 steps are the same, bit for bit."""
+    assert len(logged_by(a)) == 4 and logged_by(a) == logged_by(b)
+    states = (state_of(folder / "checkpoints" / "8") for folder in (a, b))
+    assert all(np.array_equal(x, y) for x, y in zip(*states, strict=True))
+
+
+def test_the_file_of_a_run_repeats_it(run, tmp_path):
+    whole, _ = run
+    folder = tmp_path / "repeated"
+    once = ["--log.checkpoint", 8, "--log.samples", 0, "--log.figures", 0]
+    code, out, err = called(davae, "train", "--config", whole / "train.json", "--run-dir", folder, *once)
+    assert code == 0 and "steps 0 to 8" in out, err
+    assert_same_run(folder, whole)
+    code, _, err = called(davae, "train", "--config", whole / "train.json", "--run-dir", folder, "--beta.max", 0.2)
+    said = f"--run-dir {folder} was made with another config: beta.max (0.03, now 0.2); choose another folder"
+    assert (code, err) == (2, f"davae train: error: {said}\n")
+
+
+def test_training_from_python(run, text_file, tmp_path):
+    """An interrupt saves a checkpoint and is raised; the same call goes on, to the run and the model of train.py."""
+    whole, _ = run
+    folder = tmp_path / "python"
+    argv = ["--data.train", text_file, "--run-dir", folder, *TINY, *SAME, "--log.checkpoint", 8]
+    config = parse_train(list(map(str, argv)))[1]
+    handler = signal.getsignal(signal.SIGINT)
+    with some_devices():
+        with pytest.raises(KeyboardInterrupt, match=f"^after step 5, which is saved in {folder}$"):
+            davae_jax.train(config, hooks=[Every(4, lambda *_: signal.raise_signal(signal.SIGINT))])
+        assert (folder / "checkpoints" / "5").is_dir() and signal.getsignal(signal.SIGINT) == handler
+        vae = davae_jax.train(config)
+    assert_same_run(folder, whole)
+    stored = TextVAE.from_pretrained(folder)
+    assert vae.batch_size == stored.batch_size and vae.source == str(folder)
+    np.testing.assert_array_equal(vae.encode(TEXTS[:4]), stored.encode(TEXTS[:4]))
+    assert vae.reconstruct(TEXTS[:2]) == stored.reconstruct(TEXTS[:2])
+    with pytest.raises(InputError, match=r"^config\.run_dir must name the folder of the run$"):
+        davae_jax.train(dataclasses.replace(config, run_dir=None))
 
 
 def test_a_run_resumes_with_stacked_layers(run, text_file, tmp_path, monkeypatch):
@@ -385,11 +444,8 @@ def test_a_mesh_that_does_not_fit(text_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_hooks_of_the_caller(text_file, tmp_path, monkeypatch):
+def test_hooks_of_the_caller(text_file, tmp_path):
     """Called after every second step with that step's state; one at the end as well; by its position or its name."""
-    monkeypatch.setattr(multihost, "connect", lambda *_: None)
-    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     argv = ["--data.train", text_file, "--run-dir", tmp_path / "run", *TINY, *SAME]
     _, config = parse_train(list(map(str, argv)))
     even, third = [], []
@@ -398,7 +454,8 @@ def test_hooks_of_the_caller(text_file, tmp_path, monkeypatch):
         assert run.folder == tmp_path / "run" and int(state.step) == step
         even.append(step)
 
-    loop.train(config, [Every(2, note), Every(3, function=lambda *args: third.append(args[2]), at_end=True)])
+    with some_devices():
+        loop.train(config, [Every(2, note), Every(3, function=lambda *args: third.append(args[2]), at_end=True)])
     assert (even, third) == ([2, 4, 6, 8], [3, 6, 8])
     with pytest.raises(TypeError):  # a hook without an action is a mistake
         Every(100)

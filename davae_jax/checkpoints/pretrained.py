@@ -37,8 +37,8 @@ def from_pretrained(
 
     Args:
       source: a converted checkpoint; a run folder, whose newest complete checkpoint is read; one checkpoint of a run,
-        `RUN/checkpoints/STEP`; a published folder (config.json and pytorch_model.bin, which needs PyTorch, or
-        model.safetensors, which does not); or a Hugging Face repo id, downloaded to the hub's cache.
+        `RUN/checkpoints/STEP`; a published folder (config.json with pytorch_model.bin or model.safetensors, neither of
+        which needs PyTorch); or a Hugging Face repo id, downloaded to the hub's cache.
       dtype: dtype of the weights and the computation; softmax, LayerNorm and losses are float32 in any case.
       weights: the format in which the matrices of encoder and decoder are stored, for inference with less memory
         (`davae_jax.model.quantized`): "int8" or "bfloat16"; "float32" stores them in `dtype`. A model with quantized

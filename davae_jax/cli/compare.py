@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,17 +42,17 @@ from davae_jax.regularizers import REGISTRY
 from davae_jax.reports.comparison_page import figure, page
 from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, on_one_line
-from davae_jax.utils.files import check_local, read_bounded, remove_partial, write_json, write_text
+from davae_jax.utils.files import check_local, remove_partial, write_json, write_text
 from davae_jax.utils.huge_pages import SETTINGS
 from davae_jax.utils.json_files import read_json_object
 from davae_jax.utils.locks import FolderLock
 from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.signals import INTERRUPTED, interrupt_on_signals
+from davae_jax.utils.toml_files import read_toml
 
-TRAIN_COMMAND = ["-m", "davae_jax.cli.train"]  # arguments of Python
+TRAIN_COMMAND = ["-m", "davae_jax.cli", "train"]  # arguments of Python, in a checkout as in an installed package
 EVALUATE_COMMAND = ["-m", "davae_jax.cli", "evaluate"]
-COMPARISON_KEYS = {"settings", "seeds", "found"}  # of comparison.json, which is written before the other files
-MAX_STUDY_BYTES = 1 << 16  # a study has a few hundred; the time to read a dotted key is quadratic
+COMPARISON_KEYS = {"settings", "seeds"}  # of comparison.json, which is written before the other files
 MAX_NAME_BYTES = 255  # of a file or folder
 PAGE_INTERVAL = 10  # minimum number of seconds between two updates of the output files
 
@@ -148,7 +147,7 @@ class Compare(Command):
         values = {
             "settings": study.settings,
             "seeds": study.seeds,
-            "found": results,
+            "metrics": results,
             "compared": summary_statistics(results),
         }
         write_json(self.output / "comparison.json", as_json(values))
@@ -185,14 +184,7 @@ class _StudyError(Exception):
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(read_bounded(path, MAX_STUDY_BYTES, pipes=True).decode("utf-8"))
-    except OSError as e:
-        raise _StudyError(f"cannot be read ({e.strerror})") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as e:  # not TOML, or not UTF-8
-        raise _StudyError(f"is not TOML ({e})") from None
+    values = read_toml(path)
     known = {
         "train": (str, "string"),
         "evaluate": (str, "string"),
@@ -238,7 +230,7 @@ def _train_config(name: str, options: list[str]) -> TrainConfig:
         raise _StudyError(f"settings.{name}: --seed and --run-dir are set by davae compare")
     registered = dict(REGISTRY)
     try:
-        parsed = parse_train(options)
+        parsed = parse_train(options, "davae train")
     except InputError as e:
         raise _StudyError(f"settings.{name}: {e}") from None
     finally:  # unregisters the plugins of this setting: another setting may register the same name

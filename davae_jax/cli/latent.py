@@ -12,6 +12,7 @@ import tyro
 from davae_jax.cli.text import GreedyCommand, posterior_means
 from davae_jax.data.inputs.encodings import check_encoding
 from davae_jax.data.inputs.readers import read_texts
+from davae_jax.inference.arguments import check_count, check_radius
 from davae_jax.utils.errors import OptionError
 
 
@@ -73,8 +74,6 @@ class Neighbours(GreedyCommand):
 
     def check(self) -> None:
         super().check()
-        from davae_jax.inference.text_vae import check_count, check_radius
-
         check_radius(self.radius, name="--radius")
         check_count(self.n, least=1, name="--n")
 

@@ -11,6 +11,7 @@ with importing("davae"):
 
     from davae_jax.cli.base import Command, exit_with, run_cli, run_command
     from davae_jax.utils.errors import InputError
+    from davae_jax.utils.huge_pages import restart_with_huge_pages
 
 
 def _command(module: str, name: str) -> Callable[[], type[Command]]:
@@ -32,6 +33,9 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "attribute": ("strengthen or weaken an attribute that examples show", _command("latent", "Attribute")),
     "neighbours": ("sample texts around a text", _command("latent", "Neighbours")),
     "combine": ("add and subtract texts in the latent space", _command("latent", "Combine")),
+    "encode": ("encode texts to a file of latents, .npz or Parquet", _command("latent_files", "Encode")),
+    "decode": ("decode the latents of a file", _command("latent_files", "Decode")),
+    "traverse": ("decode latents along a dimension or a direction", _command("latent_files", "Traverse")),
     "evaluate": ("evaluate a model: metrics and an HTML report", _command("evaluate", "Evaluate")),
     "compare": ("train several settings over several seeds and compare them", _command("compare", "Compare")),
     "plan": (
@@ -45,11 +49,17 @@ COMMANDS: dict[str, tuple[str, Callable[[], type[Command]]]] = {
     "parity": ("compare PyTorch and JAX on a checkpoint, module by module", _command("parity", "Parity")),
     "warm-start": ("create a model from a pretrained BERT and/or Transformer-XL", _command("warm_start", "WarmStart")),
 }
+TRAIN = "train"  # the program that train.py is as well
+SUMMARIES = {TRAIN: "train a model, or resume its training"} | {name: line for name, (line, _) in COMMANDS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `davae`. Returns the exit code: 0 on success, 2 for bad arguments, 1 for a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == [TRAIN]:  # handles signals itself, and connects processes before it compiles
+        with importing(f"davae {TRAIN}"):
+            from davae_jax.cli.train import main as train
+        return train(argv[1:], f"davae {TRAIN}")
     if argv and argv[0] in COMMANDS:
         return run_command(COMMANDS[argv[0]][1], argv[1:], f"davae {argv[0]}")
     return run_cli(lambda: _without_command(argv), "davae")
@@ -63,15 +73,17 @@ def _without_command(argv: list[str]) -> None:
         print(importlib.metadata.version("davae-jax"))
     else:
         problem = f"unknown command {argv[0]!r}" if argv else "no command given"
-        raise InputError(f"{problem}; available: {', '.join(COMMANDS)} (davae --help)", exit_code=2)
+        raise InputError(f"{problem}; available: {', '.join(SUMMARIES)} (davae --help)", exit_code=2)
 
 
 def script() -> None:
     """Runs `davae` and ends the process: the entry point of the installed program."""
+    if sys.argv[1:2] == [TRAIN]:
+        restart_with_huge_pages()
     exit_with(main)
 
 
 def _usage() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{summary}" for name, (summary, _) in COMMANDS.items()]
+    width = max(map(len, SUMMARIES)) + 2
+    lines = [f"  {name:{width}}{summary}" for name, summary in SUMMARIES.items()]
     return "\n".join(["usage: davae COMMAND [OPTIONS]   (davae COMMAND --help)", "", *lines])

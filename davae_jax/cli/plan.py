@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from davae_jax.cli.base import Command, parse_options
-from davae_jax.cli.train import add_plugin_options, naming_model_options, split_preset
+from davae_jax.cli.train import default_settings, naming_settings, split_preset
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class PlanCommand(Command):
     """Estimates the memory, compute and communication of a training run on other hardware.
 
-    The first word is a preset; any option of `train.py` changes its settings. The mesh covers `--chips`.
+    The first word is a preset; any option of `davae train` changes its settings. The mesh covers `--chips`.
     """
 
     chip: Literal[tuple(CHIPS)] = "h200"
@@ -41,6 +41,9 @@ class PlanCommand(Command):
     json: Path | None = None
     """JSON file to which the same numbers are written, unrounded."""
 
+    files: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="config")] = ()
+    """File of settings, as of `davae train`: TOML, or the train.json of a run. Can be given several times."""
+
     preset: tyro.conf.Suppress[str] = "randeng-1b"
     config: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)]
 
@@ -49,9 +52,9 @@ class PlanCommand(Command):
         words, (preset, argv) = len(argv), split_preset(argv, "randeng-1b")
         if len(argv) < words:
             prog = f"{prog} {preset}"
-        default = cls(config=add_plugin_options(argv, PRESETS[preset][1]), preset=preset)
-        with naming_model_options():
-            return parse_options(cls, argv, prog, default=default)
+        settings, files = default_settings(argv, PRESETS[preset][1])
+        with naming_settings(argv, files):
+            return parse_options(cls, argv, prog, default=cls(config=settings, preset=preset))
 
     def run(self) -> None:
         from davae_jax.checkpoints.run_folder import model_files
@@ -60,7 +63,7 @@ class PlanCommand(Command):
 
         if self.json:
             data = self.config.data
-            inputs = [*(data.train or ()), *(data.valid or ()), *self.config.plugin]
+            inputs = [*(data.train or ()), *(data.valid or ()), *self.config.plugin, *self.files]
             check_output(self.json, "--json", inputs=[*inputs, *model_files(self.config.tokenizers)])
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")

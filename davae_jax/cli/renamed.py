@@ -12,6 +12,7 @@ _TRAIN_OPTIONS = {
 # Program → old name → current name.
 RENAMED_OPTIONS = {
     "train.py": _TRAIN_OPTIONS,
+    "davae train": _TRAIN_OPTIONS,
     "davae plan": _TRAIN_OPTIONS,
     "davae prepare": {
         "--pieces": "--decoder-vocab-size",

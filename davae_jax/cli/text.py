@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -19,11 +19,13 @@ from davae_jax.cli.base import Command, option_hint
 from davae_jax.data.inputs.encodings import UTF_8, check_encoding
 from davae_jax.data.inputs.readers import is_plain_text
 from davae_jax.data.inputs.texts import decode_lines
+from davae_jax.inference.arguments import check_count, check_std_scale, check_steps, greedy_by_default
 from davae_jax.model.config import SAMPLING_SETTINGS, WeightFormat, check_sampling
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import check_output, read_bounded, read_stream, write_output
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from jaxtyping import Array, Float
 
     from davae_jax.inference.text_vae import TextVAE
@@ -35,28 +37,14 @@ _GREEDY_FLOAT, _GREEDY_INT = (option_hint(kind, _GREEDY) for kind in ("FLOAT", "
 
 
 @dataclass(kw_only=True)
-class TextCommand(Command):
-    """The base class of commands that generate texts."""
-
-    is_filter: ClassVar[bool] = True
-
-    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], option_hint("[TEXT ...]", "none")] = ()
-    """Texts. If none is given, they are read from --input or standard input, one per line."""
+class ModelCommand(Command):
+    """The base class of commands that compute with a model and its tokenizers."""
 
     model: str
     """Run folder, converted checkpoint, published folder, or Hugging Face repo id."""
 
     tokenizers: Annotated[Path | None, option_hint("DIR", "the model's folder")] = None
     """Folder with spiece.model and vocab.txt."""
-
-    input: Annotated[Path | None, option_hint("FILE", "standard input")] = None
-    """File with one text per line, uncompressed; not JSON Lines or a table."""
-
-    encoding: str = UTF_8
-    """Encoding of the input, such as gb18030: any text encoding of Python."""
-
-    output: Annotated[Path | None, option_hint("FILE", "standard output")] = None
-    """JSON Lines file for the results; it appears when it is complete."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. On a CPU, float32 is faster."""
@@ -66,6 +54,42 @@ class TextCommand(Command):
 
     batch_size: int = 16
     """Number of texts per batch; affects speed and memory, not results."""
+
+    def check(self) -> None:
+        """Raises OptionError for an option that is out of its range, before anything is read or loaded."""
+        if self.batch_size < 1:
+            raise OptionError("--batch-size", f"must be at least 1, not {self.batch_size}")
+
+    def load(self, label: Callable[[int], str] = "text {}".format, mesh: Mesh | None = None) -> TextVAE:
+        """Loads the model, over a mesh if one is given. label: names the i-th text, from 1, in its warnings."""
+        from davae_jax.inference.text_vae import TextVAE
+
+        vae = TextVAE.from_pretrained(
+            self.model, tokenizers=self.tokenizers, dtype=self.dtype, weights=self.weight_format, mesh=mesh
+        )
+        vae.batch_size = self.batch_size
+        vae.progress = True
+        vae.label = label
+        return vae
+
+
+@dataclass(kw_only=True)
+class TextCommand(ModelCommand):
+    """The base class of commands that generate texts."""
+
+    is_filter: ClassVar[bool] = True
+
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], option_hint("[TEXT ...]", "none")] = ()
+    """Texts. If none is given, they are read from --input or standard input, one per line."""
+
+    input: Annotated[Path | None, option_hint("FILE", "standard input")] = None
+    """File with one text per line, uncompressed; not JSON Lines or a table."""
+
+    encoding: str = UTF_8
+    """Encoding of the input, such as gb18030: any text encoding of Python."""
+
+    output: Annotated[Path | None, option_hint("FILE", "standard output")] = None
+    """JSON Lines file for the results; it appears when it is complete."""
 
     seed: int = 0
     """Random seed."""
@@ -94,11 +118,9 @@ class TextCommand(Command):
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises OptionError for an option that is out of its range, before anything is read or loaded."""
         from davae_jax.inference.generation import check_max_length
 
-        if self.batch_size < 1:
-            raise OptionError("--batch-size", f"must be at least 1, not {self.batch_size}")
+        super().check()
         if self.max_length is not None:
             _naming_the_option(lambda: check_max_length(self.max_length))
         allowed = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # for those that are not given
@@ -112,7 +134,7 @@ class TextCommand(Command):
                 "--input", f"{self.input}: needs plain text, one text per line; unpack or convert the file"
             )
         for number, text in enumerate(self.texts, 1):
-            _require_utf8(text, f"text {number}")
+            require_utf8(text, f"text {number}")
         if self.output:
             from davae_jax.checkpoints.run_folder import model_files
 
@@ -127,30 +149,9 @@ class TextCommand(Command):
         names = ("max_length", *SAMPLING_SETTINGS)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def load(self, label: Callable[[int], str] = "text {}".format) -> TextVAE:
-        """Loads the model. label: names the i-th text, from 1, in its warnings."""
-        from davae_jax.inference.text_vae import TextVAE
-
-        vae = TextVAE.from_pretrained(
-            self.model, tokenizers=self.tokenizers, dtype=self.dtype, weights=self.weight_format
-        )
-        vae.batch_size = self.batch_size
-        vae.progress = True
-        vae.label = label
-        return vae
-
     def read(self) -> tuple[list[str], Callable[[int], str]]:
         """Returns the texts, and a function that names the i-th of them, from 1, in messages."""
-        if self.texts:
-            return list(self.texts), "text {}".format
-        if not self.input and (sys.stdin is None or sys.stdin.isatty()):
-            raise OptionError("--input", "or texts must be given")
-        name = str(self.input or "standard input")
-        if self.input:
-            data = read_bounded(self.input, MAX_INPUT_BYTES, pipes=True)
-        else:
-            data = read_stream(sys.stdin.buffer, MAX_INPUT_BYTES, name)
-        return decode_lines(data, name, check_encoding(self.encoding)), f"{name}: line {{}}".format
+        return read_given(self.texts, self.input, self.encoding)
 
     def read_groups(self, n: int, why: str = "") -> tuple[list[tuple[str, ...]], Callable[[int], str]]:
         """Returns groups of n texts, and a function that names the group of the i-th text in messages.
@@ -178,7 +179,25 @@ class TextCommand(Command):
             sys.stdout.write(text)
 
 
-def _require_utf8(text: str, name: str) -> None:
+def read_given(texts: Sequence[str], input: Path | None, encoding: str) -> tuple[list[str], Callable[[int], str]]:
+    """Returns the texts of the command line, of a file of lines or of standard input.
+
+    Returns:
+      The texts, and a function that names the i-th of them, from 1, in messages.
+    """
+    if texts:
+        return list(texts), "text {}".format
+    if not input and (sys.stdin is None or sys.stdin.isatty()):
+        raise OptionError("--input", "or texts must be given")
+    name = str(input or "standard input")
+    if input:
+        data = read_bounded(input, MAX_INPUT_BYTES, pipes=True)
+    else:
+        data = read_stream(sys.stdin.buffer, MAX_INPUT_BYTES, name)
+    return decode_lines(data, name, check_encoding(encoding)), f"{name}: line {{}}".format
+
+
+def require_utf8(text: str, name: str) -> None:
     """Raises OptionError if an argument is not UTF-8, which Python represents by lone surrogates."""
     try:
         text.encode("utf-8")
@@ -210,11 +229,9 @@ class Generate(TextCommand):
     def check(self) -> None:
         super().check()
         if self.std_scale is not None:
-            from davae_jax.inference.text_vae import check_std_scale
-
             _naming_the_option(lambda: check_std_scale(self.std_scale))
         if self.prompt is not None:
-            _require_utf8(self.prompt, "--prompt")
+            require_utf8(self.prompt, "--prompt")
 
     def results(self) -> list[dict]:
         texts, label = self.read()
@@ -243,8 +260,6 @@ class Sample(TextCommand):
 
     def check(self) -> None:
         super().check()
-        from davae_jax.inference.text_vae import check_count
-
         check_count(self.n, least=1, name="--n")
 
     def results(self) -> list[dict]:
@@ -261,8 +276,6 @@ class GreedyCommand(TextCommand):
     repetition_penalty: Annotated[float | None, _GREEDY_FLOAT] = None
 
     def sampling(self) -> dict:
-        from davae_jax.inference.text_vae import greedy_by_default
-
         return greedy_by_default(super().sampling())
 
 
@@ -296,8 +309,6 @@ class Interpolate(GreedyCommand):
 
     def check(self) -> None:
         super().check()
-        from davae_jax.inference.text_vae import check_steps
-
         check_steps(self.steps, name="--steps")
 
     def results(self) -> list[dict]:

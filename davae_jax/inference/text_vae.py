@@ -16,10 +16,29 @@ from jaxtyping import Array, Float
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.pretrained import from_pretrained
 from davae_jax.checkpoints.run_folder import CONFIG_FILE, config_folder
+from davae_jax.inference.arguments import (
+    check_count,
+    check_radius,
+    check_std_scale,
+    check_steps,
+    check_texts,
+    check_traversal,
+    greedy_by_default,
+    unit_direction,
+)
 from davae_jax.inference.generation import NotFiniteError, check_prompts, generate, sampling_settings
-from davae_jax.model.config import SAMPLING_SETTINGS, DAVAEConfig, WeightFormat
+from davae_jax.model.config import DAVAEConfig, WeightFormat
 from davae_jax.model.davae import DAVAE
-from davae_jax.model.latent import Posterior, analogy, attribute_vector, combine, interpolate, neighbours, slerp
+from davae_jax.model.latent import (
+    Posterior,
+    analogy,
+    attribute_vector,
+    combine,
+    interpolate,
+    neighbours,
+    slerp,
+    traverse,
+)
 from davae_jax.model.quantized import check_format
 from davae_jax.tokenizers.cleanup import clean_up
 from davae_jax.tokenizers.decoder import END, DecoderTokenizer
@@ -28,8 +47,6 @@ from davae_jax.tokenizers.load import load_tokenizers
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.progress import progress_bar
 from davae_jax.utils.shapes import power_of_two
-
-MAX_TEXTS = 1_000_000  # that are made of noise; XLA ends the process if there is no memory for their latents
 
 
 class TextVAE:
@@ -98,7 +115,7 @@ class TextVAE:
 
         Warns, with the text's label, if a text is empty, has no known character, or is truncated.
         """
-        all_ids = self.encoder_tokenizer.encode(_check_texts(texts))
+        all_ids = self.encoder_tokenizer.encode(check_texts(texts))
         for i, ids in enumerate(all_ids, 1):
             if problem := self.encoder_tokenizer.problem(ids):
                 warnings.warn(f"{self.label(i)}: {problem}", stacklevel=2)
@@ -106,7 +123,7 @@ class TextVAE:
 
     def decoder_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns SentencePiece ids as published, with the end token at the end."""
-        return [self.decoder_tokenizer.encode(text) for text in _check_texts(texts)]
+        return [self.decoder_tokenizer.encode(text) for text in check_texts(texts)]
 
     def decode_ids(self, ids: Sequence[Sequence[int]], *, clean: bool = False) -> list[str]:
         """Returns the text of each list of decoder ids; `clean` applies the published clean-up of generated texts."""
@@ -115,7 +132,7 @@ class TextVAE:
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of `<bos>` and each prompt. Raises InputError if a prompt contains the end token."""
-        prompts = _check_texts(prompts)
+        prompts = check_texts(prompts)
         for i, prompt in enumerate(prompts, 1):
             if END in prompt:
                 raise OptionError(f"prompt {i}", f"contains the end token {END}")
@@ -143,7 +160,7 @@ class TextVAE:
           eps: standard normal noise; sampled with the seed by default.
           std_scale: default: the config's (1.5 as published); 0 gives the mean.
         """
-        texts = _check_texts(texts)
+        texts = check_texts(texts)
         std_scale = self.config.std_scale if std_scale is None else check_std_scale(std_scale)
         eps = self._standard_normal(len(texts), seed) if eps is None else np.asarray(eps, np.float32)
         if eps.shape != (len(texts), self.config.latent_size):
@@ -202,17 +219,20 @@ class TextVAE:
         self, texts: Sequence[str], prompts: Sequence[str] | None = None, *, seed: int = 0, **sampling
     ) -> list[str]:
         """Returns a variation of each text, as published: encode, sample with the config's std_scale, generate."""
-        texts = _check_texts(texts)
+        texts = check_texts(texts)
         self.check(prompts, **sampling)
         if prompts is not None and len(prompts) != len(texts):
             raise InputError(f"{len(prompts)} prompts for {len(texts)} texts", exit_code=2)
         return self.generate(self.encode(texts, seed=seed), prompts, seed=seed, **sampling)
 
+    def decode(self, latent: Float[Array, "n L"], *, seed: int = 0, **sampling) -> list[str]:
+        """Returns the text of each latent: `generate`, but greedy unless a sampling setting is given."""
+        return self.generate(latent, seed=seed, **greedy_by_default(sampling))
+
     def reconstruct(self, texts: Sequence[str], *, seed: int = 0, **sampling) -> list[str]:
         """Returns each text as decoded from its posterior mean."""
-        sampling = greedy_by_default(sampling)
-        self.check(**sampling)
-        return self.generate(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
+        self.check(**greedy_by_default(sampling))
+        return self.decode(self.encode(texts, std_scale=0.0), seed=seed, **sampling)
 
     def sample(self, n: int, *, seed: int = 0, **sampling) -> list[str]:
         """Returns n texts from the prior, z ~ N(0, I). Text i is the same for every n."""
@@ -226,24 +246,24 @@ class TextVAE:
         check_steps(steps)
         mean_a, mean_b = self.encode([a, b], std_scale=0.0)
         line = (slerp if spherical else interpolate)(mean_a, mean_b, steps)
-        return self.generate(line, seed=seed, **greedy_by_default(sampling))
+        return self.decode(line, seed=seed, **sampling)
 
     def analogy(self, a: str, b: str, c: str, *, seed: int = 0, **sampling) -> str:
         """Returns the text of mean(b) − mean(a) + mean(c), which is to c as b is to a."""
         mean_a, mean_b, mean_c = self.encode([a, b, c], std_scale=0.0)
-        return self.generate(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **greedy_by_default(sampling))[0]
+        return self.decode(analogy(mean_a, mean_b, mean_c)[None], seed=seed, **sampling)[0]
 
     def combine(self, texts: Sequence[str], weights: Sequence[float], *, seed: int = 0, **sampling) -> str:
         """Returns the text of Σ weight · mean(text): with weights ½, ½ between two texts, with −1, 1, 1 an analogy."""
-        texts = _check_texts(texts)
+        texts = check_texts(texts)
         if len(texts) != len(weights) or not texts:
             raise InputError(f"{len(weights)} weights for {len(texts)} texts", exit_code=2)
         latent = combine(self.encode(texts, std_scale=0.0), weights)
-        return self.generate(latent[None], seed=seed, **greedy_by_default(sampling))[0]
+        return self.decode(latent[None], seed=seed, **sampling)[0]
 
     def attribute_vector(self, having: Sequence[str], lacking: Sequence[str]) -> Float[np.ndarray, "L"]:
         """Returns the mean latent of texts that have an attribute minus that of texts that lack it, for `shift`."""
-        having, lacking = _check_texts(having), _check_texts(lacking)
+        having, lacking = check_texts(having), check_texts(lacking)
         if not having or not lacking:
             raise InputError("an attribute needs at least one text that has it and one that lacks it", exit_code=2)
         return attribute_vector(*(self.encode(texts, std_scale=0.0) for texts in (having, lacking)))
@@ -264,14 +284,36 @@ class TextVAE:
         if direction.shape != (self.config.latent_size,):
             raise OptionError("direction", f"must have shape {[self.config.latent_size]}, not {list(direction.shape)}")
         latent = self.encode(texts, std_scale=0.0) + strength * direction
-        return self.generate(latent, seed=seed, **greedy_by_default(sampling))
+        return self.decode(latent, seed=seed, **sampling)
+
+    def traverse(
+        self,
+        start: str | None,
+        direction: int | Float[np.ndarray, "L"],
+        *,
+        step: float = 1.0,
+        each_side: int = 3,
+        seed: int = 0,
+        **sampling,
+    ) -> list[str]:
+        """Returns 2 · `each_side` + 1 texts along a line through the latent of `start`, whose text is in the middle.
+
+        Args:
+          start: a text, of which the posterior mean is taken, or None for the prior's mean.
+          direction: a latent dimension, counted from 0, or a vector, whose length does not count.
+          step: distance of neighbouring latents, in standard deviations of the prior: 1 in every direction.
+        """
+        check_traversal(step, each_side)
+        unit = unit_direction(direction, self.config.latent_size)
+        z = np.zeros(self.config.latent_size) if start is None else self.encode([start], std_scale=0.0)[0]
+        return self.decode(traverse(z, unit, step, each_side), seed=seed, **sampling)
 
     def neighbours(self, text: str, n: int, radius: float, *, seed: int = 0, **sampling) -> list[str]:
         """Returns n texts at the distance `radius` from a text's posterior mean, in random directions."""
         check_count(n)
         check_radius(radius)
         around = self.around(self.encode([text], std_scale=0.0), n, radius, seed=seed)
-        return self.generate(around, seed=seed, **greedy_by_default(sampling))
+        return self.decode(around, seed=seed, **sampling)
 
     def around(
         self, latent: Float[np.ndarray, "k L"], n: int, radius: float, *, seed: int = 0
@@ -307,40 +349,6 @@ class TextVAE:
                 bar.update(stop - start)
 
 
-def check_steps(steps: int, *, name: str = "steps") -> None:
-    """Raises InputError (exit code 2) if the number of interpolation steps is out of its range."""
-    if not 2 <= steps <= 10_000:
-        raise OptionError(name, f"must be 2 (both ends) to 10000, not {steps}")
-
-
-def check_count(n: int, *, least: int = 0, name: str = "n") -> None:
-    """Raises InputError (exit code 2) if the number of texts is out of its range."""
-    if n < least:
-        raise OptionError(name, f"must be {f'at least {least}' if least else '0 or more'}, not {n}")
-    if n > MAX_TEXTS:
-        raise OptionError(name, f"must be at most {MAX_TEXTS}, not {n}; for more texts, use several seeds")
-
-
-def greedy_by_default(sampling: dict) -> dict:
-    """Returns the settings with top_k 1, or unchanged if they include one that a top_k of 1 would make ineffective."""
-    is_sampled = sampling.keys() & set(SAMPLING_SETTINGS)
-    return sampling if is_sampled else {"top_k": 1, **sampling}
-
-
-def check_std_scale(std_scale: float) -> float:
-    """Returns `std_scale`. Raises InputError (exit code 2) if it is negative or not finite in float32."""
-    if not 0 <= std_scale <= float(np.finfo(np.float32).max):
-        raise OptionError("std_scale", f"must be a number of 0 or more, not {std_scale}")
-    return std_scale
-
-
-def check_radius(radius: float, *, name: str = "radius") -> float:
-    """Returns `radius`. Raises InputError (exit code 2) if it is negative or not finite in float32."""
-    if not 0 <= radius <= float(np.finfo(np.float32).max):
-        raise OptionError(name, f"must be a number of 0 or more, not {radius}")
-    return radius
-
-
 @jax.jit
 def _scaled_latents(posterior: Posterior, eps: Float[Array, "B L"], std_scale: float) -> Float[Array, "B L"]:
     """Returns `posterior.at(eps, std_scale)`, compiled once for all values of `std_scale`."""
@@ -358,14 +366,3 @@ def _purpose_key(seed: int, purpose: str) -> jax.Array:
     """Returns a key that belongs to a seed and a purpose, so that latents and tokens are sampled independently."""
     # A key has 32 bits of the seed. JAX also discards the higher bits of a 64-bit seed, and rejects larger seeds.
     return jax.random.fold_in(jax.random.key(seed % 2**32), ["latent", "tokens"].index(purpose))
-
-
-def _check_texts(texts: Sequence[str]) -> list[str]:
-    """Returns the texts as a list. Raises TypeError for a single string or an item that is not a string."""
-    if isinstance(texts, str):
-        raise TypeError("pass a list of texts, not a single string")
-    texts = list(texts)
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"a text must be a string, not a {type(text).__name__}")
-    return texts

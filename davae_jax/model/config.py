@@ -30,17 +30,35 @@ class EncoderConfig:
 
     vocab_size: Hidden[int] = 21128
     hidden_size: int = 768
+    """Width."""
+
     num_hidden_layers: int = 12
+    """Number of layers."""
+
     num_attention_heads: int = 12
+    """Number of attention heads, which divides the width."""
+
     intermediate_size: int = 3072
+    """Width of the feed-forward layers."""
+
     max_position_embeddings: int = 512
+    """Number of positions: the maximum length of a text in encoder tokens, special tokens included."""
+
     type_vocab_size: Hidden[int] = 2
     hidden_act: Hidden[str] = "gelu"
     layer_norm_eps: float = 1e-12
+    """Added to the variance in every LayerNorm."""
+
     hidden_dropout_prob: float = 0.1
+    """Dropout of the embeddings and of the output of each sublayer."""
+
     attention_probs_dropout_prob: float = 0.1
+    """Dropout of the attention probabilities."""
+
     pad_token_id: Hidden[int] = 0
     initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
     extra: Hidden[dict[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -66,16 +84,34 @@ class DecoderConfig:
 
     vocab_size: Hidden[int] = 50048
     num_layers: int = 32
+    """Number of layers."""
+
     hidden_size: int = 1600
+    """Width; an even number."""
+
     num_attention_heads: int = 25
+    """Number of attention heads, which divides the width."""
+
     embedding_dropout_prob: float = 0.1
+    """Dropout of the embeddings and of the position features."""
+
     attention_dropout_prob: Hidden[float] = 0.1  # of the published file, whose program does not use it
     output_dropout_prob: float = 0.1
+    """Dropout of the output of each sublayer."""
+
     max_sequence_length: Hidden[int] = 512
     max_memory_length: int = 512
+    """Number of past tokens in the recurrent memory."""
+
     layer_norm_eps: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+
     latent_every_layer: bool = True
+    """Add the latent before every layer, as published; off: before the first alone."""
+
     initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
     latent_initializer_scale: float = 1.0
     """Factor of initializer_range for the projection of the latent. At 1, the noise of the latent is initially √L times
     as large as a token embedding. Use a value near 0 if the decoder is pretrained, or still has to learn the

@@ -100,6 +100,18 @@ def attribute_vector(having: Float[Array, "n L"], lacking: Float[Array, "m L"]) 
     return having - lacking
 
 
+def traverse(
+    z: Float[Array, "... L"], direction: Float[Array, "L"], step: float, each_side: int
+) -> Float[np.ndarray, "steps ... L"]:
+    """Returns 2 · `each_side` + 1 latents on the line through z, neighbouring ones `step` apart; the middle one is z.
+
+    direction: a vector of length 1, along which the prior's standard deviation is 1.
+    """
+    z = np.asarray(z, np.float32)
+    offsets = np.float32(step) * np.arange(-each_side, each_side + 1, dtype=np.float32)
+    return z + offsets.reshape(-1, *[1] * z.ndim) * np.asarray(direction, np.float32)
+
+
 def neighbours(z: Float[Array, "L"], n: int, radius: float, key: jax.Array) -> Float[np.ndarray, "n L"]:
     """Returns n latents at the distance `radius` from z, in uniformly random directions.
 

@@ -30,7 +30,8 @@ class RegularizersConfig:
 
 def config_with_plugins() -> type[RegularizersConfig]:
     """Returns `RegularizersConfig`, or if plugins are registered, a subclass with a field for each."""
-    built_in = {field.name for field in dataclasses.fields(RegularizersConfig)}
+    # In Python 3.12.1, a variable `field` would hide the function.
+    built_in = {option.name for option in dataclasses.fields(RegularizersConfig)}
     plugins = [
         (name, cls, field(default_factory=cls))  # as the fields above
         for name, cls in REGISTRY.items()

@@ -202,30 +202,40 @@ def changes(old: str, new: str) -> Segments:
 
 
 class Step(NamedTuple):
-    """Holds consecutive latents of an interpolation that decode to the same text."""
+    """Holds consecutive latents on a line that decode to the same text."""
 
-    weights: str  # weight of the end point in percent; a range if there are several latents
+    position: str  # on the line: the weight of the end point, or the offset; a range if there are several latents
     colour: str
-    segments: Segments  # of the text; "new" words are not in the previous step
+    segments: Segments  # of the text; "new" words are not in the text that it is compared with
 
 
 def interpolation_steps(texts: Sequence[str]) -> list[Step]:
     """Returns the steps of one interpolation, given the decoded texts."""
-    runs: list[tuple[int, int, str]] = []  # (first latent, last latent, text)
-    for i, text in enumerate(texts):
-        if runs and runs[-1][2] == text:
-            runs[-1] = (runs[-1][0], i, text)
-        else:
-            runs.append((i, i, text))
+    runs = equal_runs(texts)
     end = len(texts) - 1
     steps = []
     for index, (first, last, text) in enumerate(runs):
         segments = changes(runs[index - 1][2], text) if index else [("same", text)]
         weights = f"{first / end:.0%}" + (f"–{last / end:.0%}" if last > first else "")
         percent = round(100 * (first + last) / 2 / end)
-        colour = f"color-mix(in srgb, {charts.COLOURS[1]} {percent}%, {charts.COLOURS[0]})"
-        steps.append(Step(weights, colour, [segment for segment in segments if segment[0] != "lost"]))
+        steps.append(Step(weights, mixed_colour(percent), [segment for segment in segments if segment[0] != "lost"]))
     return steps
+
+
+def equal_runs(texts: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Returns (first index, last index, text) of each run of equal texts."""
+    runs: list[tuple[int, int, str]] = []
+    for i, text in enumerate(texts):
+        if runs and runs[-1][2] == text:
+            runs[-1] = (runs[-1][0], i, text)
+        else:
+            runs.append((i, i, text))
+    return runs
+
+
+def mixed_colour(percent: float) -> str:
+    """Returns the colour at so many percent of the way from a strip's first colour to its last."""
+    return f"color-mix(in srgb, {charts.COLOURS[1]} {percent}%, {charts.COLOURS[0]})"
 
 
 def neighbours(texts: Sequence[str], means: Float[np.ndarray, "n L"]) -> list[tuple[str, list[tuple[str, float]]]]:

@@ -159,8 +159,13 @@ class OptimizerConfig:
     """Skip a step whose gradient norm exceeds its running mean by this factor; 0 is off."""
 
     b1: float = 0.9
+    """Decay of the mean of the gradients (AdamW, and Muon's AdamW)."""
+
     b2: float = 0.999
+    """Decay of the mean of the squared gradients."""
+
     eps: float = 1e-8
+    """Added to the root of the mean of the squared gradients."""
 
     def __post_init__(self):
         check_options(self, "optimizer.", "learning_rate weight_decay clip spike", *_NON_NEGATIVE)

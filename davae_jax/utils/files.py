@@ -204,6 +204,29 @@ def _write_or_replace(path: Path, text: str) -> None:
         path.write_text(text, **TEXT_ENCODING)
 
 
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """Yields a temporary file that replaces, at the end of the block, a file that the user names.
+
+    A link is followed, and a file that is replaced keeps its permissions, as of `write_output`.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = path.resolve()
+    try:
+        with atomic_write(path) as file:
+            if path.exists():
+                file.touch(mode=0o600)
+            yield file
+            if path.exists():
+                shutil.copymode(path, file)
+    except OSError as e:
+        if e.filename not in (None, str(path)):
+            raise
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+
+
 def _is_standard_output(path: Path) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))

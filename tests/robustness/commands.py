@@ -26,6 +26,8 @@ LINES = {
     "attribute": [TEXT, "--model", "../model", "--positive", "../texts/a.txt", "--negative", "../texts/a.jsonl"],
     "neighbours": [TEXT, "--model", "../model", "--n", "2"],
     "combine": [TEXT, "x", "--model", "../model", "--weights", "1", "1"],
+    "encode": [TEXT, "--model", "../model", "--output", "out.npz"],
+    "traverse": [TEXT, "--model", "../model", "--dim", "0"],
     "evaluate": ["--model", "../model", "--data", "../texts/a.txt", "--n", "4", "--samples", "2", "--json", "out"],
     "compare": ["../study/study.toml", "--output", "../study/done"],
     "plan": ["demo", "--chips", "1"],

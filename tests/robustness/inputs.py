@@ -205,7 +205,21 @@ def read_study(folder: Path, file: Path) -> Any:
     return read(file)
 
 
+def read_settings(folder: Path, file: Path) -> Any:
+    from davae_jax.cli.train import parse_train
+
+    return repr(parse_train(["--config", str(file)])[1])
+
+
+def read_latents(folder: Path, file: Path) -> Any:
+    from davae_jax.inference.latent_files import read_latents as read
+
+    return read(file, 4)
+
+
 MODEL = ("reconstruct", TEXT, "--model", "{in}")
+SETTINGS = ("--config", "{file}", "--tokenizers", "../model", "--run-dir", "{out}")
+DECODE = ("decode", "--latents", "{file}", "--model", "../model", "--max-length", "4")
 FAMILIES = {
     "config.json": Family("model", ("config.json",), "json", read_model_config, (MODEL, ("export", "{in}", "{out}"))),
     "vocab.txt": Family("model", ("vocab.txt",), "lines", read_tokenizers, (MODEL,)),
@@ -302,6 +316,10 @@ FAMILIES = {
         may_write=("done",),
         share=1,
     ),
+    "settings": Family(
+        "settings", ("settings.toml",), "toml", read_settings, ((*TRAIN, "../texts/a.txt", *SETTINGS),), share=1
+    ),
+    "latents": Family("latents", ("z.*",), "bytes", read_latents, (DECODE,), share=1),
 }
 PREPARE = ("prepare", "--input", "{file}", "--output", "{out}", "--workers", "1", "--tokenizers", "../model")
 for _name, _structure, _sums in [

@@ -17,6 +17,18 @@ seeds = [0]
 "plain" = "--beta.max 0.1"
 "capacity" = "--regularizers.capacity.weight 1"
 """
+SETTINGS = """seed = 3
+plugin = []
+[data]
+field = ["text"]
+[beta]
+max = 0.2
+shape = "sigmoid"
+[log]
+profile-steps = [1, 2]
+[regularizers.mmd]
+weight = 1
+"""
 
 
 def make_sound_files(folder: Path) -> None:
@@ -79,6 +91,12 @@ def make_sound_files(folder: Path) -> None:
     (study / "study.toml").write_text(STUDY.format(train=train), encoding="utf-8")
     (study / "one.toml").write_text(STUDY.format(train=train).rpartition('"capacity"')[0], encoding="utf-8")
     _complete(study)
+    (folder / "settings").mkdir()
+    (folder / "settings" / "settings.toml").write_text(SETTINGS, encoding="utf-8")
+    (folder / "latents").mkdir()
+    for suffix in ("npz", "parquet"):
+        _davae("encode", "--input", texts / "a.txt", "--model", model, "--output", folder / "latents" / f"z.{suffix}")
+    np.save(folder / "latents" / "z.npy", np.load(folder / "latents" / "z.npz")["mean"])
 
 
 def _complete(folder: Path) -> None:

@@ -237,8 +237,13 @@ def read_texts(path: Path, fields: str | Sequence[str] = "text", encoding: str =
       InputError: the file cannot be read or contains no text, or a line is not in this encoding, is too long or lacks a
         string in these fields; the message contains the line number.
     """
+    return _some(path, list(iterate_texts(path, fields, encoding)))
+
+
+def iterate_texts(path: Path, fields: str | Sequence[str] = "text", encoding: str = UTF_8) -> Iterator[str]:
+    """Yields the texts of a file of any size, as `read_texts` returns them, or none if it contains none."""
     fields = [fields] if isinstance(fields, str) else fields
-    return _some(path, list(_strictly(path, read_file(path, fields, encoding))))
+    return _strictly(path, read_file(path, fields, encoding))
 
 
 def parse_texts(path: Path, lines: Sequence[str], fields: str | Sequence[str] = "text") -> list[str]:

@@ -78,14 +78,15 @@ class ShardBatches:
             raise InputError(f"{self._order.path}: does not match the shards; copy or prepare it again")
         return pad_batch(texts, shape, self.pad_id)
 
-    def select_texts(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the records of the rows from `start` to `stop` of a step's batch, and the lengths (S, T + 1) that
-        they are padded to."""
-        positions, shape = self._select_positions(step, start, stop)
+    def select_texts(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the records of the rows of a step's batch, and the lengths (S, T + 1) that they are padded to."""
+        positions, shape = self._select_positions(step)
         return self._order[positions], shape
 
-    def _select_positions(self, step: int, start: int, stop: int | None) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the positions in order.npy of the records that `select_texts` returns, and the lengths."""
+    def _select_positions(
+        self, step: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the positions in order.npy of the rows from `start` to `stop` of a step's batch, and the lengths."""
         epoch, index = divmod(step, self.steps_per_epoch)
         k = permute(np.array([index]), self.steps_per_epoch, (self.seed, epoch))[0]
         positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
