@@ -15,6 +15,7 @@ import davae_jax
 from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.checkpoints.weights import flat_params, flatten
+from davae_jax.cli.train import parse_train
 from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.model.losses import published_loss
 from davae_jax.model.stack import unstack_layers
@@ -122,6 +123,8 @@ def test_fine_tuning(published, text_file, tmp_path):  # noqa: F811
     assert held_out[1] < held_out[0] - 1
     digest = json.loads((whole.run_dir / "train.json").read_text())["digest_of_init_model"]
     assert len(digest) == 64
+    _, again = parse_train(["--config", str(whole.run_dir / "train.json")])
+    assert again.init == whole.init
 
     shutil.rmtree(whole.run_dir / "checkpoints" / "12")
     shutil.rmtree(source)
@@ -146,6 +149,8 @@ def test_what_contradicts_the_model_is_refused(published, text_file, tmp_path): 
     code, _, err = program(*options, "--model.decoder.num-layers=2")
     assert code == 2 and err.count("\n") == 1
     assert f"--model.decoder.num-layers is 2, but 1 in {published}" in err
+    (tmp_path / "sizes.toml").write_text("[model.decoder]\nnum-layers = 2\n")
+    assert program(*options, "--config", tmp_path / "sizes.toml")[1:] == ("", err)
     assert not (tmp_path / "run").exists()
     with pytest.raises(OptionError) as error:
         InitConfig(model="a", decoder="b")

@@ -22,6 +22,7 @@ from davae_jax.checkpoints.run_folder import (
     CONFIG_FILE,
     INIT_FOLDER,
     RUN_SETTINGS,
+    SOURCE_DIGEST,
     TOKENIZER_HASHES,
     check_path,
     complete_checkpoints,
@@ -48,7 +49,6 @@ from davae_jax.utils.files import (
 from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object, with_sum
 from davae_jax.utils.locks import FolderLock
 
-SOURCE_DIGEST = "digest_of_init_model"  # in train.json: of the weights of --init.model
 # Hashes in train.json, and the option that names the hashed file.
 CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
 
