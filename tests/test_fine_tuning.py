@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import text_file  # noqa: F401
+from test_train import train as program
 
 import davae_jax
 from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.checkpoints.weights import flat_params, flatten
+from davae_jax.cli.train import parse_train
+from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.model.losses import published_loss
+from davae_jax.model.stack import unstack_layers
+from davae_jax.parallel.config import MeshConfig
 from davae_jax.training.config import (
     DataConfig,
     FreeBitsConfig,
@@ -66,15 +71,28 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_begins_with_the_numbers_of_the_model(published, tiny_checkpoint, text_file, tmp_path):  # noqa: F811
-    """Its weights, tokenizers and sizes; and, where it is computed alike, the published loss of its first batch."""
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_a_run_begins_with_the_numbers_of_the_model(
+    mesh,
+    published,
+    tiny_checkpoint,
+    text_file,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Its weights, tokenizers and sizes; and, where it is computed alike, the published loss of its first batch.
+
+    On a mesh of all axes with layers in stacks as well.
+    """
     original = davae_jax.from_pretrained(published)
-    config = config_of(published, text_file, tmp_path / "run")
+    config = config_of(published, text_file, tmp_path / "run", mesh=MeshConfig(*mesh))
+    if mesh == (2, 2, 2):
+        monkeypatch.setattr("davae_jax.model.stack.SCAN_ABOVE", 0)
     with FolderLock() as lock:
         run, state = set_up(config, lock)
-    weights = flat_params(original)
-    assert flatten(state.params).keys() == weights.keys()
-    for name, weight in flatten(state.params).items():
+    weights, begun = flat_params(original), flatten(unstack_layers(state.params))
+    assert begun.keys() == weights.keys()
+    for name, weight in begun.items():
         np.testing.assert_array_equal(weight, weights[name], err_msg=name)
     for name in ("vocab.txt", "spiece.model"):
         assert (run.folder / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
@@ -87,7 +105,8 @@ def test_a_run_begins_with_the_numbers_of_the_model(published, tiny_checkpoint, 
     batch = run.batches.batch(0)
     end = batch._replace(lengths=batch.lengths - 1)  # masks the end token, which the published loss does not train
     context = StepContext(jax.random.key(0), jnp.float32(0.3))
-    terms = jax.jit(objective, static_argnums=(1, 4))(state.params, run.graphdef, end, context, run.config)
+    graphdef = split(abstract_training_model(run.config.model))[0]
+    terms = jax.jit(objective, static_argnums=(1, 4))(state.params, graphdef, end, context, run.config)
     eps = jax.random.normal(jax.random.split(context.key, 6)[3], (8, expected.latent_size))
     ids = np.concatenate([batch.decoder_ids, batch.decoder_targets[:, -1:]], 1)
     ids[np.arange(ids.shape[1]) >= batch.lengths - 1] = expected.end_token_id
@@ -104,6 +123,8 @@ def test_fine_tuning(published, text_file, tmp_path):  # noqa: F811
     assert held_out[1] < held_out[0] - 1
     digest = json.loads((whole.run_dir / "train.json").read_text())["digest_of_init_model"]
     assert len(digest) == 64
+    _, again = parse_train(["--config", str(whole.run_dir / "train.json")])
+    assert again.init == whole.init
 
     shutil.rmtree(whole.run_dir / "checkpoints" / "12")
     shutil.rmtree(source)
@@ -114,14 +135,23 @@ def test_fine_tuning(published, text_file, tmp_path):  # noqa: F811
 
 def test_what_contradicts_the_model_is_refused(published, text_file, tmp_path):  # noqa: F811
     config = config_of(published, text_file, tmp_path / "run", model=dataclasses.replace(STILL, latent_size=7))
-    with pytest.raises(OptionError) as error:
-        check_model_options(config, STILL)
-    assert error.value.option == "--model.latent-size" and "7" in str(error.value) and "4" in str(error.value)
+    with pytest.raises(OptionError) as error, FolderLock() as lock:
+        set_up(config, lock)
+    reason = f"is 7, but 4 in {published}, which --init.model takes over whole"
+    assert str(error.value) == f"--model.latent-size {reason}"
     wide = dataclasses.replace(STILL, decoder=dataclasses.replace(STILL.decoder, num_layers=5))
     with pytest.raises(OptionError) as error:
-        check_model_options(dataclasses.replace(config, model=wide), STILL)
+        check_model_options(dataclasses.replace(config, model=wide))
     assert error.value.option == "--model.decoder.num-layers"
-    check_model_options(dataclasses.replace(config, model=dataclasses.replace(STILL, latent_size=4)), STILL)
+    check_model_options(dataclasses.replace(config, model=dataclasses.replace(STILL, latent_size=4)))
+    # A size of the preset is refused where it is given, and replaced where it is not.
+    options = ["--init.model", published, "--data.train", text_file, "--run-dir", tmp_path / "run"]
+    code, _, err = program(*options, "--model.decoder.num-layers=2")
+    assert code == 2 and err.count("\n") == 1
+    assert f"--model.decoder.num-layers is 2, but 1 in {published}" in err
+    (tmp_path / "sizes.toml").write_text("[model.decoder]\nnum-layers = 2\n")
+    assert program(*options, "--config", tmp_path / "sizes.toml")[1:] == ("", err)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(OptionError) as error:
         InitConfig(model="a", decoder="b")
     assert error.value.option == "--init.decoder"

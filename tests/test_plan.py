@@ -409,6 +409,19 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
     assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
 
 
+def test_a_whole_model_is_planned_with_its_sizes(tiny_checkpoint):
+    config, source = with_planned_vocabularies(
+        with_(RANDENG, init=InitConfig(model=str(tiny_checkpoint))), "randeng-1b"
+    )
+    model, published = DAVAEConfig.from_json(tiny_checkpoint / "config.json"), RANDENG.model
+    assert config.model.latent_size == model.latent_size and source == f"of {tiny_checkpoint}"
+    assert config.model.decoder.vocab_size == model.decoder.vocab_size
+    assert config.model.encoder.hidden_dropout_prob == published.encoder.hidden_dropout_prob
+    # One that would have to be downloaded is not, and the preset's sizes count.
+    config, _ = with_planned_vocabularies(with_(RANDENG, init=InitConfig(model="owner/name")), "randeng-1b")
+    assert config.model.latent_size == published.latent_size
+
+
 def test_warning_for_an_axis_that_shards_nothing(capsys):
     model = with_planned_vocabularies(RANDENG, "randeng-1b")[0].model
     replicated = "those weights are replicated on every device"

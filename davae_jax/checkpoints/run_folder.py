@@ -26,6 +26,7 @@ CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a 
 INIT_FOLDER = "init"  # in the run folder: the checkpoint that a warm start begins from
 RUN_SETTINGS = "train.json"
 TOKENIZER_HASHES = "digests_of_tokenizers"  # in RUN_SETTINGS: file → SHA-256
+SOURCE_DIGEST = "digest_of_init_model"  # in RUN_SETTINGS: of the weights of --init.model
 # Files in these folders that the project reads, beside those in the subfolders.
 MODEL_FILES = (CONFIG_FILE, *TOKENIZER_FILES, "model.safetensors", "pytorch_model.bin")
 LOGS = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")

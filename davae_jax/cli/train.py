@@ -186,22 +186,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
             from davae_jax.parallel.multihost import explain_lost_process  # imports JAX, which --help does not need
 
             with explain_lost_process():
+                preset, config = parsed
+                config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
+                if config.init.model:
+                    from davae_jax.training.initial_state import check_model_options
+
+                    check_model_options(config, given_model_fields(options))
                 resume = resume_command(options, prog)
-                return train_from_command_line(*parsed, resume, compile_cache=NO_CACHE not in argv)
+                return train_from_command_line(config, resume, compile_cache=NO_CACHE not in argv)
 
     return run_cli(work, prog, debug="--debug" in argv)
 
 
-def train_from_command_line(preset: str, config: TrainConfig, resume: str, *, compile_cache: bool = True) -> int:
+def train_from_command_line(config: TrainConfig, resume: str, *, compile_cache: bool = True) -> int:
     """Trains, and prints what to do next. Returns the exit code. resume: the command that resumes the run."""
     from jax import distributed
 
     from davae_jax.parallel import multihost
-    from davae_jax.training.initial_state import check_model_options
     from davae_jax.training.loop import train
 
-    config = dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / preset)
-    check_model_options(config, PRESETS[preset][1].model)
     if waiting := multihost.describe_waiting(config.distributed):
         print(waiting, flush=True)
     multihost.connect(config.distributed)
@@ -220,6 +223,18 @@ def train_from_command_line(preset: str, config: TrainConfig, resume: str, *, co
         print(f"{run.checkpoints.last}: complete")
         print(f"next: {generate_command(run.folder, run.corpus.example)}")
     return 0
+
+
+def given_model_fields(argv: Sequence[str]) -> set[str]:
+    """Returns the fields of the model's config that options set, or TOML files, such as "decoder.num_layers".
+
+    A run's train.json contains all fields, whether they were given or not.
+    """
+    names = {match[1] for arg in argv if (match := re.match(r"--model\.([^=]+)", arg))}
+    for file in map(read_settings, _option_paths(argv, "--config", "a file")):
+        for name, value in file.values.get("model", {}).items() if not file.is_of_run else ():
+            names |= {f"{name}.{field}" for field in value} if isinstance(value, dict) else {name}
+    return {name.replace("-", "_") for name in names}
 
 
 def generate_command(folder: Path, text: str) -> str:

@@ -6,6 +6,7 @@ All texts are assumed to have the maximum length.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from davae_jax.planning.memory import fits_memory, memory, min_chips
 from davae_jax.planning.shapes import cached_abstract_state
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import forward_products, longest_rows
+from davae_jax.training.initial_state import whole_model_config
 from davae_jax.training.run.vocabularies import expected_vocabularies, with_vocabularies
 
 
@@ -91,7 +93,13 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
 
 
 def with_planned_vocabularies(config: TrainConfig, preset: str) -> tuple[TrainConfig, str]:
-    """Returns (the config with the sizes of the vocabularies that the run will have, a description of their source)."""
+    """Returns (the config with the sizes of the vocabularies that the run will have, a description of their source).
+
+    If --init.model names a folder, the config has all sizes of that model. Nothing is downloaded for a plan.
+    """
+    if config.init.model and Path(config.init.model).is_dir():
+        model = whole_model_config(config, Path(config.init.model))
+        return dataclasses.replace(config, model=model), f"of {config.init.model}"
     encoder_vocab_size, decoder_vocab_size, source = expected_vocabularies(config, preset)
     model = with_vocabularies(config.model, encoder_vocab_size, decoder_vocab_size)
     return dataclasses.replace(config, model=model), source

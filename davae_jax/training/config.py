@@ -401,9 +401,10 @@ class TrainConfig:
         if self.optimizer.decay_steps > rest:
             reason = f"must be at most {rest}, the steps after the warmup, not {self.optimizer.decay_steps}"
             raise OptionError("--optimizer.decay-steps", reason)
-        if self.init.model and self.data.decoder_vocab_size is not None:
-            reason = f"{self.data.decoder_vocab_size} cannot be given with --init.model {self.init.model}"
-            raise OptionError("--data.decoder-vocab-size", f"{reason}, which has tokenizers of its own")
+        for name in ("decoder_vocab_size", "encoder_vocab_size") if self.init.model else ():
+            if (size := getattr(self.data, name)) != getattr(DataConfig, name):
+                reason = f"{size} cannot be given with --init.model {self.init.model}, which has tokenizers of its own"
+                raise OptionError(f"--data.{name.replace('_', '-')}", reason)
         frozen = set(self.init.freeze)
         if {"encoder", "decoder"} <= frozen:
             raise OptionError("--init.freeze", "must leave the encoder or the decoder to train")

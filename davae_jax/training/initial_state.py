@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +21,9 @@ from davae_jax.model.davae import DAVAE, InitKeys, split
 from davae_jax.model.stack import stack_layers
 from davae_jax.parallel.agreement import run_on_process_zero
 from davae_jax.training.config import TrainConfig
+from davae_jax.training.presets import PRESETS
 from davae_jax.training.run.folder import record_source
+from davae_jax.training.run.vocabularies import with_loss_settings
 from davae_jax.training.state import TrainState, init_state
 from davae_jax.utils.errors import OptionError
 
@@ -64,51 +67,45 @@ def warm_start_config(model: DAVAEConfig, folder: Path) -> DAVAEConfig:
     return _with_fields_of(model, pretrained, RUNTIME_FIELDS)
 
 
-def whole_model_config(model: DAVAEConfig, config: TrainConfig, folder: Path) -> DAVAEConfig:
+def whole_model_config(config: TrainConfig, folder: Path) -> DAVAEConfig:
     """Returns the config of a run that begins from a whole model: that of the model, but for dropout and the loss.
 
-    A run with checkpoints needs the source no longer: the config is then in its own folder.
+    folder: of the model; once the run has checkpoints, its own, which makes the model superfluous.
+    """
+    pretrained = with_loss_settings(DAVAEConfig.from_json(config_folder(folder) / CONFIG_FILE), config)
+    return _with_fields_of(config.model, pretrained, DROPOUT_FIELDS)
+
+
+def whole_model_folder(config: TrainConfig, folder: Path) -> Path:
+    """Returns the folder that `whole_model_config` reads for a run. Raises InputError if there is none."""
+    return folder if complete_checkpoints(folder) else resolve_source(config.init.model)
+
+
+def check_model_options(config: TrainConfig, given: Collection[str] = ()) -> None:
+    """Raises OptionError if the model's settings of a new run contradict --init.model.
 
     Args:
-      model: the run's settings (`run.vocabularies.model_config`).
-    """
-    source = folder if complete_checkpoints(folder) else _source_folder(config.init.model)
-    pretrained = dataclasses.replace(
-        DAVAEConfig.from_json(source / CONFIG_FILE),
-        fb_mode=model.fb_mode,
-        dim_target_kl=model.dim_target_kl,
-        length_weighted_loss=model.length_weighted_loss,
-    )
-    longest = max(pretrained.max_out_length, config.data.max_length)
-    return dataclasses.replace(_with_fields_of(model, pretrained, DROPOUT_FIELDS), max_out_length=longest)
-
-
-def check_model_options(config: TrainConfig, default: DAVAEConfig) -> None:
-    """Raises OptionError if a --model option of a new run contradicts --init.model.
-
-    default: the model's config without options, to which only an option can have added a difference.
+      given: fields that were set explicitly, such as "decoder.num_layers". Of all others, those of which every preset
+        has another value must have been.
     """
     if not config.init.model or (config.run_dir and complete_checkpoints(config.run_dir)):
         return
-    pretrained = DAVAEConfig.from_json(_source_folder(config.init.model) / CONFIG_FILE)
-    given, default, pretrained = (dataclasses.asdict(each) for each in (config.model, default, pretrained))
-    for section, values in given.items():
-        fields = values if isinstance(values, dict) else {None: values}
-        for field in fields:
-            old, new, source = (
-                each[section] if field is None else each[section][field] for each in (default, given, pretrained)
-            )
-            if new not in (old, source) and field not in DROPOUT_FIELDS.get(section, ()):
-                name = section if field is None else f"{section}.{field}"
-                raise OptionError(
-                    f"--model.{name.replace('_', '-')}",
-                    f"is {new}, but {source} in {config.init.model}, which --init.model takes over whole",
-                )
+    pretrained = DAVAEConfig.from_json(config_folder(resolve_source(config.init.model)) / CONFIG_FILE)
+    defaults = [_fields(settings.model) for _, settings in PRESETS.values()] + [_fields(DAVAEConfig())]
+    for (name, value), source in zip(_fields(config.model).items(), _fields(pretrained).values(), strict=True):
+        section, _, field = name.rpartition(".")
+        is_given = name in given or all(value != default[name] for default in defaults)
+        if is_given and value != source and field not in DROPOUT_FIELDS.get(section, ()):
+            reason = f"is {value}, but {source} in {config.init.model}, which --init.model takes over whole"
+            raise OptionError(f"--model.{name.replace('_', '-')}", reason)
 
 
-def _source_folder(source: str) -> Path:
-    """Returns the folder of config.json and the tokenizers of a model."""
-    return config_folder(resolve_source(source))
+def _fields(config: DAVAEConfig) -> dict[str, Any]:
+    """Returns the fields of a model's config, those of a section as "decoder.num_layers", without unknown ones."""
+    values = {name: value for name, value in vars(config).items() if name not in ("encoder", "decoder", "extra")}
+    for section in ("encoder", "decoder"):
+        values |= {f"{section}.{name}": x for name, x in vars(getattr(config, section)).items() if name != "extra"}
+    return values
 
 
 def _with_fields_of(run: DAVAEConfig, pretrained: DAVAEConfig, fields: Mapping[str, Sequence[str]]) -> DAVAEConfig:

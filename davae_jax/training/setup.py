@@ -42,11 +42,13 @@ from davae_jax.training.choose_attention import check_attention, choose_attentio
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import model_flops
 from davae_jax.training.initial_state import (
+    check_model_options,
     initial_state,
     is_warm_start,
     make_warm_start,
     warm_start_config,
     whole_model_config,
+    whole_model_folder,
 )
 from davae_jax.training.run.checkpointer import Checkpoints
 from davae_jax.training.run.folder import check_tokenizers, open_run
@@ -106,17 +108,19 @@ def set_up(config: TrainConfig, lock: FolderLock) -> tuple[Run, TrainState]:
     """
     if (folder := config.run_dir) is None:
         raise OptionError("--run-dir", "must name the folder of the run")
+    run_on_all_processes(lambda: check_model_options(config))
     mesh, corpus = run_on_all_processes(lambda: (_make_mesh(config), load_corpus(config)))
     check_same_on_all_processes("the options", digest_settings(config))
     check_same_on_all_processes("the texts", corpus.digest)
     check_same_on_all_processes("the held-out texts", corpus.held_out_digest)
     run_on_process_zero(lambda: _prepare_folder(config, folder, corpus, lock))
-    model = run_on_all_processes(lambda: model_config(config, folder))
+    if config.init.model:
+        model = run_on_all_processes(lambda: whole_model_config(config, whole_model_folder(config, folder)))
+    else:
+        model = run_on_all_processes(lambda: model_config(config, folder))
     if is_warm_start(config):
         run_on_process_zero(lambda: make_warm_start(config, model, folder))
         model = run_on_all_processes(lambda: warm_start_config(model, folder))
-    elif config.init.model:
-        model = run_on_all_processes(lambda: whole_model_config(model, config, folder))
     config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(config, attention=choose_attention(config, mesh.shape))
     tokenizers, batches, held_out = run_on_all_processes(lambda: _tokenize(config, corpus, folder))

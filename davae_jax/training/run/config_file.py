@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 import tyro
 
-from davae_jax.checkpoints.run_folder import TOKENIZER_HASHES
+from davae_jax.checkpoints.run_folder import SOURCE_DIGEST, TOKENIZER_HASHES
 from davae_jax.training.run.saved_config import upgrade_settings
 from davae_jax.utils.errors import InputError
 from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object
@@ -30,7 +30,7 @@ from davae_jax.utils.toml_files import read_toml
 
 C = TypeVar("C")
 # What train.json contains beside the settings (`folder.open_run`).
-NOT_SETTINGS = ("digest_of_texts", "digest_of_held_out", "digest_of_plugins", TOKENIZER_HASHES, SUM)
+NOT_SETTINGS = ("digest_of_texts", "digest_of_held_out", "digest_of_plugins", SOURCE_DIGEST, TOKENIZER_HASHES, SUM)
 # Settings of the processes that a run had, and not of the run.
 OF_PROCESSES = ("distributed",)
 

@@ -22,6 +22,7 @@ from davae_jax.checkpoints.run_folder import (
     CONFIG_FILE,
     INIT_FOLDER,
     RUN_SETTINGS,
+    SOURCE_DIGEST,
     TOKENIZER_HASHES,
     check_path,
     complete_checkpoints,
@@ -48,7 +49,6 @@ from davae_jax.utils.files import (
 from davae_jax.utils.json_files import SUM, has_wrong_sum, read_json_object, with_sum
 from davae_jax.utils.locks import FolderLock
 
-SOURCE_DIGEST = "digest_of_init_model"  # in train.json: of the weights of --init.model
 # Hashes in train.json, and the option that names the hashed file.
 CONTENT_HASHES = {"digest_of_texts": "data.train", "digest_of_held_out": "data.valid"}
 
@@ -110,6 +110,8 @@ def open_run(path: Path, config: TrainConfig, corpus: Corpus, lock: FolderLock) 
             raise OptionError(
                 "--run-dir", f"{path} contains files but no run (there is no train.json); choose another folder"
             )
+        if SOURCE_DIGEST in values:  # whose model is the one that the run began with, whatever is named now
+            values["init"]["model"] = old["init"]["model"]
         write_json(stored, with_sum(values))
         if new_length:
             print(f"{path}: {new_length}")

@@ -88,10 +88,13 @@ def model_config(config: TrainConfig, folder: Path) -> DAVAEConfig:
     vocabulary = read_vocabulary(vocab)
     cls_id, sep_id = (vocabulary.index(token) if token in vocabulary else 0 for token in ("[CLS]", "[SEP]"))
     model = with_vocabularies(config.model, len(vocabulary), count_pieces(spiece))
+    return with_loss_settings(dataclasses.replace(model, cls_token_id=cls_id, sep_token_id=sep_id), config)
+
+
+def with_loss_settings(model: DAVAEConfig, config: TrainConfig) -> DAVAEConfig:
+    """Returns the model's config with the run's settings of the loss and of the length of texts."""
     return dataclasses.replace(
         model,
-        cls_token_id=cls_id,
-        sep_token_id=sep_id,
         fb_mode=1 if config.free_bits.mode == "hard" else 0,
         dim_target_kl=config.free_bits.target,
         length_weighted_loss=config.length_weighted,
