@@ -19,11 +19,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from benchmarks.common import Row, make_parser, parse, positive, report, row
+from davae_jax.data.config import DataConfig
 from davae_jax.model import stack
 from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.planning.shapes import batch_shapes
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step

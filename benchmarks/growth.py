@@ -31,6 +31,7 @@ from benchmarks import compile_time, prepare_memory
 from benchmarks.common import ROOT, Row, make_parser, matmul_rate, parse, report, row
 from benchmarks.models import random_model, resize
 from davae_jax.data.batches import Batch
+from davae_jax.data.config import DataConfig
 from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.model.stack import stack_layers
 from davae_jax.parallel.chips import CHIPS
@@ -38,7 +39,7 @@ from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_abstract_mesh
 from davae_jax.planning.communication import traffic
 from davae_jax.planning.shapes import batch_shapes
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import longest_rows, model_flops
 from davae_jax.training.presets import DEMO
 from davae_jax.training.state import abstract_state, init_state

@@ -15,10 +15,10 @@ import numpy as np
 from hlo import aliases, collectives
 from jax.sharding import AxisType, Mesh
 
+from davae_jax.data.config import DataConfig
 from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.planning.shapes import batch_shapes, bytes_per_device
-from davae_jax.training.config import DataConfig
 from davae_jax.training.presets import PRESETS
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG
 
+from davae_jax.data.config import DataConfig
 from davae_jax.model import attention_tpu
 from davae_jax.model.attention import relative_attention
 from davae_jax.training import choose_attention as module
@@ -24,7 +25,7 @@ from davae_jax.training.choose_attention import (
     make_inputs,
     try_all,
 )
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import AttentionShape, attention_shape
 from davae_jax.utils.errors import OptionError
 

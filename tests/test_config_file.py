@@ -11,8 +11,9 @@ from test_train import SMALLEST, TINY
 from davae_jax.cli.main import main
 from davae_jax.cli.plan import PlanCommand
 from davae_jax.cli.train import parse_train, resume_command
+from davae_jax.data.config import DataConfig
 from davae_jax.regularizers import REGISTRY
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import DEMO, RANDENG_1B
 from davae_jax.training.run.saved_config import to_dict
 from davae_jax.utils.json_files import with_sum

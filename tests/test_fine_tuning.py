@@ -16,12 +16,12 @@ from davae_jax import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.checkpoints.published.to_torch import export
 from davae_jax.checkpoints.weights import flat_params, flatten
 from davae_jax.cli.train import parse_train
+from davae_jax.data.config import DataConfig
 from davae_jax.model.davae import abstract_training_model, split
 from davae_jax.model.losses import published_loss
 from davae_jax.model.stack import unstack_layers
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.training.config import (
-    DataConfig,
     FreeBitsConfig,
     InitConfig,
     LogConfig,

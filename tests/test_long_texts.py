@@ -9,10 +9,11 @@ import pytest
 from small_model import CONFIG, new_model
 
 from davae_jax.data.batches import Batch
+from davae_jax.data.config import DataConfig
 from davae_jax.data.tokenize import tokenize
 from davae_jax.model.davae import merge, split
 from davae_jax.model.losses import reconstruction_nll
-from davae_jax.training.config import BetaConfig, DataConfig, NoiseConfig, TrainConfig
+from davae_jax.training.config import BetaConfig, NoiseConfig, TrainConfig
 from davae_jax.training.objective import reconstruction
 from davae_jax.training.state import init_state
 from davae_jax.training.step import make_train_step

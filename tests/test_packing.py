@@ -12,6 +12,7 @@ from small_model import CONFIG, new_model
 from davae_jax import DAVAEConfig
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch, TextBatches
+from davae_jax.data.config import DataConfig
 from davae_jax.data.inputs.readers import read_texts
 from davae_jax.data.packing import PackedBatches, pack
 from davae_jax.data.tokenize import TokenizedTexts, tokenize
@@ -21,7 +22,7 @@ from davae_jax.model.layers import Segments
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh
 from davae_jax.tokenizers.load import load_tokenizers
-from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
+from davae_jax.training.config import AdversarialConfig, FreeBitsConfig, NoiseConfig, TrainConfig
 from davae_jax.training.initial_state import initial_state
 from davae_jax.training.noise import token_noise
 from davae_jax.training.objective import StepContext, encode, free_bits_kl, gradient, mean_over_texts, reconstruction

@@ -14,6 +14,7 @@ from hlo import collectives
 from tokenizer_fixtures import make_spiece, make_vocab
 
 from davae_jax.cli.main import main
+from davae_jax.data.config import DataConfig
 from davae_jax.model.config import DAVAEConfig, DecoderConfig, EncoderConfig
 from davae_jax.model.davae import abstract_model, split
 from davae_jax.parallel.chips import CHIPS
@@ -23,7 +24,7 @@ from davae_jax.planning.communication import traffic
 from davae_jax.planning.memory import activations, memory, min_chips
 from davae_jax.planning.plan import make_plan, with_planned_vocabularies
 from davae_jax.planning.shapes import batch_shapes, bytes_per_device
-from davae_jax.training.config import DataConfig, InitConfig, TrainConfig
+from davae_jax.training.config import InitConfig, TrainConfig
 from davae_jax.training.flops import forward_products, model_flops
 from davae_jax.training.objective import StepContext, gradient
 from davae_jax.training.presets import PRESETS

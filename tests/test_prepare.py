@@ -21,6 +21,7 @@ from tokenizer_fixtures import make_spiece, make_vocab, sentences
 
 from benchmarks import prepare_memory
 from davae_jax.cli.main import main
+from davae_jax.data.config import DataConfig
 from davae_jax.data.inputs import line_readers
 from davae_jax.data.inputs.bad_lines import BadLineLimit
 from davae_jax.data.inputs.readers import find_files, split_into_slices
@@ -33,7 +34,7 @@ from davae_jax.data.prepared.shard_writer import ShardSettings, ShardTask, load_
 from davae_jax.data.prepared.shards import Prepared, decode_record, encode_record, id_dtype
 from davae_jax.data.tokenize import tokenize
 from davae_jax.tokenizers.load import TOKENIZER_FILES, load_tokenizers
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import DEMO
 from davae_jax.training.run.vocabularies import model_config, prepare_tokenizers
 from davae_jax.training.setup import load_corpus, make_batches, truncation_mismatch

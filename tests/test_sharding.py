@@ -10,11 +10,12 @@ from small_model import CONFIG
 
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch
+from davae_jax.data.config import DataConfig
 from davae_jax.model.davae import abstract_model, abstract_training_model, split
 from davae_jax.model.stack import unstack_layers
 from davae_jax.parallel.config import MeshConfig
 from davae_jax.parallel.sharding import make_mesh, partition_spec
-from davae_jax.training.config import AdversarialConfig, DataConfig, OptimizerConfig, TrainConfig
+from davae_jax.training.config import AdversarialConfig, OptimizerConfig, TrainConfig
 from davae_jax.training.initial_state import initial_state
 from davae_jax.training.state import abstract_state
 from davae_jax.training.step import make_train_step

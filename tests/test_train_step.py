@@ -11,10 +11,11 @@ from small_model import CONFIG, new_model
 
 from davae_jax.checkpoints.weights import flatten
 from davae_jax.data.batches import Batch
+from davae_jax.data.config import DataConfig
 from davae_jax.model.davae import abstract_model, abstract_training_model, split
 from davae_jax.model.latent import kl_per_dimension
 from davae_jax.model.stack import stack_layers, unstack_layers
-from davae_jax.training.config import AdversarialConfig, DataConfig, FreeBitsConfig, NoiseConfig, TrainConfig
+from davae_jax.training.config import AdversarialConfig, FreeBitsConfig, NoiseConfig, TrainConfig
 from davae_jax.training.objective import StepContext, free_bits_kl, gradient, objective
 from davae_jax.training.optimizers import make_optimizer, skip_spikes
 from davae_jax.training.state import init_state

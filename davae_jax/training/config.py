@@ -11,79 +11,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from davae_jax.data.inputs.encodings import UTF_8, check_encoding
+from davae_jax.data.config import DataConfig
 from davae_jax.model.config import Attention, DAVAEConfig, Remat
 from davae_jax.parallel.config import DistributedConfig, MeshConfig
 from davae_jax.regularizers.config import RegularizersConfig
-from davae_jax.utils.errors import VOCAB_SIZES, OptionError, check_integers, check_options
-
-# Conditions of `check_options` that several classes use.
-_NON_NEGATIVE = (lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
-_UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "be in [0, 1]")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Training texts, and how batches are formed from them."""
-
-    train: tuple[Path, ...] | None = None
-    """Training texts: files or folders of text, JSON Lines, JSON arrays, Parquet or Arrow, as `davae prepare` reads them (docs/data.md), or a folder that it made. None: a small synthetic corpus that the project generates."""
-
-    valid: tuple[Path, ...] | None = None
-    """Files or folders of held-out texts. None: some training texts are held out."""
-
-    field: tuple[str, ...] = ("text",)
-    """JSON field or table column that contains the text. Several, such as a title and a body, are joined by line feeds."""
-
-    encoding: str = UTF_8
-    """Encoding of text and JSON, such as gb18030 or utf-16: any text encoding of Python."""
-
-    max_bad: float = 0.01
-    """Largest fraction of lines that may be unreadable. They are left out with a warning; with more, the run does not start."""
-
-    max_length: int = 128
-    """Maximum text length in decoder tokens, special tokens included; longer texts are dropped."""
-
-    buckets: int | None = None
-    """Number of length buckets. The batches of a bucket have one shape, for which a program is compiled. None: 4, or 1 for the synthetic corpus, whose texts are all about equally long."""
-
-    pack: bool = False
-    """Pack several texts into each row, each with its own latent, so that there is almost no padding. Rows have the maximum text length."""
-
-    segment_length: int | None = None
-    """Train on longer texts in segments of this many tokens, with the decoder's recurrent memory between segments and one latent per text. The encoder then reads only the beginning of texts longer than its positions. None: whole texts."""
-
-    segment_mask: Literal["full", "published"] = "full"
-    """Attention mask over the memory. full: all of it. published: at most one segment length back."""
-
-    decoder_vocab_size: int | None = None
-    """Decoder vocabulary size, if tokenizers are trained. None: 8000, or 600 for the synthetic corpus."""
-
-    encoder_vocab_size: int = 8000
-    """Encoder vocabulary size, if tokenizers are trained."""
-
-    @property
-    def truncate(self) -> bool:
-        """Whether texts longer than the encoder's positions are kept and the encoder reads only their beginning."""
-        return self.segment_length is not None
-
-    def __post_init__(self):
-        for name in ("train", "valid", "field"):  # a single path or name will do
-            if isinstance(value := getattr(self, name), str | Path):
-                object.__setattr__(self, name, (value,))
-        object.__setattr__(self, "encoding", check_encoding(self.encoding, "--data.encoding"))
-        check_options(self, "data.", "train valid", lambda paths: paths is None or len(paths) > 0, "name a file")
-        check_options(self, "data.", "field", lambda names: 0 < len(set(names)) == len(names), "be given, each once")
-        check_options(self, "data.", "max_bad", *_UNIT_INTERVAL)
-        check_options(self, "data.", "max_length", lambda n: n >= 3, "be at least 3")
-        check_options(self, "data.", "buckets segment_length", lambda n: n is None or n >= 1, "be at least 1")
-        check_options(self, "data.", "decoder_vocab_size encoder_vocab_size", *VOCAB_SIZES)
-        if self.pack and self.buckets is not None:
-            raise OptionError("--data.buckets", "is used only without --data.pack")
-        if self.pack and self.segment_length is not None:
-            raise OptionError("--data.segment-length", "is used only without --data.pack")
-        if self.valid is not None and self.train is None:
-            raise OptionError("--data.valid", "is used only with --data.train")
+from davae_jax.utils.errors import (
+    NON_NEGATIVE,
+    UNIT_INTERVAL,
+    OptionError,
+    check_integers,
+    check_options,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +52,7 @@ class BetaConfig:
     """Shape of the rise. sigmoid: the logistic function from −5 to 5 (Bowman et al. 2016), scaled to begin at `start` and end at `max` exactly."""
 
     def __post_init__(self):
-        check_options(self, "beta.", "start max", *_NON_NEGATIVE)
+        check_options(self, "beta.", "start max", *NON_NEGATIVE)
         check_options(self, "beta.", "cycles", lambda n: n >= 1, "be at least 1")
         if not (self.ratio_zero >= 0 and self.ratio_increase >= 0 and self.ratio_zero + self.ratio_increase <= 1):
             raise OptionError(
@@ -168,9 +106,9 @@ class OptimizerConfig:
     """Added to the root of the mean of the squared gradients."""
 
     def __post_init__(self):
-        check_options(self, "optimizer.", "learning_rate weight_decay clip spike", *_NON_NEGATIVE)
+        check_options(self, "optimizer.", "learning_rate weight_decay clip spike", *NON_NEGATIVE)
         check_options(self, "optimizer.", "eps", lambda x: 0 < x < float("inf"), "be above 0 and finite")
-        check_options(self, "optimizer.", "warmup end", *_UNIT_INTERVAL)
+        check_options(self, "optimizer.", "warmup end", *UNIT_INTERVAL)
         check_options(self, "optimizer.", "b1 b2", lambda x: 0 <= x < 1, "be in [0, 1)")
         check_options(self, "optimizer.", "warmup_steps decay_steps", lambda n: n >= 0, "be at least 0")
         if self.decay_steps and self.schedule != "wsd":
@@ -199,7 +137,7 @@ class NoiseConfig:
 
     def __post_init__(self):
         check_options(self, "noise.", "drop substitute", lambda p: 0 <= p < 1, "be in [0, 1)")
-        check_options(self, "noise.", "embedding shuffle", *_NON_NEGATIVE)
+        check_options(self, "noise.", "embedding shuffle", *NON_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -213,7 +151,7 @@ class FreeBitsConfig:
     """Free nats per dimension; with `total`, of the total KL."""
 
     def __post_init__(self):
-        check_options(self, "free-bits.", "target", *_NON_NEGATIVE)
+        check_options(self, "free-bits.", "target", *NON_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -224,7 +162,7 @@ class PosteriorConfig:
     """BN-VAE's γ (Zhu et al. 2020): standard deviation that the posterior means are normalized to, per dimension over the batch; the mean KL is then at least L·γ²/2. 0 is off."""
 
     def __post_init__(self):
-        check_options(self, "posterior.", "mean_scale", *_NON_NEGATIVE)
+        check_options(self, "posterior.", "mean_scale", *NON_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -240,7 +178,7 @@ class LaggingConfig:
 
     def __post_init__(self):
         check_options(self, "lagging.", "encoder_steps", lambda n: n >= 0, "be at least 0")
-        check_options(self, "lagging.", "until", *_UNIT_INTERVAL)
+        check_options(self, "lagging.", "until", *UNIT_INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -254,7 +192,7 @@ class AdversarialConfig:
     """Learning rate of the discriminator."""
 
     def __post_init__(self):
-        check_options(self, "adversarial.", "weight learning_rate", *_NON_NEGATIVE)
+        check_options(self, "adversarial.", "weight learning_rate", *NON_NEGATIVE)
 
     def optimizer(self, main: OptimizerConfig) -> OptimizerConfig:
         """Returns the discriminator's optimizer, given that of encoder and decoder."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from davae_jax.data.config import DataConfig
 from davae_jax.model.config import DAVAEConfig, DecoderConfig, EncoderConfig
-from davae_jax.training.config import BetaConfig, DataConfig, FreeBitsConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from davae_jax.training.config import BetaConfig, FreeBitsConfig, NoiseConfig, OptimizerConfig, TrainConfig
 
 # Weights start larger than usual (initializer_range 0.08): at width 128 the usual 0.02 leaves token embeddings far
 # smaller than the latent's noise, and 300 steps pass before the decoder sees its own tokens. β rises only once the

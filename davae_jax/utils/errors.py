@@ -59,7 +59,10 @@ class StepError(InputError):
     """A training step failed in the same way on every process: a regularizer raised, or a value is not finite."""
 
 
-# A condition of `check_options` for tokenizers to be trained; the trainers reserve memory for the whole vocabulary.
+# Conditions of `check_options`. That of vocabularies to be trained has a limit, because the trainers reserve memory for
+# the whole vocabulary.
+NON_NEGATIVE = (lambda x: 0 <= x < float("inf"), "be 0 or more and finite")
+UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "be in [0, 1]")
 VOCAB_SIZES = (lambda n: n is None or 10 <= n <= 1_000_000, "be at least 10 and at most 1,000,000")
 
 

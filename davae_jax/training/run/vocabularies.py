@@ -8,13 +8,14 @@ from pathlib import Path
 
 from davae_jax.checkpoints.hub import resolve_source
 from davae_jax.checkpoints.run_folder import complete_checkpoints, config_folder
+from davae_jax.data.config import DataConfig
 from davae_jax.data.corpus import Corpus
 from davae_jax.model.config import DAVAEConfig, EncoderConfig
 from davae_jax.tokenizers.decoder import count_pieces
 from davae_jax.tokenizers.encoder import read_vocabulary
 from davae_jax.tokenizers.load import TOKENIZER_FILES
 from davae_jax.tokenizers.training import sample_first, train_sentencepiece, train_wordpiece
-from davae_jax.training.config import DataConfig, TrainConfig
+from davae_jax.training.config import TrainConfig
 from davae_jax.utils.errors import InputError, OptionError
 from davae_jax.utils.files import write_bytes
 from davae_jax.utils.shapes import round_up
