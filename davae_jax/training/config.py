@@ -223,7 +223,7 @@ class InitConfig:
     """Transformer-XL in the Fengshenbang 1.1B layout: folder or repo id."""
 
     freeze: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PART")] = ()
-    """Part whose weights stay as they are: encoder (with its posterior head), decoder (with its latent projection), embeddings (the tables of both; the decoder's logits use its table too) or posterior (the posterior head). Can be given several times. The optimizer keeps nothing for them."""
+    """Part whose weights stay as they are: encoder (with its posterior head), decoder (with its latent projection), embeddings (the tables of both, and the encoder's LayerNorm after them; the decoder's logits use its table too) or posterior (the posterior head). Can be given several times. The optimizer keeps nothing for them."""
 
     def __post_init__(self):
         for half in ("encoder", "decoder"):
