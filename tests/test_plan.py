@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -410,7 +411,7 @@ def test_the_published_size_is_planned_with_the_published_vocabularies(capsys, t
     assert f"{tmp_path / 'none' / 'vocab.txt'}: no such file" in capsys.readouterr().err
 
 
-def test_a_whole_model_is_planned_with_its_sizes(tiny_checkpoint):
+def test_a_whole_model_is_planned_with_its_sizes(tiny_checkpoint, tmp_path, capsys):
     config, source = with_planned_vocabularies(
         with_(RANDENG, init=InitConfig(model=str(tiny_checkpoint))), "randeng-1b"
     )
@@ -419,8 +420,27 @@ def test_a_whole_model_is_planned_with_its_sizes(tiny_checkpoint):
     assert config.model.decoder.vocab_size == model.decoder.vocab_size
     assert config.model.encoder.hidden_dropout_prob == published.encoder.hidden_dropout_prob
     # One that would have to be downloaded is not, and the preset's sizes count.
-    config, _ = with_planned_vocabularies(with_(RANDENG, init=InitConfig(model="owner/name")), "randeng-1b")
+    config, source = with_planned_vocabularies(with_(RANDENG, init=InitConfig(model="owner/name")), "randeng-1b")
     assert config.model.latent_size == published.latent_size
+    assert source == "assumed, as are all other sizes: owner/name is not downloaded for a plan"
+    # What training refuses is refused here, also sizes that the preset has; a run that has begun does not need it.
+    sizes = tmp_path / "sizes.toml"
+    sizes.write_text("[model]\nlatent-size = 128\n")
+    for options in (["--model.latent-size", "128"], ["--config", str(sizes)]):
+        assert main(["plan", "randeng-1b", "--init.model", str(tiny_checkpoint), *options]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert f"--model.latent-size is 128, but {model.latent_size} in {tiny_checkpoint}" in err
+    missing = str(tmp_path / "missing")
+    assert main(["plan", "randeng-1b", "--init.model", missing]) == 1
+    assert capsys.readouterr() == ("", f"davae plan: error: {missing}: no such folder\n")
+    run = tmp_path / "run"
+    (run / "checkpoints" / "3" / "params" / "d").mkdir(parents=True)
+    for file in ("_CHECKPOINT_METADATA", "params/d/data"):
+        (run / "checkpoints" / "3" / file).touch()
+    shutil.copy(tiny_checkpoint / "config.json", run)
+    begun = with_(RANDENG, run_dir=run, init=InitConfig(model=missing))
+    assert with_planned_vocabularies(begun, "randeng-1b")[1] == f"of {run}"
 
 
 def test_warning_for_an_axis_that_shards_nothing(capsys):

@@ -14,11 +14,11 @@ PARTS = ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", f"*{INDEX_SUFFI
 DOWNLOADED_FILES = [CONFIG_FILE, *TORCH_FILES, *PARTS, *TOKENIZER_FILES, f"{PARAMS_FOLDER}/**"]
 
 
-def resolve_source(source: str | Path) -> Path:
-    """Returns a model's folder: `source` itself, or the hub client's local copy of the repo with that id.
+def local_source(source: str | Path) -> Path | None:
+    """Returns the folder that `source` names, or None if it can only be the id of a repo. Downloads nothing.
 
     Raises:
-      InputError: `source` is a file, or neither a folder nor a repo that can be downloaded.
+      InputError: `source` is a file, or neither a folder nor the id of a repo.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -29,6 +29,17 @@ def resolve_source(source: str | Path) -> Path:
         raise InputError(f"{source}: no such folder; {links[0]} is a link to nothing")  # not the name of a repo
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise InputError(f"{source}: no such folder")
+    return None
+
+
+def resolve_source(source: str | Path) -> Path:
+    """Returns a model's folder: `source` itself, or the hub client's local copy of the repo with that id.
+
+    Raises:
+      InputError: `source` is a file, or neither a folder nor a repo that can be downloaded.
+    """
+    if folder := local_source(source):
+        return folder
     import huggingface_hub
 
     try:

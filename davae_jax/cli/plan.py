@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from davae_jax.cli.base import Command, parse_options
-from davae_jax.cli.train import default_settings, naming_settings, split_preset
+from davae_jax.cli.train import default_settings, given_model_fields, naming_settings, split_preset
 from davae_jax.parallel.chips import CHIPS
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.presets import PRESETS
@@ -45,6 +45,7 @@ class PlanCommand(Command):
     """File of settings, as of `davae train`: TOML, or the train.json of a run. Can be given several times."""
 
     preset: tyro.conf.Suppress[str] = "randeng-1b"
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()  # fields of the model's config that options or TOML files set
     config: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)]
 
     @classmethod
@@ -54,7 +55,8 @@ class PlanCommand(Command):
             prog = f"{prog} {preset}"
         settings, files = default_settings(argv, PRESETS[preset][1])
         with naming_settings(argv, files):
-            return parse_options(cls, argv, prog, default=cls(config=settings, preset=preset))
+            given = tuple(given_model_fields(argv))
+            return parse_options(cls, argv, prog, default=cls(config=settings, preset=preset, given=given))
 
     def run(self) -> None:
         from davae_jax.checkpoints.run_folder import model_files
@@ -67,7 +69,7 @@ class PlanCommand(Command):
             check_output(self.json, "--json", inputs=[*inputs, *model_files(self.config.tokenizers)])
         check_options(self, "", "chips", lambda n: n >= 1, "be at least 1")
         check_options(self, "", "efficiency", lambda x: 0 < x <= 1, "be above 0 and at most 1")
-        config, tokenizers = with_planned_vocabularies(self.config, self.preset)
+        config, tokenizers = with_planned_vocabularies(self.config, self.preset, self.given)
         plan = make_plan(config, CHIPS[self.chip], self.chips, self.efficiency)
         if warning := unsharded_weights(plan.config.model, plan.mesh):
             warnings.warn(warning, stacklevel=2)

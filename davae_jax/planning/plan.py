@@ -6,11 +6,13 @@ All texts are assumed to have the maximum length.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 
+from davae_jax.checkpoints.hub import local_source
+from davae_jax.checkpoints.run_folder import complete_checkpoints
 from davae_jax.parallel.chips import Chip
 from davae_jax.parallel.sharding import make_abstract_mesh
 from davae_jax.planning.attention import attention_traffic, memory_wait, with_planned_attention
@@ -19,7 +21,7 @@ from davae_jax.planning.memory import fits_memory, memory, min_chips
 from davae_jax.planning.shapes import cached_abstract_state
 from davae_jax.training.config import TrainConfig
 from davae_jax.training.flops import forward_products, longest_rows
-from davae_jax.training.initial_state import whole_model_config
+from davae_jax.training.initial_state import check_model_options, whole_model_config
 from davae_jax.training.run.vocabularies import expected_vocabularies, with_vocabularies
 
 
@@ -92,14 +94,26 @@ def make_plan(config: TrainConfig, chip: Chip, chips: int, efficiency: float) ->
     )
 
 
-def with_planned_vocabularies(config: TrainConfig, preset: str) -> tuple[TrainConfig, str]:
+def with_planned_vocabularies(config: TrainConfig, preset: str, given: Collection[str] = ()) -> tuple[TrainConfig, str]:
     """Returns (the config with the sizes of the vocabularies that the run will have, a description of their source).
 
-    If --init.model names a folder, the config has all sizes of that model. Nothing is downloaded for a plan.
+    If --init.model names a folder, the config has all sizes of that model. Nothing is downloaded for a plan: a model
+    on the hub is taken to have the sizes of the config.
+
+    Args:
+      given: the fields of the model's config that were set explicitly, as for `check_model_options`.
+
+    Raises:
+      InputError: --init.model names no model, or has other sizes than those given (exit code 2).
     """
-    if config.init.model and Path(config.init.model).is_dir():
-        model = whole_model_config(config, Path(config.init.model))
-        return dataclasses.replace(config, model=model), f"of {config.init.model}"
-    encoder_vocab_size, decoder_vocab_size, source = expected_vocabularies(config, preset)
+    source = config.init.model
+    if source:
+        is_resumed = config.run_dir is not None and complete_checkpoints(config.run_dir)
+        if folder := config.run_dir if is_resumed else local_source(source):
+            check_model_options(config, given)
+            return dataclasses.replace(config, model=whole_model_config(config, folder)), f"of {folder}"
+    encoder_vocab_size, decoder_vocab_size, origin = expected_vocabularies(config, preset)
     model = with_vocabularies(config.model, encoder_vocab_size, decoder_vocab_size)
-    return dataclasses.replace(config, model=model), source
+    if source:
+        origin = f"assumed, as are all other sizes: {source} is not downloaded for a plan"
+    return dataclasses.replace(config, model=model), origin
