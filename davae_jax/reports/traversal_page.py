@@ -30,7 +30,7 @@ def page(rows: Sequence[Mapping[str, Any]], steps: int, model: str, directions: 
         title = f"dimension {line[0]['dim']}" if "dim" in line[0] else f"row {line[0]['direction']} of {directions}"
         through.setdefault(line[0]["text"], []).append(Line(title, traversal_steps(line)))
     title = Path(model).resolve().name or model
-    return render("traversal.html", title=title, kind="traversal", lines=list(through.items()))
+    return render("traversal.html", title=title, kind="traversal", lines_of_texts=list(through.items()))
 
 
 def traversal_steps(line: Sequence[Mapping[str, Any]]) -> list[Step]:

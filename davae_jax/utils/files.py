@@ -192,16 +192,23 @@ def write_output(path: Path, text: str) -> None:
 
 def _write_or_replace(path: Path, text: str) -> None:
     try:
-        with atomic_write(path) as file:
-            if path.exists():
-                file.touch(mode=0o600)
+        with _replacement(path) as file:
             file.write_text(text, **TEXT_ENCODING)
-            if path.exists():
-                shutil.copymode(path, file)
     except OSError as e:
         if e.errno not in (errno.EBUSY, errno.EACCES, errno.EROFS) or not os.access(path, os.W_OK):
             raise
         path.write_text(text, **TEXT_ENCODING)
+
+
+@contextlib.contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """Yields a temporary file that replaces a file at the end of the block, with the permissions of that."""
+    with atomic_write(path) as file:
+        if path.exists():
+            file.touch(mode=0o600)
+        yield file
+        if path.exists():
+            shutil.copymode(path, file)
 
 
 @contextlib.contextmanager
@@ -215,12 +222,8 @@ def atomic_output(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     try:
-        with atomic_write(path) as file:
-            if path.exists():
-                file.touch(mode=0o600)
+        with _replacement(path) as file:
             yield file
-            if path.exists():
-                shutil.copymode(path, file)
     except OSError as e:
         if e.filename not in (None, str(path)):
             raise
